@@ -1,0 +1,32 @@
+"""The Django ORM, natively asynchronous on PostgreSQL: the public API."""
+
+from django.core.exceptions import ImproperlyConfigured as _ImproperlyConfigured
+
+from . import bridge as _bridge
+from .bridge import await_, native
+from .cursors import cursor
+from .pools import close_pools, pool_stats
+from .sessions import connection, detached
+from .transactions import atomic, on_commit, set_rollback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "atomic",
+    "await_",
+    "close_pools",
+    "connection",
+    "cursor",
+    "detached",
+    "native",
+    "on_commit",
+    "pool_stats",
+    "set_rollback",
+]
+
+
+def _not_installed() -> None:
+    raise _ImproperlyConfigured('asyncorm is not set up: add "asyncorm" to INSTALLED_APPS and call django.setup().')
+
+
+_bridge.set_guard(_not_installed)  # apps.py takes it away

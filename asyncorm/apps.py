@@ -1,0 +1,24 @@
+"""The Django app: puts everything in place when the project starts."""
+
+from django.apps import AppConfig
+from django.core import checks as django_checks
+
+from . import bridge
+
+
+class AsyncormConfig(AppConfig):
+    """INSTALLED_APPS = ["asyncorm", ...]."""
+
+    name = "asyncorm"
+    verbose_name = "asyncorm"
+
+    def ready(self) -> None:
+        """Install the replacements and the native_* methods; without the swap nothing else changes."""
+        from . import checks, querysets, seam, swap
+
+        seam.install()
+        querysets.install()
+        swap.install()
+        bridge.set_guard(None)
+        for check in (checks.check_settings, checks.check_databases, checks.check_swap):
+            django_checks.register(check, "asyncorm")

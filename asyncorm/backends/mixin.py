@@ -1,0 +1,299 @@
+"""What a PostgreSQL DatabaseWrapper needs for native code: the seam to Django's database wrappers.
+
+For backends other than the one shipped, put the mixin first:
+
+    class DatabaseWrapper(NativeBackendMixin, django.contrib.gis.db.backends.postgis.base.DatabaseWrapper):
+        pass
+
+Synchronous code gets the class itself, unchanged but for two checks. Native code gets `native_class`, a subclass that is in Django's
+own pooled mode with asyncorm's pool in place of psycopg_pool's synchronous one.
+
+Names of Django (5.2 to 6.1) used beyond the documented backend API, and why:
+
+- `BaseDatabaseWrapper.connect`, `.ensure_connection`, `._commit`, `.on_commit`, `.run_and_clear_commit_hooks`: overridden as said at each.
+- `DatabaseWrapper.pool`, `._configure_connection`, `.ensure_timezone`, `.close_pool`: Django's pooled mode.
+- `needs_rollback`, `rollback_exc`, `run_on_commit`, `execute_wrappers`, `queries_log`, `force_debug_cursor`: attributes of the wrapper that native
+  code shares otherwise than synchronous code does; made properties.
+- `_thread_ident`: a loop, and with it its wrappers, may run in another thread later.
+- `isolation_level`: set by `get_new_connection()`, which a wrapper taking over a configured connection does not call.
+"""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import inspect
+import os
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache, update_wrapper
+from typing import Any
+
+from django.db import connections
+from django.db.backends.postgresql.psycopg_any import IsolationLevel
+from django.db.utils import InterfaceError, OperationalError
+from psycopg.pq import ConnStatus
+
+from .. import bridge, pools, sessions
+from ..driver import ENDED, Connection
+
+
+class _Class:
+    """`native_class` as an attribute of each backend class: the subclass made from that very class."""
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return _native_class(owner)
+
+
+@lru_cache(maxsize=None)
+def _native_class(cls: Any) -> Any:
+    return type(f"Native{cls.__name__}", (NativeWrapper, cls), {"__module__": cls.__module__})
+
+
+class NativeBackendMixin:
+    """Adds the native side to a DatabaseWrapper class for PostgreSQL (see the module)."""
+
+    native_class = _Class()
+
+    def ensure_connection(self) -> None:
+        """Django's, except on a running loop's thread and beside a native transaction.
+
+        On the thread of a running loop it does nothing: CaptureQueriesContext and assertNumQueries call it there, and statements are
+        refused anyway (SynchronousOnlyOperation).
+        """
+        if not _loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
+            sessions.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
+            super().ensure_connection()  # type: ignore[misc]
+
+    def ensure_timezone(self) -> bool:
+        """Django's, and new native connections (the settings TIME_ZONE or USE_TZ changed)."""
+        pools.discard_pools(self.alias)  # type: ignore[attr-defined]
+        return super().ensure_timezone()  # type: ignore[misc, no-any-return]
+
+
+def _loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+class _Pool:
+    """The pool as Django's pooled mode sees it: hands out what the session checked out."""
+
+    def __init__(self, wrapper: NativeWrapper) -> None:
+        self.wrapper = wrapper
+        self.fresh: Connection | None = None
+
+    def open(self) -> None:
+        """Opened on first checkout."""
+
+    def getconn(self) -> Connection:
+        """The connection that `NativeWrapper.connect()` is about to configure."""
+        conn, self.fresh = self.fresh, None
+        assert conn is not None
+        self.wrapper._configure_connection(conn)
+        return conn
+
+    def putconn(self, conn: Connection) -> None:
+        """DatabaseWrapper.close(): one that is in a transaction is not given to others."""
+        session = self.wrapper.session
+        if session is not None and session.root is not None:
+            conn.terminate()
+        if session is not None:
+            session.put(conn)
+
+
+class _Shared:
+    """An attribute that is Django's own wrapper's of the task: what is installed there sees native statements too."""
+
+    def __init__(self, default: Callable[[], Any]) -> None:
+        self.default = default
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        self.name = name
+
+    def __get__(self, wrapper: Any, owner: Any) -> Any:
+        own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
+        if own is not None:
+            return getattr(own, self.name)
+        return wrapper.__dict__.setdefault(self.name, self.default())
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        if "settings_dict" not in wrapper.__dict__ or wrapper.session is None:
+            return  # BaseDatabaseWrapper.__init__
+        local = connections._connections.local  # type: ignore[attr-defined]
+        own = getattr(local, wrapper.alias, None)
+        if own is None:
+            own = connections.create_connection(wrapper.alias)
+            setattr(local, wrapper.alias, own)
+        setattr(own, self.name, value)
+
+
+class _OfBlock:
+    """An attribute that each transaction block has for itself: tasks share the wrapper but not the block."""
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        self.name = name
+        self.plain = f"_plain_{name}"
+
+    def __get__(self, wrapper: Any, owner: Any) -> Any:
+        session = wrapper.session
+        if session is not None and session.root is not None and (block := session.innermost()) is not None:
+            return getattr(block, self.name)
+        return wrapper.__dict__.get(self.plain)
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        session = wrapper.session
+        if session is not None and session.root is not None and (block := session.innermost()) is not None:
+            setattr(block, self.name, value)
+        else:
+            wrapper.__dict__[self.plain] = value
+
+
+class NativeWrapper:
+    """The DatabaseWrapper of native code; used only as a base of `native_class`, before Django's.
+
+    Attributes:
+        session: whose connection it is for now.
+    """
+
+    session: sessions.Session | None = None
+    native_class = None
+    alias: str
+    settings_dict: dict[str, Any]
+    connection: Any
+    run_on_commit: list[Any]
+
+    queries_log = _Shared(lambda: deque(maxlen=9000))
+    force_debug_cursor = _Shared(lambda: False)
+    execute_wrappers = _Shared(list)
+    needs_rollback = _OfBlock()
+    rollback_exc = _OfBlock()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._native_pool = _Pool(self)
+        level = self.settings_dict["OPTIONS"].get("isolation_level", IsolationLevel.READ_COMMITTED)
+        if level in set(IsolationLevel):  # get_new_connection() raises for others
+            self.isolation_level = IsolationLevel(level)
+
+    @property
+    def pool(self) -> _Pool:
+        """Django's pooled mode, with our pool."""
+        return self._native_pool
+
+    def close_pool(self) -> None:
+        """ensure_timezone() has new connections made by itself."""
+
+    def ensure_connection(self) -> None:
+        """Django's: not that of NativeBackendMixin, which is for synchronous wrappers."""
+        super(NativeBackendMixin, self).ensure_connection()  # type: ignore[misc]
+
+    def connect(self) -> None:
+        """Check out a connection; Django configures it, and sends connection_created, when it is a new one."""
+        session = self.session
+        if session is None:
+            raise InterfaceError(ENDED)
+        self._thread_ident = _thread.get_ident()
+        conn = session.attach()
+        try:
+            if conn.configured:
+                self.connection = conn
+                conn._pool = self._native_pool  # type: ignore[assignment]
+                self.autocommit = True
+                return
+            self._native_pool.fresh = conn
+            conn._pool = self._native_pool  # type: ignore[assignment]
+            with conn.lock:
+                super().connect()  # type: ignore[misc]
+            conn.configured = True
+        except BaseException:
+            self.connection = None
+            conn.terminate()
+            session.put(conn)
+            raise
+
+    def create_cursor(self, name: str | None = None) -> Any:
+        """Django's; server-side cursors are known to the session, which keeps the connection while they are open."""
+        cursor = super().create_cursor(name)  # type: ignore[misc]
+        if name:
+            cursor.__class__ = _stream_class(type(cursor))
+            session = self.session
+            assert session is not None
+            session.cursors.add(cursor)
+        return cursor
+
+    def _commit(self) -> None:
+        try:
+            super()._commit()  # type: ignore[misc]
+        except OperationalError as exc:
+            if self.connection is not None and self.connection.pgconn.status != ConnStatus.OK:
+                raise OperationalError(
+                    f"The connection was lost during COMMIT: the transaction may or may not have been committed. {exc}"
+                ) from exc
+            raise
+
+    def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
+        """Django's, with the savepoints of the caller's own block rather than the wrapper's newest."""
+        block = self.session.innermost() if self.session is not None else None
+        if block is None or not callable(func):
+            super().on_commit(func, robust)  # type: ignore[misc]
+        else:
+            self.run_on_commit.append((set(block.sids), func, robust))
+
+    def run_and_clear_commit_hooks(self) -> None:
+        """Django's; what a callback returns is awaited. While a block is being left, transactions.py calls it later."""
+        session = self.session
+        if session is not None and session.acting is not None:
+            return
+        self.run_on_commit = [(sids, _awaiting(func), robust) for sids, func, robust in self.run_on_commit]
+        super().run_and_clear_commit_hooks()  # type: ignore[misc]
+
+    def forget(self) -> None:
+        """Be as new: the session that used the wrapper is over."""
+        if self.in_atomic_block or self.run_on_commit or self.errors_occurred or self.closed_in_transaction:
+            self.in_atomic_block = False
+            self.savepoint_ids: list[Any] = []
+            self.atomic_blocks: list[Any] = []
+            self.run_on_commit = []
+            self.closed_in_transaction = False
+            self.errors_occurred = False
+        self.__dict__.pop("_plain_needs_rollback", None)
+        self.__dict__.pop("_plain_rollback_exc", None)
+
+    in_atomic_block: bool
+    errors_occurred: bool
+    closed_in_transaction: bool
+
+
+def _awaiting(func: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> None:
+        result = func()
+        if inspect.isawaitable(result):
+            bridge.await_(result)
+
+    return update_wrapper(call, func) if hasattr(func, "__qualname__") else call
+
+
+@lru_cache(maxsize=None)
+def _stream_class(cls: Any) -> Any:
+    return type(cls.__name__, (_Stream, cls), {"__slots__": (), "__module__": cls.__module__})
+
+
+class _Stream:
+    """A server-side cursor that may be finalised by the garbage collector, outside native code."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """psycopg's; without native code around, the session closes it later."""
+        session = self._conn.lock  # type: ignore[attr-defined]
+        if not isinstance(session, sessions.Session):
+            self._closed = True  # with the session that it belonged to
+        elif session.serves(bridge.current()):
+            super().close()  # type: ignore[misc]
+        elif not self._closed:
+            self._closed = True
+            session.abandon(self._name)  # type: ignore[attr-defined]

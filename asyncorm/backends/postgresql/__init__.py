@@ -1,0 +1,1 @@
+"""Django's PostgreSQL backend with a native side: ENGINE = "asyncorm.backends.postgresql"."""

@@ -1,0 +1,239 @@
+"""Run synchronous code on the event loop: a greenlet that suspends only where it waits.
+
+`native(fn)` runs `fn` in a greenlet on the loop's own thread. When code inside has to wait (for the database, or because
+it calls `await_`), the greenlet hands an awaitable to the task that started it and is resumed with the result. Nothing
+below this module knows about Django or psycopg, and this module knows about neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from asyncio import CancelledError, get_running_loop
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
+
+from greenlet import getcurrent, greenlet
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_FINISHED = object()
+_MAX_IDLE = 128  # greenlets kept for reuse in each thread: creating one costs more than a call
+
+
+class Resource(Protocol):
+    """What an operation holds until it ends, for instance a connection."""
+
+    def suspend(self) -> None:
+        """The operation is about to await something that is not a statement of its own."""
+
+    def release(self) -> None:
+        """The operation has ended."""
+
+
+class Runner(greenlet):
+    """A greenlet that runs one operation after another.
+
+    Attributes:
+        resources: what the running operation holds, by key; released when it ends.
+        shields: how many `shield()` blocks are open.
+        cancelled: a cancellation that arrived while shielded and is still to be delivered.
+        lead: the resource that the operation was started for, before any other of its kind (a stream, a block).
+    """
+
+    resources: dict[str, Any]
+    lead: Any
+    shields: int
+    cancelled: BaseException | None
+    outcome: Any
+    failure: BaseException | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resources = {}
+        self.lead = None
+        self.shields = 0
+        self.cancelled = None
+        self.outcome = None
+        self.failure = None
+
+    def run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        while True:
+            try:
+                self.outcome = func(*args, **kwargs)
+            except BaseException as exc:
+                self.failure = exc
+            del func, args, kwargs
+            # `parent` is whoever resumed us last; it comes back with the next operation.
+            func, args, kwargs = self.parent.switch(_FINISHED)  # type: ignore[union-attr]
+
+
+class _Idle(threading.local):
+    def __init__(self) -> None:
+        self.runners: list[Runner] = []
+
+
+_idle = _Idle()
+
+
+def current() -> Runner | None:
+    """The runner of the operation that the caller is part of, None outside native code."""
+    runner = getcurrent()
+    return runner if type(runner) is Runner else None
+
+
+def in_native_code() -> bool:
+    """Whether the caller runs inside `native()`, where synchronous ORM calls are allowed."""
+    return type(getcurrent()) is Runner
+
+
+async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    """Run `func(*args, **kwargs)` as one operation: what `native(func)(*args, **kwargs)` does."""
+    if _guard is not None:
+        _guard()
+    get_running_loop()  # RuntimeError where no asyncio loop runs
+    runners = _idle.runners
+    runner = runners.pop() if runners else Runner()
+    parent = getcurrent()
+    runner.parent = parent
+    # The task's own Context, not a copy: context variables set on either side are seen on the other.
+    runner.gr_context = parent.gr_context
+    try:
+        out = runner.switch(func, args, kwargs)
+        while out is not _FINISHED:
+            try:
+                value = await out
+            except BaseException as exc:
+                if runner.parent is not (parent := getcurrent()):
+                    runner.parent = parent
+                out = runner.throw(exc)
+                if isinstance(exc, GeneratorExit):
+                    out = _unwind(runner, out)
+            else:
+                if runner.parent is not (parent := getcurrent()):
+                    runner.parent = parent
+                out = runner.switch(value)
+        if runner.failure is not None:
+            raise runner.failure
+        if runner.cancelled is not None:
+            raise runner.cancelled
+        return cast(T, runner.outcome)
+    finally:
+        runner.failure = runner.outcome = runner.lead = None
+        if runner.resources:
+            held = list(runner.resources.values())
+            runner.resources.clear()
+            for resource in held:
+                resource.release()
+        runner.shields = 0
+        runner.cancelled = None
+        runner.gr_context = None  # do not keep the task's context alive
+        if len(runners) < _MAX_IDLE:
+            runners.append(runner)
+
+
+def _unwind(runner: Runner, out: Any) -> Any:
+    """The coroutine is being closed: nothing can be awaited any more, so refuse until `func` ends."""
+    while out is not _FINISHED:
+        if inspect.iscoroutine(out):
+            out.close()
+        out = runner.throw(RuntimeError("The coroutine was closed: native code cannot await."))
+    return out
+
+
+class native:  # noqa: N801 (reads as a function)
+    """Run synchronous ORM code on the event loop, without a thread.
+
+    `await native(fn)(*args, **kwargs)` calls `fn` on the loop's own thread. The calls of the ORM inside suspend at their
+    input and output only, so other tasks run meanwhile. Context variables are shared both ways, exceptions keep their
+    type, and a cancellation is raised at the statement being waited for. Code that computes for long blocks the loop, as
+    it would in a coroutine.
+
+    Can decorate a function: calling it then returns a coroutine.
+
+    Raises (when awaited):
+        RuntimeError: no asyncio event loop is running.
+        django.core.exceptions.ImproperlyConfigured: "asyncorm" is not in INSTALLED_APPS.
+    """
+
+    def __init__(self, func: Callable[..., Any]) -> None:
+        if not callable(func) or inspect.iscoroutinefunction(func):
+            raise TypeError(
+                f"native() takes a synchronous callable, not {func!r}; "
+                "a coroutine function is awaited as it is."
+            )
+        self.func = func
+        functools.update_wrapper(self, func)
+        mark = getattr(inspect, "markcoroutinefunction", None)  # Python 3.12
+        if mark is not None:
+            mark(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        return run(self.func, *args, **kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else native(self.func.__get__(instance, owner))
+
+    def __repr__(self) -> str:
+        return f"native({self.func!r})"
+
+
+_guard: Callable[[], None] | None = None
+
+
+def set_guard(guard: Callable[[], None] | None) -> None:
+    """Have `guard` called before each operation, until it is taken away (see apps.py)."""
+    global _guard
+    _guard = guard
+
+
+def await_(awaitable: Awaitable[T]) -> T:
+    """Await something from synchronous code that runs natively, and return its result.
+
+    An operation with no transaction gives its connection back while it waits, so that nothing is held meanwhile.
+
+    Raises:
+        RuntimeError: called outside native code.
+    """
+    runner = getcurrent()
+    if type(runner) is not Runner:
+        if inspect.iscoroutine(awaitable):
+            awaitable.close()
+        raise RuntimeError(
+            "await_() works only in synchronous code that asyncorm runs natively: start it "
+            "with 'await asyncorm.native(function)(...)'. In a coroutine use 'await'."
+        )
+    for resource in runner.resources.values():
+        resource.suspend()
+    return cast(T, runner.parent.switch(awaitable))  # type: ignore[union-attr]
+
+
+def wait_for(runner: Runner, awaitable: Awaitable[T]) -> T:
+    """Await a statement of the operation itself: what it holds stays held."""
+    return cast(T, runner.parent.switch(awaitable))  # type: ignore[union-attr]
+
+
+@contextmanager
+def shield(runner: Runner) -> Iterator[None]:
+    """Let the statements inside finish when the task is cancelled.
+
+    The cancellation is kept in `runner.cancelled`; `deliver()` raises it.
+    """
+    runner.shields += 1
+    try:
+        yield
+    finally:
+        runner.shields -= 1
+
+
+def deliver(runner: Runner) -> None:
+    """Raise the cancellation that arrived while shielded, if one did (`run()` does at the latest)."""
+    if runner.cancelled is not None and not runner.shields:
+        exc, runner.cancelled = runner.cancelled, None
+        raise exc
+
+
+__all__ = ["CancelledError", "Runner", "await_", "current", "deliver", "in_native_code", "native", "run", "shield"]

@@ -1,0 +1,99 @@
+"""System checks: what can be seen to be wrong at start-up."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from django.apps import apps
+from django.core.checks import CheckMessage, Error, Warning
+from django.db import connections
+
+from . import conf, pools, sessions
+
+MANY_CONNECTIONS = 50  # native and synchronous pools of one process; PostgreSQL's default max_connections is 100
+
+
+def check_settings(**kwargs: Any) -> list[CheckMessage]:
+    """asyncorm.E001: the ASYNCORM setting."""
+    return [Error(text, id="asyncorm.E001") for text in conf.problems()]
+
+
+def check_databases(**kwargs: Any) -> list[CheckMessage]:
+    """asyncorm.E002 to E004, W001 and W002: DATABASES."""
+    found: list[CheckMessage] = []
+    ours = [alias for alias in connections if sessions.native_class(alias) is not None]
+    if not ours:
+        found.append(
+            Warning(
+                "asyncorm is installed, but no database can run natively.",
+                hint="Set ENGINE to 'asyncorm.backends.postgresql' for a PostgreSQL database in DATABASES.",
+                id="asyncorm.W001",
+            )
+        )
+    for alias in ours:
+        found += _check_database(alias, connections.settings[alias])
+    return found
+
+
+def _check_database(alias: str, database: dict[str, Any]) -> list[CheckMessage]:
+    found: list[CheckMessage] = []
+    if not database["AUTOCOMMIT"]:
+        found.append(
+            Error(
+                f"DATABASES[{alias!r}]['AUTOCOMMIT'] is False, which native code does not support.",
+                hint="Remove it and use asyncorm.atomic() for transactions.",
+                id="asyncorm.E002",
+            )
+        )
+    option = database["OPTIONS"].get("pool")
+    if option not in (None, True, False) and not isinstance(option, dict):
+        return [*found, Error(f"DATABASES[{alias!r}]['OPTIONS']['pool'] must be True or a dict.", id="asyncorm.E003")]
+    options = pools.pool_options(database)
+    if not 0 <= options["min_size"] <= options["max_size"] or options["max_size"] < 1:
+        found.append(
+            Error(
+                f"DATABASES[{alias!r}]['OPTIONS']['pool'] has min_size {options['min_size']} and max_size {options['max_size']}.",
+                hint="min_size must not be negative nor above max_size; max_size must be at least 1.",
+                id="asyncorm.E004",
+            )
+        )
+    elif option and 2 * options["max_size"] > MANY_CONNECTIONS:
+        found.append(
+            Warning(
+                f"DATABASES[{alias!r}] may open {options['max_size']} native connections and as many synchronous ones in each process.",
+                hint="The two pools are separate; make sure that all processes together stay below the server's max_connections.",
+                id="asyncorm.W002",
+            )
+        )
+    return found
+
+
+def check_swap(**kwargs: Any) -> list[CheckMessage]:
+    """asyncorm.W003: a* methods that the swap cannot make native."""
+    if not conf.get("SWAP_MANAGERS"):
+        return []
+    found: list[CheckMessage] = []
+    seen: set[Any] = set()
+    for model in apps.get_models():
+        classes: list[type] = list(model.__mro__)
+        for manager in model._meta.managers:
+            classes += [*type(manager).__mro__, *type(manager.get_queryset()).__mro__]
+        for cls in classes:
+            if cls in seen or cls.__module__.startswith(("django.", "asyncorm.", "builtins")):
+                continue
+            seen.add(cls)
+            for name, method in vars(cls).items():
+                if inspect.iscoroutinefunction(method) and "sync_to_async" in method.__code__.co_names:
+                    found.append(
+                        Warning(
+                            f"{cls.__module__}.{cls.__qualname__}.{name}() uses sync_to_async, so it stays in a thread although "
+                            "ASYNCORM['SWAP_MANAGERS'] is on.",
+                            hint="Use asyncorm.native() in it, or await Django's a* methods.",
+                            obj=model,
+                            id="asyncorm.W003",
+                        )
+                    )
+    return found
+
+

@@ -1,0 +1,49 @@
+"""The ASYNCORM setting: defaults, access and validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.conf import settings as django_settings
+from django.core.exceptions import ImproperlyConfigured
+
+DEFAULTS: dict[str, Any] = {
+    # Make every a* method of the project's querysets, managers and models native.
+    "SWAP_MANAGERS": False,
+    # Seconds a statement waits for the lock of its transaction block while nothing happens on the connection.
+    "LOCK_TIMEOUT": 30.0,
+    # Seconds after which a loop is taken to live on, and its pools are filled to min_size.
+    "FILL_DELAY": 1.0,
+}
+
+
+def get(name: str) -> Any:
+    """The value of one key of the ASYNCORM setting, or its default."""
+    return (getattr(django_settings, "ASYNCORM", None) or {}).get(name, DEFAULTS[name])
+
+
+def problems() -> list[str]:
+    """What is wrong with the ASYNCORM setting, in words for the user."""
+    value = getattr(django_settings, "ASYNCORM", None)
+    if value is None:
+        return []
+    if not isinstance(value, dict):
+        return [f"ASYNCORM must be a dict, not {type(value).__name__}."]
+    found = [
+        f"ASYNCORM has an unknown key {key!r}; the keys are {', '.join(DEFAULTS)}."
+        for key in value
+        if key not in DEFAULTS
+    ]
+    if not isinstance(value.get("SWAP_MANAGERS", False), bool):
+        found.append('ASYNCORM["SWAP_MANAGERS"] must be True or False.')
+    for key in ("LOCK_TIMEOUT", "FILL_DELAY"):
+        seconds = value.get(key, DEFAULTS[key])
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:
+            found.append(f'ASYNCORM["{key}"] must be a positive number of seconds.')
+    return found
+
+
+def validate() -> None:
+    """Raise ImproperlyConfigured when the ASYNCORM setting cannot be used."""
+    if found := problems():
+        raise ImproperlyConfigured(" ".join(found))

@@ -1,0 +1,1 @@
+"""The sample shop: a Django app for the demo."""

@@ -1,0 +1,94 @@
+"""The process that measures one half; takes orders and answers in lines of JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from .figures import Run
+from .recorder import Recorder
+from .settings import HALVES, POOL, Half, configure
+
+if TYPE_CHECKING:
+    from .scenarios import Scenario
+
+
+def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # a stray print must not garble the answers
+    job = json.loads(sys.stdin.readline())
+    half = HALVES[job["half"]]
+    configure(half, job["database"], pool=POOL)
+
+    from .scenarios import scenarios
+
+    known = scenarios(job["products"], quick=job["quick"])
+    recorder = Recorder()
+    with asyncio.Runner() as runner:  # one event loop for all of it, and so one pool
+        runner.run(_install(recorder, half))
+        for line in sys.stdin:
+            scenario = known[json.loads(line)["scenario"]]
+            try:
+                run = runner.run(_measure(scenario, recorder))
+                answer: dict[str, Any] = {"run": run.to_json()}
+            except Exception:
+                answer = {"error": traceback.format_exc()}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+async def _measure(scenario: Scenario, recorder: Recorder) -> Run:
+    recorder.begin()
+    rows = await scenario.run()
+    seconds = recorder.elapsed()
+    _compare_with_server(rows, recorder)
+    return Run(
+        seconds=seconds,
+        rounds=(seconds,),
+        threads=len(recorder.threads),
+        result=_fingerprint(rows),
+        statements=tuple(recorder.statements),
+    )
+
+
+async def _install(recorder: Recorder, half: Half) -> None:
+    """Put the recorder where the half runs its statements: Django's thread, or here."""
+    from asgiref.sync import sync_to_async
+    from django.db import connection
+
+    def install() -> None:
+        connection.execute_wrappers[:] = [recorder]
+
+    await sync_to_async(install)()  # TEMP
+
+
+def _compare_with_server(rows: list[Any], recorder: Recorder) -> None:
+    """Rows that carry pg_backend_pid() must name the connections that were recorded."""
+    told = {row.backend for row in rows if hasattr(row, "backend")}
+    recorded = {statement.connection for statement in recorder.statements}
+    if told and told != recorded:
+        raise RuntimeError(f"the server names backends {told}, but recorded were {recorded}")
+
+
+def _fingerprint(rows: list[Any]) -> str:
+    """A hash of all the rows' values, to show that both halves got the same."""
+    return hashlib.sha256(repr(_plain(rows)).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    from django.db.models import Model
+
+    if isinstance(value, Model):
+        names = sorted(n for n in vars(value) if not n.startswith("_") and n != "backend")
+        fetched = getattr(value, "_prefetched_objects_cache", {})
+        related = [(name, _plain(list(fetched[name]))) for name in sorted(fetched)]
+        return [(name, getattr(value, name)) for name in names] + related
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+if __name__ == "__main__":
+    main()

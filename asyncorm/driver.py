@@ -1,0 +1,400 @@
+"""A synchronous-looking psycopg connection whose waits are awaited: the seam to psycopg and psycopg_pool.
+
+psycopg builds its synchronous and its asynchronous connection on the same generators; only `Connection.wait()` blocks.
+`Connection` here overrides that one method. `ConnectionPool` is psycopg_pool's, plus what it does not offer: a checkout
+and a return that need no task switch, the reason of a failed connection told to those who wait, an immediate close.
+
+Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not document, and why:
+
+- `psycopg.Connection.wait`, `.lock`: the two methods through which every statement goes; replaced.
+- `BaseConnection._adapters`, `._autocommit`, `._cancel_gen`, `._pool`, `._closed`: what `connect()`, `cancel_safe()` and the
+  pool set on a connection that they make; we make one around a connection that is already open.
+- `psycopg.generators.execute`: reads what is left of a cancelled statement.
+- `psycopg.waiting.wait_conn_async`: drives the cancel request.
+- `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`, `._expire_at`, `._stats`: the state that
+  `getconn()` and `putconn()` work on, for the fast paths.
+- `AsyncConnectionPool._connect`: to see each new connection, and why there is none.
+- `AsyncConnectionPool._workers`, `._sched_runner`: tasks to wait for when a loop closes.
+- `AsyncConnectionPool._min_size`, `._nconns`: to fill the pool later than at its start.
+- `psycopg_pool.pool_async.AddConnection`, `.ReturnConnection`: the pool's maintenance tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import select
+from asyncio import CancelledError, get_running_loop
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+import anyio
+import psycopg
+from greenlet import getcurrent
+from psycopg import AsyncConnection, generators, pq, waiting
+from psycopg.adapt import AdaptersMap
+from psycopg_pool import AsyncConnectionPool
+from psycopg_pool.pool_async import AddConnection, ReturnConnection
+
+from .bridge import Runner, deliver
+
+CANCEL_TIMEOUT = 5.0  # seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled
+_BUSY = 0.005  # seconds of input that needs no waiting before other tasks get a turn
+
+_WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
+_READY_R, _READY_W = psycopg.waiting.READY_R, psycopg.waiting.READY_W
+_IDLE = pq.TransactionStatus.IDLE
+_ACTIVE = pq.TransactionStatus.ACTIVE
+_UNKNOWN = pq.TransactionStatus.UNKNOWN
+
+
+ENDED = "This cursor or connection belongs to an operation that has ended and given its server connection back."
+
+
+class _NoLock:
+    def __enter__(self) -> None:
+        raise psycopg.InterfaceError(ENDED)
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+NO_LOCK = _NoLock()
+
+
+def _wake(future: asyncio.Future[int], ready: int) -> None:
+    if not future.done():
+        future.set_result(ready)
+
+
+class Connection(psycopg.Connection[Any]):
+    """What Django sees as its psycopg connection, over the libpq connection of a pooled one.
+
+    It owns all Python state (autocommit, isolation level, adapters, prepared statements, notice handlers).
+
+    Attributes:
+        lock: taken by psycopg around each statement; the session that holds the connection sets it.
+        configured: whether Django has set time zone, role and so on.
+        pooled: the pool's connection underneath, None when there is none.
+    """
+
+    lock: Any
+    configured: bool
+    pooled: PooledConnection | None
+
+    def __init__(self, pgconn: Any, row_factory: Any = psycopg.rows.tuple_row) -> None:
+        super().__init__(pgconn, row_factory)
+        self.lock = NO_LOCK
+        self.configured = False
+        self.pooled = None
+        self._pool = None  # also tells psycopg not to warn about a connection it did not see closed
+        self._waiter: asyncio.Future[int] | None = None
+        self._state: int = 0
+        self._yielded = 0.0
+        self._poller: select.poll | None = None
+
+    @classmethod
+    def over(cls, pgconn: Any, options: dict[str, Any]) -> Connection:
+        """A connection over `pgconn`; options as `psycopg.Connection.connect()` takes them."""
+        conn = cls(pgconn)
+        conn._autocommit = True
+        if row_factory := options.get("row_factory"):
+            conn.row_factory = row_factory
+        if cursor_factory := options.get("cursor_factory"):
+            conn.cursor_factory = cursor_factory
+        if context := options.get("context"):
+            conn._adapters = AdaptersMap(context.adapters)
+        conn.prepare_threshold = options.get("prepare_threshold", 5)
+        return conn
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        """Run one of psycopg's generators: where it would block, other tasks run."""
+        runner = getcurrent()
+        if type(runner) is not Runner:
+            gen.close()
+            raise psycopg.InterfaceError(
+                "A native connection was used outside native code: use 'await asyncorm.native(function)(...)'."
+            )
+        if runner.cancelled is not None:
+            deliver(runner)
+        try:
+            state = next(gen)
+        except StopIteration as stop:
+            if monotonic() - self._yielded < _BUSY:
+                return stop.value
+            runner.parent.switch(self._yield())  # type: ignore[union-attr]
+            return stop.value
+        return runner.parent.switch(self._wait(runner, gen, state, timeout))  # type: ignore[union-attr]
+
+    async def _yield(self) -> None:
+        await asyncio.sleep(0)
+        self._yielded = monotonic()
+
+    async def _wait(self, runner: Runner, gen: Any, state: int, timeout: float | None) -> Any:
+        try:
+            if timeout is None:
+                return await self._drive(gen, state)
+            with anyio.move_on_after(timeout):
+                return await self._drive(gen, state)
+            raise psycopg.errors._WaitTimeout("wait timeout expired")
+        except CancelledError as exc:
+            if not runner.shields:
+                await self._interrupt(gen)
+                raise
+            # A COMMIT or the like: let it end, then deliver the cancellation (bridge.deliver).
+            runner.cancelled = exc
+            task = get_running_loop().create_task(self._drive(gen, self._state))
+            if not await _finish(task, CANCEL_TIMEOUT):
+                gen.close()
+                self.terminate()
+                raise psycopg.OperationalError(
+                    f"The task was cancelled and the server did not answer within {CANCEL_TIMEOUT:g} s; the connection "
+                    "is closed. If this was a COMMIT, the transaction may or may not have been committed."
+                ) from exc
+            return task.result()
+
+    async def _drive(self, gen: Any, state: int) -> Any:
+        loop = get_running_loop()
+        fileno = self.pgconn.socket
+        try:
+            while True:
+                if state & _WAIT_W and (ready := self._poll(state)):
+                    # A socket is nearly always writable: no turn of the loop for that, within reason.
+                    if monotonic() - self._yielded >= _BUSY:
+                        self._state = state
+                        await self._yield()
+                else:
+                    self._state = state
+                    self._waiter = future = loop.create_future()
+                    if state & _WAIT_R:
+                        loop.add_reader(fileno, _wake, future, _READY_R)
+                    if state & _WAIT_W:
+                        loop.add_writer(fileno, _wake, future, _READY_W)
+                    try:
+                        ready = await future
+                    finally:
+                        self._waiter = None
+                        if state & _WAIT_R:
+                            loop.remove_reader(fileno)
+                        if state & _WAIT_W:
+                            loop.remove_writer(fileno)
+                        self._yielded = monotonic()
+                state = gen.send(ready)
+        except StopIteration as stop:
+            return stop.value
+        except OSError as exc:
+            raise psycopg.OperationalError("The connection's socket is closed.") from exc
+
+    def _poll(self, state: int) -> int:
+        if self._poller is None:
+            self._poller = select.poll()
+        mask = (select.POLLIN if state & _WAIT_R else 0) | (select.POLLOUT if state & _WAIT_W else 0)
+        self._poller.register(self.pgconn.socket, mask)
+        ready = 0
+        for _, event in self._poller.poll(0):
+            if event & ~select.POLLOUT:
+                ready |= _READY_R
+            if event & select.POLLOUT:
+                ready |= _READY_W
+        return ready & state
+
+    async def _interrupt(self, gen: Any) -> None:
+        """Cancel the statement on the server; close the connection when its state stays in doubt."""
+        gen.close()
+        if self.pgconn.status == pq.ConnStatus.OK and not self.pgconn.pipeline_status:
+            if self.pgconn.transaction_status != _ACTIVE:
+                return
+            task = get_running_loop().create_task(self._cancel_and_drain())
+            if await _finish(task, CANCEL_TIMEOUT) and not task.cancelled() and not task.exception():
+                return
+        self.terminate()
+
+    async def _cancel_and_drain(self) -> None:
+        if psycopg.capabilities.has_cancel_safe():
+            await waiting.wait_conn_async(self._cancel_gen(), 0.1)
+        else:
+            await asyncio.to_thread(self.cancel)
+        await self._drain()
+        # The request may have reached the server after the statement had ended: give it something harmless to hit.
+        self.pgconn.send_query(b"SELECT 1")
+        await self._drain()
+
+    async def _drain(self) -> None:
+        gen = generators.execute(self.pgconn)
+        try:
+            state = next(gen)
+        except StopIteration:
+            pass
+        else:
+            await self._drive(gen, state)
+        if self.pgconn.transaction_status in (_ACTIVE, _UNKNOWN):
+            raise psycopg.OperationalError("The connection is still busy.")
+
+    def terminate(self) -> None:
+        """Close the socket at once; a task waiting for it gets OperationalError."""
+        self.pgconn.finish()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(psycopg.OperationalError("The connection was closed."))
+
+
+async def _finish(task: asyncio.Task[Any], timeout: float) -> bool:
+    """Wait for `task` whatever cancellations arrive (anyio's come again at each turn of the loop)."""
+    deadline = monotonic() + timeout
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            left = deadline - monotonic()
+            if left <= 0:
+                task.cancel()
+                with suppress(CancelledError):
+                    await asyncio.wait((task,))
+                return False
+            with suppress(CancelledError):
+                await asyncio.wait((task,), timeout=left)
+    return True
+
+
+class PooledConnection(AsyncConnection[Any]):
+    """A connection of the pool with the synchronous-looking `twin` over it.
+
+    `connect()` takes the arguments that Django makes for `psycopg.connect()`; those about Python state go to the twin.
+    """
+
+    twin: Connection
+    _options: dict[str, Any]
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", **kwargs: Any) -> PooledConnection:  # type: ignore[override]
+        names = ("row_factory", "cursor_factory", "context", "prepare_threshold")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        kwargs["autocommit"] = True
+        conn = await super().connect(conninfo, prepare_threshold=None, **kwargs)
+        conn._options = options
+        conn.renew()
+        return conn
+
+    def renew(self) -> None:
+        """Forget the Python state of the session: for a session that was reset on the server."""
+        self.twin = Connection.over(self.pgconn, self._options)
+        self.twin.pooled = self
+
+    def alive(self) -> bool:
+        """Whether the server has kept the connection open, as far as one can know without asking it."""
+        twin = self.twin
+        try:
+            for _ in range(3):  # a last message, then the end of the stream
+                if not twin._poll(_WAIT_R):
+                    return True
+                self.pgconn.consume_input()
+        except (psycopg.Error, OSError):
+            self.pgconn.finish()
+            return False
+        return True
+
+
+class ConnectionPool(AsyncConnectionPool[PooledConnection]):
+    """psycopg_pool's pool, with a checkout that costs no task switch when a connection is free.
+
+    Attributes:
+        live: every open connection, in the pool or not.
+        connect_error: why the last attempt to connect failed; None after one that worked.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.live: set[PooledConnection] = set()
+        self.connect_error: BaseException | None = None
+        super().__init__("", connection_class=PooledConnection, open=False, **kwargs)
+
+    async def start(self) -> None:
+        """Open the pool in an empty context, so that its workers inherit nobody's transaction."""
+        await get_running_loop().create_task(self.open(), context=contextvars.Context())
+
+    async def _connect(self, timeout: float | None = None) -> PooledConnection:
+        self.live = {conn for conn in self.live if not conn.closed}
+        try:
+            conn = await super()._connect(timeout)
+        except Exception as exc:
+            self.connect_error = exc
+            if not self.live:
+                await self._fail_waiting(exc)
+            raise
+        self.connect_error = None
+        self.live.add(conn)
+        return conn
+
+    async def _fail_waiting(self, exc: BaseException) -> None:
+        # Tell those who wait what the server said, at once rather than after the pool's timeout.
+        while self._waiting:
+            error = psycopg.OperationalError(str(exc))
+            error.__cause__ = exc
+            await self._waiting.popleft().fail(error)
+
+    def fill(self, min_size: int) -> None:
+        """Have at least `min_size` connections from now on (`resize()` would go beyond max_size)."""
+        self._min_size = min_size
+        for _ in range(self._nconns, min_size):
+            self._nconns += 1
+            self.run_task(AddConnection(self))
+
+    def take(self) -> PooledConnection | None:
+        """A free connection, the one used last, or None: then `await getconn()`."""
+        if self._check or self._closed:
+            return None
+        pool = self._pool
+        while pool:
+            conn = pool.pop()
+            if len(pool) < self._nconns_min:
+                self._nconns_min = len(pool)
+            if conn.alive():
+                conn._pool = self
+                self._stats[self._REQUESTS_NUM] += 1
+                return conn
+            self.run_task(ReturnConnection(self, conn, from_getconn=True))
+        return None
+
+    def give(self, conn: PooledConnection) -> None:
+        """Take back a connection from `take()` or `getconn()`."""
+        if self._closed:
+            conn._pool = None
+            conn.twin.terminate()
+        elif (
+            self._reset
+            or self._waiting
+            or conn.pgconn.transaction_status != _IDLE
+            or conn._expire_at <= monotonic()
+            or conn._created_at <= self._drained_at
+        ):
+            if conn.pgconn.transaction_status == _ACTIVE:
+                conn.twin.terminate()
+            self.run_task(ReturnConnection(self, conn, from_getconn=False))
+        else:
+            conn._pool = None
+            self._pool.append(conn)
+
+    async def shut(self, timeout: float = 5.0) -> None:
+        """Close everything, connections in use included, even when the pool's own tasks are already cancelled."""
+        workers = [*self._workers, *([self._sched_runner] if self._sched_runner else ())]
+        with suppress(CancelledError, Exception):
+            await self.close(timeout)
+        for worker in workers:
+            worker.cancel()
+        if workers:
+            await asyncio.gather(*workers, return_exceptions=True)
+        self.terminate()
+
+    def terminate(self) -> None:
+        """Close every connection at once, without a loop."""
+        self._closed = True
+        for conn in self.live:
+            conn._pool = None
+            conn._closed = True
+            conn.twin.terminate()
+        self.live.clear()
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks wait for a connection."""
+        return len(self._waiting)
+
+
+AsyncCallback = Callable[[PooledConnection], Any]

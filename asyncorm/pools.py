@@ -1,0 +1,299 @@
+"""One AsyncConnectionPool for each (event loop, alias), opened on first use and closed with its loop."""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import AbstractEventLoop, get_running_loop
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DEFAULT_DB_ALIAS
+from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
+
+from . import bridge, conf
+from .driver import Connection, ConnectionPool, PooledConnection
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
+# Options of Django's own "pool" key that this pool sets itself.
+_IGNORED = ("open", "close_returns", "connection_class", "kwargs", "reconnect_timeout")
+_DEFAULTS = {"min_size": 4, "timeout": 30.0}  # psycopg_pool's own
+_MAX_SIZE = 10  # without a "pool" key
+_WHERE = ("NAME", "USER", "PASSWORD", "HOST", "PORT")
+
+
+def pool_options(settings_dict: dict[str, Any]) -> dict[str, Any]:
+    """Native pool options of an alias, from Django's OPTIONS["pool"]; sizes resolved."""
+    option = settings_dict["OPTIONS"].get("pool")
+    if not option:
+        return {"min_size": 0, "max_size": _MAX_SIZE, "timeout": _DEFAULTS["timeout"]}
+    options: dict[str, Any] = {**_DEFAULTS, **(option if isinstance(option, dict) else {})}
+    if options.get("max_size") is None:
+        options["max_size"] = options["min_size"]
+    for name in _IGNORED:
+        options.pop(name, None)
+    return options
+
+
+class Pool:
+    """The connections of one alias on one event loop, and the wrappers that Django sees them through.
+
+    Attributes:
+        alias: the database alias.
+        wrappers: idle wrappers; building one is costly.
+    """
+
+    def __init__(self, alias: str, settings_dict: dict[str, Any], make_wrapper: Callable[[], Any]) -> None:
+        self.alias = alias
+        self.settings_dict = settings_dict
+        self.where = self._where()
+        self.loop = get_running_loop()
+        self.wrappers: list[Any] = []
+        self.make_wrapper = make_wrapper
+        self.options = pool_options(settings_dict)
+        self.connections: ConnectionPool | None = None
+        self._opening: asyncio.Lock | None = None
+        self._closer: AsyncGenerator[None, None] | None = None
+
+    def _where(self) -> tuple[Any, ...]:
+        return tuple(map(self.settings_dict.get, _WHERE))
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the settings now name another database (tests rename it)."""
+        return self.where != self._where()
+
+    def take_wrapper(self) -> Any:
+        """An idle DatabaseWrapper for native code, without a connection."""
+        return self.wrappers.pop() if self.wrappers else self.make_wrapper()
+
+    def checkout(self, wrapper: BaseDatabaseWrapper) -> Connection:
+        """A connection for the running operation, waited for if need be.
+
+        Raises:
+            psycopg.OperationalError: none to be had; the message says why and what to do.
+        """
+        if self.connections is not None and (conn := self.connections.take()) is not None:
+            return conn.twin
+        runner = bridge.current()
+        assert runner is not None
+        return bridge.wait_for(runner, self._checkout(wrapper)).twin
+
+    def checkin(self, conn: Connection) -> None:
+        """Give a connection back; one that is not idle is rolled back or replaced in the background."""
+        assert conn.pooled is not None
+        if self.connections is None or self.loop.is_closed():
+            conn.terminate()
+        else:
+            self.connections.give(conn.pooled)
+
+    async def _checkout(self, wrapper: BaseDatabaseWrapper) -> PooledConnection:
+        if self.connections is None:
+            await self._open(wrapper)
+        assert self.connections is not None
+        try:
+            return await self.connections.getconn()
+        except PoolTimeout:
+            raise self._exhausted() from self.connections.connect_error
+        except TooManyRequests as exc:
+            raise psycopg.OperationalError(
+                f"The native pool of database {self.alias!r} is exhausted: all {self.size} connections are in use and "
+                f"{self.connections.waiting} tasks wait already, as many as OPTIONS['pool']['max_waiting'] allows."
+            ) from exc
+        except PoolClosed as exc:
+            raise psycopg.OperationalError(
+                f"The native pool of database {self.alias!r} was closed while this task waited for a connection."
+            ) from exc
+        except psycopg.OperationalError as exc:
+            raise psycopg.OperationalError(
+                f"Cannot connect to database {self.alias!r} ({self.description}): {str(exc).strip()}\n"
+                f"Check that the server runs and that DATABASES[{self.alias!r}] is right."
+            ) from exc
+
+    def _exhausted(self) -> psycopg.OperationalError:
+        assert self.connections is not None
+        seconds = self.options["timeout"]
+        if not self.connections.live:
+            return psycopg.OperationalError(
+                f"Cannot connect to database {self.alias!r} ({self.description}): no answer within {seconds:g} s. Check that the "
+                f"server can be reached; OPTIONS['connect_timeout'] makes it fail sooner."
+            )
+        return psycopg.OperationalError(
+            f"The native pool of database {self.alias!r} is exhausted: all {self.size} connections were in use for "
+            f"{seconds:g} s and {self.connections.waiting} more tasks wait. Raise OPTIONS['pool']['max_size'] in "
+            f"DATABASES[{self.alias!r}], or hold connections for less time (transactions, streams, asyncorm.connection())."
+        )
+
+    @property
+    def size(self) -> int:
+        """The most connections the pool may have."""
+        return int(self.options["max_size"])
+
+    @property
+    def description(self) -> str:
+        """Where the server is, for messages; no password."""
+        get = self.settings_dict.get
+        host = get("HOST") or self.settings_dict["OPTIONS"].get("host") or "local socket"
+        return f"host {host!r}, port {get('PORT') or 'default'}, database {get('NAME')!r}, user {get('USER') or 'default'!r}"
+
+    async def _open(self, wrapper: BaseDatabaseWrapper) -> None:
+        if self._opening is None:
+            self._opening = asyncio.Lock()
+        async with self._opening:
+            if self.connections is not None:
+                return
+            options = {**self.options}
+            min_size = options.pop("min_size")
+            callbacks = {
+                name: _natively(options.pop(name, None)) for name in ("check", "configure", "reset")
+            }
+            if self.settings_dict["CONN_HEALTH_CHECKS"] and callbacks["check"] is None:
+                callbacks["check"] = ConnectionPool.check_connection
+            try:
+                pool = ConnectionPool(
+                    kwargs=wrapper.get_connection_params(),
+                    # One connection at first, by growth; filled to min_size if the loop lives on.
+                    min_size=0,
+                    # A failed attempt is not repeated in the background: the next checkout tries anew (psycopg #1315).
+                    reconnect_timeout=0.0,
+                    **callbacks,
+                    **{"name": f"asyncorm-{self.alias}", **options},
+                )
+            except (TypeError, ValueError) as exc:
+                raise ImproperlyConfigured(
+                    f"DATABASES[{self.alias!r}]['OPTIONS']['pool'] is wrong: {exc}"
+                ) from exc
+            await pool.start()
+            self._closer = self._close_with_loop()
+            await self._closer.__anext__()
+            self.connections = pool
+            if min_size:
+                self.loop.call_later(conf.get("FILL_DELAY"), self._fill, min_size)
+
+    def _fill(self, min_size: int) -> None:
+        if self.connections is not None and not self.connections.closed:
+            self.connections.fill(min_size)
+
+    async def _close_with_loop(self) -> AsyncGenerator[None, None]:
+        # asyncio.run() cancels all tasks, the pool's among them, and only then closes asynchronous generators.
+        try:
+            yield
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Close every connection of the pool and forget it."""
+        forget(self)
+        pool, self.connections = self.connections, None
+        if pool is not None:
+            await pool.shut()
+        if self._closer is not None and not self._closer.ag_running:
+            await self._closer.aclose()
+
+    def abandon(self) -> None:
+        """Close every connection at once, for a pool whose loop is already closed."""
+        forget(self)
+        if self.connections is not None:
+            self.connections.terminate()
+            self.connections = None
+
+    def stats(self) -> dict[str, int]:
+        """psycopg_pool's statistics: numbers only."""
+        if self.connections is None:
+            return {"pool_min": self.options["min_size"], "pool_max": self.size, "pool_size": 0, "pool_available": 0}
+        return {**self.connections.get_stats(), "pool_min": self.options["min_size"], "pool_max": self.size}
+
+
+def _natively(callback: Any) -> Any:
+    """Django's pool callbacks take a synchronous connection: run them natively on the twin."""
+    if callback is None:
+        return None
+
+    async def run(conn: PooledConnection) -> None:
+        with_lock = conn.twin.lock
+        conn.twin.lock = suppress()  # nobody else has the connection yet
+        try:
+            await bridge.run(callback, conn.twin)
+        finally:
+            conn.twin.lock = with_lock
+
+    return run
+
+
+_pools: dict[AbstractEventLoop, dict[str, Pool]] = {}
+
+
+def find(alias: str) -> Pool | None:
+    """The running loop's pool of an alias, if there is one."""
+    try:
+        return _pools[get_running_loop()][alias]
+    except KeyError:
+        return None
+
+
+def add(pool: Pool) -> None:
+    """Register a new pool; pools whose loop was closed without telling us are closed first."""
+    for loop in list(_pools):
+        if loop.is_closed():
+            for stale in list(_pools.get(loop, {}).values()):
+                stale.abandon()
+    _pools.setdefault(pool.loop, {})[pool.alias] = pool
+
+
+def forget(pool: Pool) -> None:
+    """Take a pool out of the registry."""
+    by_alias = _pools.get(pool.loop, {})
+    if by_alias.get(pool.alias) is pool:
+        del by_alias[pool.alias]
+        if not by_alias:
+            _pools.pop(pool.loop, None)
+
+
+async def close_pools(using: str | None = None) -> None:
+    """Close the native pools of the running event loop, of one alias or of all.
+
+    Connections in use are closed too: what runs on them fails with django.db.OperationalError. The next native call opens a
+    new pool.
+
+    Args:
+        using: a database alias; all of them by default.
+    """
+    for alias, pool in list(_pools.get(get_running_loop(), {}).items()):
+        if using is None or alias == using:
+            await pool.close()
+
+
+def pool_stats(using: str | None = None) -> dict[str, int]:
+    """Statistics of one alias's native pool on the running event loop, as plain numbers.
+
+    The keys are psycopg_pool's (`pool_size`, `pool_available`, `requests_waiting`, ...): see its "Pool stats". Empty before the
+    first native call.
+
+    Args:
+        using: a database alias; the default one by default.
+    """
+    pool = find(using or DEFAULT_DB_ALIAS)
+    return {} if pool is None else pool.stats()
+
+
+def discard_pools(alias: str) -> None:
+    """Have every loop open new connections for `alias`: its settings (time zone, name) changed."""
+    for by_alias in list(_pools.values()):
+        if (pool := by_alias.pop(alias, None)) is not None and pool.connections is not None:
+            if pool.loop.is_closed():
+                pool.abandon()
+            else:
+                pool.loop.call_soon_threadsafe(_close_later, pool)
+
+
+def _close_later(pool: Pool) -> None:
+    task = pool.loop.create_task(pool.close())
+    _closing.add(task)
+    task.add_done_callback(_closing.discard)
+
+
+_closing: set[asyncio.Task[None]] = set()

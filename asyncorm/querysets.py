@@ -1,0 +1,165 @@
+"""The native_* methods: a twin of each a* method that the installed Django defines, and what Django has no a* method for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable
+from itertools import islice
+from typing import Any
+
+from django.db.models import Manager, Model
+from django.db.models.fields import related_descriptors
+from django.db.models.manager import BaseManager
+from django.db.models.query import QuerySet, RawQuerySet
+
+from . import bridge, sessions, swap
+
+_NOT_DATABASE = {"acheck_password"}  # hashes in a thread
+
+
+def _check(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if swap.has_foreign():
+        alias = swap.alias_of(method, args, kwargs)
+        if alias is not None and sessions.native_class(alias) is None:
+            raise sessions.refuse_foreign(alias)
+
+
+def _twin(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """native_<name> for the a* method `a<name>`."""
+    plain = name[1:]
+    names = method.__code__.co_names
+    if "sync_to_async" in names and plain in names:
+
+        async def twin(self: Any, *args: Any, **kwargs: Any) -> Any:
+            method = getattr(self, plain)
+            _check(method, args, kwargs)
+            return await bridge.run(method, *args, **kwargs)
+
+    else:  # calls other a* methods, which shall be native too
+
+        async def twin(self: Any, *args: Any, **kwargs: Any) -> Any:
+            method = getattr(self, name)
+            _check(method, args, kwargs)
+            with swap.forced():
+                return await method(*args, **kwargs)
+
+    twin.__name__ = f"native_{plain}"
+    twin.__qualname__ = f"{method.__qualname__.rpartition('.')[0]}.{twin.__name__}"
+    twin.__module__ = __name__
+    twin.__doc__ = f"Like `{plain}()`, run natively (see Django's documentation of `{name}()`)."
+    twin.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
+    twin.alters_data = getattr(method, "alters_data", False)  # type: ignore[attr-defined]
+    return twin
+
+
+def add_twins(target: type, source: type | None = None) -> type:
+    """Give `target` a native_* twin of each a* method that `source` (by default itself) defines."""
+    for name, method in list(vars(source or target).items()):
+        if name.startswith("a") and inspect.iscoroutinefunction(method) and name not in _NOT_DATABASE:
+            native_name = f"native_{name[1:]}"
+            if native_name not in vars(target):
+                setattr(target, native_name, _twin(name, method))
+    return target
+
+
+async def _anative(self: Any) -> list[Any]:
+    """Evaluate natively and return the list of results: instances, or rows of values() and values_list()."""
+    _check(self.__iter__, (), {})
+    return await bridge.run(list, self)
+
+
+async def _anative_of_manager(self: Any) -> list[Any]:
+    """Evaluate all() natively and return the list of instances."""
+    return await _anative(self.all())
+
+
+def native_iterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
+    """Iterate natively in chunks from a server-side cursor, without filling the queryset's cache.
+
+    As QuerySet.iterator(): prefetch_related() works chunk by chunk. Outside a transaction the stream keeps one connection until it ends or is closed; inside
+    one it uses the block's.
+
+    Args:
+        chunk_size: rows fetched at a time.
+    """
+    if chunk_size is None or chunk_size <= 0:
+        raise ValueError("Chunk size must be strictly positive.")
+    _check(self.iterator, (), {})
+    return _stream(self, chunk_size)
+
+
+async def _stream(queryset: Any, chunk_size: int) -> AsyncIterator[Any]:
+    rows = queryset.iterator(chunk_size=chunk_size)
+    session, new = await sessions.hold(queryset.db)
+
+    def chunk() -> list[Any]:
+        return list(islice(rows, chunk_size))
+
+    try:
+        while True:
+            part = await (sessions.run_in(session, chunk) if new else bridge.run(chunk))
+            for row in part:
+                yield row
+            if len(part) < chunk_size:
+                break
+    finally:
+        if new:
+            await sessions.let_go(session, lambda session: rows.close())
+        else:
+            await bridge.run(rows.close)
+
+
+def _adding_twins(factory: Callable[..., type]) -> Callable[..., type]:
+    """Related managers' classes are made by functions: add the twins to what they return."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> type:
+        return add_twins(factory(*args, **kwargs))
+
+    make._asyncorm = True  # type: ignore[attr-defined]
+    return make
+
+
+_FACTORIES = (
+    (related_descriptors, "create_reverse_many_to_one_manager"),
+    (related_descriptors, "create_forward_many_to_many_manager"),
+)
+
+
+def _patch_factories(factories: Any) -> None:
+    for module, name in factories:
+        factory = getattr(module, name)
+        if not hasattr(factory, "_asyncorm"):
+            setattr(module, name, _adding_twins(factory))
+
+
+def install() -> None:
+    """Add the native_* methods to Django's classes, once."""
+    from django.apps import apps
+
+    add_twins(QuerySet)
+    add_twins(BaseManager, QuerySet)
+    add_twins(Model)
+    add_twins(RawQuerySet)
+    for cls in (QuerySet, RawQuerySet):
+        cls.anative = _anative
+    BaseManager.anative = _anative_of_manager
+    QuerySet.native_iterator = native_iterator
+    BaseManager.native_iterator = lambda self, chunk_size=2000: self.all().native_iterator(chunk_size)
+    _patch_factories(_FACTORIES)
+    if apps.is_installed("django.contrib.contenttypes"):
+        from django.contrib.contenttypes import fields
+
+        _patch_factories([(fields, "create_generic_related_manager")])
+    for base in (Manager, Model):  # UserManager.acreate_user, PermissionsMixin.ahas_perm, ...
+        for cls in _subclasses(base):
+            if cls.__module__.startswith("django."):
+                add_twins(cls)
+
+
+def _subclasses(cls: type) -> set[type]:
+    found = set(cls.__subclasses__())
+    for sub in list(found):
+        found |= _subclasses(sub)
+    return found

@@ -1,0 +1,147 @@
+"""Everything asyncorm replaces in Django and asgiref while the app is installed: the seam to Django's internals.
+
+(The wrapper classes are in backends/mixin.py.) Each replacement does what it replaced outside native code.
+
+- `django.db.connections._connections`: where `connections[alias]` is kept. It must be the running operation's wrapper in native code; Django's own is a
+  context variable on a loop's thread, copied into child tasks, so gathered tasks would share one wrapper.
+- `django.utils.asyncio.get_running_loop`: what `async_unsafe` asks whether to refuse; native code is allowed.
+- `django.db.transaction.Atomic.__enter__`, `.__exit__`: blocks of the transaction tree in native code.
+- `asgiref.sync.AsyncToSync.__call__`: refuses on a running loop's thread; native code awaits instead (asynchronous signal receivers).
+- `django.db.models.fields.files.FieldFile.save`, `.delete`: the storage works in a thread while the model is saved natively.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import django.utils.asyncio
+from asgiref.sync import AsyncToSync, sync_to_async
+from django.core.exceptions import SynchronousOnlyOperation
+from django.db import connections
+from django.db.models.fields.files import FieldFile
+from django.db.transaction import Atomic
+
+from . import bridge, sessions, transactions
+
+
+class _Storage:
+    """In place of `connections._connections`.
+
+    Attributes:
+        local: Django's own storage.
+    """
+
+    def __init__(self, local: Any) -> None:
+        object.__setattr__(self, "local", local)
+
+    def __getattr__(self, alias: str) -> Any:
+        runner = bridge.current()
+        if runner is not None:
+            session = sessions.session_for(alias, runner)
+            if session is not None:
+                return session.wrapper
+            runner.resources.setdefault(_FOREIGN, _foreign)
+        return getattr(self.local, alias)
+
+    def __setattr__(self, alias: str, wrapper: Any) -> None:
+        setattr(self.local, alias, wrapper)
+
+    def __delattr__(self, alias: str) -> None:
+        delattr(self.local, alias)
+
+
+_FOREIGN = "a wrapper of another engine was handed out"
+
+
+class _Foreign:
+    """A mark among the resources of an operation."""
+
+    def suspend(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
+_foreign = _Foreign()
+
+
+def _get_running_loop() -> Any:
+    runner = bridge.current()
+    if runner is not None:
+        if _FOREIGN in runner.resources:
+            _refuse_foreign(sys._getframe(1).f_locals.get("args", ()))
+        raise RuntimeError("Native code may call the synchronous ORM.")
+    return asyncio.get_running_loop()
+
+
+def _refuse_foreign(args: Any) -> None:
+    # Called by async_unsafe's wrapper, whose first argument is the DatabaseWrapper.
+    wrapper = args[0] if args else None
+    alias = getattr(wrapper, "alias", None)
+    if alias is not None and not isinstance(wrapper, sessions_wrapper()):
+        engine = wrapper.settings_dict.get("ENGINE")
+        raise SynchronousOnlyOperation(
+            f"Native code used database {alias!r}, whose ENGINE {engine!r} would block the event loop. Use sync_to_async for it, or "
+            "asyncorm.await_(sync_to_async(function)()) from within native code."
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def sessions_wrapper() -> type:
+    """The base class of native wrappers (imported late: it needs settings)."""
+    from .backends.mixin import NativeWrapper
+
+    return NativeWrapper
+
+
+def _call(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        if bridge.in_native_code():
+            return bridge.await_(self.awaitable(*args, **kwargs))
+        return original(self, *args, **kwargs)
+
+    return __call__
+
+
+class _ThreadedStorage:
+    """A storage whose methods run in Django's thread for synchronous code while native code waits."""
+
+    def __init__(self, storage: Any) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._storage, name)
+        if not callable(value):
+            return value
+        return lambda *args, **kwargs: bridge.await_(sync_to_async(value)(*args, **kwargs))
+
+
+def _with_threaded_storage(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not bridge.in_native_code() or isinstance(self.storage, _ThreadedStorage):
+            return original(self, *args, **kwargs)
+        storage, self.storage = self.storage, _ThreadedStorage(self.storage)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.storage = storage
+
+    return method
+
+
+def install() -> None:
+    """Put the replacements in place, once."""
+    if isinstance(connections._connections, _Storage):  # type: ignore[attr-defined]
+        return
+    connections._connections = _Storage(connections._connections)  # type: ignore[attr-defined]
+    django.utils.asyncio.get_running_loop = _get_running_loop  # type: ignore[attr-defined]
+    Atomic.__enter__ = transactions.enter  # type: ignore[method-assign, assignment]
+    Atomic.__exit__ = transactions.leave  # type: ignore[method-assign]
+    AsyncToSync.__call__ = _call(AsyncToSync.__call__)  # type: ignore[method-assign]
+    FieldFile.save = _with_threaded_storage(FieldFile.save)  # type: ignore[method-assign]
+    FieldFile.delete = _with_threaded_storage(FieldFile.delete)  # type: ignore[method-assign]

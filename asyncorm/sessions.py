@@ -1,0 +1,593 @@
+"""Which server connection the code that runs now uses.
+
+A `Session` is a Django wrapper with, while needed, a connection from the pool. An operation outside a transaction has one of its
+own. Transaction blocks and `asyncorm.connection()` put theirs into a chain of `Scope`s in a context variable, where the tasks
+started inside find it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from asyncio import Task, current_task, get_running_loop
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import Context, ContextVar
+from time import monotonic
+from types import FrameType
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+import anyio
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DEFAULT_DB_ALIAS, InterfaceError, NotSupportedError, connections
+from django.db.transaction import TransactionManagementError
+from django.db.utils import load_backend
+from greenlet import getcurrent
+from psycopg import sql
+from psycopg.pq import TransactionStatus
+
+from . import bridge, conf, pools
+from .bridge import Runner
+from .driver import NO_LOCK, Connection
+
+T = TypeVar("T")
+_IDLE = TransactionStatus.IDLE
+
+
+class Scope:
+    """A session that a context carries: that of a transaction block, of `connection()`, or none (`detached()`).
+
+    Attributes:
+        alias: the database alias; None means every alias.
+        session: what to use, None to use nothing of the scopes outside.
+        block: the transaction block, if it is one.
+        task, context: where it was entered. A context variable alone does not identify a task: tasks may share a Context (Django 6.1 runs
+            async receivers so) and a fixture is entered in one task and used in others.
+        prev: the scope outside.
+    """
+
+    __slots__ = ("alias", "block", "context", "ended", "prev", "session", "task")
+
+    def __init__(self, alias: str | None, session: Session | None, block: Block | None = None) -> None:
+        self.alias = alias
+        self.session = session
+        self.block = block
+        self.task = _task()
+        self.context: Context | None = None
+        self.ended = False
+        self.prev: Scope | None = None
+
+    def push(self) -> None:
+        """Enter the scope in the current context."""
+        self.context = getcurrent().gr_context
+        self.prev = _scope.get()
+        _scope.set(self)
+
+    def pop(self) -> None:
+        """Leave the scope, in whichever task and order."""
+        self.ended = True
+        top = value = _scope.get()
+        while value is not None and value.ended and (value is self or value.context is self.context):
+            value = value.prev
+        if value is not top:
+            _scope.set(value)
+
+
+_scope: ContextVar[Scope | None] = ContextVar("asyncorm_scope", default=None)
+
+
+def _task() -> Task[Any] | None:
+    try:
+        return current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
+
+
+def find_scope(alias: str, *, outlived: bool = True) -> Scope | None:
+    """The innermost scope of `alias` that the current task is in.
+
+    Args:
+        outlived: raise TransactionManagementError when the task was started in a block that has ended.
+    """
+    scope = _scope.get()
+    if scope is None:
+        return None
+    task = _task()
+    context = None
+    while scope is not None:
+        if scope.alias == alias or scope.alias is None:
+            mine = scope.task is task
+            if not mine and context is None:
+                context = getcurrent().gr_context
+            shared = not mine and scope.context is context
+            if scope.ended:
+                if outlived and not mine and not shared and scope.block is not None:
+                    raise scope.block.outlived_error()
+            elif mine or not shared or (scope.task is not None and scope.task.done()):
+                # A scope that shares this Context but belongs to another running task is a sibling's.
+                if scope.session is None:
+                    return None
+                if mine or scope.block is not None:  # child tasks do not inherit `connection()`
+                    return scope
+        scope = scope.prev
+    return None
+
+
+class Block:
+    """A transaction or a savepoint: a node in the tree of blocks of a session.
+
+    A statement holds the block's lock while it runs, a nested block holds it for its life. The lock belongs to the block and not to
+    a task: fixtures enter and leave in different tasks.
+
+    Attributes:
+        sids: the savepoints that a callback registered here depends on (`on_commit`).
+        needs_rollback, rollback_exc: Django's flag, for this block alone.
+        inner: the nested block that holds the lock now.
+        characteristics: what `atomic()` set for the block (transactions.py).
+    """
+
+    def __init__(self, session: Session, parent: Block | None, origin: str) -> None:
+        self.session = session
+        self.parent = parent
+        self.origin = origin
+        self.scope = Scope(session.alias, session, self)
+        self.lock = anyio.Semaphore(1, max_value=1, fast_acquire=True)
+        self.sids: frozenset[Any] = frozenset()
+        self.needs_rollback = parent.needs_rollback if parent is not None else False
+        self.rollback_exc = parent.rollback_exc if parent is not None else None
+        self.inner: Block | None = None
+        self.characteristics: Any = None
+        self.ended = False
+
+    def outlived_error(self) -> TransactionManagementError:
+        """For a task that was started in the block and goes on after its end."""
+        return TransactionManagementError(
+            f"The transaction block that began at {self.origin} has ended, but a task started inside it still uses database "
+            f"{self.session.alias!r}. Await the task inside the block, or start it with asyncorm.detached()."
+        )
+
+    def acquire(self) -> None:
+        """Take the lock, waiting in order of arrival.
+
+        Raises:
+            TransactionManagementError: the block has ended meanwhile, or nothing happened for LOCK_TIMEOUT seconds.
+        """
+        try:
+            self.lock.acquire_nowait()
+        except anyio.WouldBlock:
+            runner = bridge.current()
+            assert runner is not None
+            bridge.wait_for(runner, self._acquire(runner))
+        if self.ended:
+            self.lock.release()
+            raise self.outlived_error()
+
+    async def _acquire(self, runner: Runner) -> None:
+        timeout = conf.get("LOCK_TIMEOUT")
+        loop = get_running_loop()
+        session = self.session
+        began = monotonic()
+        with anyio.CancelScope(shield=bool(runner.shields)) as scope:
+
+            def look() -> None:
+                nonlocal handle
+                quiet = monotonic() - max(session.active, began)
+                if quiet >= timeout and session.holder is None:
+                    scope.cancel()
+                else:
+                    handle = loop.call_later(max(timeout - quiet, 0.01), look)
+
+            handle = loop.call_later(timeout, look)
+            try:
+                await self.lock.acquire()
+                return
+            finally:
+                handle.cancel()
+        holder = f"the block that began at {self.inner.origin}" if self.inner else "another task"
+        raise TransactionManagementError(
+            f"Waited {timeout:g} s for the transaction block that began at {self.origin}: {holder} holds it and does nothing. Probably that "
+            "block waits for this task, which waits for the block. ASYNCORM['LOCK_TIMEOUT'] sets the time."
+        )
+
+
+class Session:
+    """A Django wrapper for native code and, from its first statement on, a connection.
+
+    It is also the lock that psycopg takes around each statement (`with connection.lock`).
+
+    Attributes:
+        alias, pool, wrapper: what they say.
+        root: the outermost transaction block that is open, if any.
+        pinned: kept by `asyncorm.connection()` or by a stream, whatever operations come and go.
+        cursors: server-side cursors of the session; open ones keep the connection.
+        holder: the greenlet whose statement runs.
+        acting: the block that `holder` enters or leaves.
+        active: when the last statement began or ended (time.monotonic()).
+    """
+
+    def __init__(self, alias: str, pool: pools.Pool) -> None:
+        self.alias = alias
+        self.pool = pool
+        self.wrapper: Any = pool.take_wrapper()
+        self.wrapper.session = self
+        self.root: Block | None = None
+        self.pinned = False
+        self.cursors: WeakSet[Any] = WeakSet()
+        self.holder: Any = None
+        self.acting: Block | None = None
+        self.active = 0.0
+        self._depth = 0
+        self._held: Block | None = None
+
+    # The connection
+
+    def attach(self) -> Connection:
+        """Check a connection out of the pool; DatabaseWrapper.connect() calls this."""
+        self._entitled(getcurrent())
+        conn = self.pool.checkout(self.wrapper)
+        conn.lock = self
+        return conn
+
+    def detach(self) -> None:
+        """Give the connection back."""
+        conn = self.wrapper.connection
+        if conn is not None:
+            self.wrapper.connection = None
+            self.put(conn)
+
+    def put(self, conn: Connection) -> None:
+        """Return `conn` to the pool in the state it came in, or closed."""
+        conn.lock = NO_LOCK
+        conn._pool = None
+        if not conn._autocommit:
+            if conn.pgconn.transaction_status != _IDLE:
+                # Somebody turned autocommit off and left: what was not committed is rolled back.
+                conn.terminate()
+            conn._autocommit = True
+        self.pool.checkin(conn)
+
+    @property
+    def kept(self) -> bool:
+        """Whether something other than an operation keeps the connection."""
+        return self.root is not None or self.pinned or self.streaming
+
+    @property
+    def streaming(self) -> bool:
+        """Whether a server-side cursor is open."""
+        return bool(self.cursors) and any(not cursor.closed for cursor in self.cursors)
+
+    def suspend(self) -> None:
+        """The operation awaits something else (bridge.Resource): hold nothing meanwhile."""
+        conn = self.wrapper.connection
+        if conn is not None and conn._autocommit and self.holder is None and not self.kept:
+            self.detach()
+
+    def release(self) -> None:
+        """The operation has ended (bridge.Resource)."""
+        if not self.kept:
+            self.close()
+
+    def close(self) -> None:
+        """Give back the connection and the wrapper."""
+        wrapper = self.wrapper
+        if wrapper is None:
+            return
+        self.detach()
+        self.wrapper = None
+        wrapper.session = None
+        wrapper.forget()
+        if not self.pool.outdated:
+            self.pool.wrappers.append(wrapper)
+
+    def serves(self, runner: Runner | None) -> bool:
+        """Whether the running operation uses the session, rather than a finaliser that happens to run in it."""
+        if runner is None:
+            return False
+        held = runner.resources
+        return runner.lead is self or held.get(self.alias) is self or self._key in held or self.innermost() is not None
+
+    @property
+    def _key(self) -> str:
+        return f"{self.alias} {id(self)}"
+
+    def abandon(self, name: str) -> None:
+        """A server-side cursor was dropped outside native code: close it later."""
+        loop = self.pool.loop
+        if self.root is None and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: loop.create_task(self._abandoned(name), context=Context()))
+
+    async def _abandoned(self, name: str) -> None:
+        def close() -> None:
+            conn = self.wrapper.connection if self.wrapper is not None else None
+            if conn is not None and self.root is None and not conn.closed:
+                with conn.cursor() as cursor:
+                    cursor.execute(sql.SQL("CLOSE {}").format(sql.Identifier(name)))
+
+        try:
+            await run_in(self, close)
+        except Exception:
+            if self.wrapper is not None and self.wrapper.connection is not None:
+                self.wrapper.connection.terminate()
+        self.release()
+
+    def __del__(self) -> None:
+        # Nobody left the block or the stream that kept it: the connection is in doubt.
+        wrapper = getattr(self, "wrapper", None)
+        if wrapper is not None and wrapper.connection is not None:
+            conn, wrapper.connection = wrapper.connection, None
+            conn.lock = NO_LOCK
+            conn._pool = None
+            if not self.pool.loop.is_closed():
+                self.pool.loop.call_soon_threadsafe(self._drop, self.pool, conn)
+
+    @staticmethod
+    def _drop(pool: pools.Pool, conn: Connection) -> None:
+        conn.terminate()
+        pool.checkin(conn)
+
+    # The lock
+
+    def innermost(self) -> Block | None:
+        """The innermost block of the current task on this session."""
+        if self.root is None:
+            return None
+        if self.acting is not None and self.holder is getcurrent():
+            return self.acting
+        scope = find_scope(self.alias)
+        if scope is not None and scope.session is self:
+            return scope.block
+        return None
+
+    def _entitled(self, runner: Any) -> Block | None:
+        """The block whose lock a statement of `runner` takes; an error if the session is not its to use."""
+        if type(runner) is not Runner:
+            raise InterfaceError("A native connection was used outside native code.")
+        if self.root is None:
+            if runner.resources.get(self.alias) is self or runner.lead is self:
+                return None
+            if self.pinned or self.streaming:
+                # A cursor goes on in another operation than it began in; look again when that one ends.
+                runner.resources[self._key] = self
+                return None
+        elif runner.lead is self:
+            return self.innermost() or self.root
+        elif (block := self.innermost()) is not None:
+            return block
+        raise InterfaceError(
+            f"A connection or cursor of database {self.alias!r} was used outside the operation or transaction block that it belongs to."
+        )
+
+    def __enter__(self) -> None:
+        runner = getcurrent()
+        if self.holder is runner:
+            self._depth += 1
+            return
+        block = self._entitled(runner)
+        if block is not None:
+            block.acquire()
+        elif self.holder is not None:
+            raise InterfaceError(f"Two tasks used one connection of database {self.alias!r} at the same time.")
+        self._held = block
+        self.holder = runner
+        self._depth = 1
+        self.active = monotonic()
+
+    def __exit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.active = monotonic()
+            self.holder = None
+            if self._held is not None:
+                held, self._held = self._held, None
+                held.lock.release()
+
+    @contextmanager
+    def acting_for(self, runner: Runner, block: Block) -> Iterator[None]:
+        """Statements inside enter or leave `block`, whose lock (or whose parent's) the caller holds."""
+        self.holder, self.acting, self._depth = runner, block, 1
+        try:
+            yield
+        finally:
+            self.holder, self.acting, self._depth = None, None, 0
+            self.active = monotonic()
+
+
+# Aliases
+
+
+@functools.lru_cache(maxsize=None)
+def _native_class(engine: str) -> type | None:
+    return getattr(load_backend(engine).DatabaseWrapper, "native_class", None)
+
+
+def native_class(alias: str) -> type | None:
+    """The wrapper class that native code uses for `alias`; None when its ENGINE is not ours."""
+    settings_dict = connections.settings.get(alias)
+    return None if settings_dict is None else _native_class(settings_dict["ENGINE"])
+
+
+def refuse_foreign(alias: str) -> NotSupportedError:
+    """For native code that uses an alias of another engine."""
+    if alias not in connections.settings:
+        return connections[alias]  # type: ignore[no-any-return]  # raises ConnectionDoesNotExist
+    engine = connections.settings[alias]["ENGINE"]
+    return NotSupportedError(
+        f"Database {alias!r} has ENGINE {engine!r}, which cannot run natively. Use ENGINE 'asyncorm.backends.postgresql' for a PostgreSQL "
+        "database; for others use Django's own a* methods or sync_to_async."
+    )
+
+
+def _pool(alias: str, cls: Any) -> pools.Pool:
+    pool = pools.find(alias)
+    if pool is None or pool.outdated:
+        if pool is not None:
+            pools.discard_pools(alias)
+        settings_dict = connections.settings[alias]
+        if not settings_dict["AUTOCOMMIT"]:
+            raise ImproperlyConfigured(
+                f"DATABASES[{alias!r}]['AUTOCOMMIT'] is False, which native code does not support: use asyncorm.atomic()."
+            )
+        pool = pools.Pool(alias, settings_dict, lambda: cls(settings_dict, alias))
+        pools.add(pool)
+    return pool
+
+
+def session_for(alias: str, runner: Runner) -> Session | None:
+    """The session that native code of `runner` uses for `alias`; None when the ENGINE is not ours."""
+    lead = runner.lead
+    if lead is not None and lead.alias == alias:
+        return lead  # type: ignore[no-any-return]
+    if _scope.get() is not None and (scope := find_scope(alias)) is not None:
+        return scope.session
+    session = runner.resources.get(alias)
+    if session is None or session.wrapper is None:
+        cls = native_class(alias)
+        if cls is None:
+            return None
+        session = runner.resources[alias] = Session(alias, _pool(alias, cls))
+    return session  # type: ignore[no-any-return]
+
+
+def require(alias: str | None) -> Session:
+    """`session_for()` the running operation.
+
+    Raises:
+        django.db.NotSupportedError: the alias has another engine.
+    """
+    runner = bridge.current()
+    assert runner is not None
+    session = session_for(alias or DEFAULT_DB_ALIAS, runner)
+    if session is None:
+        raise refuse_foreign(alias or DEFAULT_DB_ALIAS)
+    return session
+
+
+def refuse_beside_block(alias: str) -> None:
+    """Raise when a synchronous connection of `alias` is used in another thread from inside a native block."""
+    if _scope.get() is not None:
+        scope = find_scope(alias, outlived=False)
+        if scope is not None and scope.block is not None:
+            raise TransactionManagementError(
+                f"A synchronous connection of database {alias!r} was used in another thread inside the transaction block that began at "
+                f"{scope.block.origin}: it would not be part of the transaction. Use 'await asyncorm.native(function)(...)' instead of "
+                "sync_to_async, or asyncorm.detached() to work outside the block."
+            )
+
+
+_OWN = ("asyncorm.", "django.db.", "contextlib", "asyncio.", "greenlet")
+
+
+def caller() -> str:
+    """File and line of the nearest frame that is not ours nor Django's, for messages."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_OWN):
+        frame = frame.f_back
+    if frame is None:
+        return "an unknown place"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+# Holding a connection
+
+
+async def run_in(session: Session, func: Callable[..., T], /, *args: Any) -> T:
+    """Run `func` natively on `session`, before any session of the context."""
+
+    def lead() -> T:
+        runner = bridge.current()
+        assert runner is not None
+        runner.lead = session
+        return func(*args)
+
+    return await bridge.run(lead)
+
+
+async def hold(using: str | None) -> tuple[Session, bool]:
+    """A session that outlives operations, and whether it is new (else it is that of the block or connection() around)."""
+
+    def find() -> tuple[Session, bool]:
+        session = require(using)
+        new = not (session.root is not None or session.pinned)
+        if new:
+            session.pinned = True
+        return session, new
+
+    return await bridge.run(find)
+
+
+@asynccontextmanager
+async def connection(using: str | None = None) -> AsyncIterator[None]:
+    """Keep one connection for this task: for session state, temporary tables, advisory locks.
+
+    The task's operations outside transactions, and the transactions that it begins, run on one server session until the end, when the
+    session is reset (PostgreSQL's DISCARD ALL). Child tasks do not inherit it. Inside `atomic()` or another `connection()` it changes nothing, since
+    the task has one connection there.
+
+    Args:
+        using: a database alias; the default one by default.
+
+    Raises:
+        django.db.NotSupportedError: the alias has another engine.
+    """
+    session, new = await hold(using)
+    if not new:
+        yield
+        return
+    scope = Scope(session.alias, session)
+    scope.push()
+    try:
+        yield
+    finally:
+        scope.pop()
+        await let_go(session, _discard_all)
+
+
+def _discard_all(session: Session) -> None:
+    conn = session.wrapper.connection
+    if conn is not None and conn.pooled is not None and not conn.closed:
+        with conn.cursor() as cursor:
+            cursor.execute("DISCARD ALL")
+        conn.lock = NO_LOCK
+        conn.pooled.renew()
+        session.wrapper.connection = conn.pooled.twin
+
+
+async def let_go(session: Session, clean: Callable[[Session], None] | None = None) -> None:
+    """End what `hold()` began: `clean` the session and give its connection back, or close it if that fails."""
+
+    def finish() -> None:
+        runner = bridge.current()
+        assert runner is not None
+        conn = session.wrapper.connection
+        try:
+            with bridge.shield(runner):
+                if clean is not None:
+                    clean(session)
+        except BaseException:
+            if conn is not None:
+                conn.terminate()
+            raise
+        finally:
+            session.pinned = False
+            if session.streaming and conn is not None:
+                conn.terminate()
+            session.cursors.clear()
+            runner.lead = None
+            session.release()
+
+    await run_in(session, finish)
+
+
+@asynccontextmanager
+async def detached() -> AsyncIterator[None]:
+    """Work outside any transaction block or kept connection, on purpose.
+
+    What runs inside, child tasks included, checks out connections of its own and commits on its own.
+    """
+    scope = Scope(None, None)
+    scope.push()
+    try:
+        yield
+    finally:
+        scope.pop()

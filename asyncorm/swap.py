@@ -1,0 +1,157 @@
+"""The project-wide swap: with ASYNCORM = {"SWAP_MANAGERS": True} Django's own a* methods run natively.
+
+Every a* method of Django is `sync_to_async(self.<name>)(...)`, with `sync_to_async` imported by name in a few modules. `dispatch` takes the place of that
+name: so the whole asynchronous surface is covered at once, and overridden `get()` or `save()` are honoured. Without the swap it calls asgiref's.
+
+What stays in threads on purpose: password hashing, file storage, cache backends, and other people's session and authentication backends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.apps import apps
+from django.core.signals import setting_changed
+from django.db import connections, router
+
+from . import bridge, conf, sessions
+
+# Module: the app that must be installed for it to be importable.
+MODULES = {
+    "django.db.models.query": None,
+    "django.db.models.base": None,
+    "django.db.models.fields.related_descriptors": None,
+    "django.core.paginator": None,
+    "django.contrib.contenttypes.fields": "django.contrib.contenttypes",
+    "django.contrib.sessions.backends.db": "django.contrib.sessions",
+    "django.contrib.auth.backends": "django.contrib.auth",
+}
+# Modules whose classes are bases of other people's: only Django's own classes are swapped.
+_BASES = ("django.contrib.auth.backends",)
+
+_swapped = False
+_forced: ContextVar[bool] = ContextVar("asyncorm_forced", default=False)
+
+
+@contextmanager
+def forced() -> Iterator[None]:
+    """Run a* methods natively inside, whatever the setting."""
+    token = _forced.set(True)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def active() -> bool:
+    """Whether a* methods called now run natively (where the alias allows it)."""
+    return _swapped or _forced.get()
+
+
+def dispatch(func: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """In place of asgiref's sync_to_async in Django's modules: native when swapped and possible."""
+    if func is None:
+        return lambda func: dispatch(func, **options)
+    if not active():
+        return sync_to_async(func, **options)
+
+    def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
+        if is_native(func, args, kwargs):
+            return bridge.run(func, *args, **kwargs)
+        return sync_to_async(func, **options)(*args, **kwargs)
+
+    return call
+
+
+def is_native(func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> bool:
+    """Whether an ORM callable works on an alias of ours and belongs to Django."""
+    owner = getattr(func, "__self__", None)
+    if owner is not None and getattr(func, "__module__", None) in _BASES:
+        if not type(owner).__module__.startswith("django."):
+            return False
+    if not has_foreign():
+        return True
+    alias = alias_of(func, args, kwargs or {})
+    return alias is None or sessions.native_class(alias) is not None
+
+
+def alias_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The database alias that an ORM callable will use, as far as it can be told before the call."""
+    if kwargs.get("using"):
+        return str(kwargs["using"])
+    target = getattr(func, "__self__", None)
+    if target is None:  # list(queryset), prefetch_related_objects(instances), a closure over `using`
+        code = getattr(func, "__code__", None)
+        if code is not None and "using" in code.co_freevars:
+            return str(func.__closure__[code.co_freevars.index("using")].cell_contents)
+        target = args[0] if args else None
+        if isinstance(target, list | tuple) and target:
+            target = target[0]
+    state = getattr(target, "_state", None)
+    if state is not None:
+        return router.db_for_write(type(target), instance=target)
+    alias = getattr(target, "db", None)
+    return alias if isinstance(alias, str) else None
+
+
+def has_foreign() -> bool:
+    """Whether the project has a database of another engine."""
+    global _foreign
+    if _foreign is None:
+        _foreign = any(sessions.native_class(alias) is None for alias in connections.settings)
+    return _foreign
+
+
+_foreign: bool | None = None
+
+
+async def _aiterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
+    """QuerySet.aiterator(): asynchronous iteration in chunks from a server-side cursor."""
+    if active() and is_native(self.iterator):
+        rows = self.native_iterator(chunk_size)
+    else:
+        rows = _django_aiterator(self, chunk_size)
+    async for row in rows:
+        yield row
+
+
+_django_aiterator: Any = None
+
+
+def install() -> None:
+    """Put `dispatch` in the place of sync_to_async, once, and follow the setting."""
+    global _django_aiterator
+    from django.db.models.query import QuerySet
+
+    for name, app in MODULES.items():
+        if app is None or apps.is_installed(app):
+            importlib.import_module(name).sync_to_async = dispatch  # type: ignore[attr-defined]
+    if _django_aiterator is None:
+        _django_aiterator = QuerySet.aiterator
+        QuerySet.aiterator = _aiterator  # type: ignore[method-assign, assignment]
+        setting_changed.connect(_settings_changed, dispatch_uid="asyncorm.swap")
+    _read_setting()
+
+
+def _read_setting() -> None:
+    global _swapped
+    conf.validate()
+    _swapped = bool(conf.get("SWAP_MANAGERS"))
+
+
+def _settings_changed(*, setting: str, **kwargs: Any) -> None:
+    global _foreign
+    if setting == "ASYNCORM":
+        _read_setting()
+    elif setting == "DATABASES":
+        _foreign = None
+    elif setting == "INSTALLED_APPS" and apps.is_installed("asyncorm"):
+        for name, app in MODULES.items():
+            if name in sys.modules and (app is None or apps.is_installed(app)):
+                sys.modules[name].sync_to_async = dispatch  # type: ignore[attr-defined]

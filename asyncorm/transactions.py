@@ -1,0 +1,367 @@
+"""Transaction blocks: `atomic()`, and Django's own `transaction.atomic()` in native code, as nodes of one tree."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from asyncio import CancelledError, ensure_future
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+from django.db import DEFAULT_DB_ALIAS
+from django.db.transaction import Atomic as DjangoAtomic
+from django.db.transaction import TransactionManagementError
+from psycopg import IsolationLevel
+
+from . import bridge, sessions
+from .bridge import Runner
+from .sessions import Block, Session
+
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+logger = logging.getLogger("asyncorm")
+
+_enter_django = DjangoAtomic.__enter__
+_exit_django = DjangoAtomic.__exit__
+
+
+def enter(atomic: DjangoAtomic) -> None:
+    """Atomic.__enter__ of django.db.transaction: in native code the block becomes a node of the tree."""
+    runner = bridge.current()
+    session = sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner) if runner is not None else None
+    if runner is None or session is None:
+        _enter_django(atomic)
+    else:
+        enter_block(runner, session, atomic, sessions.caller())
+
+
+def leave(
+    atomic: DjangoAtomic,
+    exc_type: type[BaseException] | None,
+    exc: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    """Atomic.__exit__ of django.db.transaction, the counterpart of `enter()`."""
+    runner = bridge.current()
+    session = sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner) if runner is not None else None
+    if runner is None or session is None:
+        _exit_django(atomic, exc_type, exc, traceback)
+        return
+    block = session.innermost()
+    if block is None:
+        raise TransactionManagementError("A transaction block is left by a task that is not in it.")
+    leave_block(runner, block, atomic, exc_type, exc, traceback)
+
+
+def enter_block(runner: Runner, session: Session, atomic: DjangoAtomic, origin: str) -> Block:
+    """Begin a transaction or a savepoint on `session` and make the block the current task's innermost."""
+    parent = session.innermost()
+    if parent is None and session.root is not None:
+        raise TransactionManagementError(
+            f"The connection is in the transaction block that began at {session.root.origin}, in which this task is not."
+        )
+    if parent is not None:
+        parent.acquire()
+    block = Block(session, parent, origin)
+    if parent is not None:
+        parent.inner = block
+    else:
+        session.root = block
+    block.scope.push()
+    try:
+        with bridge.shield(runner), session.acting_for(runner, block):
+            _enter_django(atomic)
+        block.sids = frozenset(session.wrapper.savepoint_ids)
+    except BaseException:
+        _close_block(runner, block)
+        raise
+    return block
+
+
+def leave_block(
+    runner: Runner,
+    block: Block,
+    atomic: DjangoAtomic,
+    exc_type: type[BaseException] | None,
+    exc: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    """Commit or roll back; statements of child tasks that run are waited for, those that come later get an error."""
+    session = block.session
+    wrapper = session.wrapper
+    try:
+        with bridge.shield(runner):
+            block.acquire()
+            block.ended = True
+            with session.acting_for(runner, block):
+                _exit_django(atomic, exc_type, exc, traceback)
+    finally:
+        if not block.ended:  # the lock was not to be had: the transaction cannot go on
+            if wrapper.connection is not None:
+                wrapper.connection.terminate()
+            block.ended = True
+        parent = block.parent
+        if parent is not None:
+            parent.needs_rollback, parent.rollback_exc = block.needs_rollback, block.rollback_exc
+        _close_block(runner, block)
+        block.lock.release()
+    if parent is None and wrapper.run_commit_hooks_on_set_autocommit_on:
+        wrapper.run_commit_hooks_on_set_autocommit_on = False
+        wrapper.run_and_clear_commit_hooks()
+    if exc is None:
+        bridge.deliver(runner)
+
+
+def _close_block(runner: Runner, block: Block) -> None:
+    block.ended = True
+    block.scope.pop()
+    session = block.session
+    if block.parent is not None:
+        block.parent.inner = None
+        block.parent.lock.release()
+    else:
+        session.root = None
+        # The session is this operation's again, which gives it back when it ends.
+        runner.resources[session._key] = session
+
+
+class Atomic:
+    """What `atomic()` returns: an asynchronous context manager and a decorator of coroutine functions."""
+
+    def __init__(self, using: str | None, **options: Any) -> None:
+        self.using = using
+        self.options = options
+        self._entered: list[tuple[Block, DjangoAtomic]] = []
+
+    async def __aenter__(self) -> None:
+        origin = sessions.caller()
+        try:
+            await bridge.run(self._enter, origin)
+        except BaseException as exc:
+            # A cancellation that arrived meanwhile is delivered after entering.
+            if self._entered and not self._entered[-1][0].ended and isinstance(exc, CancelledError):
+                await self.__aexit__(type(exc), exc, exc.__traceback__)
+            raise
+
+    def _enter(self, origin: str) -> None:
+        runner = bridge.current()
+        assert runner is not None
+        session = sessions.require(self.using)
+        options = dict(self.options)
+        django = DjangoAtomic(session.alias, options.pop("savepoint"), options.pop("durable"))
+        characteristics = _Characteristics(session, **options)
+        characteristics.check(session.innermost())
+        characteristics.before()
+        block = enter_block(runner, session, django, origin)
+        self._entered.append((block, django))
+        try:
+            characteristics.after(block)
+        except BaseException as exc:
+            self._entered.pop()
+            leave_block(runner, block, django, type(exc), exc, exc.__traceback__)
+            raise
+        block.characteristics = characteristics
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        block, django = self._entered.pop()
+
+        def exit_() -> None:
+            runner = bridge.current()
+            assert runner is not None
+            characteristics = block.characteristics
+            try:
+                characteristics.restore(block, exc_type)
+                leave_block(runner, block, django, exc_type, exc, traceback)
+            finally:
+                runner.lead = None
+
+        await sessions.run_in(block.session, exit_)
+
+    def __call__(self, func: F) -> F:
+        if not inspect.iscoroutinefunction(func):
+            raise TypeError(
+                f"asyncorm.atomic decorates coroutine functions, not {func!r}; for a synchronous one use django.db.transaction.atomic."
+            )
+
+        @functools.wraps(func)
+        async def inner(*args: Any, **kwargs: Any) -> Any:
+            async with Atomic(self.using, **self.options):
+                return await func(*args, **kwargs)
+
+        return inner  # type: ignore[return-value]
+
+
+class _Characteristics:
+    """The isolation level and the like of one block; what it changes it puts back."""
+
+    def __init__(
+        self,
+        session: Session,
+        isolation_level: IsolationLevel | None,
+        read_only: bool | None,
+        deferrable: bool | None,
+        statement_timeout: float | None,
+    ) -> None:
+        self.session = session
+        self.transaction = {
+            "isolation_level": None if isolation_level is None else IsolationLevel(isolation_level),
+            "read_only": read_only,
+            "deferrable": deferrable,
+        }
+        self.transaction = {name: value for name, value in self.transaction.items() if value is not None}
+        self.statement_timeout = statement_timeout
+        self.saved: dict[str, Any] = {}
+        self.saved_timeout: str | None = None
+
+    def check(self, parent: Block | None) -> None:
+        if parent is not None and self.transaction:
+            raise TransactionManagementError(
+                f"{', '.join(self.transaction)} can be set for the outermost block only; this one is inside the block that began at {parent.origin}."
+            )
+
+    def before(self) -> None:
+        """Before the outermost block: psycopg makes BEGIN from these."""
+        if self.transaction:
+            wrapper = self.session.wrapper
+            wrapper.ensure_connection()
+            conn = wrapper.connection
+            self.saved = {name: getattr(conn, name) for name in self.transaction}
+            for name, value in self.transaction.items():
+                setattr(conn, name, value)
+
+    def after(self, block: Block) -> None:
+        if self.statement_timeout is not None:
+            with self.session.wrapper.cursor() as cursor:
+                if block.parent is not None:
+                    cursor.execute("SELECT current_setting('statement_timeout')")
+                    self.saved_timeout = cursor.fetchone()[0]
+                milliseconds = f"{max(1, round(self.statement_timeout * 1000))}ms"
+                cursor.execute("SELECT set_config('statement_timeout', %s, true)", [milliseconds])
+
+    def restore(self, block: Block, exc_type: type[BaseException] | None) -> None:
+        conn = self.session.wrapper.connection
+        if self.saved_timeout is not None and exc_type is None and not block.needs_rollback and conn is not None:
+            with self.session.wrapper.cursor() as cursor:
+                cursor.execute("SELECT set_config('statement_timeout', %s, true)", [self.saved_timeout])
+        if self.saved and conn is not None:
+            # Read by psycopg at the next BEGIN only; the setters would refuse inside the transaction.
+            for name, value in self.saved.items():
+                setattr(conn, f"_{name}", value)
+            conn._begin_statement = b""
+
+
+@overload
+def atomic(using: F) -> F: ...
+@overload
+def atomic(
+    using: str | None = None,
+    savepoint: bool = True,
+    durable: bool = False,
+    *,
+    isolation_level: IsolationLevel | None = None,
+    read_only: bool | None = None,
+    deferrable: bool | None = None,
+    statement_timeout: float | None = None,
+) -> Atomic: ...
+def atomic(
+    using: Any = None,
+    savepoint: bool = True,
+    durable: bool = False,
+    *,
+    isolation_level: IsolationLevel | None = None,
+    read_only: bool | None = None,
+    deferrable: bool | None = None,
+    statement_timeout: float | None = None,
+) -> Any:
+    """A transaction, or inside another block a savepoint: `async with atomic():`, or a decorator of coroutine functions.
+
+    Means what django.db.transaction.atomic() means ("Database transactions" in Django's documentation), for the task and the tasks it starts
+    inside: they share the block's connection and take turns, statement by statement. A nested block keeps others out for its life.
+
+    Args:
+        using: a database alias; the default one by default.
+        savepoint: make a savepoint when nested.
+        durable: raise RuntimeError when nested.
+        isolation_level: for an outermost block.
+        read_only: for an outermost block; True has the server refuse writes.
+        deferrable: for an outermost block that is serializable and read-only.
+        statement_timeout: seconds after which the server cancels a statement of the block (django.db.OperationalError).
+
+    Raises:
+        django.db.NotSupportedError: the alias has another engine.
+        django.db.transaction.TransactionManagementError: an option for outermost blocks in a nested one.
+    """
+    options = {
+        "savepoint": savepoint,
+        "durable": durable,
+        "isolation_level": isolation_level,
+        "read_only": read_only,
+        "deferrable": deferrable,
+        "statement_timeout": statement_timeout,
+    }
+    if callable(using):
+        return Atomic(None, **options)(using)
+    if statement_timeout is not None and not statement_timeout > 0:
+        raise ValueError("statement_timeout must be a positive number of seconds.")
+    return Atomic(using, **options)
+
+
+def _block(using: str | None) -> Block | None:
+    scope = sessions.find_scope(using or DEFAULT_DB_ALIAS)
+    return scope.block if scope is not None else None
+
+
+def on_commit(callback: Callable[[], Any], using: str | None = None, robust: bool = False) -> None:
+    """Call `callback` after the outermost block has committed; never if it, or the savepoint around this call, is rolled back.
+
+    Callbacks run in order, outside the transaction. What one returns is awaited if it is awaitable. Outside a block it is called at once, and an
+    awaitable that it returns is scheduled as a task.
+
+    Args:
+        callback: takes no arguments.
+        using: a database alias; the default one by default.
+        robust: log an exception and go on, instead of raising it (after the commit).
+    """
+    if not callable(callback):
+        raise TypeError("on_commit()'s callback must be a callable.")
+    block = _block(using)
+    if block is not None:
+        block.session.wrapper.run_on_commit.append((set(block.sids), callback, robust))
+        return
+    if bridge.in_native_code():
+        sessions.require(using).wrapper.on_commit(callback, robust)
+        return
+    try:
+        result = callback()
+    except Exception:
+        if not robust:
+            raise
+        logger.exception("Error calling %r in on_commit().", callback)
+        return
+    if inspect.isawaitable(result):
+        task = ensure_future(result)
+        _tasks.add(task)
+        task.add_done_callback(_tasks.discard)
+
+
+_tasks: set[Any] = set()
+
+
+def set_rollback(rollback: bool, using: str | None = None) -> None:
+    """Have the innermost block with a savepoint, or the transaction, roll back at its end without an exception (or not).
+
+    As django.db.transaction.set_rollback().
+
+    Raises:
+        django.db.transaction.TransactionManagementError: outside a block.
+    """
+    block = _block(using)
+    if block is None:
+        raise TransactionManagementError("The rollback flag doesn't work outside of an 'atomic' block.")
+    block.needs_rollback = rollback
