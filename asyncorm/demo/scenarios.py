@@ -169,7 +169,7 @@ def scenarios(products: int, *, quick: bool = False) -> dict[str, Scenario]:
             "gets",
             f"{gets:,} gets, gathered",
             f"{gets:,} gets",
-            "Each sliver is one get; where it is pale, the connection was idle.",
+            "",
             (many_gets,),
             (gets, products),
         ),

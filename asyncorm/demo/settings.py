@@ -23,8 +23,8 @@ DJANGO = Half("django", "Django's a* methods", "django.db.backends.postgresql")
 ASYNCORM = Half(
     "asyncorm",
     "asyncorm",
-    "django.db.backends.postgresql",  # TEMP
-    apps=(),
+    "asyncorm.backends.postgresql",
+    apps=("asyncorm",),
     extra={"ASYNCORM": {"SWAP_MANAGERS": True}},
 )
 HALVES = {half.key: half for half in (DJANGO, ASYNCORM)}

@@ -16,9 +16,8 @@ RIGHT = WIDTH - MARGIN - PADDING - 72  # where the scale ends; the rest is for t
 LANE, GAP = 18, 4
 LEGEND_COLUMNS = 4
 
-BARS = (
-    "A lane is a connection; a bar lasts from when a statement is sent until its result is there."
-)
+BARS = "A lane is a connection; a bar lasts from the sending of a statement to its result."
+SLIVERS = "Each sliver is one statement; where the lane is pale, the connection was idle."
 
 GREY, AXIS, GRID, TRACK = "#66717f", "#b8c1cc", "#dde3ea", "#f3f5f8"
 CARD, PAPER = "#ffffff", "#e8ecf1"
@@ -75,10 +74,11 @@ def _panel(comparison: Comparison, titles: tuple[str, str], top: float) -> tuple
         y += 4
     axis = _axis(comparison, scale, y)
     y += 40
-    if comparison.note:
-        bars.append(text(LEFT, y + 10, comparison.note, colour=GREY))
+    if note := SLIVERS if crowd else comparison.note:
+        bars.append(text(LEFT, y + 10, note, colour=GREY))
         y += 16
     else:
+        y += 4
         legend, height = _legend(known, y)
         bars += legend
         y += height
@@ -89,12 +89,11 @@ def _panel(comparison: Comparison, titles: tuple[str, str], top: float) -> tuple
 
 def _verdict(comparison: Comparison, top: float) -> list[str]:
     """How many times faster, as a pill in the upper right corner."""
-    faster = comparison.factor >= 1.05
-    words = f"{comparison.factor:.1f}x" + (" faster" if faster else "")
-    width = 98 if faster else 60
+    words = f"{comparison.factor:.1f}x as fast"
+    width = 98
     left = WIDTH - MARGIN - PADDING - width
     return [
-        rect(left, top + 18, width, 28, FASTER if faster else SLOWER, 14),
+        rect(left, top + 18, width, 28, FASTER if comparison.factor >= 1.05 else SLOWER, 14),
         text(
             left + width / 2, top + 37, words, size=14, colour="#fff", weight=600, anchor="middle"
         ),

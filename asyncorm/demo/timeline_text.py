@@ -12,7 +12,9 @@ from .timeline import Lane, Mark, crowded, lanes, marks, span, ticks
 
 NAME = 15
 ROOM = 10  # at the right, for the end's label
-SHADES = "·░▒▓█"
+IDLE = "·"
+SHADES = f"{IDLE}░▒▓█"
+FULLER = "The fuller a shade, the busier the connection."
 CROWD_STYLES = ("bright_black", "green")
 
 
@@ -28,6 +30,7 @@ def draw(comparison: Comparison, titles: tuple[str, str], width: int) -> Iterato
             text = Text(f"{lane.name:<{NAME}}", style="default")
             if crowded(comparison):
                 text.append(_crowd(lane, cells, cell), CROWD_STYLES[place])
+                text.highlight_regex(IDLE, "bright_black")
             else:
                 text.append_text(_bars(lane, known, cells, cell))
             if lane is found[-1]:
@@ -46,13 +49,15 @@ def _bars(lane: Lane, known: Mapping[str, Mark], cells: int, cell: float) -> Tex
         shares = [(min(s.end, end) - max(s.start, begin), s) for s in lane.statements]
         share, statement = max(shares, key=lambda pair: pair[0])
         if share <= 0:
-            text.append("·", "bright_black")
+            text.append(IDLE, "bright_black")
             before = None
             continue
         mark = known[statement.query]
         if statement is not before:
             label = mark.symbol
-        text.append(label[:1] or "━", f"bold #ffffff on {mark.colour}")
+        # Without colours the bar is a line; with them, the line is not to be seen.
+        ink = "bold #ffffff" if label else mark.colour
+        text.append(label[:1] or "━", f"{ink} on {mark.colour}")
         label = label[1:]
         before = statement
     return text
@@ -83,8 +88,8 @@ def _axis(comparison: Comparison, cells: int, cell: float) -> Text:
 
 
 def _legend(comparison: Comparison, known: Mapping[str, Mark], width: int) -> Iterator[Text]:
-    if comparison.note:
-        yield Text(" " * NAME + comparison.note, style="bright_black")
+    if note := FULLER if crowded(comparison) else comparison.note:
+        yield Text(" " * NAME + note, style="bright_black")
         return
     column = max(len(query) for query in known) + 6
     text = Text()
