@@ -216,7 +216,7 @@ def test_interrupted_demo_leaves_no_process_and_no_file(
         children = descendants(process.pid)
         assert len(children) >= 2  # a worker for each half, and the server's processes
         process.send_signal(number)
-        output, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=30)
     finally:
         process.kill()
         process.wait()

@@ -28,9 +28,10 @@ TITLES = (DJANGO.title, ASYNCORM.title)
 SAME = "The same code, server and pool settings in both halves."
 FAIRNESS = (
     "Both halves run the code below, each in a process of its own, against the same server, with "
-    f"the same pool of up to {POOL['max_size']} connections and the same warm-up; only the settings "
-    "above differ. Django runs the a* calls of one request in one thread, and so one after another: "
-    "that is its normal behaviour. (@named gives the statements their names in the pictures.)"
+    f"the same pool of up to {POOL['max_size']} connections and the same warm-up; only the "
+    "settings above differ. Django runs the a* calls of one request in one thread, and so one "
+    "after another: that is its normal behaviour. (@named gives the statements their names in the "
+    "pictures.)"
 )
 
 

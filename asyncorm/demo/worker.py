@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .figures import Run
 from .recorder import Recorder
-from .settings import HALVES, POOL, Half, configure
+from .settings import DJANGO, HALVES, POOL, Half, configure
 
 if TYPE_CHECKING:
     from .scenarios import Scenario
@@ -49,7 +49,7 @@ async def _measure(scenario: Scenario, recorder: Recorder) -> Run:
         rounds=(seconds,),
         threads=len(recorder.threads),
         result=_fingerprint(rows),
-        statements=tuple(recorder.statements),
+        statements=tuple(sorted(recorder.statements, key=lambda statement: statement.start)),
     )
 
 
