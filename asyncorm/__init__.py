@@ -26,7 +26,9 @@ __all__ = [
 
 
 def _not_installed() -> None:
-    raise _ImproperlyConfigured('asyncorm is not set up: add "asyncorm" to INSTALLED_APPS and call django.setup().')
+    raise _ImproperlyConfigured(
+        'asyncorm is not set up: add "asyncorm" to INSTALLED_APPS and call django.setup().'
+    )
 
 
 _bridge.set_guard(_not_installed)  # apps.py takes it away

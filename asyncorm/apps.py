@@ -13,7 +13,7 @@ class AsyncormConfig(AppConfig):
     verbose_name = "asyncorm"
 
     def ready(self) -> None:
-        """Install the replacements and the native_* methods; without the swap nothing else changes."""
+        """Install the replacements and the native_* methods; the rest is up to the swap."""
         from . import checks, querysets, seam, swap
 
         seam.install()

@@ -1,8 +1,9 @@
 """Run synchronous code on the event loop: a greenlet that suspends only where it waits.
 
-`native(fn)` runs `fn` in a greenlet on the loop's own thread. When code inside has to wait (for the database, or because
-it calls `await_`), the greenlet hands an awaitable to the task that started it and is resumed with the result. Nothing
-below this module knows about Django or psycopg, and this module knows about neither.
+`native(fn)` runs `fn` in a greenlet on the loop's own thread. When code inside has to wait (for the
+database, or because it calls `await_`), the greenlet hands an awaitable to the task that started it
+and is resumed with the result. Nothing below this module knows about Django or psycopg, and this
+module knows about neither.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Runner(greenlet):
         resources: what the running operation holds, by key; released when it ends.
         shields: how many `shield()` blocks are open.
         cancelled: a cancellation that arrived while shielded and is still to be delivered.
-        lead: the resource that the operation was started for, before any other of its kind (a stream, a block).
+        lead: the resource that the operation was started for, before any other of its kind (a
+            stream, a block).
     """
 
     resources: dict[str, Any]
@@ -99,7 +101,8 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     runner = runners.pop() if runners else Runner()
     parent = getcurrent()
     runner.parent = parent
-    # The task's own Context, not a copy: context variables set on either side are seen on the other.
+    # The task's own Context, not a copy: context variables set on either side are seen on the
+    # other.
     runner.gr_context = parent.gr_context
     try:
         out = runner.switch(func, args, kwargs)
@@ -136,7 +139,7 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
 
 
 def _unwind(runner: Runner, out: Any) -> Any:
-    """The coroutine is being closed: nothing can be awaited any more, so refuse until `func` ends."""
+    """The coroutine is being closed and cannot await any more: refuse until `func` ends."""
     while out is not _FINISHED:
         if inspect.iscoroutine(out):
             out.close()
@@ -144,13 +147,13 @@ def _unwind(runner: Runner, out: Any) -> Any:
     return out
 
 
-class native:  # noqa: N801 (reads as a function)
+class native:
     """Run synchronous ORM code on the event loop, without a thread.
 
-    `await native(fn)(*args, **kwargs)` calls `fn` on the loop's own thread. The calls of the ORM inside suspend at their
-    input and output only, so other tasks run meanwhile. Context variables are shared both ways, exceptions keep their
-    type, and a cancellation is raised at the statement being waited for. Code that computes for long blocks the loop, as
-    it would in a coroutine.
+    `await native(fn)(*args, **kwargs)` calls `fn` on the loop's own thread. The calls of the ORM
+    inside suspend at their input and output only, so other tasks run meanwhile. Context variables
+    are shared both ways, exceptions keep their type, and a cancellation is raised at the statement
+    being waited for. Code that computes for long blocks the loop, as it would in a coroutine.
 
     Can decorate a function: calling it then returns a coroutine.
 
@@ -193,7 +196,8 @@ def set_guard(guard: Callable[[], None] | None) -> None:
 def await_(awaitable: Awaitable[T]) -> T:
     """Await something from synchronous code that runs natively, and return its result.
 
-    An operation with no transaction gives its connection back while it waits, so that nothing is held meanwhile.
+    An operation with no transaction gives its connection back while it waits, so that nothing is
+    held meanwhile.
 
     Raises:
         RuntimeError: called outside native code.
@@ -230,10 +234,20 @@ def shield(runner: Runner) -> Iterator[None]:
 
 
 def deliver(runner: Runner) -> None:
-    """Raise the cancellation that arrived while shielded, if one did (`run()` does at the latest)."""
+    """Raise the cancellation that arrived while shielded, if any (`run()` at the latest)."""
     if runner.cancelled is not None and not runner.shields:
         exc, runner.cancelled = runner.cancelled, None
         raise exc
 
 
-__all__ = ["CancelledError", "Runner", "await_", "current", "deliver", "in_native_code", "native", "run", "shield"]
+__all__ = [
+    "CancelledError",
+    "Runner",
+    "await_",
+    "current",
+    "deliver",
+    "in_native_code",
+    "native",
+    "run",
+    "shield",
+]

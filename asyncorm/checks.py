@@ -11,7 +11,9 @@ from django.db import connections
 
 from . import conf, pools, sessions
 
-MANY_CONNECTIONS = 50  # native and synchronous pools of one process; PostgreSQL's default max_connections is 100
+MANY_CONNECTIONS = (
+    50  # native and synchronous pools of one process; PostgreSQL's default max_connections is 100
+)
 
 
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
@@ -27,7 +29,10 @@ def check_databases(**kwargs: Any) -> list[CheckMessage]:
         found.append(
             Warning(
                 "asyncorm is installed, but no database can run natively.",
-                hint="Set ENGINE to 'asyncorm.backends.postgresql' for a PostgreSQL database in DATABASES.",
+                hint=(
+                    "Set ENGINE to 'asyncorm.backends.postgresql' for a PostgreSQL database in "
+                    "DATABASES."
+                ),
                 id="asyncorm.W001",
             )
         )
@@ -48,21 +53,34 @@ def _check_database(alias: str, database: dict[str, Any]) -> list[CheckMessage]:
         )
     option = database["OPTIONS"].get("pool")
     if option not in (None, True, False) and not isinstance(option, dict):
-        return [*found, Error(f"DATABASES[{alias!r}]['OPTIONS']['pool'] must be True or a dict.", id="asyncorm.E003")]
+        return [
+            *found,
+            Error(
+                f"DATABASES[{alias!r}]['OPTIONS']['pool'] must be True or a dict.",
+                id="asyncorm.E003",
+            ),
+        ]
     options = pools.pool_options(database)
     if not 0 <= options["min_size"] <= options["max_size"] or options["max_size"] < 1:
         found.append(
             Error(
-                f"DATABASES[{alias!r}]['OPTIONS']['pool'] has min_size {options['min_size']} and max_size {options['max_size']}.",
-                hint="min_size must not be negative nor above max_size; max_size must be at least 1.",
+                f"DATABASES[{alias!r}]['OPTIONS']['pool'] has min_size {options['min_size']} and "
+                f"max_size {options['max_size']}.",
+                hint=(
+                    "min_size must not be negative nor above max_size; max_size must be at least 1."
+                ),
                 id="asyncorm.E004",
             )
         )
     elif option and 2 * options["max_size"] > MANY_CONNECTIONS:
         found.append(
             Warning(
-                f"DATABASES[{alias!r}] may open {options['max_size']} native connections and as many synchronous ones in each process.",
-                hint="The two pools are separate; make sure that all processes together stay below the server's max_connections.",
+                f"DATABASES[{alias!r}] may open {options['max_size']} native connections and as "
+                "many synchronous ones in each process.",
+                hint=(
+                    "The two pools are separate; make sure that all processes together stay "
+                    "below the server's max_connections."
+                ),
                 id="asyncorm.W002",
             )
         )
@@ -84,10 +102,14 @@ def check_swap(**kwargs: Any) -> list[CheckMessage]:
                 continue
             seen.add(cls)
             for name, method in vars(cls).items():
-                if inspect.iscoroutinefunction(method) and "sync_to_async" in method.__code__.co_names:
+                if (
+                    inspect.iscoroutinefunction(method)
+                    and "sync_to_async" in method.__code__.co_names
+                ):
                     found.append(
                         Warning(
-                            f"{cls.__module__}.{cls.__qualname__}.{name}() uses sync_to_async, so it stays in a thread although "
+                            f"{cls.__module__}.{cls.__qualname__}.{name}() uses sync_to_async, "
+                            "so it stays in a thread although "
                             "ASYNCORM['SWAP_MANAGERS'] is on.",
                             hint="Use asyncorm.native() in it, or await Django's a* methods.",
                             obj=model,
@@ -95,5 +117,3 @@ def check_swap(**kwargs: Any) -> list[CheckMessage]:
                         )
                     )
     return found
-
-

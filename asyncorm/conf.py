@@ -10,7 +10,8 @@ from django.core.exceptions import ImproperlyConfigured
 DEFAULTS: dict[str, Any] = {
     # Make every a* method of the project's querysets, managers and models native.
     "SWAP_MANAGERS": False,
-    # Seconds a statement waits for the lock of its transaction block while nothing happens on the connection.
+    # Seconds a statement waits for the lock of its transaction block while nothing happens on the
+    # connection.
     "LOCK_TIMEOUT": 30.0,
     # Seconds after which a loop is taken to live on, and its pools are filled to min_size.
     "FILL_DELAY": 1.0,

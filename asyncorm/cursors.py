@@ -14,8 +14,9 @@ from . import bridge, sessions
 class AsyncCursor:
     """A cursor whose statements are awaited: what `async with cursor()` gives.
 
-    Each statement is an operation: inside `atomic()` or `connection()` it runs on that connection, otherwise on one of its own. Rows are in memory when
-    `execute()` returns. Attributes such as `description`, `rowcount` and `statusmessage` are psycopg's.
+    Each statement is an operation: inside `atomic()` or `connection()` it runs on that connection,
+        otherwise on one of its own. Rows are in memory when `execute()` returns. Attributes such as
+        `description`, `rowcount` and `statusmessage` are psycopg's.
     """
 
     def __init__(self, using: str | None) -> None:
@@ -28,7 +29,9 @@ class AsyncCursor:
         self._cursor = sessions.require(self._using).wrapper.cursor()
         return getattr(self._cursor, method)(*args)
 
-    async def execute(self, sql: Any, params: Sequence[Any] | Mapping[str, Any] | None = None) -> AsyncCursor:
+    async def execute(
+        self, sql: Any, params: Sequence[Any] | Mapping[str, Any] | None = None
+    ) -> AsyncCursor:
         """Execute a statement; parameters as psycopg takes them (%s or %(name)s).
 
         Raises:
@@ -76,7 +79,10 @@ class AsyncCursor:
         return self
 
     async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._cursor = None
 

@@ -1,18 +1,21 @@
-"""A synchronous-looking psycopg connection whose waits are awaited: the seam to psycopg and psycopg_pool.
+"""A synchronous-looking psycopg connection whose waits are awaited: the seam to psycopg and
+psycopg_pool.
 
-psycopg builds its synchronous and its asynchronous connection on the same generators; only `Connection.wait()` blocks.
-`Connection` here overrides that one method. `ConnectionPool` is psycopg_pool's, plus what it does not offer: a checkout
-and a return that need no task switch, the reason of a failed connection told to those who wait, an immediate close.
+psycopg builds its synchronous and its asynchronous connection on the same generators; only
+`Connection.wait()` blocks. `Connection` here overrides that one method. `ConnectionPool` is
+psycopg_pool's, plus what it does not offer: a checkout and a return that need no task switch, the
+reason of a failed connection told to those who wait, an immediate close.
 
 Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not document, and why:
 
 - `psycopg.Connection.wait`, `.lock`: the two methods through which every statement goes; replaced.
-- `BaseConnection._adapters`, `._autocommit`, `._cancel_gen`, `._pool`, `._closed`: what `connect()`, `cancel_safe()` and the
-  pool set on a connection that they make; we make one around a connection that is already open.
+- `BaseConnection._adapters`, `._autocommit`, `._cancel_gen`, `._pool`, `._closed`: what
+  `connect()`, `cancel_safe()` and the pool set on a connection that they make; we make one around a
+  connection that is already open.
 - `psycopg.generators.execute`: reads what is left of a cancelled statement.
 - `psycopg.waiting.wait_conn_async`: drives the cancel request.
-- `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`, `._expire_at`, `._stats`: the state that
-  `getconn()` and `putconn()` work on, for the fast paths.
+- `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`,
+  `._expire_at`, `._stats`: the state that `getconn()` and `putconn()` work on, for the fast paths.
 - `AsyncConnectionPool._connect`: to see each new connection, and why there is none.
 - `AsyncConnectionPool._workers`, `._sched_runner`: tasks to wait for when a loop closes.
 - `AsyncConnectionPool._min_size`, `._nconns`: to fill the pool later than at its start.
@@ -40,7 +43,8 @@ from psycopg_pool.pool_async import AddConnection, ReturnConnection
 
 from .bridge import Runner, deliver
 
-CANCEL_TIMEOUT = 5.0  # seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled
+# Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
+CANCEL_TIMEOUT = 5.0
 _BUSY = 0.005  # seconds of input that needs no waiting before other tasks get a turn
 
 _WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
@@ -50,7 +54,10 @@ _ACTIVE = pq.TransactionStatus.ACTIVE
 _UNKNOWN = pq.TransactionStatus.UNKNOWN
 
 
-ENDED = "This cursor or connection belongs to an operation that has ended and given its server connection back."
+ENDED = (
+    "This cursor or connection belongs to an operation that has ended and given its server "
+    "connection back."
+)
 
 
 class _NoLock:
@@ -71,7 +78,8 @@ def _wake(future: asyncio.Future[int], ready: int) -> None:
 class Connection(psycopg.Connection[Any]):
     """What Django sees as its psycopg connection, over the libpq connection of a pooled one.
 
-    It owns all Python state (autocommit, isolation level, adapters, prepared statements, notice handlers).
+    It owns all Python state (autocommit, isolation level, adapters, prepared statements, notice
+    handlers).
 
     Attributes:
         lock: taken by psycopg around each statement; the session that holds the connection sets it.
@@ -114,7 +122,8 @@ class Connection(psycopg.Connection[Any]):
         if type(runner) is not Runner:
             gen.close()
             raise psycopg.InterfaceError(
-                "A native connection was used outside native code: use 'await asyncorm.native(function)(...)'."
+                "A native connection was used outside native code: use 'await "
+                "asyncorm.native(function)(...)'."
             )
         if runner.cancelled is not None:
             deliver(runner)
@@ -149,8 +158,10 @@ class Connection(psycopg.Connection[Any]):
                 gen.close()
                 self.terminate()
                 raise psycopg.OperationalError(
-                    f"The task was cancelled and the server did not answer within {CANCEL_TIMEOUT:g} s; the connection "
-                    "is closed. If this was a COMMIT, the transaction may or may not have been committed."
+                    "The task was cancelled and the server did not answer within "
+                    f"{CANCEL_TIMEOUT:g} s; the connection "
+                    "is closed. If this was a COMMIT, the transaction may or may not have been "
+                    "committed."
                 ) from exc
             return task.result()
 
@@ -160,7 +171,8 @@ class Connection(psycopg.Connection[Any]):
         try:
             while True:
                 if state & _WAIT_W and (ready := self._poll(state)):
-                    # A socket is nearly always writable: no turn of the loop for that, within reason.
+                    # A socket is nearly always writable: no turn of the loop for that, within
+                    # reason.
                     if monotonic() - self._yielded >= _BUSY:
                         self._state = state
                         await self._yield()
@@ -189,7 +201,9 @@ class Connection(psycopg.Connection[Any]):
     def _poll(self, state: int) -> int:
         if self._poller is None:
             self._poller = select.poll()
-        mask = (select.POLLIN if state & _WAIT_R else 0) | (select.POLLOUT if state & _WAIT_W else 0)
+        mask = (select.POLLIN if state & _WAIT_R else 0) | (
+            select.POLLOUT if state & _WAIT_W else 0
+        )
         self._poller.register(self.pgconn.socket, mask)
         ready = 0
         for _, event in self._poller.poll(0):
@@ -200,13 +214,17 @@ class Connection(psycopg.Connection[Any]):
         return ready & state
 
     async def _interrupt(self, gen: Any) -> None:
-        """Cancel the statement on the server; close the connection when its state stays in doubt."""
+        """Cancel the statement on the server; close the connection if it stays in doubt."""
         gen.close()
         if self.pgconn.status == pq.ConnStatus.OK and not self.pgconn.pipeline_status:
             if self.pgconn.transaction_status != _ACTIVE:
                 return
             task = get_running_loop().create_task(self._cancel_and_drain())
-            if await _finish(task, CANCEL_TIMEOUT) and not task.cancelled() and not task.exception():
+            if (
+                await _finish(task, CANCEL_TIMEOUT)
+                and not task.cancelled()
+                and not task.exception()
+            ):
                 return
         self.terminate()
 
@@ -216,7 +234,8 @@ class Connection(psycopg.Connection[Any]):
         else:
             await asyncio.to_thread(self.cancel)
         await self._drain()
-        # The request may have reached the server after the statement had ended: give it something harmless to hit.
+        # The request may have reached the server after the statement had ended: give it something
+        # harmless to hit.
         self.pgconn.send_query(b"SELECT 1")
         await self._drain()
 
@@ -239,7 +258,7 @@ class Connection(psycopg.Connection[Any]):
 
 
 async def _finish(task: asyncio.Task[Any], timeout: float) -> bool:
-    """Wait for `task` whatever cancellations arrive (anyio's come again at each turn of the loop)."""
+    """Wait for `task` whatever cancellations arrive (anyio's come again and again)."""
     deadline = monotonic() + timeout
     with anyio.CancelScope(shield=True):
         while not task.done():
@@ -257,7 +276,8 @@ async def _finish(task: asyncio.Task[Any], timeout: float) -> bool:
 class PooledConnection(AsyncConnection[Any]):
     """A connection of the pool with the synchronous-looking `twin` over it.
 
-    `connect()` takes the arguments that Django makes for `psycopg.connect()`; those about Python state go to the twin.
+    `connect()` takes the arguments that Django makes for `psycopg.connect()`; those about Python
+    state go to the twin.
     """
 
     twin: Connection
@@ -279,7 +299,7 @@ class PooledConnection(AsyncConnection[Any]):
         self.twin.pooled = self
 
     def alive(self) -> bool:
-        """Whether the server has kept the connection open, as far as one can know without asking it."""
+        """Whether the server has kept the connection open, as far as one can see here."""
         twin = self.twin
         try:
             for _ in range(3):  # a last message, then the end of the stream
@@ -330,7 +350,7 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
             await self._waiting.popleft().fail(error)
 
     def fill(self, min_size: int) -> None:
-        """Have at least `min_size` connections from now on (`resize()` would go beyond max_size)."""
+        """Have at least `min_size` connections (`resize()` would go beyond max_size)."""
         self._min_size = min_size
         for _ in range(self._nconns, min_size):
             self._nconns += 1
@@ -372,7 +392,7 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
             self._pool.append(conn)
 
     async def shut(self, timeout: float = 5.0) -> None:
-        """Close everything, connections in use included, even when the pool's own tasks are already cancelled."""
+        """Close everything, connections in use too, even if the pool's tasks are cancelled."""
         workers = [*self._workers, *([self._sched_runner] if self._sched_runner else ())]
         with suppress(CancelledError, Exception):
             await self.close(timeout)

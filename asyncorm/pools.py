@@ -1,11 +1,11 @@
-"""One AsyncConnectionPool for each (event loop, alias), opened on first use and closed with its loop."""
+"""One connection pool for each (event loop, alias), opened on first use, closed with the loop."""
 
 from __future__ import annotations
 
 import asyncio
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -40,14 +40,17 @@ def pool_options(settings_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 class Pool:
-    """The connections of one alias on one event loop, and the wrappers that Django sees them through.
+    """The connections of one alias on one event loop, and the wrappers that Django sees them
+    through.
 
     Attributes:
         alias: the database alias.
         wrappers: idle wrappers; building one is costly.
     """
 
-    def __init__(self, alias: str, settings_dict: dict[str, Any], make_wrapper: Callable[[], Any]) -> None:
+    def __init__(
+        self, alias: str, settings_dict: dict[str, Any], make_wrapper: Callable[[], Any]
+    ) -> None:
         self.alias = alias
         self.settings_dict = settings_dict
         self.where = self._where()
@@ -84,7 +87,7 @@ class Pool:
         return bridge.wait_for(runner, self._checkout(wrapper)).twin
 
     def checkin(self, conn: Connection) -> None:
-        """Give a connection back; one that is not idle is rolled back or replaced in the background."""
+        """Give a connection back; one that is not idle is rolled back or replaced."""
         assert conn.pooled is not None
         if self.connections is None or self.loop.is_closed():
             conn.terminate()
@@ -101,16 +104,20 @@ class Pool:
             raise self._exhausted() from self.connections.connect_error
         except TooManyRequests as exc:
             raise psycopg.OperationalError(
-                f"The native pool of database {self.alias!r} is exhausted: all {self.size} connections are in use and "
-                f"{self.connections.waiting} tasks wait already, as many as OPTIONS['pool']['max_waiting'] allows."
+                f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
+                "connections are in use and "
+                f"{self.connections.waiting} tasks wait already, as many as "
+                "OPTIONS['pool']['max_waiting'] allows."
             ) from exc
         except PoolClosed as exc:
             raise psycopg.OperationalError(
-                f"The native pool of database {self.alias!r} was closed while this task waited for a connection."
+                f"The native pool of database {self.alias!r} was closed while this task waited "
+                "for a connection."
             ) from exc
         except psycopg.OperationalError as exc:
             raise psycopg.OperationalError(
-                f"Cannot connect to database {self.alias!r} ({self.description}): {str(exc).strip()}\n"
+                f"Cannot connect to database {self.alias!r} ({self.description}): "
+                f"{str(exc).strip()}\n"
                 f"Check that the server runs and that DATABASES[{self.alias!r}] is right."
             ) from exc
 
@@ -119,13 +126,17 @@ class Pool:
         seconds = self.options["timeout"]
         if not self.connections.live:
             return psycopg.OperationalError(
-                f"Cannot connect to database {self.alias!r} ({self.description}): no answer within {seconds:g} s. Check that the "
+                f"Cannot connect to database {self.alias!r} ({self.description}): no answer "
+                f"within {seconds:g} s. Check that the "
                 f"server can be reached; OPTIONS['connect_timeout'] makes it fail sooner."
             )
         return psycopg.OperationalError(
-            f"The native pool of database {self.alias!r} is exhausted: all {self.size} connections were in use for "
-            f"{seconds:g} s and {self.connections.waiting} more tasks wait. Raise OPTIONS['pool']['max_size'] in "
-            f"DATABASES[{self.alias!r}], or hold connections for less time (transactions, streams, asyncorm.connection())."
+            f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
+            "connections were in use for "
+            f"{seconds:g} s and {self.connections.waiting} more tasks wait. Raise "
+            "OPTIONS['pool']['max_size'] in "
+            f"DATABASES[{self.alias!r}], or hold connections for less time (transactions, "
+            "streams, asyncorm.connection())."
         )
 
     @property
@@ -138,7 +149,10 @@ class Pool:
         """Where the server is, for messages; no password."""
         get = self.settings_dict.get
         host = get("HOST") or self.settings_dict["OPTIONS"].get("host") or "local socket"
-        return f"host {host!r}, port {get('PORT') or 'default'}, database {get('NAME')!r}, user {get('USER') or 'default'!r}"
+        return (
+            f"host {host!r}, port {get('PORT') or 'default'}, database {get('NAME')!r}, "
+            f"user {get('USER') or 'default'!r}"
+        )
 
     async def _open(self, wrapper: BaseDatabaseWrapper) -> None:
         if self._opening is None:
@@ -158,7 +172,8 @@ class Pool:
                     kwargs=wrapper.get_connection_params(),
                     # One connection at first, by growth; filled to min_size if the loop lives on.
                     min_size=0,
-                    # A failed attempt is not repeated in the background: the next checkout tries anew (psycopg #1315).
+                    # A failed attempt is not repeated in the background: the next checkout tries
+                    # anew (psycopg #1315).
                     reconnect_timeout=0.0,
                     **callbacks,
                     **{"name": f"asyncorm-{self.alias}", **options},
@@ -179,7 +194,8 @@ class Pool:
             self.connections.fill(min_size)
 
     async def _close_with_loop(self) -> AsyncGenerator[None, None]:
-        # asyncio.run() cancels all tasks, the pool's among them, and only then closes asynchronous generators.
+        # asyncio.run() cancels all tasks, the pool's among them, and only then closes asynchronous
+        # generators.
         try:
             yield
         finally:
@@ -204,8 +220,17 @@ class Pool:
     def stats(self) -> dict[str, int]:
         """psycopg_pool's statistics: numbers only."""
         if self.connections is None:
-            return {"pool_min": self.options["min_size"], "pool_max": self.size, "pool_size": 0, "pool_available": 0}
-        return {**self.connections.get_stats(), "pool_min": self.options["min_size"], "pool_max": self.size}
+            return {
+                "pool_min": self.options["min_size"],
+                "pool_max": self.size,
+                "pool_size": 0,
+                "pool_available": 0,
+            }
+        return {
+            **self.connections.get_stats(),
+            "pool_min": self.options["min_size"],
+            "pool_max": self.size,
+        }
 
 
 def _natively(callback: Any) -> Any:
@@ -214,12 +239,11 @@ def _natively(callback: Any) -> Any:
         return None
 
     async def run(conn: PooledConnection) -> None:
-        with_lock = conn.twin.lock
-        conn.twin.lock = suppress()  # nobody else has the connection yet
+        held, conn.twin.lock = conn.twin.lock, nullcontext()  # nobody else has the connection now
         try:
             await bridge.run(callback, conn.twin)
         finally:
-            conn.twin.lock = with_lock
+            conn.twin.lock = held
 
     return run
 
@@ -256,8 +280,8 @@ def forget(pool: Pool) -> None:
 async def close_pools(using: str | None = None) -> None:
     """Close the native pools of the running event loop, of one alias or of all.
 
-    Connections in use are closed too: what runs on them fails with django.db.OperationalError. The next native call opens a
-    new pool.
+    Connections in use are closed too: what runs on them fails with django.db.OperationalError. The
+        next native call opens a new pool.
 
     Args:
         using: a database alias; all of them by default.
@@ -270,8 +294,8 @@ async def close_pools(using: str | None = None) -> None:
 def pool_stats(using: str | None = None) -> dict[str, int]:
     """Statistics of one alias's native pool on the running event loop, as plain numbers.
 
-    The keys are psycopg_pool's (`pool_size`, `pool_available`, `requests_waiting`, ...): see its "Pool stats". Empty before the
-    first native call.
+    The keys are psycopg_pool's (`pool_size`, `pool_available`, `requests_waiting`, ...): see its
+    "Pool stats". Empty before the first native call.
 
     Args:
         using: a database alias; the default one by default.

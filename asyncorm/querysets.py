@@ -1,4 +1,4 @@
-"""The native_* methods: a twin of each a* method that the installed Django defines, and what Django has no a* method for."""
+"""The native_* methods: a twin of each a* method that the installed Django defines."""
 
 from __future__ import annotations
 
@@ -56,7 +56,11 @@ def _twin(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 def add_twins(target: type, source: type | None = None) -> type:
     """Give `target` a native_* twin of each a* method that `source` (by default itself) defines."""
     for name, method in list(vars(source or target).items()):
-        if name.startswith("a") and inspect.iscoroutinefunction(method) and name not in _NOT_DATABASE:
+        if (
+            name.startswith("a")
+            and inspect.iscoroutinefunction(method)
+            and name not in _NOT_DATABASE
+        ):
             native_name = f"native_{name[1:]}"
             if native_name not in vars(target):
                 setattr(target, native_name, _twin(name, method))
@@ -64,7 +68,7 @@ def add_twins(target: type, source: type | None = None) -> type:
 
 
 async def _anative(self: Any) -> list[Any]:
-    """Evaluate natively and return the list of results: instances, or rows of values() and values_list()."""
+    """Evaluate natively; the list of instances, or of rows of values() and values_list()."""
     _check(self.__iter__, (), {})
     return await bridge.run(list, self)
 
@@ -77,8 +81,8 @@ async def _anative_of_manager(self: Any) -> list[Any]:
 def native_iterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
     """Iterate natively in chunks from a server-side cursor, without filling the queryset's cache.
 
-    As QuerySet.iterator(): prefetch_related() works chunk by chunk. Outside a transaction the stream keeps one connection until it ends or is closed; inside
-    one it uses the block's.
+    As QuerySet.iterator(): prefetch_related() works chunk by chunk. Outside a transaction the
+    stream keeps one connection until it ends or is closed; inside one it uses the block's.
 
     Args:
         chunk_size: rows fetched at a time.
@@ -146,7 +150,9 @@ def install() -> None:
         cls.anative = _anative
     BaseManager.anative = _anative_of_manager
     QuerySet.native_iterator = native_iterator
-    BaseManager.native_iterator = lambda self, chunk_size=2000: self.all().native_iterator(chunk_size)
+    BaseManager.native_iterator = lambda self, chunk_size=2000: self.all().native_iterator(
+        chunk_size
+    )
     _patch_factories(_FACTORIES)
     if apps.is_installed("django.contrib.contenttypes"):
         from django.contrib.contenttypes import fields

@@ -1,13 +1,20 @@
-"""Everything asyncorm replaces in Django and asgiref while the app is installed: the seam to Django's internals.
+"""Everything asyncorm replaces in Django and asgiref while the app is installed: the seam to
+Django's internals.
 
-(The wrapper classes are in backends/mixin.py.) Each replacement does what it replaced outside native code.
+(The wrapper classes are in backends/mixin.py.) Each replacement does what it replaced outside
+native code.
 
-- `django.db.connections._connections`: where `connections[alias]` is kept. It must be the running operation's wrapper in native code; Django's own is a
-  context variable on a loop's thread, copied into child tasks, so gathered tasks would share one wrapper.
-- `django.utils.asyncio.get_running_loop`: what `async_unsafe` asks whether to refuse; native code is allowed.
-- `django.db.transaction.Atomic.__enter__`, `.__exit__`: blocks of the transaction tree in native code.
-- `asgiref.sync.AsyncToSync.__call__`: refuses on a running loop's thread; native code awaits instead (asynchronous signal receivers).
-- `django.db.models.fields.files.FieldFile.save`, `.delete`: the storage works in a thread while the model is saved natively.
+- `django.db.connections._connections`: where `connections[alias]` is kept. It must be the running
+  operation's wrapper in native code; Django's own is a context variable on a loop's thread, copied
+  into child tasks, so gathered tasks would share one wrapper.
+- `django.utils.asyncio.get_running_loop`: what `async_unsafe` asks whether to refuse; native code
+  is allowed.
+- `django.db.transaction.Atomic.__enter__`, `.__exit__`: blocks of the transaction tree in native
+  code.
+- `asgiref.sync.AsyncToSync.__call__`: refuses on a running loop's thread; native code awaits
+  instead (asynchronous signal receivers).
+- `django.db.models.fields.files.FieldFile.save`, `.delete`: the storage works in a thread while the
+  model is saved natively.
 """
 
 from __future__ import annotations
@@ -84,7 +91,8 @@ def _refuse_foreign(args: Any) -> None:
     if alias is not None and not isinstance(wrapper, sessions_wrapper()):
         engine = wrapper.settings_dict.get("ENGINE")
         raise SynchronousOnlyOperation(
-            f"Native code used database {alias!r}, whose ENGINE {engine!r} would block the event loop. Use sync_to_async for it, or "
+            f"Native code used database {alias!r}, whose ENGINE {engine!r} would block the event "
+            "loop. Use sync_to_async for it, or "
             "asyncorm.await_(sync_to_async(function)()) from within native code."
         )
 
@@ -99,7 +107,7 @@ def sessions_wrapper() -> type:
 
 def _call(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if bridge.in_native_code():
             return bridge.await_(self.awaitable(*args, **kwargs))
         return original(self, *args, **kwargs)
@@ -108,7 +116,7 @@ def _call(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _ThreadedStorage:
-    """A storage whose methods run in Django's thread for synchronous code while native code waits."""
+    """A storage whose methods run in Django's thread while native code waits."""
 
     def __init__(self, storage: Any) -> None:
         self._storage = storage

@@ -1,8 +1,8 @@
 """Which server connection the code that runs now uses.
 
-A `Session` is a Django wrapper with, while needed, a connection from the pool. An operation outside a transaction has one of its
-own. Transaction blocks and `asyncorm.connection()` put theirs into a chain of `Scope`s in a context variable, where the tasks
-started inside find it.
+A `Session` is a Django wrapper with, while needed, a connection from the pool. An operation outside
+a transaction has one of its own. Transaction blocks and `asyncorm.connection()` put theirs into a
+chain of `Scope`s in a context variable, where the tasks started inside find it.
 """
 
 from __future__ import annotations
@@ -36,20 +36,24 @@ _IDLE = TransactionStatus.IDLE
 
 
 class Scope:
-    """A session that a context carries: that of a transaction block, of `connection()`, or none (`detached()`).
+    """A session that a context carries: that of a transaction block, of `connection()`, or none
+    (`detached()`).
 
     Attributes:
         alias: the database alias; None means every alias.
         session: what to use, None to use nothing of the scopes outside.
         block: the transaction block, if it is one.
-        task, context: where it was entered. A context variable alone does not identify a task: tasks may share a Context (Django 6.1 runs
-            async receivers so) and a fixture is entered in one task and used in others.
+        task, context: where it was entered. A context variable alone does not identify a task:
+            tasks may share a Context (Django 6.1 runs async receivers so) and a fixture is entered
+            in one task and used in others.
         prev: the scope outside.
     """
 
     __slots__ = ("alias", "block", "context", "ended", "prev", "session", "task")
 
-    def __init__(self, alias: str | None, session: Session | None, block: Block | None = None) -> None:
+    def __init__(
+        self, alias: str | None, session: Session | None, block: Block | None = None
+    ) -> None:
         self.alias = alias
         self.session = session
         self.block = block
@@ -68,7 +72,9 @@ class Scope:
         """Leave the scope, in whichever task and order."""
         self.ended = True
         top = value = _scope.get()
-        while value is not None and value.ended and (value is self or value.context is self.context):
+        while (
+            value is not None and value.ended and (value is self or value.context is self.context)
+        ):
             value = value.prev
         if value is not top:
             _scope.set(value)
@@ -88,7 +94,8 @@ def find_scope(alias: str, *, outlived: bool = True) -> Scope | None:
     """The innermost scope of `alias` that the current task is in.
 
     Args:
-        outlived: raise TransactionManagementError when the task was started in a block that has ended.
+        outlived: raise TransactionManagementError when the task was started in a block that has
+            ended.
     """
     scope = _scope.get()
     if scope is None:
@@ -105,7 +112,8 @@ def find_scope(alias: str, *, outlived: bool = True) -> Scope | None:
                 if outlived and not mine and not shared and scope.block is not None:
                     raise scope.block.outlived_error()
             elif mine or not shared or (scope.task is not None and scope.task.done()):
-                # A scope that shares this Context but belongs to another running task is a sibling's.
+                # A scope that shares this Context but belongs to another running task is a
+                # sibling's.
                 if scope.session is None:
                     return None
                 if mine or scope.block is not None:  # child tasks do not inherit `connection()`
@@ -117,7 +125,8 @@ def find_scope(alias: str, *, outlived: bool = True) -> Scope | None:
 class Block:
     """A transaction or a savepoint: a node in the tree of blocks of a session.
 
-    A statement holds the block's lock while it runs, a nested block holds it for its life. The lock belongs to the block and not to
+    A statement holds the block's lock while it runs, a nested block holds it for its life. The lock
+    belongs to the block and not to
     a task: fixtures enter and leave in different tasks.
 
     Attributes:
@@ -143,15 +152,18 @@ class Block:
     def outlived_error(self) -> TransactionManagementError:
         """For a task that was started in the block and goes on after its end."""
         return TransactionManagementError(
-            f"The transaction block that began at {self.origin} has ended, but a task started inside it still uses database "
-            f"{self.session.alias!r}. Await the task inside the block, or start it with asyncorm.detached()."
+            f"The transaction block that began at {self.origin} has ended, but a task started "
+            "inside it still uses database "
+            f"{self.session.alias!r}. Await the task inside the block, or start it with "
+            "asyncorm.detached()."
         )
 
     def acquire(self) -> None:
         """Take the lock, waiting in order of arrival.
 
         Raises:
-            TransactionManagementError: the block has ended meanwhile, or nothing happened for LOCK_TIMEOUT seconds.
+            TransactionManagementError: the block has ended meanwhile, or nothing happened for
+                LOCK_TIMEOUT seconds.
         """
         try:
             self.lock.acquire_nowait()
@@ -186,8 +198,10 @@ class Block:
                 handle.cancel()
         holder = f"the block that began at {self.inner.origin}" if self.inner else "another task"
         raise TransactionManagementError(
-            f"Waited {timeout:g} s for the transaction block that began at {self.origin}: {holder} holds it and does nothing. Probably that "
-            "block waits for this task, which waits for the block. ASYNCORM['LOCK_TIMEOUT'] sets the time."
+            f"Waited {timeout:g} s for the transaction block that began at {self.origin}: "
+            f"{holder} holds it and does nothing. Probably that "
+            "block waits for this task, which waits for the block. ASYNCORM['LOCK_TIMEOUT'] sets "
+            "the time."
         )
 
 
@@ -281,11 +295,16 @@ class Session:
             self.pool.wrappers.append(wrapper)
 
     def serves(self, runner: Runner | None) -> bool:
-        """Whether the running operation uses the session, rather than a finaliser that happens to run in it."""
+        """Whether `runner` uses the session, rather than a finaliser that happens to run in it."""
         if runner is None:
             return False
         held = runner.resources
-        return runner.lead is self or held.get(self.alias) is self or self._key in held or self.innermost() is not None
+        return (
+            runner.lead is self
+            or held.get(self.alias) is self
+            or self._key in held
+            or self.innermost() is not None
+        )
 
     @property
     def _key(self) -> str:
@@ -295,7 +314,9 @@ class Session:
         """A server-side cursor was dropped outside native code: close it later."""
         loop = self.pool.loop
         if self.root is None and not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: loop.create_task(self._abandoned(name), context=Context()))
+            loop.call_soon_threadsafe(
+                lambda: loop.create_task(self._abandoned(name), context=Context())
+            )
 
     async def _abandoned(self, name: str) -> None:
         def close() -> None:
@@ -340,14 +361,15 @@ class Session:
         return None
 
     def _entitled(self, runner: Any) -> Block | None:
-        """The block whose lock a statement of `runner` takes; an error if the session is not its to use."""
+        """The block whose lock a statement takes; an error if the session is not `runner`'s."""
         if type(runner) is not Runner:
             raise InterfaceError("A native connection was used outside native code.")
         if self.root is None:
             if runner.resources.get(self.alias) is self or runner.lead is self:
                 return None
             if self.pinned or self.streaming:
-                # A cursor goes on in another operation than it began in; look again when that one ends.
+                # A cursor goes on in another operation than it began in; look again when that one
+                # ends.
                 runner.resources[self._key] = self
                 return None
         elif runner.lead is self:
@@ -355,7 +377,8 @@ class Session:
         elif (block := self.innermost()) is not None:
             return block
         raise InterfaceError(
-            f"A connection or cursor of database {self.alias!r} was used outside the operation or transaction block that it belongs to."
+            f"A connection or cursor of database {self.alias!r} was used outside the operation "
+            "or transaction block that it belongs to."
         )
 
     def __enter__(self) -> None:
@@ -367,7 +390,9 @@ class Session:
         if block is not None:
             block.acquire()
         elif self.holder is not None:
-            raise InterfaceError(f"Two tasks used one connection of database {self.alias!r} at the same time.")
+            raise InterfaceError(
+                f"Two tasks used one connection of database {self.alias!r} at the same time."
+            )
         self._held = block
         self.holder = runner
         self._depth = 1
@@ -384,7 +409,7 @@ class Session:
 
     @contextmanager
     def acting_for(self, runner: Runner, block: Block) -> Iterator[None]:
-        """Statements inside enter or leave `block`, whose lock (or whose parent's) the caller holds."""
+        """Statements inside enter or leave `block`; the caller holds the lock for that."""
         self.holder, self.acting, self._depth = runner, block, 1
         try:
             yield
@@ -396,7 +421,7 @@ class Session:
 # Aliases
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _native_class(engine: str) -> type | None:
     return getattr(load_backend(engine).DatabaseWrapper, "native_class", None)
 
@@ -413,7 +438,8 @@ def refuse_foreign(alias: str) -> NotSupportedError:
         return connections[alias]  # type: ignore[no-any-return]  # raises ConnectionDoesNotExist
     engine = connections.settings[alias]["ENGINE"]
     return NotSupportedError(
-        f"Database {alias!r} has ENGINE {engine!r}, which cannot run natively. Use ENGINE 'asyncorm.backends.postgresql' for a PostgreSQL "
+        f"Database {alias!r} has ENGINE {engine!r}, which cannot run natively. Use ENGINE "
+        "'asyncorm.backends.postgresql' for a PostgreSQL "
         "database; for others use Django's own a* methods or sync_to_async."
     )
 
@@ -426,7 +452,8 @@ def _pool(alias: str, cls: Any) -> pools.Pool:
         settings_dict = connections.settings[alias]
         if not settings_dict["AUTOCOMMIT"]:
             raise ImproperlyConfigured(
-                f"DATABASES[{alias!r}]['AUTOCOMMIT'] is False, which native code does not support: use asyncorm.atomic()."
+                f"DATABASES[{alias!r}]['AUTOCOMMIT'] is False, which native code does not "
+                "support: use asyncorm.atomic()."
             )
         pool = pools.Pool(alias, settings_dict, lambda: cls(settings_dict, alias))
         pools.add(pool)
@@ -434,7 +461,7 @@ def _pool(alias: str, cls: Any) -> pools.Pool:
 
 
 def session_for(alias: str, runner: Runner) -> Session | None:
-    """The session that native code of `runner` uses for `alias`; None when the ENGINE is not ours."""
+    """The session that `runner` uses for `alias`; None when the ENGINE is not ours."""
     lead = runner.lead
     if lead is not None and lead.alias == alias:
         return lead  # type: ignore[no-any-return]
@@ -464,13 +491,15 @@ def require(alias: str | None) -> Session:
 
 
 def refuse_beside_block(alias: str) -> None:
-    """Raise when a synchronous connection of `alias` is used in another thread from inside a native block."""
+    """Raise when another thread uses a synchronous connection from inside a native block."""
     if _scope.get() is not None:
         scope = find_scope(alias, outlived=False)
         if scope is not None and scope.block is not None:
             raise TransactionManagementError(
-                f"A synchronous connection of database {alias!r} was used in another thread inside the transaction block that began at "
-                f"{scope.block.origin}: it would not be part of the transaction. Use 'await asyncorm.native(function)(...)' instead of "
+                f"A synchronous connection of database {alias!r} was used in another thread "
+                "inside the transaction block that began at "
+                f"{scope.block.origin}: it would not be part of the transaction. Use 'await "
+                "asyncorm.native(function)(...)' instead of "
                 "sync_to_async, or asyncorm.detached() to work outside the block."
             )
 
@@ -504,7 +533,7 @@ async def run_in(session: Session, func: Callable[..., T], /, *args: Any) -> T:
 
 
 async def hold(using: str | None) -> tuple[Session, bool]:
-    """A session that outlives operations, and whether it is new (else it is that of the block or connection() around)."""
+    """A session that outlives operations, and whether it is new or that of what is around."""
 
     def find() -> tuple[Session, bool]:
         session = require(using)
@@ -520,9 +549,10 @@ async def hold(using: str | None) -> tuple[Session, bool]:
 async def connection(using: str | None = None) -> AsyncIterator[None]:
     """Keep one connection for this task: for session state, temporary tables, advisory locks.
 
-    The task's operations outside transactions, and the transactions that it begins, run on one server session until the end, when the
-    session is reset (PostgreSQL's DISCARD ALL). Child tasks do not inherit it. Inside `atomic()` or another `connection()` it changes nothing, since
-    the task has one connection there.
+    The task's operations outside transactions, and the transactions that it begins, run on one
+    server session until the end, when the session is reset (PostgreSQL's DISCARD ALL). Child tasks
+    do not inherit it. Inside `atomic()` or another `connection()` it changes nothing, since the
+    task has one connection there.
 
     Args:
         using: a database alias; the default one by default.
@@ -554,7 +584,7 @@ def _discard_all(session: Session) -> None:
 
 
 async def let_go(session: Session, clean: Callable[[Session], None] | None = None) -> None:
-    """End what `hold()` began: `clean` the session and give its connection back, or close it if that fails."""
+    """End what `hold()` began: clean the session and give its connection back, or close it."""
 
     def finish() -> None:
         runner = bridge.current()
@@ -583,7 +613,8 @@ async def let_go(session: Session, clean: Callable[[Session], None] | None = Non
 async def detached() -> AsyncIterator[None]:
     """Work outside any transaction block or kept connection, on purpose.
 
-    What runs inside, child tasks included, checks out connections of its own and commits on its own.
+    What runs inside, child tasks included, checks out connections of its own and commits on its
+    own.
     """
     scope = Scope(None, None)
     scope.push()

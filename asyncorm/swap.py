@@ -1,9 +1,13 @@
-"""The project-wide swap: with ASYNCORM = {"SWAP_MANAGERS": True} Django's own a* methods run natively.
+"""The project-wide swap: with ASYNCORM = {"SWAP_MANAGERS": True} Django's own a* methods run
+natively.
 
-Every a* method of Django is `sync_to_async(self.<name>)(...)`, with `sync_to_async` imported by name in a few modules. `dispatch` takes the place of that
-name: so the whole asynchronous surface is covered at once, and overridden `get()` or `save()` are honoured. Without the swap it calls asgiref's.
+Every a* method of Django is `sync_to_async(self.<name>)(...)`, with `sync_to_async` imported by
+name in a few modules. `dispatch` takes the place of that
+name: so the whole asynchronous surface is covered at once, and overridden `get()` or `save()` are
+    honoured. Without the swap it calls asgiref's.
 
-What stays in threads on purpose: password hashing, file storage, cache backends, and other people's session and authentication backends.
+What stays in threads on purpose: password hashing, file storage, cache backends, and other people's
+    session and authentication backends.
 """
 
 from __future__ import annotations
@@ -69,24 +73,31 @@ def dispatch(func: Callable[..., Any] | None = None, **options: Any) -> Any:
     return call
 
 
-def is_native(func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> bool:
+def is_native(
+    func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> bool:
     """Whether an ORM callable works on an alias of ours and belongs to Django."""
     owner = getattr(func, "__self__", None)
-    if owner is not None and getattr(func, "__module__", None) in _BASES:
-        if not type(owner).__module__.startswith("django."):
-            return False
+    if getattr(func, "__module__", None) in _BASES and not _djangos(owner):
+        return False
     if not has_foreign():
         return True
     alias = alias_of(func, args, kwargs or {})
     return alias is None or sessions.native_class(alias) is not None
 
 
+def _djangos(owner: Any) -> bool:
+    return type(owner).__module__.startswith("django.")
+
+
 def alias_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The database alias that an ORM callable will use, as far as it can be told before the call."""
+    """The alias that an ORM callable will use, as far as one can tell before the call."""
     if kwargs.get("using"):
         return str(kwargs["using"])
     target = getattr(func, "__self__", None)
-    if target is None:  # list(queryset), prefetch_related_objects(instances), a closure over `using`
+    if (
+        target is None
+    ):  # list(queryset), prefetch_related_objects(instances), a closure over `using`
         code = getattr(func, "__code__", None)
         if code is not None and "using" in code.co_freevars:
             return str(func.__closure__[code.co_freevars.index("using")].cell_contents)

@@ -1,4 +1,4 @@
-"""Transaction blocks: `atomic()`, and Django's own `transaction.atomic()` in native code, as nodes of one tree."""
+"""Transaction blocks: asyncorm's and Django's own `atomic()` as nodes of one tree."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ _exit_django = DjangoAtomic.__exit__
 
 
 def enter(atomic: DjangoAtomic) -> None:
-    """Atomic.__enter__ of django.db.transaction: in native code the block becomes a node of the tree."""
+    """Atomic.__enter__: in native code the block becomes a node of the tree."""
     runner = bridge.current()
-    session = sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner) if runner is not None else None
+    session = (
+        sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner)
+        if runner is not None
+        else None
+    )
     if runner is None or session is None:
         _enter_django(atomic)
     else:
@@ -44,7 +48,11 @@ def leave(
 ) -> None:
     """Atomic.__exit__ of django.db.transaction, the counterpart of `enter()`."""
     runner = bridge.current()
-    session = sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner) if runner is not None else None
+    session = (
+        sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner)
+        if runner is not None
+        else None
+    )
     if runner is None or session is None:
         _exit_django(atomic, exc_type, exc, traceback)
         return
@@ -55,11 +63,12 @@ def leave(
 
 
 def enter_block(runner: Runner, session: Session, atomic: DjangoAtomic, origin: str) -> Block:
-    """Begin a transaction or a savepoint on `session` and make the block the current task's innermost."""
+    """Begin a transaction or a savepoint, the current task's innermost block."""
     parent = session.innermost()
     if parent is None and session.root is not None:
         raise TransactionManagementError(
-            f"The connection is in the transaction block that began at {session.root.origin}, in which this task is not."
+            f"The connection is in the transaction block that began at {session.root.origin}, in "
+            "which this task is not."
         )
     if parent is not None:
         parent.acquire()
@@ -87,7 +96,7 @@ def leave_block(
     exc: BaseException | None,
     traceback: TracebackType | None,
 ) -> None:
-    """Commit or roll back; statements of child tasks that run are waited for, those that come later get an error."""
+    """Commit or roll back; running statements of child tasks are waited for, later ones refused."""
     session = block.session
     wrapper = session.wrapper
     try:
@@ -127,7 +136,7 @@ def _close_block(runner: Runner, block: Block) -> None:
 
 
 class Atomic:
-    """What `atomic()` returns: an asynchronous context manager and a decorator of coroutine functions."""
+    """What `atomic()` returns: a context manager and a decorator of coroutine functions."""
 
     def __init__(self, using: str | None, **options: Any) -> None:
         self.using = using
@@ -186,7 +195,8 @@ class Atomic:
     def __call__(self, func: F) -> F:
         if not inspect.iscoroutinefunction(func):
             raise TypeError(
-                f"asyncorm.atomic decorates coroutine functions, not {func!r}; for a synchronous one use django.db.transaction.atomic."
+                f"asyncorm.atomic decorates coroutine functions, not {func!r}; for a synchronous "
+                "one use django.db.transaction.atomic."
             )
 
         @functools.wraps(func)
@@ -214,7 +224,9 @@ class _Characteristics:
             "read_only": read_only,
             "deferrable": deferrable,
         }
-        self.transaction = {name: value for name, value in self.transaction.items() if value is not None}
+        self.transaction = {
+            name: value for name, value in self.transaction.items() if value is not None
+        }
         self.statement_timeout = statement_timeout
         self.saved: dict[str, Any] = {}
         self.saved_timeout: str | None = None
@@ -222,7 +234,8 @@ class _Characteristics:
     def check(self, parent: Block | None) -> None:
         if parent is not None and self.transaction:
             raise TransactionManagementError(
-                f"{', '.join(self.transaction)} can be set for the outermost block only; this one is inside the block that began at {parent.origin}."
+                f"{', '.join(self.transaction)} can be set for the outermost block only; this "
+                f"one is inside the block that began at {parent.origin}."
             )
 
     def before(self) -> None:
@@ -246,11 +259,19 @@ class _Characteristics:
 
     def restore(self, block: Block, exc_type: type[BaseException] | None) -> None:
         conn = self.session.wrapper.connection
-        if self.saved_timeout is not None and exc_type is None and not block.needs_rollback and conn is not None:
+        if (
+            self.saved_timeout is not None
+            and exc_type is None
+            and not block.needs_rollback
+            and conn is not None
+        ):
             with self.session.wrapper.cursor() as cursor:
-                cursor.execute("SELECT set_config('statement_timeout', %s, true)", [self.saved_timeout])
+                cursor.execute(
+                    "SELECT set_config('statement_timeout', %s, true)", [self.saved_timeout]
+                )
         if self.saved and conn is not None:
-            # Read by psycopg at the next BEGIN only; the setters would refuse inside the transaction.
+            # Read by psycopg at the next BEGIN only; the setters would refuse inside the
+            # transaction.
             for name, value in self.saved.items():
                 setattr(conn, f"_{name}", value)
             conn._begin_statement = b""
@@ -279,10 +300,13 @@ def atomic(
     deferrable: bool | None = None,
     statement_timeout: float | None = None,
 ) -> Any:
-    """A transaction, or inside another block a savepoint: `async with atomic():`, or a decorator of coroutine functions.
+    """A transaction, or inside another block a savepoint: `async with atomic():`, or a decorator of
+    coroutine functions.
 
-    Means what django.db.transaction.atomic() means ("Database transactions" in Django's documentation), for the task and the tasks it starts
-    inside: they share the block's connection and take turns, statement by statement. A nested block keeps others out for its life.
+    Means what django.db.transaction.atomic() means ("Database transactions" in Django's
+    documentation), for the task and the tasks it starts
+    inside: they share the block's connection and take turns, statement by statement. A nested block
+        keeps others out for its life.
 
     Args:
         using: a database alias; the default one by default.
@@ -291,11 +315,13 @@ def atomic(
         isolation_level: for an outermost block.
         read_only: for an outermost block; True has the server refuse writes.
         deferrable: for an outermost block that is serializable and read-only.
-        statement_timeout: seconds after which the server cancels a statement of the block (django.db.OperationalError).
+        statement_timeout: seconds after which the server cancels a statement of the block
+            (django.db.OperationalError).
 
     Raises:
         django.db.NotSupportedError: the alias has another engine.
-        django.db.transaction.TransactionManagementError: an option for outermost blocks in a nested one.
+        django.db.transaction.TransactionManagementError: an option for outermost blocks in a nested
+            one.
     """
     options = {
         "savepoint": savepoint,
@@ -318,10 +344,11 @@ def _block(using: str | None) -> Block | None:
 
 
 def on_commit(callback: Callable[[], Any], using: str | None = None, robust: bool = False) -> None:
-    """Call `callback` after the outermost block has committed; never if it, or the savepoint around this call, is rolled back.
+    """Call `callback` after the outermost block has committed; never if it, or the savepoint around
+    this call, is rolled back.
 
-    Callbacks run in order, outside the transaction. What one returns is awaited if it is awaitable. Outside a block it is called at once, and an
-    awaitable that it returns is scheduled as a task.
+    Callbacks run in order, outside the transaction. What one returns is awaited if it is awaitable.
+    Outside a block it is called at once, and an awaitable that it returns is scheduled as a task.
 
     Args:
         callback: takes no arguments.
@@ -354,7 +381,8 @@ _tasks: set[Any] = set()
 
 
 def set_rollback(rollback: bool, using: str | None = None) -> None:
-    """Have the innermost block with a savepoint, or the transaction, roll back at its end without an exception (or not).
+    """Have the innermost block with a savepoint, or the transaction, roll back at its end without
+    an exception (or not).
 
     As django.db.transaction.set_rollback().
 
@@ -363,5 +391,7 @@ def set_rollback(rollback: bool, using: str | None = None) -> None:
     """
     block = _block(using)
     if block is None:
-        raise TransactionManagementError("The rollback flag doesn't work outside of an 'atomic' block.")
+        raise TransactionManagementError(
+            "The rollback flag doesn't work outside of an 'atomic' block."
+        )
     block.needs_rollback = rollback

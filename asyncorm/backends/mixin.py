@@ -2,20 +2,25 @@
 
 For backends other than the one shipped, put the mixin first:
 
-    class DatabaseWrapper(NativeBackendMixin, django.contrib.gis.db.backends.postgis.base.DatabaseWrapper):
-        pass
+    class DatabaseWrapper(NativeBackendMixin,
+    django.contrib.gis.db.backends.postgis.base.DatabaseWrapper): pass
 
-Synchronous code gets the class itself, unchanged but for two checks. Native code gets `native_class`, a subclass that is in Django's
-own pooled mode with asyncorm's pool in place of psycopg_pool's synchronous one.
+Synchronous code gets the class itself, unchanged but for two checks. Native code gets
+`native_class`, a subclass that is in Django's own pooled mode with asyncorm's pool in place of
+psycopg_pool's synchronous one.
 
 Names of Django (5.2 to 6.1) used beyond the documented backend API, and why:
 
-- `BaseDatabaseWrapper.connect`, `.ensure_connection`, `._commit`, `.on_commit`, `.run_and_clear_commit_hooks`: overridden as said at each.
-- `DatabaseWrapper.pool`, `._configure_connection`, `.ensure_timezone`, `.close_pool`: Django's pooled mode.
-- `needs_rollback`, `rollback_exc`, `run_on_commit`, `execute_wrappers`, `queries_log`, `force_debug_cursor`: attributes of the wrapper that native
-  code shares otherwise than synchronous code does; made properties.
+- `BaseDatabaseWrapper.connect`, `.ensure_connection`, `._commit`, `.on_commit`,
+  `.run_and_clear_commit_hooks`: overridden as said at each.
+- `DatabaseWrapper.pool`, `._configure_connection`, `.ensure_timezone`, `.close_pool`: Django's
+  pooled mode.
+- `needs_rollback`, `rollback_exc`, `run_on_commit`, `execute_wrappers`, `queries_log`,
+  `force_debug_cursor`: attributes of the wrapper that native code shares otherwise than synchronous
+  code does; made properties.
 - `_thread_ident`: a loop, and with it its wrappers, may run in another thread later.
-- `isolation_level`: set by `get_new_connection()`, which a wrapper taking over a configured connection does not call.
+- `isolation_level`: set by `get_new_connection()`, which a wrapper taking over a configured
+  connection does not call.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import inspect
 import os
 from collections import deque
 from collections.abc import Callable
-from functools import lru_cache, update_wrapper
+from functools import cache, update_wrapper
 from typing import Any
 
 from django.db import connections
@@ -39,13 +44,13 @@ from ..driver import ENDED, Connection
 
 
 class _Class:
-    """`native_class` as an attribute of each backend class: the subclass made from that very class."""
+    """`native_class` of a backend class: the subclass made from that very class."""
 
     def __get__(self, instance: Any, owner: Any) -> Any:
         return _native_class(owner)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _native_class(cls: Any) -> Any:
     return type(f"Native{cls.__name__}", (NativeWrapper, cls), {"__module__": cls.__module__})
 
@@ -58,8 +63,8 @@ class NativeBackendMixin:
     def ensure_connection(self) -> None:
         """Django's, except on a running loop's thread and beside a native transaction.
 
-        On the thread of a running loop it does nothing: CaptureQueriesContext and assertNumQueries call it there, and statements are
-        refused anyway (SynchronousOnlyOperation).
+        On the thread of a running loop it does nothing: CaptureQueriesContext and assertNumQueries
+            call it there, and statements are refused anyway (SynchronousOnlyOperation).
         """
         if not _loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
             sessions.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
@@ -106,7 +111,7 @@ class _Pool:
 
 
 class _Shared:
-    """An attribute that is Django's own wrapper's of the task: what is installed there sees native statements too."""
+    """An attribute of Django's own wrapper of the task: what is there sees native statements."""
 
     def __init__(self, default: Callable[[], Any]) -> None:
         self.default = default
@@ -132,7 +137,7 @@ class _Shared:
 
 
 class _OfBlock:
-    """An attribute that each transaction block has for itself: tasks share the wrapper but not the block."""
+    """An attribute that each block has for itself: tasks share the wrapper but not the block."""
 
     def __set_name__(self, owner: Any, name: str) -> None:
         self.name = name
@@ -140,13 +145,21 @@ class _OfBlock:
 
     def __get__(self, wrapper: Any, owner: Any) -> Any:
         session = wrapper.session
-        if session is not None and session.root is not None and (block := session.innermost()) is not None:
+        if (
+            session is not None
+            and session.root is not None
+            and (block := session.innermost()) is not None
+        ):
             return getattr(block, self.name)
         return wrapper.__dict__.get(self.plain)
 
     def __set__(self, wrapper: Any, value: Any) -> None:
         session = wrapper.session
-        if session is not None and session.root is not None and (block := session.innermost()) is not None:
+        if (
+            session is not None
+            and session.root is not None
+            and (block := session.innermost()) is not None
+        ):
             setattr(block, self.name, value)
         else:
             wrapper.__dict__[self.plain] = value
@@ -192,7 +205,7 @@ class NativeWrapper:
         super(NativeBackendMixin, self).ensure_connection()  # type: ignore[misc]
 
     def connect(self) -> None:
-        """Check out a connection; Django configures it, and sends connection_created, when it is a new one."""
+        """Check out a connection; Django configures it and sends its signal if it is new."""
         session = self.session
         if session is None:
             raise InterfaceError(ENDED)
@@ -216,7 +229,7 @@ class NativeWrapper:
             raise
 
     def create_cursor(self, name: str | None = None) -> Any:
-        """Django's; server-side cursors are known to the session, which keeps the connection while they are open."""
+        """Django's; the session keeps its connection while server-side cursors are open."""
         cursor = super().create_cursor(name)  # type: ignore[misc]
         if name:
             cursor.__class__ = _stream_class(type(cursor))
@@ -231,12 +244,13 @@ class NativeWrapper:
         except OperationalError as exc:
             if self.connection is not None and self.connection.pgconn.status != ConnStatus.OK:
                 raise OperationalError(
-                    f"The connection was lost during COMMIT: the transaction may or may not have been committed. {exc}"
+                    "The connection was lost during COMMIT: the transaction may or may not have "
+                    f"been committed. {exc}"
                 ) from exc
             raise
 
     def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
-        """Django's, with the savepoints of the caller's own block rather than the wrapper's newest."""
+        """Django's, with the savepoints of the caller's own block."""
         block = self.session.innermost() if self.session is not None else None
         if block is None or not callable(func):
             super().on_commit(func, robust)  # type: ignore[misc]
@@ -244,16 +258,23 @@ class NativeWrapper:
             self.run_on_commit.append((set(block.sids), func, robust))
 
     def run_and_clear_commit_hooks(self) -> None:
-        """Django's; what a callback returns is awaited. While a block is being left, transactions.py calls it later."""
+        """Django's, later when a block is being left; what a callback returns is awaited."""
         session = self.session
         if session is not None and session.acting is not None:
             return
-        self.run_on_commit = [(sids, _awaiting(func), robust) for sids, func, robust in self.run_on_commit]
+        self.run_on_commit = [
+            (sids, _awaiting(func), robust) for sids, func, robust in self.run_on_commit
+        ]
         super().run_and_clear_commit_hooks()  # type: ignore[misc]
 
     def forget(self) -> None:
         """Be as new: the session that used the wrapper is over."""
-        if self.in_atomic_block or self.run_on_commit or self.errors_occurred or self.closed_in_transaction:
+        if (
+            self.in_atomic_block
+            or self.run_on_commit
+            or self.errors_occurred
+            or self.closed_in_transaction
+        ):
             self.in_atomic_block = False
             self.savepoint_ids: list[Any] = []
             self.atomic_blocks: list[Any] = []
@@ -277,7 +298,7 @@ def _awaiting(func: Callable[[], Any]) -> Callable[[], Any]:
     return update_wrapper(call, func) if hasattr(func, "__qualname__") else call
 
 
-@lru_cache(maxsize=None)
+@cache
 def _stream_class(cls: Any) -> Any:
     return type(cls.__name__, (_Stream, cls), {"__slots__": (), "__module__": cls.__module__})
 
