@@ -284,7 +284,7 @@ class PooledConnection(AsyncConnection[Any]):
     _options: dict[str, Any]
 
     @classmethod
-    async def connect(cls, conninfo: str = "", **kwargs: Any) -> PooledConnection:  # type: ignore[override]
+    async def connect(cls, conninfo: str = "", **kwargs: Any) -> PooledConnection:
         names = ("row_factory", "cursor_factory", "context", "prepare_threshold")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         kwargs["autocommit"] = True

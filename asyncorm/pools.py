@@ -199,6 +199,7 @@ class Pool:
         try:
             yield
         finally:
+            self._closer = None
             await self.close()
 
     async def close(self) -> None:
@@ -207,8 +208,9 @@ class Pool:
         pool, self.connections = self.connections, None
         if pool is not None:
             await pool.shut()
-        if self._closer is not None and not self._closer.ag_running:
-            await self._closer.aclose()
+        closer, self._closer = self._closer, None
+        if closer is not None:
+            await closer.aclose()
 
     def abandon(self) -> None:
         """Close every connection at once, for a pool whose loop is already closed."""

@@ -93,6 +93,11 @@ def native_iterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
     return _stream(self, chunk_size)
 
 
+def _iterator_of_manager(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
+    """Iterate over all() natively, in chunks from a server-side cursor."""
+    return native_iterator(self.all(), chunk_size)
+
+
 async def _stream(queryset: Any, chunk_size: int) -> AsyncIterator[Any]:
     rows = queryset.iterator(chunk_size=chunk_size)
     session, new = await sessions.hold(queryset.db)
@@ -146,13 +151,14 @@ def install() -> None:
     add_twins(BaseManager, QuerySet)
     add_twins(Model)
     add_twins(RawQuerySet)
-    for cls in (QuerySet, RawQuerySet):
-        cls.anative = _anative
-    BaseManager.anative = _anative_of_manager
-    QuerySet.native_iterator = native_iterator
-    BaseManager.native_iterator = lambda self, chunk_size=2000: self.all().native_iterator(
-        chunk_size
-    )
+    for target, name, method in (
+        (QuerySet, "anative", _anative),
+        (RawQuerySet, "anative", _anative),
+        (BaseManager, "anative", _anative_of_manager),
+        (QuerySet, "native_iterator", native_iterator),
+        (BaseManager, "native_iterator", _iterator_of_manager),
+    ):
+        setattr(target, name, method)
     _patch_factories(_FACTORIES)
     if apps.is_installed("django.contrib.contenttypes"):
         from django.contrib.contenttypes import fields
@@ -165,7 +171,7 @@ def install() -> None:
 
 
 def _subclasses(cls: type) -> set[type]:
-    found = set(cls.__subclasses__())
+    found: set[type] = set(cls.__subclasses__())
     for sub in list(found):
         found |= _subclasses(sub)
     return found

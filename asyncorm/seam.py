@@ -86,7 +86,7 @@ def _get_running_loop() -> Any:
 
 def _refuse_foreign(args: Any) -> None:
     # Called by async_unsafe's wrapper, whose first argument is the DatabaseWrapper.
-    wrapper = args[0] if args else None
+    wrapper: Any = args[0] if args else None
     alias = getattr(wrapper, "alias", None)
     if alias is not None and not isinstance(wrapper, sessions_wrapper()):
         engine = wrapper.settings_dict.get("ENGINE")
@@ -148,7 +148,7 @@ def install() -> None:
         return
     connections._connections = _Storage(connections._connections)  # type: ignore[attr-defined]
     django.utils.asyncio.get_running_loop = _get_running_loop  # type: ignore[attr-defined]
-    Atomic.__enter__ = transactions.enter  # type: ignore[method-assign, assignment]
+    Atomic.__enter__ = transactions.enter  # type: ignore[method-assign]
     Atomic.__exit__ = transactions.leave  # type: ignore[method-assign]
     AsyncToSync.__call__ = _call(AsyncToSync.__call__)  # type: ignore[method-assign]
     FieldFile.save = _with_threaded_storage(FieldFile.save)  # type: ignore[method-assign]

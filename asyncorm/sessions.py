@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from asyncio import Task, current_task, get_running_loop
+from asyncio import Task, TimerHandle, current_task, get_running_loop
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context, ContextVar
 from time import monotonic
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import anyio
@@ -23,6 +23,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, InterfaceError, NotSupportedError, connections
 from django.db.transaction import TransactionManagementError
 from django.db.utils import load_backend
+from django.utils.connection import ConnectionDoesNotExist
 from greenlet import getcurrent
 from psycopg import sql
 from psycopg.pq import TransactionStatus
@@ -143,8 +144,8 @@ class Block:
         self.scope = Scope(session.alias, session, self)
         self.lock = anyio.Semaphore(1, max_value=1, fast_acquire=True)
         self.sids: frozenset[Any] = frozenset()
-        self.needs_rollback = parent.needs_rollback if parent is not None else False
-        self.rollback_exc = parent.rollback_exc if parent is not None else None
+        self.needs_rollback: bool = parent is not None and parent.needs_rollback
+        self.rollback_exc: BaseException | None = parent.rollback_exc if parent else None
         self.inner: Block | None = None
         self.characteristics: Any = None
         self.ended = False
@@ -180,6 +181,7 @@ class Block:
         loop = get_running_loop()
         session = self.session
         began = monotonic()
+        handle: TimerHandle
         with anyio.CancelScope(shield=bool(runner.shields)) as scope:
 
             def look() -> None:
@@ -435,7 +437,7 @@ def native_class(alias: str) -> type | None:
 def refuse_foreign(alias: str) -> NotSupportedError:
     """For native code that uses an alias of another engine."""
     if alias not in connections.settings:
-        return connections[alias]  # type: ignore[no-any-return]  # raises ConnectionDoesNotExist
+        raise ConnectionDoesNotExist(f"The connection '{alias}' doesn't exist.")
     engine = connections.settings[alias]["ENGINE"]
     return NotSupportedError(
         f"Database {alias!r} has ENGINE {engine!r}, which cannot run natively. Use ENGINE "
@@ -464,7 +466,7 @@ def session_for(alias: str, runner: Runner) -> Session | None:
     """The session that `runner` uses for `alias`; None when the ENGINE is not ours."""
     lead = runner.lead
     if lead is not None and lead.alias == alias:
-        return lead  # type: ignore[no-any-return]
+        return cast(Session, lead)
     if _scope.get() is not None and (scope := find_scope(alias)) is not None:
         return scope.session
     session = runner.resources.get(alias)
@@ -473,7 +475,7 @@ def session_for(alias: str, runner: Runner) -> Session | None:
         if cls is None:
             return None
         session = runner.resources[alias] = Session(alias, _pool(alias, cls))
-    return session  # type: ignore[no-any-return]
+    return cast(Session, session)
 
 
 def require(alias: str | None) -> Session:

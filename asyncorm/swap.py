@@ -94,7 +94,7 @@ def alias_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
     """The alias that an ORM callable will use, as far as one can tell before the call."""
     if kwargs.get("using"):
         return str(kwargs["using"])
-    target = getattr(func, "__self__", None)
+    target: Any = getattr(func, "__self__", None)
     if (
         target is None
     ):  # list(queryset), prefetch_related_objects(instances), a closure over `using`
@@ -145,7 +145,7 @@ def install() -> None:
             importlib.import_module(name).sync_to_async = dispatch  # type: ignore[attr-defined]
     if _django_aiterator is None:
         _django_aiterator = QuerySet.aiterator
-        QuerySet.aiterator = _aiterator  # type: ignore[method-assign, assignment]
+        QuerySet.aiterator = _aiterator  # type: ignore[method-assign]
         setting_changed.connect(_settings_changed, dispatch_uid="asyncorm.swap")
     _read_setting()
 

@@ -47,7 +47,7 @@ class _Class:
     """`native_class` of a backend class: the subclass made from that very class."""
 
     def __get__(self, instance: Any, owner: Any) -> Any:
-        return _native_class(owner)
+        return _native_class(owner)  # one for each class, made once
 
 
 @cache
@@ -178,6 +178,10 @@ class NativeWrapper:
     settings_dict: dict[str, Any]
     connection: Any
     run_on_commit: list[Any]
+    in_atomic_block: bool
+    errors_occurred: bool
+    closed_in_transaction: bool
+    _configure_connection: Callable[[Any], bool]
 
     queries_log = _Shared(lambda: deque(maxlen=9000))
     force_debug_cursor = _Shared(lambda: False)
@@ -232,7 +236,7 @@ class NativeWrapper:
         """Django's; the session keeps its connection while server-side cursors are open."""
         cursor = super().create_cursor(name)  # type: ignore[misc]
         if name:
-            cursor.__class__ = _stream_class(type(cursor))
+            cursor.__class__ = _stream_class(type(cursor))  # type: ignore[arg-type]
             session = self.session
             assert session is not None
             session.cursors.add(cursor)
@@ -284,10 +288,6 @@ class NativeWrapper:
         self.__dict__.pop("_plain_needs_rollback", None)
         self.__dict__.pop("_plain_rollback_exc", None)
 
-    in_atomic_block: bool
-    errors_occurred: bool
-    closed_in_transaction: bool
-
 
 def _awaiting(func: Callable[[], Any]) -> Callable[[], Any]:
     def call() -> None:
@@ -310,11 +310,12 @@ class _Stream:
 
     def close(self) -> None:
         """psycopg's; without native code around, the session closes it later."""
-        session = self._conn.lock  # type: ignore[attr-defined]
+        cursor: Any = self
+        session = cursor._conn.lock
         if not isinstance(session, sessions.Session):
-            self._closed = True  # with the session that it belonged to
+            cursor._closed = True  # with the session that it belonged to
         elif session.serves(bridge.current()):
             super().close()  # type: ignore[misc]
-        elif not self._closed:
-            self._closed = True
-            session.abandon(self._name)  # type: ignore[attr-defined]
+        elif not cursor._closed:
+            cursor._closed = True
+            session.abandon(cursor._name)

@@ -5,5 +5,5 @@ from django.db.backends.postgresql import base
 from ..mixin import NativeBackendMixin
 
 
-class DatabaseWrapper(NativeBackendMixin, base.DatabaseWrapper):  # type: ignore[misc]
+class DatabaseWrapper(NativeBackendMixin, base.DatabaseWrapper):
     """Django's PostgreSQL backend; its native side runs on asyncorm's pool."""
