@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> None:
     about = f"{show.SAME} {machine_text(report.machine)}."
     _write(options.svg, timeline_svg.draw(report.comparisons, show.TITLES, about))
     if options.json is not None:
-        _write(options.json, json.dumps(report.figures(), indent=1) + "\n")
+        _write(options.json, json.dumps(report.figures()) + "\n")
     show.show_end(console, report, options.svg, options.json)
 
 

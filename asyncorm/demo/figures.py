@@ -85,20 +85,17 @@ class Comparison:
     def figures(self) -> dict[str, Any]:
         def half(run: Run) -> dict[str, Any]:
             return {
-                "seconds": round(run.seconds, 6),
-                "rounds": [round(seconds, 6) for seconds in run.rounds],
+                "seconds": run.seconds,
+                "rounds": run.rounds,
                 "connections": len(run.connections),
                 "threads": run.threads,
                 "statements_at_once": run.at_once,
-                "statements": [
-                    [s.query, s.connection, round(s.start, 6), round(s.end, 6)]
-                    for s in run.statements
-                ],
+                "statements": [[s.query, s.connection, s.start, s.end] for s in run.statements],
             }
 
         return {
             "title": self.title,
-            "factor": round(self.factor, 2),
+            "factor": self.factor,
             "same_result": self.same_result,
             "django": half(self.django),
             "asyncorm": half(self.asyncorm),

@@ -31,7 +31,7 @@ def run(console: Console, *, rows: int, quick: bool) -> Report:
             with own_schema(schema):
                 return _run(console, database, rows, quick)
         except Error as error:
-            raise DemoError(f"the database refuses: {str(error).strip()}") from error
+            raise DemoError(f"the database says: {str(error).strip()}") from error
 
 
 def _run(console: Console, database: dict[str, Any], rows: int, quick: bool) -> Report:

@@ -126,6 +126,8 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     console.print(verdict)
     console.print()
     for line in timeline_text.draw(comparison, TITLES, console.width):
+        if console.options.ascii_only:
+            line.plain = line.plain.translate(timeline_text.ASCII)
         console.print(line, no_wrap=True, overflow="crop")
 
 

@@ -15,6 +15,7 @@ ROOM = 10  # at the right, for the end's label
 IDLE = "·"
 SHADES = f"{IDLE}░▒▓█"
 FULLER = "The fuller a shade, the busier the connection."
+ASCII = str.maketrans(f"{SHADES}━╵", ".:=*#-|")
 CROWD_STYLES = ("bright_black", "green")
 
 
