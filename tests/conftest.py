@@ -1,0 +1,120 @@
+"""Starts PostgreSQL for the session, creates the test databases, and offers the sample data."""
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+SESSION = ExitStack()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    from asyncorm.demo.postgres import postgres_server
+
+    server = SESSION.enter_context(postgres_server())
+    # For this process and for those that tests start.
+    os.environ["ASYNCORM_TEST_DATABASE"] = json.dumps(server.settings)
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.project.settings"
+
+    import django
+    from django.conf import settings
+
+    from tests.project.settings import databases
+
+    # pytest-django may have read the settings before there was a server.
+    for alias, database in databases().items():
+        settings.DATABASES[alias].update(database)
+    django.setup()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    SESSION.close()
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_test_environment: None, django_db_blocker: Any) -> Iterator[Any]:
+    """Create all test databases; unlike pytest-django's own, fail if one cannot be dropped.
+
+    A connection that anything left open is what keeps a database from being dropped.
+    """
+    from django.test.utils import setup_databases, teardown_databases
+
+    from tests.stock import Stock
+
+    with django_db_blocker.unblock():
+        databases = setup_databases(verbosity=0, interactive=False)
+        # Here, because later a test's transaction may be open.
+        stock = Stock()
+    yield stock
+    stock.close()
+    with django_db_blocker.unblock():
+        teardown_databases(databases, verbosity=0)
+
+
+@pytest.fixture(scope="session")
+def stock(django_db_setup: Any) -> Any:
+    return django_db_setup
+
+
+@pytest.fixture
+def shop_data(stock: Any, request: pytest.FixtureRequest, django_db_blocker: Any) -> Iterator[None]:
+    """The sample (project/shop/sample.py), committed on `default` and `other`, for reading only.
+
+    Needs no `django_db` mark. A test that writes takes `fresh_shop`.
+    """
+    if stock.holds != "sample":
+        stock.fill("sample")
+    with django_db_blocker.unblock():
+        yield
+    if request.node.get_closest_marker("django_db"):
+        stock.holds = "unknown"  # with transaction=True the tables are flushed
+
+
+@pytest.fixture
+def fresh_shop(stock: Any, django_db_blocker: Any) -> Iterator[Callable[[], None]]:
+    """The sample, committed and free to be changed; a call puts it back as it was."""
+
+    def again() -> None:
+        stock.fill("sample")
+        stock.holds = "unknown"
+
+    again()
+    with django_db_blocker.unblock():
+        yield again
+
+
+@pytest.fixture(autouse=True)
+def _no_sample(request: pytest.FixtureRequest) -> None:
+    """Tests that do not ask for the sample find the tables empty, in whichever order tests run."""
+    if {"shop_data", "fresh_shop"} & set(request.fixturenames):
+        return
+    if "django_db_setup" in request.fixturenames or request.node.get_closest_marker("django_db"):
+        stock = request.getfixturevalue("stock")
+        if stock.holds != "empty":
+            stock.fill("empty")
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    """Run a coroutine on a loop that the module's tests share; between calls no loop is running."""
+    with asyncio.Runner() as runner:
+        yield runner.run
+
+
+@pytest.fixture(params=["native", "swapped"], scope="module")
+def way(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """How operations are called (see operations.py): natively by either set of names."""
+    from django.test import override_settings
+
+    from tests.operations import Native, Swapped
+
+    if request.param == "native":
+        yield Native()
+    else:
+        with override_settings(ASYNCORM={"SWAP_MANAGERS": True}):
+            yield Swapped()

@@ -1,0 +1,1 @@
+"""The Django project that asyncorm's tests use."""

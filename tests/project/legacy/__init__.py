@@ -1,0 +1,1 @@
+"""An app whose table lives on an engine that asyncorm does not serve."""

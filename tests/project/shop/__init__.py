@@ -1,0 +1,1 @@
+"""A bookshop: the broad schema that most tests use."""
