@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -200,6 +200,7 @@ def _supervise() -> None:
     orders = io.FileIO(0, closefd=False)  # unbuffered, for select
     spec = json.loads(orders.readline())
     cluster = _Cluster(Path(spec["bindir"]), spec["tcp"], spec["settings"])
+    actions: dict[str, Callable[..., dict[str, Any] | None]]
     actions = {"create": cluster.create, "start": cluster.start, "stop": cluster.stop}
     order = ["create"]
     try:
@@ -256,6 +257,7 @@ class _Cluster:
         if int(re.findall(r"\d+", version)[0]) >= 17:  # the same upper and lower on every system
             options += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         self._run("initdb", *options)
+        password_file.unlink()
         for last_try in (False, False, True):
             port = _free_port(self.host) if self.host else 5432
             self.settings |= {
@@ -322,7 +324,7 @@ class _Cluster:
             time.sleep(0.01)
 
     def _run(self, program: str, *arguments: str) -> str:
-        done = subprocess.run(
+        done: subprocess.CompletedProcess[str] = subprocess.run(
             [self.bindir / program, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
