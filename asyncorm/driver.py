@@ -116,6 +116,11 @@ class Connection(psycopg.Connection[Any]):
         conn.prepare_threshold = options.get("prepare_threshold", 5)
         return conn
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a task waits for the server on this connection."""
+        return self._waiter is not None
+
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run one of psycopg's generators: where it would block, other tasks run."""
         runner = getcurrent()

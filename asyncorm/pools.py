@@ -6,6 +6,7 @@ import asyncio
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import AsyncGenerator, Callable
 from contextlib import nullcontext
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -212,6 +213,13 @@ class Pool:
         if closer is not None:
             await closer.aclose()
 
+    def retire(self) -> None:
+        """Close the connections, those in use as soon as they are given back."""
+        if self.connections is not None:
+            task = self.loop.create_task(self.connections.close(), context=Context())
+            _retiring.add(task)
+            task.add_done_callback(_retiring.discard)
+
     def abandon(self) -> None:
         """Close every connection at once, for a pool whose loop is already closed."""
         forget(self)
@@ -306,20 +314,22 @@ def pool_stats(using: str | None = None) -> dict[str, int]:
     return {} if pool is None else pool.stats()
 
 
-def discard_pools(alias: str) -> None:
-    """Have every loop open new connections for `alias`: its settings (time zone, name) changed."""
+def discard_pools(alias: str | None = None) -> None:
+    """Have new connections made from now on: settings (time zone, name) changed.
+
+    Connections in use are closed when they are given back.
+
+    Args:
+        alias: one alias; all of them by default.
+    """
     for by_alias in list(_pools.values()):
-        if (pool := by_alias.pop(alias, None)) is not None and pool.connections is not None:
-            if pool.loop.is_closed():
-                pool.abandon()
-            else:
-                pool.loop.call_soon_threadsafe(_close_later, pool)
+        for pool in list(by_alias.values()):
+            if alias is None or pool.alias == alias:
+                forget(pool)
+                if pool.loop.is_closed():
+                    pool.abandon()
+                else:
+                    pool.loop.call_soon_threadsafe(pool.retire)
 
 
-def _close_later(pool: Pool) -> None:
-    task = pool.loop.create_task(pool.close())
-    _closing.add(task)
-    task.add_done_callback(_closing.discard)
-
-
-_closing: set[asyncio.Task[None]] = set()
+_retiring: set[asyncio.Task[None]] = set()

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import sys
 from asyncio import Task, TimerHandle, current_task, get_running_loop
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from contextvars import Context, ContextVar
+from contextvars import Context, ContextVar, copy_context
 from time import monotonic
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -58,7 +58,7 @@ class Scope:
         self.alias = alias
         self.session = session
         self.block = block
-        self.task = _task()
+        self.task = current_task_or_none()
         self.context: Context | None = None
         self.ended = False
         self.prev: Scope | None = None
@@ -84,7 +84,8 @@ class Scope:
 _scope: ContextVar[Scope | None] = ContextVar("asyncorm_scope", default=None)
 
 
-def _task() -> Task[Any] | None:
+def current_task_or_none() -> Task[Any] | None:
+    """asyncio.current_task(), None also where no loop runs in this thread."""
     try:
         return current_task()
     except RuntimeError:  # no loop runs in this thread
@@ -101,7 +102,7 @@ def find_scope(alias: str, *, outlived: bool = True) -> Scope | None:
     scope = _scope.get()
     if scope is None:
         return None
-    task = _task()
+    task = current_task_or_none()
     context = None
     while scope is not None:
         if scope.alias == alias or scope.alias is None:
@@ -187,7 +188,7 @@ class Block:
             def look() -> None:
                 nonlocal handle
                 quiet = monotonic() - max(session.active, began)
-                if quiet >= timeout and session.holder is None:
+                if quiet >= timeout and not session.waits_for_server:
                     scope.cancel()
                 else:
                     handle = loop.call_later(max(timeout - quiet, 0.01), look)
@@ -262,6 +263,12 @@ class Session:
                 conn.terminate()
             conn._autocommit = True
         self.pool.checkin(conn)
+
+    @property
+    def waits_for_server(self) -> bool:
+        """Whether a statement is on its way."""
+        conn = self.wrapper.connection if self.wrapper is not None else None
+        return conn is not None and conn.waiting
 
     @property
     def kept(self) -> bool:
@@ -624,3 +631,19 @@ async def detached() -> AsyncIterator[None]:
         yield
     finally:
         scope.pop()
+
+
+def detached_task(coro: Coroutine[Any, Any, T]) -> Task[T]:
+    """Start `coro` as a task outside any transaction block or kept connection, on purpose.
+
+    It may outlive the block that it was started in; nothing of it is rolled back with the block.
+    """
+    context = copy_context()
+    context.run(_scope.set, None)
+    task = get_running_loop().create_task(coro, context=context)
+    _detached.add(task)  # the loop itself keeps only a weak reference
+    task.add_done_callback(_detached.discard)
+    return task
+
+
+_detached: set[Task[Any]] = set()

@@ -24,7 +24,7 @@ from django.apps import apps
 from django.core.signals import setting_changed
 from django.db import connections, router
 
-from . import bridge, conf, sessions
+from . import bridge, conf, pools, sessions
 
 # Module: the app that must be installed for it to be importable.
 MODULES = {
@@ -162,6 +162,8 @@ def _settings_changed(*, setting: str, **kwargs: Any) -> None:
         _read_setting()
     elif setting == "DATABASES":
         _foreign = None
+    elif setting in ("TIME_ZONE", "USE_TZ"):
+        pools.discard_pools()
     elif setting == "INSTALLED_APPS" and apps.is_installed("asyncorm"):
         for name, app in MODULES.items():
             if name in sys.modules and (app is None or apps.is_installed(app)):

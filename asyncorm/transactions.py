@@ -115,8 +115,7 @@ def leave_block(
             parent.needs_rollback, parent.rollback_exc = block.needs_rollback, block.rollback_exc
         _close_block(runner, block)
         block.lock.release()
-    if parent is None and wrapper.run_commit_hooks_on_set_autocommit_on:
-        wrapper.run_commit_hooks_on_set_autocommit_on = False
+    if wrapper.hooks_due:
         wrapper.run_and_clear_commit_hooks()
     if exc is None:
         bridge.deliver(runner)
@@ -178,7 +177,10 @@ class Atomic:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        block, django = self._entered.pop()
+        task = sessions.current_task_or_none()
+        entry = next((e for e in reversed(self._entered) if e[0].scope.task is task), None)
+        block, django = entry = entry or self._entered[-1]
+        self._entered.remove(entry)
 
         def exit_() -> None:
             runner = bridge.current()

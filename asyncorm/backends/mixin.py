@@ -29,7 +29,6 @@ import _thread
 import asyncio
 import inspect
 import os
-from collections import deque
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from typing import Any
@@ -113,7 +112,7 @@ class _Pool:
 class _Shared:
     """An attribute of Django's own wrapper of the task: what is there sees native statements."""
 
-    def __init__(self, default: Callable[[], Any]) -> None:
+    def __init__(self, default: Any = None) -> None:
         self.default = default
 
     def __set_name__(self, owner: Any, name: str) -> None:
@@ -121,19 +120,36 @@ class _Shared:
 
     def __get__(self, wrapper: Any, owner: Any) -> Any:
         own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
-        if own is not None:
-            return getattr(own, self.name)
-        return wrapper.__dict__.setdefault(self.name, self.default())
+        if own is None:
+            if self.default is not None:
+                return self.default
+            own = _own(wrapper.alias)
+        return getattr(own, self.name)
 
     def __set__(self, wrapper: Any, value: Any) -> None:
-        if "settings_dict" not in wrapper.__dict__ or wrapper.session is None:
-            return  # BaseDatabaseWrapper.__init__
-        local = connections._connections.local  # type: ignore[attr-defined]
-        own = getattr(local, wrapper.alias, None)
+        if wrapper.session is not None:  # else BaseDatabaseWrapper.__init__
+            setattr(_own(wrapper.alias), self.name, value)
+
+
+class _Wrappers(_Shared):
+    """`execute_wrappers`: those of the task's wrapper, after any that were put on this very one."""
+
+    def __get__(self, wrapper: Any, owner: Any) -> Any:
+        mine = wrapper.__dict__.setdefault(self.name, [])  # a connection_created receiver may
+        own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
         if own is None:
-            own = connections.create_connection(wrapper.alias)
-            setattr(local, wrapper.alias, own)
-        setattr(own, self.name, value)
+            return mine
+        return [*mine, *own.execute_wrappers] if mine else own.execute_wrappers
+
+
+def _own(alias: str) -> Any:
+    """Django's own wrapper of the task; made if there is none, without a connection."""
+    local = connections._connections.local  # type: ignore[attr-defined]
+    own = getattr(local, alias, None)
+    if own is None:
+        own = connections.create_connection(alias)
+        setattr(local, alias, own)
+    return own
 
 
 class _OfBlock:
@@ -170,7 +186,10 @@ class NativeWrapper:
 
     Attributes:
         session: whose connection it is for now.
+        hooks_due: a transaction was committed and its on_commit() callbacks are still to be run.
     """
+
+    hooks_due = False
 
     session: sessions.Session | None = None
     native_class = None
@@ -183,9 +202,9 @@ class NativeWrapper:
     closed_in_transaction: bool
     _configure_connection: Callable[[Any], bool]
 
-    queries_log = _Shared(lambda: deque(maxlen=9000))
-    force_debug_cursor = _Shared(lambda: False)
-    execute_wrappers = _Shared(list)
+    queries_log = _Shared()
+    force_debug_cursor = _Shared(default=False)
+    execute_wrappers = _Wrappers()
     needs_rollback = _OfBlock()
     rollback_exc = _OfBlock()
 
@@ -242,6 +261,10 @@ class NativeWrapper:
             session.cursors.add(cursor)
         return cursor
 
+    def execute_wrapper(self, wrapper: Callable[..., Any]) -> Any:
+        """Django's, on Django's own wrapper of the task."""
+        return _own(self.alias).execute_wrapper(wrapper)
+
     def _commit(self) -> None:
         try:
             super()._commit()  # type: ignore[misc]
@@ -265,7 +288,9 @@ class NativeWrapper:
         """Django's, later when a block is being left; what a callback returns is awaited."""
         session = self.session
         if session is not None and session.acting is not None:
+            self.hooks_due = True
             return
+        self.hooks_due = False
         self.run_on_commit = [
             (sids, _awaiting(func), robust) for sids, func, robust in self.run_on_commit
         ]
