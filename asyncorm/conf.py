@@ -13,6 +13,8 @@ DEFAULTS: dict[str, Any] = {
     # Seconds a statement waits for the lock of its transaction block while nothing happens on the
     # connection.
     "LOCK_TIMEOUT": 30.0,
+    # Reset each connection on the server (DISCARD ALL) whenever it is given back.
+    "RESET_ALWAYS": False,
     # Seconds after which a loop is taken to live on, and its pools are filled to min_size.
     "FILL_DELAY": 1.0,
 }
@@ -35,8 +37,9 @@ def problems() -> list[str]:
         for key in value
         if key not in DEFAULTS
     ]
-    if not isinstance(value.get("SWAP_MANAGERS", False), bool):
-        found.append('ASYNCORM["SWAP_MANAGERS"] must be True or False.')
+    for key in ("SWAP_MANAGERS", "RESET_ALWAYS"):
+        if not isinstance(value.get(key, False), bool):
+            found.append(f'ASYNCORM["{key}"] must be True or False.')
     for key in ("LOCK_TIMEOUT", "FILL_DELAY"):
         seconds = value.get(key, DEFAULTS[key])
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:

@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
+import re
 import select
 from asyncio import CancelledError, get_running_loop
 from collections.abc import Callable
@@ -75,6 +77,47 @@ def _wake(future: asyncio.Future[int], ready: int) -> None:
         future.set_result(ready)
 
 
+# Statements that leave something behind in the server session. What SQL functions hide is not seen.
+_LEAVES_STATE = re.compile(
+    r"(?:^|;)\s*(?:SET(?!\s+(?:LOCAL|TRANSACTION|CONSTRAINTS)\b)|RESET|LISTEN|UNLISTEN|PREPARE|LOAD)\b"
+    r"|\bset_config\s*\((?!.*,\s*true\s*\))|\bpg_(?:try_)?advisory_lock"
+    r"|\bTEMP(?:ORARY)?\b|\bWITH\s+HOLD\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def leaves_state(statement: str) -> bool:
+    """Whether a statement changes the session beyond its transaction, as far as its text tells."""
+    return _LEAVES_STATE.search(statement) is not None
+
+
+class _Watched:
+    """A cursor class's part that notices session state (mixed into Django's)."""
+
+    __slots__ = ()
+
+    def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+        _watch(self, query)
+        return super().execute(query, *args, **kwargs)  # type: ignore[misc]
+
+    def executemany(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+        _watch(self, query)
+        return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
+
+
+def _watch(cursor: Any, query: Any) -> None:
+    if not isinstance(query, str):
+        query = query.decode("utf-8", "replace") if isinstance(query, bytes) else query.as_string()
+    if leaves_state(query):
+        cursor._conn.touched = True
+
+
+@functools.cache
+def _watched(cls: Any) -> Any:
+    return type(cls.__name__, (_Watched, cls), {"__slots__": (), "__module__": cls.__module__})
+
+
 class Connection(psycopg.Connection[Any]):
     """What Django sees as its psycopg connection, over the libpq connection of a pooled one.
 
@@ -84,17 +127,20 @@ class Connection(psycopg.Connection[Any]):
     Attributes:
         lock: taken by psycopg around each statement; the session that holds the connection sets it.
         configured: whether Django has set time zone, role and so on.
+        touched: whether a statement left something in the server session, which nobody else must see.
         pooled: the pool's connection underneath, None when there is none.
     """
 
     lock: Any
     configured: bool
+    touched: bool
     pooled: PooledConnection | None
 
     def __init__(self, pgconn: Any, row_factory: Any = psycopg.rows.tuple_row) -> None:
         super().__init__(pgconn, row_factory)
         self.lock = NO_LOCK
         self.configured = False
+        self.touched = False
         self.pooled = None
         self._pool = None  # also tells psycopg not to warn about a connection it did not see closed
         self._waiter: asyncio.Future[int] | None = None
@@ -109,8 +155,7 @@ class Connection(psycopg.Connection[Any]):
         conn._autocommit = True
         if row_factory := options.get("row_factory"):
             conn.row_factory = row_factory
-        if cursor_factory := options.get("cursor_factory"):
-            conn.cursor_factory = cursor_factory
+        conn.cursor_factory = _watched(options.get("cursor_factory") or psycopg.Cursor)
         if context := options.get("context"):
             conn._adapters = AdaptersMap(context.adapters)
         conn.prepare_threshold = options.get("prepare_threshold", 5)
@@ -395,6 +440,16 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
         else:
             conn._pool = None
             self._pool.append(conn)
+
+    async def reset(self, conn: PooledConnection) -> None:
+        """Undo on the server what was left in the session, then take the connection back."""
+        try:
+            async with asyncio.timeout(CANCEL_TIMEOUT):
+                await conn.execute("DISCARD ALL")
+            conn.renew()
+        except Exception:
+            conn.twin.terminate()
+        self.give(conn)
 
     async def shut(self, timeout: float = 5.0) -> None:
         """Close everything, connections in use too, even if the pool's tasks are cancelled."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import AbstractEventLoop, get_running_loop
-from collections.abc import AsyncGenerator, Callable
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import nullcontext
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,10 @@ def pool_options(settings_dict: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+class PoolDeadlock(psycopg.OperationalError):
+    """Every connection is held by a task that waits for another one."""
+
+
 class Pool:
     """The connections of one alias on one event loop, and the wrappers that Django sees them
     through.
@@ -47,6 +52,7 @@ class Pool:
     Attributes:
         alias: the database alias.
         wrappers: idle wrappers; building one is costly.
+        asking: tasks that wait for a connection.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class Pool:
         self.connections: ConnectionPool | None = None
         self._opening: asyncio.Lock | None = None
         self._closer: AsyncGenerator[None, None] | None = None
+        self.asking: set[asyncio.Task[Any] | None] = set()
 
     def _where(self) -> tuple[Any, ...]:
         return tuple(map(self.settings_dict.get, _WHERE))
@@ -92,6 +99,8 @@ class Pool:
         assert conn.pooled is not None
         if self.connections is None or self.loop.is_closed():
             conn.terminate()
+        elif conn.touched or conf.get("RESET_ALWAYS"):
+            self._in_background(self.connections.reset(conn.pooled))
         else:
             self.connections.give(conn.pooled)
 
@@ -99,8 +108,19 @@ class Pool:
         if self.connections is None:
             await self._open(wrapper)
         assert self.connections is not None
+        task = asyncio.current_task()
+        self.asking.add(task)
         try:
+            if self._deadlocked():
+                raise PoolDeadlock(
+                    f"Deadlock on the native pool of database {self.alias!r}: each of its "
+                    f"{self.size} connections is held by a task that waits for another one: "
+                    f"{self._holders()}. Raise OPTIONS['pool']['max_size'], or do not use a second "
+                    "connection while holding one."
+                )
             return await self.connections.getconn()
+        except PoolDeadlock:
+            raise
         except PoolTimeout:
             raise self._exhausted() from self.connections.connect_error
         except TooManyRequests as exc:
@@ -121,6 +141,21 @@ class Pool:
                 f"{str(exc).strip()}\n"
                 f"Check that the server runs and that DATABASES[{self.alias!r}] is right."
             ) from exc
+        finally:
+            self.asking.discard(task)
+
+    def _deadlocked(self) -> bool:
+        """Whether nobody who holds a connection can give it back before getting another."""
+        assert self.connections is not None
+        held = [conn.twin.lock for conn in self.connections.live if not conn.closed]
+        return len(held) >= self.size and all(
+            getattr(session, "task", None) in self.asking for session in held
+        )
+
+    def _holders(self) -> str:
+        assert self.connections is not None
+        held = (str(conn.twin.lock) for conn in self.connections.live if not conn.closed)
+        return "; ".join(f"{n} x {text}" for text, n in Counter(held).most_common(5))
 
     def _exhausted(self) -> psycopg.OperationalError:
         assert self.connections is not None
@@ -133,11 +168,9 @@ class Pool:
             )
         return psycopg.OperationalError(
             f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
-            "connections were in use for "
-            f"{seconds:g} s and {self.connections.waiting} more tasks wait. Raise "
-            "OPTIONS['pool']['max_size'] in "
-            f"DATABASES[{self.alias!r}], or hold connections for less time (transactions, "
-            "streams, asyncorm.connection())."
+            f"connections were in use for {seconds:g} s and {self.connections.waiting} more tasks "
+            f"wait. Held by: {self._holders()}. Raise OPTIONS['pool']['max_size'] in "
+            f"DATABASES[{self.alias!r}], or hold connections for less time."
         )
 
     @property
@@ -216,9 +249,12 @@ class Pool:
     def retire(self) -> None:
         """Close the connections, those in use as soon as they are given back."""
         if self.connections is not None:
-            task = self.loop.create_task(self.connections.close(), context=Context())
-            _retiring.add(task)
-            task.add_done_callback(_retiring.discard)
+            self._in_background(self.connections.close())
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(work, context=Context())
+        _background.add(task)
+        task.add_done_callback(_background.discard)
 
     def abandon(self) -> None:
         """Close every connection at once, for a pool whose loop is already closed."""
@@ -332,4 +368,4 @@ def discard_pools(alias: str | None = None) -> None:
                     pool.loop.call_soon_threadsafe(pool.retire)
 
 
-_retiring: set[asyncio.Task[None]] = set()
+_background: set[asyncio.Task[None]] = set()

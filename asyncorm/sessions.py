@@ -216,6 +216,7 @@ class Session:
     Attributes:
         alias, pool, wrapper: what they say.
         root: the outermost transaction block that is open, if any.
+        keeper, origin: the task that pinned the session, and where.
         pinned: kept by `asyncorm.connection()` or by a stream, whatever operations come and go.
         cursors: server-side cursors of the session; open ones keep the connection.
         holder: the greenlet whose statement runs.
@@ -230,12 +231,26 @@ class Session:
         self.wrapper.session = self
         self.root: Block | None = None
         self.pinned = False
+        self.keeper: Task[Any] | None = None
+        self.origin = ""
         self.cursors: WeakSet[Any] = WeakSet()
         self.holder: Any = None
         self.acting: Block | None = None
         self.active = 0.0
         self._depth = 0
         self._held: Block | None = None
+
+    @property
+    def task(self) -> Task[Any] | None:
+        """The task that keeps the connection beyond an operation, if any."""
+        return self.root.scope.task if self.root is not None else self.keeper
+
+    def __str__(self) -> str:
+        if self.root is not None:
+            return f"the transaction block that began at {self.root.origin}"
+        if self.pinned:
+            return f"a stream or connection() that began at {self.origin}"
+        return "an operation"
 
     # The connection
 
@@ -544,11 +559,14 @@ async def run_in(session: Session, func: Callable[..., T], /, *args: Any) -> T:
 async def hold(using: str | None) -> tuple[Session, bool]:
     """A session that outlives operations, and whether it is new or that of what is around."""
 
+    origin = caller()
+
     def find() -> tuple[Session, bool]:
         session = require(using)
         new = not (session.root is not None or session.pinned)
         if new:
             session.pinned = True
+            session.keeper, session.origin = current_task_or_none(), origin
         return session, new
 
     return await bridge.run(find)
@@ -608,7 +626,7 @@ async def let_go(session: Session, clean: Callable[[Session], None] | None = Non
                 conn.terminate()
             raise
         finally:
-            session.pinned = False
+            session.pinned, session.keeper = False, None
             if session.streaming and conn is not None:
                 conn.terminate()
             session.cursors.clear()

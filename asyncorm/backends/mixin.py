@@ -245,6 +245,7 @@ class NativeWrapper:
             with conn.lock:
                 super().connect()  # type: ignore[misc]
             conn.configured = True
+            conn.touched = False
         except BaseException:
             self.connection = None
             conn.terminate()
