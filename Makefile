@@ -66,7 +66,7 @@ $(VENV)/.installed: $(call stale,$(VENV))
 $(VENV)/.installed $(LOWEST)/.installed: pyproject.toml
 	@$(if $(filter FORCE,$^),$(create),:)
 	@echo "Installing asyncorm and its tools into $(@D) (once, a minute or so) ..."
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-input \
 		-e '.[demo,dev]' $(CONSTRAINTS)
 	@touch $@
 
