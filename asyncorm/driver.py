@@ -127,7 +127,7 @@ class Connection(psycopg.Connection[Any]):
     Attributes:
         lock: taken by psycopg around each statement; the session that holds the connection sets it.
         configured: whether Django has set time zone, role and so on.
-        touched: whether a statement left something in the server session, which nobody else must see.
+        touched: whether a statement left something in the server session that nobody else may see.
         pooled: the pool's connection underneath, None when there is none.
     """
 

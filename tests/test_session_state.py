@@ -1,0 +1,147 @@
+"""What one task leaves in a server session is not seen by the next holder of the connection."""
+
+import asyncio
+import copy
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from django.conf import settings
+from django.db import OperationalError, connections
+from django.test import override_settings
+
+import asyncorm
+from asyncorm.driver import leaves_state
+
+pytestmark = pytest.mark.usefixtures("one_connection")
+
+
+@pytest.fixture
+async def one_connection(django_db_setup: Any, django_db_blocker: Any) -> AsyncIterator[None]:
+    """A pool of one connection: what is left in a session meets the next one who asks."""
+    database = connections.settings["default"]
+    before = copy.copy(database["OPTIONS"])
+    database["OPTIONS"] = {**before, "pool": {"min_size": 0, "max_size": 1, "timeout": 2}}
+    with django_db_blocker.unblock():
+        await asyncorm.close_pools()
+        yield
+        await asyncorm.close_pools()
+    database["OPTIONS"] = before
+
+
+async def value(sql: str, params: Any = None) -> Any:
+    async with asyncorm.cursor() as cursor:
+        await cursor.execute(sql, params)
+        return (await cursor.fetchone())[0] if cursor.description else None  # type: ignore[index]
+
+
+async def settled() -> None:
+    """Until a connection that is being reset is back."""
+    for _ in range(200):
+        if asyncorm.pool_stats().get("pool_available") == 1:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(asyncorm.pool_stats())
+
+
+@pytest.mark.parametrize(
+    ("leave", "look", "clean"),
+    [
+        ("SET work_mem = '77MB'", "SHOW work_mem", "4MB"),
+        ("/* note */ SELECT 1; SET work_mem = '77MB'", "SHOW work_mem", "4MB"),
+        ("SELECT set_config('work_mem', '77MB', false)", "SHOW work_mem", "4MB"),
+        ("CREATE TEMP TABLE left_behind (a int)", "SELECT to_regclass('left_behind')", None),
+        (
+            "SELECT pg_advisory_lock(4711)",
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 4711",
+            0,
+        ),
+        ("LISTEN news", "SELECT count(*) FROM pg_listening_channels()", 0),
+        ("PREPARE left_behind AS SELECT 1", "SELECT count(*) FROM pg_prepared_statements", 0),
+        ("SET TIME ZONE 'Asia/Tokyo'", "SHOW timezone", "UTC"),
+    ],
+)
+async def test_state_is_reset_before_the_next_holder(leave: str, look: str, clean: Any) -> None:
+    before = await value("SELECT pg_backend_pid()")
+    await value(leave)
+    await settled()
+    assert await value(look) == clean
+    assert await value("SELECT pg_backend_pid()") == before, "reset, not replaced"
+
+
+async def test_connection_keeps_state_and_resets_at_the_end() -> None:
+    async with asyncorm.connection():
+        await value("SET work_mem = '77MB'")
+        assert await value("SHOW work_mem") == "77MB"
+        async with asyncorm.atomic():
+            assert await value("SHOW work_mem") == "77MB"
+    await settled()
+    assert await value("SHOW work_mem") == "4MB"
+
+
+async def test_state_of_a_transaction_is_not_reset_for_nothing() -> None:
+    async with asyncorm.atomic():
+        await value("SET LOCAL work_mem = '77MB'")
+        await value("SET TRANSACTION READ ONLY")
+    assert asyncorm.pool_stats()["pool_available"] == 1, "given back at once"
+    assert await value("SHOW work_mem") == "4MB"
+
+
+async def test_what_functions_hide_needs_the_setting() -> None:
+    hidden = "DO $$ BEGIN PERFORM set_config('work_' || 'mem', '77MB', false); END $$"
+    hidden = hidden.replace("set_config", 'pg_catalog."set_config"')
+    assert not leaves_state(hidden)
+    with override_settings(ASYNCORM={"RESET_ALWAYS": True}):
+        await value(hidden)
+        await settled()
+        assert await value("SHOW work_mem") == "4MB"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        'SELECT "shop_book"."id" FROM "shop_book" WHERE "shop_book"."title" = %s LIMIT 21',
+        'UPDATE "a" SET "b" = %s WHERE "a"."id" IN (%s)',
+        'INSERT INTO "a" ("b") VALUES (%s) RETURNING "a"."id"',
+        "SAVEPOINT s1",
+        "SET CONSTRAINTS ALL IMMEDIATE",
+        "SET LOCAL statement_timeout = 5",
+        "SELECT set_config('statement_timeout', %s, true)",
+        "SELECT pg_advisory_xact_lock(1)",
+    ],
+)
+def test_ordinary_statements_leave_nothing(statement: str) -> None:
+    assert not leaves_state(statement)
+
+
+async def test_deadlock_on_the_pool_is_told_at_once() -> None:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with asyncorm.atomic():
+        await value("SELECT 1")
+        async with asyncorm.detached():
+            with pytest.raises(OperationalError, match="Deadlock on the native pool") as caught:
+                await value("SELECT 1")
+        assert "1 x the transaction block that began at " in str(caught.value)
+        assert __file__ in str(caught.value)
+        assert await value("SELECT 2") == 2, "the block goes on"
+    assert loop.time() - began < settings.DATABASES["default"]["OPTIONS"]["pool"]["timeout"]
+
+
+async def test_exhausted_pool_names_the_holders() -> None:
+    async def hold(entered: asyncio.Event) -> None:
+        async with asyncorm.connection():
+            await value("SELECT 1")
+            entered.set()
+            await asyncio.sleep(60)
+
+    entered = asyncio.Event()
+    holder = asyncio.create_task(hold(entered))
+    await entered.wait()
+    with pytest.raises(OperationalError, match=r"max_size") as caught:
+        await value("SELECT 1")
+    assert f"connection() that began at {__file__}" in str(caught.value)
+    holder.cancel()
+    await asyncio.wait([holder])
+    await settled()
+    assert await value("SELECT 1") == 1
