@@ -96,7 +96,9 @@ def check_swap(**kwargs: Any) -> list[CheckMessage]:
     for model in apps.get_models():
         classes: list[type] = list(model.__mro__)
         for manager in model._meta.managers:
-            classes += [*type(manager).__mro__, *type(manager.get_queryset()).__mro__]
+            # Not get_queryset(), which is the project's code and may fail or query.
+            queryset: Any = getattr(manager, "_queryset_class", object)
+            classes += [*type(manager).__mro__, *queryset.__mro__]
         for cls in classes:
             if cls in seen or cls.__module__.startswith(("django.", "asyncorm.", "builtins")):
                 continue
