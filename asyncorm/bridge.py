@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from greenlet import getcurrent, greenlet
 
 P = ParamSpec("P")
@@ -96,7 +97,14 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     """Run `func(*args, **kwargs)` as one operation: what `native(func)(*args, **kwargs)` does."""
     if _guard is not None:
         _guard()
-    get_running_loop()  # RuntimeError where no asyncio loop runs
+    try:
+        get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "asyncorm runs native code on a running asyncio event loop, and there is none here. "
+            "Await it in a coroutine that asyncio runs, for instance by asyncio.run(); synchronous "
+            "code calls the ORM without native()."
+        ) from None
     runners = _idle.runners
     runner = runners.pop() if runners else Runner()
     parent = getcurrent()
@@ -112,7 +120,7 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
             except BaseException as exc:
                 if runner.parent is not (parent := getcurrent()):
                     runner.parent = parent
-                out = runner.throw(exc)
+                out = runner.throw(type(exc), exc, exc.__traceback__)
                 if isinstance(exc, GeneratorExit):
                     out = _unwind(runner, out)
             else:
@@ -163,16 +171,14 @@ class native:
     """
 
     def __init__(self, func: Callable[..., Any]) -> None:
-        if not callable(func) or inspect.iscoroutinefunction(func):
+        if not callable(func) or iscoroutinefunction(func):
             raise TypeError(
                 f"native() takes a synchronous callable, not {func!r}; "
                 "a coroutine function is awaited as it is."
             )
         self.func = func
         functools.update_wrapper(self, func)
-        mark = getattr(inspect, "markcoroutinefunction", None)  # Python 3.12
-        if mark is not None:
-            mark(self)
+        markcoroutinefunction(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         return run(self.func, *args, **kwargs)

@@ -1,0 +1,94 @@
+"""Small things that several tests of the core need: server-side facts, and a watch on threads."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from django.conf import settings
+from django.db import connection, connections
+
+
+def backend_pid(using: str = "default") -> int:
+    """The server process that serves the caller's connection."""
+    return int(value("SELECT pg_backend_pid()", using=using))
+
+
+def value(sql: str, params: Any = None, using: str = "default") -> Any:
+    """The one value of a query, through Django's connection of the caller."""
+    with connections[using].cursor() as cursor:
+        cursor.execute(sql, params)
+        return cursor.fetchone()[0]
+
+
+def sleep(seconds: float = 0.1) -> int:
+    """Have the server sleep; the number of the process that did."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_sleep(%s), pg_backend_pid()", [seconds])
+        return int(cursor.fetchone()[1])
+
+
+def address(using: str = "default") -> dict[str, Any]:
+    """How psycopg reaches an alias's database."""
+    database = settings.DATABASES[using]
+    keys = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST"}
+    found = {name: connections[using].settings_dict[key] for name, key in keys.items()}
+    return {**found, "port": database["PORT"] or None}
+
+
+@contextmanager
+def administrator() -> Iterator[Callable[..., Any]]:
+    """A connection beside Django's: a function that runs a query and returns its first value."""
+    with psycopg.connect(**address(), autocommit=True) as admin:
+
+        def ask(sql: Any, *params: Any) -> Any:
+            cursor = admin.execute(sql, params or None)
+            row = cursor.fetchone() if cursor.description else None
+            return row[0] if row else None
+
+        yield ask
+
+
+def server_connections(ask: Callable[..., Any], name: str | None = None) -> int:
+    """How many client connections the server has beside the asking one."""
+    return int(
+        ask(
+            "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+            " AND pid <> pg_backend_pid() AND application_name = coalesce(%s, application_name)",
+            name,
+        )
+    )
+
+
+async def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
+    """Wait, on the loop, until the condition holds; what it returned."""
+    async with asyncio.timeout(seconds):
+        while not (found := condition()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        return found
+
+
+@contextmanager
+def watched_threads() -> Iterator[list[str]]:
+    """Every thread started and every function given to an executor while the block runs."""
+    seen: list[str] = []
+    start, submit = threading.Thread.start, ThreadPoolExecutor.submit
+
+    def watched_start(self: threading.Thread) -> None:
+        seen.append(f"thread {self.name}")
+        start(self)
+
+    def watched_submit(self: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        seen.append(f"submitted {function!r}")
+        return submit(self, function, *args, **kwargs)
+
+    threading.Thread.start = watched_start  # type: ignore[method-assign]
+    ThreadPoolExecutor.submit = watched_submit  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        threading.Thread.start = start  # type: ignore[method-assign]
+        ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
