@@ -10,7 +10,7 @@ from rich.console import Console
 
 from . import show
 from .errors import DemoError
-from .figures import Comparison, Report, median
+from .figures import Comparison, Report, best
 from .halves import HalfProcess
 from .load import load, own_schema
 from .postgres import postgres_server
@@ -60,8 +60,8 @@ def _run(console: Console, database: dict[str, Any], rows: int, quick: bool) -> 
                 scenario.title,
                 scenario.short,
                 scenario.note,
-                median(befores),
-                median(afters),
+                best(befores),
+                best(afters),
             )
             if not comparison.same_result:
                 raise DemoError(f"the halves returned different rows for: {scenario.title}")

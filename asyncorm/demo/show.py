@@ -118,10 +118,10 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     row("most of them at the same time", lambda run: str(run.at_once))
     console.print(Padding(table, (0, 0, 0, 2)))
     rounds = number(len(comparison.django.rounds), "round")
-    median = f"median of {rounds}" if len(comparison.django.rounds) > 1 else rounds
+    best = f"best of {rounds}" if len(comparison.django.rounds) > 1 else rounds
     verdict = Text("  ")
     verdict.append(f"{comparison.factor:.1f}x", "bold green" if comparison.factor > 1 else "bold")
-    verdict.append(f" as fast ({median}; both halves returned the same rows)", "dim")
+    verdict.append(f" as fast ({best}; both halves returned the same rows)", "dim")
     console.print(verdict)
     console.print()
     for line in timeline_text.draw(comparison, TITLES, console.width):
