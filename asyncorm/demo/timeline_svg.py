@@ -16,7 +16,7 @@ RIGHT = WIDTH - MARGIN - PADDING - 72  # where the scale ends; the rest is for t
 LANE, GAP = 18, 4
 LEGEND_COLUMNS = 4
 
-BARS = "A lane is a connection; a bar lasts from the sending of a statement to its result."
+BARS = "A lane is a connection; a bar lasts from when a statement is sent until its result is read."
 SLIVERS = "Each sliver is one statement; where the lane is pale, the connection was idle."
 
 GREY, AXIS, GRID, TRACK = "#66717f", "#b8c1cc", "#dde3ea", "#f3f5f8"
