@@ -257,6 +257,8 @@ class Session:
     def attach(self) -> Connection:
         """Check a connection out of the pool; DatabaseWrapper.connect() calls this."""
         self._entitled(getcurrent())
+        if not self.pool.current:  # settings changed in the middle of the operation
+            self.pool = _pool(self.alias, type(self.wrapper))
         conn = self.pool.checkout(self.wrapper)
         conn.lock = self
         return conn
