@@ -72,6 +72,25 @@ class _NoLock:
 NO_LOCK = _NoLock()
 
 
+class _OwnLock:
+    """The lock of a connection that no session holds: one statement at a time."""
+
+    def __init__(self) -> None:
+        self._holder: Any = None
+        self._depth = 0
+
+    def __enter__(self) -> None:
+        if self._holder is not None and self._holder is not getcurrent():
+            raise psycopg.InterfaceError("Two tasks used one connection at the same time.")
+        self._holder = getcurrent()
+        self._depth += 1
+
+    def __exit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._holder = None
+
+
 def _wake(future: asyncio.Future[int], ready: int) -> None:
     if not future.done():
         future.set_result(ready)
@@ -342,6 +361,13 @@ class PooledConnection(AsyncConnection[Any]):
         conn._options = options
         conn.renew()
         return conn
+
+    @classmethod
+    async def unpooled(cls, **kwargs: Any) -> Connection:
+        """A connection for whoever asks: the twin of a new one."""
+        twin = (await cls.connect(**kwargs)).twin
+        twin.lock = _OwnLock()
+        return twin
 
     def renew(self) -> None:
         """Forget the Python state of the session: for a session that was reset on the server."""
