@@ -39,7 +39,7 @@ from django.db.utils import InterfaceError, OperationalError
 from psycopg.pq import ConnStatus
 
 from .. import bridge, pools, sessions
-from ..driver import ENDED, Connection
+from ..driver import ENDED, Connection, PooledConnection
 
 
 class _Class:
@@ -119,6 +119,8 @@ class _Shared:
         self.name = name
 
     def __get__(self, wrapper: Any, owner: Any) -> Any:
+        if wrapper.unpooled:
+            return wrapper.__dict__[self.name]
         own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
         if own is None:
             if self.default is not None:
@@ -127,7 +129,9 @@ class _Shared:
         return getattr(own, self.name)
 
     def __set__(self, wrapper: Any, value: Any) -> None:
-        if wrapper.session is not None:  # else BaseDatabaseWrapper.__init__
+        if wrapper.unpooled:  # BaseDatabaseWrapper.__init__ among others
+            wrapper.__dict__[self.name] = value
+        elif wrapper.session is not None:
             setattr(_own(wrapper.alias), self.name, value)
 
 
@@ -136,6 +140,8 @@ class _Wrappers(_Shared):
 
     def __get__(self, wrapper: Any, owner: Any) -> Any:
         mine = wrapper.__dict__.setdefault(self.name, [])  # a connection_created receiver may
+        if wrapper.unpooled:
+            return mine
         own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
         if own is None:
             return mine
@@ -216,9 +222,21 @@ class NativeWrapper:
             self.isolation_level = IsolationLevel(level)
 
     @property
-    def pool(self) -> _Pool:
+    def unpooled(self) -> bool:
+        """Whether the program made the wrapper itself, as by `connection.copy()`: no session ever
+        used it, and it has a connection of its own.
+        """
+        return "session" not in self.__dict__
+
+    @property
+    def pool(self) -> _Pool | None:
         """Django's pooled mode, with our pool."""
-        return self._native_pool
+        return None if self.unpooled else self._native_pool
+
+    @property
+    def Database(self) -> Any:
+        """What Django calls `connect()` of; without a pool only."""
+        return _Driver if self.unpooled else super().Database  # type: ignore[misc]
 
     def close_pool(self) -> None:
         """ensure_timezone() has new connections made by itself."""
@@ -231,7 +249,10 @@ class NativeWrapper:
         """Check out a connection; Django configures it and sends its signal if it is new."""
         session = self.session
         if session is None:
-            raise InterfaceError(ENDED)
+            if not self.unpooled:
+                raise InterfaceError(ENDED)
+            super().connect()  # type: ignore[misc]
+            return
         self._thread_ident = _thread.get_ident()
         conn = session.attach()
         try:
@@ -255,15 +276,16 @@ class NativeWrapper:
     def create_cursor(self, name: str | None = None) -> Any:
         """Django's; the session keeps its connection while server-side cursors are open."""
         cursor = super().create_cursor(name)  # type: ignore[misc]
-        if name:
+        session = self.session
+        if name and session is not None:
             cursor.__class__ = _stream_class(type(cursor))  # type: ignore[arg-type]
-            session = self.session
-            assert session is not None
             session.cursors.add(cursor)
         return cursor
 
     def execute_wrapper(self, wrapper: Callable[..., Any]) -> Any:
         """Django's, on Django's own wrapper of the task."""
+        if self.unpooled:
+            return super().execute_wrapper(wrapper)  # type: ignore[misc]
         return _own(self.alias).execute_wrapper(wrapper)
 
     def _commit(self) -> None:
@@ -313,6 +335,13 @@ class NativeWrapper:
             self.errors_occurred = False
         self.__dict__.pop("_plain_needs_rollback", None)
         self.__dict__.pop("_plain_rollback_exc", None)
+
+
+class _Driver:
+    """psycopg, for a wrapper without a pool: connects on the loop."""
+
+    def __getattribute__(self, name: str) -> Any:
+        return getattr(psycopg, name)
 
 
 def _awaiting(func: Callable[[], Any]) -> Callable[[], Any]:
