@@ -93,10 +93,27 @@ def _no_sample(request: pytest.FixtureRequest) -> None:
     """Tests that do not ask for the sample find the tables empty, in whichever order tests run."""
     if {"shop_data", "fresh_shop"} & set(request.fixturenames):
         return
+    if _is_test_case(request.cls):
+        return  # its transaction is open already
     if "django_db_setup" in request.fixturenames or request.node.get_closest_marker("django_db"):
         stock = request.getfixturevalue("stock")
         if stock.holds != "empty":
             stock.fill("empty")
+
+
+@pytest.fixture(autouse=True, scope="class")
+def _no_sample_for_class(request: pytest.FixtureRequest) -> None:
+    """The same for Django's TestCase classes, before setUpTestData()."""
+    if _is_test_case(request.cls):
+        stock = request.getfixturevalue("stock")
+        if stock.holds != "empty":
+            stock.fill("empty")
+
+
+def _is_test_case(cls: type | None) -> bool:
+    from django.test import TestCase
+
+    return cls is not None and issubclass(cls, TestCase)
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +123,19 @@ def run() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
         yield runner.run
 
 
-@pytest.fixture(params=["native", "swapped"], scope="module")
+@pytest.fixture(params=["native", pytest.param("swapped", marks=pytest.mark.slow)], scope="module")
 def way(request: pytest.FixtureRequest) -> Iterator[Any]:
     """How operations are called (see operations.py): natively by either set of names."""
+    from asgiref.sync import SyncToAsync
     from django.test import override_settings
 
     from tests.operations import Native, Swapped
 
-    if request.param == "native":
-        yield Native()
-    else:
-        with override_settings(ASYNCORM={"SWAP_MANAGERS": True}):
-            yield Swapped()
+    async def refuse(self: SyncToAsync, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"{self.func} was sent to a thread")
+
+    swap = request.param == "swapped"
+    with pytest.MonkeyPatch.context() as patch, override_settings(ASYNCORM={"SWAP_MANAGERS": swap}):
+        # What falls back to Django's own way would pass for equal.
+        patch.setattr(SyncToAsync, "__call__", refuse)
+        yield Swapped() if swap else Native()

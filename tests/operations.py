@@ -333,8 +333,8 @@ async def in_bulk_by_a_field_that_is_not_unique(do: Do) -> Any:
 
 @read
 @raises
-async def iterator_prefetched_without_chunk_size(do: Do) -> Any:
-    return await do.iterate(books().prefetch_related("tags"), chunk_size=None)
+async def iterator_with_a_chunk_size_of_nothing(do: Do) -> Any:
+    return await do.iterate(books(), chunk_size=0)
 
 
 @read
@@ -1272,3 +1272,15 @@ async def run_on_two_aliases(do: Do) -> Any:
         return list(Tag.objects.all()), list(Tag.objects.using("other"))
 
     return await do.run(both)
+
+
+@write
+async def run_generic_relations_with_a_cold_cache(do: Do) -> Any:
+    # Outside native code, merely naming `book.notes` asks for its content type, synchronously.
+    def annotated() -> Any:
+        ContentType.objects.clear_cache()
+        book = Book.objects.get(pk=2)
+        book.notes.create(text="new")
+        return list(book.notes.order_by("pk"))
+
+    return await do.run(annotated)

@@ -13,7 +13,6 @@ from django.contrib.contenttypes.models import ContentType
 from django.contrib.contenttypes.prefetch import GenericPrefetch
 from django.contrib.postgres.aggregates import (
     ArrayAgg,
-    BitOr,
     BoolAnd,
     BoolOr,
     Corr,
@@ -320,7 +319,9 @@ topic(
             .order_by("language", "in_print")
         ),
         "alias": lambda: books().alias(n=Count("reviews")).filter(n=3),
-        "value": lambda: books().annotate(one=Value(1), text=Value("ü"), nothing=Value(None)),
+        "value": lambda: books().annotate(
+            one=Value(1), text=Value("ü"), nothing=Value(None, CharField())
+        ),
         "decimal expression": lambda: books().annotate(
             net=ExpressionWrapper(F("price") / Decimal("1.2"), output_field=DecimalField())
         ),
@@ -332,7 +333,9 @@ topic(
             full=Concat("title", Value(" ("), "language", Value(")"))
         ),
         "coalesce": lambda: books().annotate(r=Coalesce("rating", Value(-1.0))),
-        "greatest": lambda: books().annotate(g=Greatest("pages", "pk")),
+        "greatest": lambda: books().annotate(
+            g=Greatest("pages", "sold", output_field=IntegerField())
+        ),
         "nullif": lambda: books().annotate(n=NullIf("pages", Value(0))),
         "cast": lambda: books().annotate(
             a=Cast("price", CharField()),
@@ -383,7 +386,7 @@ topic(
         ),
         "json agg": lambda: Publisher.objects.annotate(p=JSONBAgg("books__pages")).order_by("pk"),
         "bool agg": lambda: Publisher.objects.annotate(
-            a=BoolAnd("books__in_print"), o=BoolOr("books__in_print"), b=BitOr("books__pages")
+            a=BoolAnd("books__in_print"), o=BoolOr("books__in_print")
         ).order_by("pk"),
         "statistics": lambda: (
             Book.objects.values("language")

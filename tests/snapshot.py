@@ -63,8 +63,8 @@ class Snapshot:
             }
             return tables | {"sequences": self.connection.execute(SEQUENCES).fetchall()}
 
-    def restore(self) -> None:
-        """Put the changed tables' rows back in one transaction; its end checks the foreign keys."""
+    def restore(self) -> list[str]:
+        """Put the changed tables' rows back in one transaction; say which tables those were."""
         with self.connection.transaction():
             changed = self.changed()
             for name in changed:
@@ -74,7 +74,8 @@ class Snapshot:
                 with self.connection.cursor().copy(command) as copy:
                     copy.write(self.rows[name])
             self.connection.execute(
-                "SELECT setval(quote_ident(s.name)::regclass, coalesce(value, 1), value IS NOT NULL)"
+                "SELECT setval(quote_ident(name)::regclass, coalesce(value, 1), value IS NOT NULL)"
                 " FROM unnest(%s::text[], %s::bigint[]) AS s (name, value)",
                 [[name for name, _ in self.sequences], [value for _, value in self.sequences]],
             )
+        return changed

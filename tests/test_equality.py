@@ -10,7 +10,12 @@ from tests.operations import READS, Do
 from tests.shapes import SHAPES
 from tests.ways import outcome, synchronously
 
-pytestmark = pytest.mark.usefixtures("shop_data")
+pytestmark = [
+    pytest.mark.usefixtures("shop_data"),
+    # Deprecated, but to be had until Django 7.0.
+    pytest.mark.filterwarnings("ignore:Calling select_related:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Calling select_related:PendingDeprecationWarning"),
+]
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -1,11 +1,11 @@
-"""Running one operation synchronously, natively and through the swap, and keeping what came of it."""
+"""Running one operation synchronously, and keeping what came of it."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 
 def synchronously(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Drive a coroutine that never waits, with no event loop: its ORM calls are Django's sync ones."""
+    """Drive a coroutine that never waits; with no loop, its ORM calls are Django's sync ones."""
     try:
         coroutine.send(None)
     except StopIteration as done:
