@@ -53,7 +53,10 @@ class Pool:
         alias: the database alias.
         wrappers: idle wrappers; building one is costly.
         asking: tasks that wait for a connection.
+        current: not discarded; sessions leave one that is at their next checkout.
     """
+
+    current = True
 
     def __init__(
         self, alias: str, settings_dict: dict[str, Any], make_wrapper: Callable[[], Any]
@@ -316,6 +319,7 @@ def add(pool: Pool) -> None:
 
 def forget(pool: Pool) -> None:
     """Take a pool out of the registry."""
+    pool.current = False
     by_alias = _pools.get(pool.loop, {})
     if by_alias.get(pool.alias) is pool:
         del by_alias[pool.alias]
