@@ -33,6 +33,7 @@ from collections.abc import Callable
 from functools import cache, update_wrapper
 from typing import Any
 
+import psycopg
 from django.db import connections
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
 from django.db.utils import InterfaceError, OperationalError
@@ -233,11 +234,6 @@ class NativeWrapper:
         """Django's pooled mode, with our pool."""
         return None if self.unpooled else self._native_pool
 
-    @property
-    def Database(self) -> Any:
-        """What Django calls `connect()` of; without a pool only."""
-        return _Driver if self.unpooled else super().Database  # type: ignore[misc]
-
     def close_pool(self) -> None:
         """ensure_timezone() has new connections made by itself."""
 
@@ -251,6 +247,7 @@ class NativeWrapper:
         if session is None:
             if not self.unpooled:
                 raise InterfaceError(ENDED)
+            self.Database = _unpooled
             super().connect()  # type: ignore[misc]
             return
         self._thread_ident = _thread.get_ident()
@@ -337,11 +334,20 @@ class NativeWrapper:
         self.__dict__.pop("_plain_rollback_exc", None)
 
 
-class _Driver:
-    """psycopg, for a wrapper without a pool: connects on the loop."""
+class _Unpooled:
+    """psycopg, for a wrapper without a pool, with a `connect()` that waits on the loop."""
 
-    def __getattribute__(self, name: str) -> Any:
+    def connect(self, **params: Any) -> Connection:
+        runner = bridge.current()
+        if runner is None:
+            raise InterfaceError("A native connection was used outside native code.")
+        return bridge.wait_for(runner, PooledConnection.unpooled(**params))
+
+    def __getattr__(self, name: str) -> Any:
         return getattr(psycopg, name)
+
+
+_unpooled = _Unpooled()
 
 
 def _awaiting(func: Callable[[], Any]) -> Callable[[], Any]:
