@@ -6,7 +6,8 @@ from . import bridge as _bridge
 from .bridge import await_, native
 from .cursors import cursor
 from .pools import close_pools, pool_stats
-from .sessions import connection, detached
+from .retry import retrying
+from .sessions import connection, detached, detached_task
 from .transactions import atomic, on_commit, set_rollback
 
 __version__ = "0.1.0"
@@ -18,9 +19,11 @@ __all__ = [
     "connection",
     "cursor",
     "detached",
+    "detached_task",
     "native",
     "on_commit",
     "pool_stats",
+    "retrying",
     "set_rollback",
 ]
 

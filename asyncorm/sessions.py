@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from asyncio import Task, TimerHandle, current_task, get_running_loop
+from asyncio import CancelledError, Task, TimerHandle, current_task, get_running_loop
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context, ContextVar, copy_context
 from time import monotonic
 from types import FrameType
 from typing import Any, TypeVar, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
 from django.core.exceptions import ImproperlyConfigured
@@ -66,8 +66,10 @@ class Scope:
     def push(self) -> None:
         """Enter the scope in the current context."""
         self.context = getcurrent().gr_context
-        self.prev = _scope.get()
+        self.prev = _innermost(self.task)
         _scope.set(self)
+        if self.task is not None:
+            _entered[self.task] = self
 
     def pop(self) -> None:
         """Leave the scope, in whichever task and order."""
@@ -79,9 +81,27 @@ class Scope:
             value = value.prev
         if value is not top:
             _scope.set(value)
+        if self.task is not None and (value := _entered.get(self.task)) is not None:
+            while value is not None and value.ended and value.task is self.task:
+                value = value.prev
+            if value is not None and value.task is self.task:
+                _entered[self.task] = value
+            else:
+                del _entered[self.task]
 
 
 _scope: ContextVar[Scope | None] = ContextVar("asyncorm_scope", default=None)
+
+# The innermost scope that each task has entered itself and not left. The context variable alone
+# would lose it: tasks that share a Context set it in turns, and asgiref and Django's Signal copy
+# the variables of a Context into another.
+_entered: WeakKeyDictionary[Task[Any], Scope] = WeakKeyDictionary()
+
+
+def _innermost(task: Task[Any] | None) -> Scope | None:
+    if _entered and task is not None and (scope := _entered.get(task)) is not None:
+        return scope
+    return _scope.get()
 
 
 def current_task_or_none() -> Task[Any] | None:
@@ -92,17 +112,18 @@ def current_task_or_none() -> Task[Any] | None:
         return None
 
 
-def find_scope(alias: str, *, outlived: bool = True) -> Scope | None:
+def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> Scope | None:
     """The innermost scope of `alias` that the current task is in.
 
     Args:
         outlived: raise TransactionManagementError when the task was started in a block that has
             ended.
+        detached: stop at `detached()`.
     """
-    scope = _scope.get()
-    if scope is None:
+    if not _entered and _scope.get() is None:
         return None
     task = current_task_or_none()
+    scope = _innermost(task)
     context = None
     while scope is not None:
         if scope.alias == alias or scope.alias is None:
@@ -117,8 +138,9 @@ def find_scope(alias: str, *, outlived: bool = True) -> Scope | None:
                 # A scope that shares this Context but belongs to another running task is a
                 # sibling's.
                 if scope.session is None:
-                    return None
-                if mine or scope.block is not None:  # child tasks do not inherit `connection()`
+                    if detached:
+                        return None
+                elif mine or scope.block is not None:  # child tasks do not inherit `connection()`
                     return scope
         scope = scope.prev
     return None
@@ -134,9 +156,12 @@ class Block:
     Attributes:
         sids: the savepoints that a callback registered here depends on (`on_commit`).
         needs_rollback, rollback_exc: Django's flag, for this block alone.
+        of_test_case: it is the transaction that a test runs in (testcase.py).
         inner: the nested block that holds the lock now.
         characteristics: what `atomic()` set for the block (transactions.py).
     """
+
+    of_test_case = False
 
     def __init__(self, session: Session, parent: Block | None, origin: str) -> None:
         self.session = session
@@ -281,11 +306,22 @@ class Session:
             conn._autocommit = True
         self.pool.checkin(conn)
 
+    def terminate(self) -> None:
+        """Close the connection at once, whatever runs on it; the pool replaces it."""
+        if self.wrapper is not None and self.wrapper.connection is not None:
+            self.wrapper.connection.terminate()
+
     @property
     def waits_for_server(self) -> bool:
         """Whether a statement is on its way."""
         conn = self.wrapper.connection if self.wrapper is not None else None
         return conn is not None and conn.waiting
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the server refuses all but a rollback."""
+        conn = self.wrapper.connection
+        return conn is not None and conn.pgconn.transaction_status == TransactionStatus.INERROR
 
     @property
     def kept(self) -> bool:
@@ -354,8 +390,7 @@ class Session:
         try:
             await run_in(self, close)
         except Exception:
-            if self.wrapper is not None and self.wrapper.connection is not None:
-                self.wrapper.connection.terminate()
+            self.terminate()
         self.release()
 
     def __del__(self) -> None:
@@ -415,6 +450,9 @@ class Session:
         block = self._entitled(runner)
         if block is not None:
             block.acquire()
+            if block.needs_rollback:  # since Django looked, a statement before this one failed
+                block.lock.release()
+                self.wrapper.validate_no_broken_transaction()
         elif self.holder is not None:
             raise InterfaceError(
                 f"Two tasks used one connection of database {self.alias!r} at the same time."
@@ -427,6 +465,9 @@ class Session:
     def __exit__(self, *exc: object) -> None:
         self._depth -= 1
         if not self._depth:
+            if self._held is not None and isinstance(exc[1], CancelledError) and self.aborted:
+                # For the block's other tasks, and for its end if the cancellation is caught inside.
+                self._held.needs_rollback, self._held.rollback_exc = True, exc[1]
             self.active = monotonic()
             self.holder = None
             if self._held is not None:
@@ -486,13 +527,20 @@ def _pool(alias: str, cls: Any) -> pools.Pool:
     return pool
 
 
+# Sessions of test cases, by alias (testcase.py): native code in a test's transaction uses them.
+test_sessions: dict[str, Any] = {}
+
+
 def session_for(alias: str, runner: Runner) -> Session | None:
     """The session that `runner` uses for `alias`; None when the ENGINE is not ours."""
     lead = runner.lead
     if lead is not None and lead.alias == alias:
         return cast(Session, lead)
-    if _scope.get() is not None and (scope := find_scope(alias)) is not None:
+    if (scope := find_scope(alias)) is not None:
         return scope.session
+    session: Session | None
+    if test_sessions and (session := test_sessions.get(alias)) is not None:
+        return cast(Session, session)
     session = runner.resources.get(alias)
     if session is None or session.wrapper is None:
         cls = native_class(alias)

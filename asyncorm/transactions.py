@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import warnings
 from asyncio import CancelledError, ensure_future
 from collections.abc import Awaitable, Callable
 from types import TracebackType
@@ -12,10 +13,10 @@ from typing import Any, TypeVar, overload
 
 from django.db import DEFAULT_DB_ALIAS
 from django.db.transaction import Atomic as DjangoAtomic
-from django.db.transaction import TransactionManagementError
+from django.db.transaction import TransactionManagementError, get_connection
 from psycopg import IsolationLevel
 
-from . import bridge, sessions
+from . import bridge, sessions, testcase
 from .bridge import Runner
 from .sessions import Block, Session
 
@@ -36,6 +37,8 @@ def enter(atomic: DjangoAtomic) -> None:
     )
     if runner is None or session is None:
         _enter_django(atomic)
+        if runner is None and _of_test_case(atomic):
+            testcase.begin(atomic.using or DEFAULT_DB_ALIAS)
     else:
         enter_block(runner, session, atomic, sessions.caller())
 
@@ -54,12 +57,23 @@ def leave(
         else None
     )
     if runner is None or session is None:
+        if runner is None and _of_test_case(atomic) and _is_outermost(atomic):
+            testcase.end(atomic.using or DEFAULT_DB_ALIAS)
         _exit_django(atomic, exc_type, exc, traceback)
         return
     block = session.innermost()
     if block is None:
         raise TransactionManagementError("A transaction block is left by a task that is not in it.")
     leave_block(runner, block, atomic, exc_type, exc, traceback)
+
+
+def _of_test_case(atomic: Any) -> bool:
+    return bool(atomic._from_testcase)
+
+
+def _is_outermost(atomic: DjangoAtomic) -> bool:
+    blocks: list[Any] = get_connection(atomic.using).atomic_blocks
+    return blocks[:1] == [atomic]
 
 
 def enter_block(runner: Runner, session: Session, atomic: DjangoAtomic, origin: str) -> Block:
@@ -104,21 +118,43 @@ def leave_block(
             block.acquire()
             block.ended = True
             with session.acting_for(runner, block):
+                lost = exc_type is None and _lost(block)
+                if lost:
+                    block.needs_rollback = True
                 _exit_django(atomic, exc_type, exc, traceback)
     finally:
         if not block.ended:  # the lock was not to be had: the transaction cannot go on
-            if wrapper.connection is not None:
-                wrapper.connection.terminate()
+            session.terminate()
             block.ended = True
         parent = block.parent
         if parent is not None:
-            parent.needs_rollback, parent.rollback_exc = block.needs_rollback, block.rollback_exc
+            parent.needs_rollback = block.needs_rollback
+            if block.needs_rollback:
+                parent.rollback_exc = block.rollback_exc
         _close_block(runner, block)
         block.lock.release()
+    if lost:
+        bridge.deliver(runner)
+        raise TransactionManagementError(
+            f"The transaction block that began at {block.origin} was rolled back: a statement in "
+            "it failed or was cancelled, and the exception was caught inside the block. Put such a "
+            "statement into a nested asyncorm.atomic() and catch the exception around that."
+        ) from block.rollback_exc
     if wrapper.hooks_due:
         wrapper.run_and_clear_commit_hooks()
     if exc is None:
         bridge.deliver(runner)
+
+
+def _lost(block: Block) -> bool:
+    """Whether a block that ends without an exception is rolled back, and nobody was told so.
+
+    Django knows of failed statements of the ORM, and is silent. It does not know of cancelled ones,
+    nor of failed raw SQL: the server would answer COMMIT with ROLLBACK, taken for a success.
+    """
+    if block.needs_rollback:
+        return isinstance(block.rollback_exc, CancelledError)
+    return block.parent is None and block.session.aborted
 
 
 def _close_block(runner: Runner, block: Block) -> None:
@@ -234,6 +270,11 @@ class _Characteristics:
         self.saved_timeout: str | None = None
 
     def check(self, parent: Block | None) -> None:
+        if parent is not None and parent.of_test_case and self.transaction:
+            warnings.warn(
+                f"{', '.join(self.transaction)} is ignored in a test's transaction.", stacklevel=2
+            )
+            self.transaction = {}
         if parent is not None and self.transaction:
             raise TransactionManagementError(
                 f"{', '.join(self.transaction)} can be set for the outermost block only; this "
@@ -264,7 +305,7 @@ class _Characteristics:
         if (
             self.saved_timeout is not None
             and exc_type is None
-            and not block.needs_rollback
+            and not self.session.wrapper.needs_rollback
             and conn is not None
         ):
             with self.session.wrapper.cursor() as cursor:
@@ -396,4 +437,4 @@ def set_rollback(rollback: bool, using: str | None = None) -> None:
         raise TransactionManagementError(
             "The rollback flag doesn't work outside of an 'atomic' block."
         )
-    block.needs_rollback = rollback
+    block.session.wrapper.needs_rollback = rollback

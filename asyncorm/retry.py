@@ -1,0 +1,90 @@
+"""Run an atomic function again when the server could not serialise it with others."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from django.db import DEFAULT_DB_ALIAS
+from django.db.transaction import TransactionManagementError
+from psycopg.errors import DeadlockDetected, SerializationFailure
+
+from . import sessions
+
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+
+
+def retrying(
+    attempts: int = 3,
+    on: type[BaseException] | tuple[type[BaseException], ...] = (
+        SerializationFailure,
+        DeadlockDetected,
+    ),
+    backoff: float | Callable[[int], float] = 0.05,
+    using: str | None = None,
+) -> Callable[[F], F]:
+    """Decorate a coroutine function that is a transaction of its own: run it again if it fails so.
+
+        @asyncorm.retrying(attempts=5)
+        @asyncorm.atomic(isolation_level=IsolationLevel.SERIALIZABLE)
+        async def transfer(...): ...
+
+    Args:
+        attempts: how often to run it at most; the last failure is raised.
+        on: which exceptions to run it again for. Matched against the exception and what caused it
+            (`__cause__`), so that psycopg's classes work beside Django's, and against the members
+            of an exception group.
+        backoff: seconds to wait after the first failure, doubled after each further one; or a
+            function of the number of the failed attempt (1, 2, ...). The wait is a random part of
+            that time, so that those who collided do not collide again.
+        using: the alias of the transaction; the default one by default.
+
+    Raises (when called):
+        django.db.transaction.TransactionManagementError: inside a transaction block, where only the
+            whole block could be run again.
+    """
+    if attempts < 1:
+        raise ValueError("attempts must be at least 1.")
+
+    def decorate(func: F) -> F:
+        if not inspect.iscoroutinefunction(func):
+            raise TypeError(f"asyncorm.retrying decorates coroutine functions, not {func!r}.")
+
+        @functools.wraps(func)
+        async def inner(*args: Any, **kwargs: Any) -> Any:
+            scope = sessions.find_scope(using or DEFAULT_DB_ALIAS)
+            if scope is not None and scope.block is not None:
+                raise TransactionManagementError(
+                    f"{func.__qualname__}() is retrying and was called inside the transaction "
+                    f"block that began at {scope.block.origin}: only that whole block can be run "
+                    "again. Put asyncorm.retrying around it, or call this under "
+                    "asyncorm.detached()."
+                )
+            for attempt in range(1, attempts):
+                try:
+                    return await func(*args, **kwargs)
+                except Exception as exc:
+                    if not _matches(exc, on):
+                        raise
+                seconds = backoff(attempt) if callable(backoff) else backoff * 2 ** (attempt - 1)
+                await asyncio.sleep(random.uniform(0, seconds))
+            return await func(*args, **kwargs)
+
+        return inner  # type: ignore[return-value]
+
+    return decorate
+
+
+def _matches(exc: BaseException, on: Any) -> bool:
+    cause: BaseException | None = exc
+    while cause is not None:
+        if isinstance(cause, on):
+            return True
+        if isinstance(cause, BaseExceptionGroup):
+            return any(_matches(member, on) for member in cause.exceptions)
+        cause = cause.__cause__
+    return False
