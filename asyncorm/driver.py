@@ -367,6 +367,8 @@ class PooledConnection(AsyncConnection[Any]):
         """A connection for whoever asks: the twin of a new one."""
         twin = (await cls.connect(**kwargs)).twin
         twin.lock = _OwnLock()
+        # Nobody else gets it: what is left in its server session does not matter.
+        twin.cursor_factory = kwargs.get("cursor_factory") or psycopg.Cursor
         return twin
 
     def renew(self) -> None:
