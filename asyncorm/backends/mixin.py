@@ -52,7 +52,7 @@ class _Class:
 
 @cache
 def _native_class(cls: Any) -> Any:
-    return type(f"Native{cls.__name__}", (NativeWrapper, cls), {"__module__": cls.__module__})
+    return type(f"Native{cls.__name__}", (NativeWrapper, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 class NativeBackendMixin:
@@ -257,6 +257,9 @@ class NativeWrapper:
                 self.connection = conn
                 conn._pool = self._native_pool  # type: ignore[assignment]
                 self.autocommit = True
+                self.health_check_done = True
+                self.closed_in_transaction = self.errors_occurred = False
+                self.close_at = None
                 return
             self._native_pool.fresh = conn
             conn._pool = self._native_pool  # type: ignore[assignment]
@@ -264,6 +267,7 @@ class NativeWrapper:
                 super().connect()  # type: ignore[misc]
             conn.configured = True
             conn.touched = False
+            self.close_at = None  # the pool's max_lifetime; CONN_MAX_AGE is for synchronous code
         except BaseException:
             self.connection = None
             conn.terminate()
