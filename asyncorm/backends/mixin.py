@@ -52,7 +52,8 @@ class _Class:
 
 @cache
 def _native_class(cls: Any) -> Any:
-    return type(f"Native{cls.__name__}", (NativeWrapper, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}  # repr() shows these
+    return type(f"Native{cls.__name__}", (NativeWrapper, cls), names)
 
 
 class NativeBackendMixin:
