@@ -52,6 +52,9 @@ class _Storage:
             if session is not None:
                 return session.wrapper
             runner.resources.setdefault(_FOREIGN, _foreign)
+        elif sessions.test_sessions and alias in sessions.test_sessions and _loop_runs():
+            # On the loop's thread: what is installed there (CaptureQueriesContext) is for the test.
+            return sessions.test_sessions[alias].wrapper
         return getattr(self.local, alias)
 
     def __setattr__(self, alias: str, wrapper: Any) -> None:
@@ -59,6 +62,14 @@ class _Storage:
 
     def __delattr__(self, alias: str) -> None:
         delattr(self.local, alias)
+
+
+def _loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 _FOREIGN = "a wrapper of another engine was handed out"

@@ -43,6 +43,31 @@ from .. import bridge, pools, sessions
 from ..driver import ENDED, Connection, PooledConnection
 
 
+class _OfBlock:
+    """An attribute that each block has for itself: tasks share the wrapper but not the block."""
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        self.name = name
+        self.plain = f"_plain_{name}"
+
+    def __get__(self, wrapper: Any, owner: Any) -> Any:
+        if wrapper is None:
+            return self
+        block = self._block(wrapper.session)
+        return wrapper.__dict__.get(self.plain) if block is None else getattr(block, self.name)
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        block = self._block(wrapper.session)
+        if block is None:
+            wrapper.__dict__[self.plain] = value
+        else:
+            setattr(block, self.name, value)
+
+    @staticmethod
+    def _block(session: sessions.Session | None) -> sessions.Block | None:
+        return None if session is None or session.root is None else session.innermost()
+
+
 class _Class:
     """`native_class` of a backend class: the subclass made from that very class."""
 
@@ -60,6 +85,10 @@ class NativeBackendMixin:
     """Adds the native side to a DatabaseWrapper class for PostgreSQL (see the module)."""
 
     native_class = _Class()
+    session: Any = None  # in a test's transaction (testcase.py)
+    hooks_due = False
+    needs_rollback = _OfBlock()
+    rollback_exc = _OfBlock()
 
     def ensure_connection(self) -> None:
         """Django's, except on a running loop's thread and beside a native transaction.
@@ -67,7 +96,9 @@ class NativeBackendMixin:
         On the thread of a running loop it does nothing: CaptureQueriesContext and assertNumQueries
             call it there, and statements are refused anyway (SynchronousOnlyOperation).
         """
-        if not _loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
+        if bridge.in_native_code():  # in a test's transaction
+            super().ensure_connection()  # type: ignore[misc]
+        elif not _loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
             sessions.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
             super().ensure_connection()  # type: ignore[misc]
 
@@ -160,35 +191,6 @@ def _own(alias: str) -> Any:
     return own
 
 
-class _OfBlock:
-    """An attribute that each block has for itself: tasks share the wrapper but not the block."""
-
-    def __set_name__(self, owner: Any, name: str) -> None:
-        self.name = name
-        self.plain = f"_plain_{name}"
-
-    def __get__(self, wrapper: Any, owner: Any) -> Any:
-        session = wrapper.session
-        if (
-            session is not None
-            and session.root is not None
-            and (block := session.innermost()) is not None
-        ):
-            return getattr(block, self.name)
-        return wrapper.__dict__.get(self.plain)
-
-    def __set__(self, wrapper: Any, value: Any) -> None:
-        session = wrapper.session
-        if (
-            session is not None
-            and session.root is not None
-            and (block := session.innermost()) is not None
-        ):
-            setattr(block, self.name, value)
-        else:
-            wrapper.__dict__[self.plain] = value
-
-
 class NativeWrapper:
     """The DatabaseWrapper of native code; used only as a base of `native_class`, before Django's.
 
@@ -198,7 +200,6 @@ class NativeWrapper:
     """
 
     hooks_due = False
-
     session: sessions.Session | None = None
     native_class = None
     alias: str
@@ -213,8 +214,6 @@ class NativeWrapper:
     queries_log = _Shared()
     force_debug_cursor = _Shared(default=False)
     execute_wrappers = _Wrappers()
-    needs_rollback = _OfBlock()
-    rollback_exc = _OfBlock()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

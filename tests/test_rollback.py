@@ -1,0 +1,213 @@
+"""Tests that roll back: native code in the transaction of TestCase and of pytest-django."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.db import IntegrityError, connection, transaction
+from django.db.transaction import TransactionManagementError
+from django.test import TestCase, override_settings
+from django.test.utils import CaptureQueriesContext
+
+import asyncorm
+from tests.project.myapp.models import Item
+
+
+async def add(number: int) -> Item:
+    return await Item.objects.native_create(remote_id=number, name=f"item {number}")
+
+
+async def count() -> int:
+    return await Item.objects.native_count()
+
+
+class RollbackTests(TestCase):
+    """Each test finds what setUpTestData and setUp made, and nothing of the others."""
+
+    @classmethod
+    def setUpTestData(cls) -> None:
+        cls.first = Item.objects.create(remote_id=1, name="from setUpTestData")
+
+    def setUp(self) -> None:
+        Item.objects.create(remote_id=2, name="from setUp")
+
+    async def test_sees_both_and_is_seen(self) -> None:
+        assert await count() == 2
+        await add(3)
+        assert await sync_to_async(Item.objects.count)() == 3
+        await sync_to_async(Item.objects.create)(remote_id=4, name="sync")
+        assert await count() == 4
+
+    async def test_nothing_of_the_other_tests(self) -> None:
+        assert await count() == 2
+        await asyncio.gather(*[add(number) for number in range(10, 20)])
+        assert await count() == 12
+
+    @override_settings(ASYNCORM={"SWAP_MANAGERS": True})
+    async def test_swapped(self) -> None:
+        item = await Item.objects.acreate(remote_id=3, name="swapped")
+        assert [row.pk async for row in Item.objects.filter(pk=item.pk)] == [item.pk]
+        assert [row.pk async for row in Item.objects.order_by("remote_id").aiterator()]
+
+    async def test_blocks_nest_in_it(self) -> None:
+        with pytest.raises(ZeroDivisionError):
+            async with asyncorm.atomic():
+                await add(3)
+                async with asyncorm.atomic():
+                    await add(4)
+                assert await count() == 4
+                raise ZeroDivisionError
+        assert await count() == 2
+        async with asyncorm.atomic(durable=True):
+            await add(5)
+        assert await count() == 3
+
+    async def test_gather_of_blocks(self) -> None:
+        async def block(number: int) -> None:
+            async with asyncorm.atomic():
+                await add(number)
+                await asyncio.sleep(0.001)
+                if number % 2:
+                    raise ValueError(number)
+
+        results = await asyncio.gather(*[block(n) for n in range(10, 20)], return_exceptions=True)
+        assert sum(isinstance(result, ValueError) for result in results) == 5
+        assert await count() == 7
+
+    async def test_error_in_a_block_spares_the_test(self) -> None:
+        with pytest.raises(IntegrityError):
+            async with asyncorm.atomic():
+                await add(1)
+        assert await count() == 2
+
+    async def test_cancelled_in_a_block(self) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1), asyncorm.atomic():
+                await add(3)
+                async with asyncorm.cursor() as cursor:
+                    await cursor.execute("SELECT pg_sleep(30)")
+        assert await count() == 2
+
+    async def test_number_of_queries(self) -> None:
+        with CaptureQueriesContext(connection) as queries:
+            await count()
+            await asyncio.gather(count(), count())
+        assert len(queries) == 3
+        async with asyncorm.atomic():
+            with self.assertNumQueries(1):
+                await count()
+
+    async def test_on_commit_callbacks_are_captured(self) -> None:
+        called: list[str] = []
+        with self.captureOnCommitCallbacks(execute=True) as callbacks:
+            async with asyncorm.atomic():
+                asyncorm.on_commit(lambda: called.append("native"))
+                await asyncorm.native(transaction.on_commit)(lambda: called.append("django"))
+            with pytest.raises(ZeroDivisionError):
+                async with asyncorm.atomic():
+                    asyncorm.on_commit(lambda: called.append("rolled back"))
+                    raise ZeroDivisionError
+        assert len(callbacks) == 2
+        assert called == ["native", "django"]
+
+    async def test_isolation_level_is_ignored_with_a_warning(self) -> None:
+        with pytest.warns(UserWarning, match="read_only is ignored"):
+            async with asyncorm.atomic(read_only=True):
+                await add(3)
+        assert await count() == 3
+
+    async def test_set_rollback(self) -> None:
+        async with asyncorm.atomic():
+            await add(3)
+            asyncorm.set_rollback(True)
+        assert await count() == 2
+
+    async def test_threads_inside_a_block_are_refused_as_in_production(self) -> None:
+        async with asyncorm.atomic():
+            with pytest.raises(TransactionManagementError, match=r"asyncorm\.native"):
+                await sync_to_async(Item.objects.count)()
+
+    async def test_tasks_and_threads_at_once(self) -> None:
+        await asyncio.gather(
+            *[add(number) for number in range(100, 110)],
+            *[
+                sync_to_async(Item.objects.create)(remote_id=number, name="sync")
+                for number in range(200, 210)
+            ],
+        )
+        assert await count() == 22
+
+    async def test_streams(self) -> None:
+        await asyncio.gather(*[add(number) for number in range(10, 30)])
+        rows = [
+            row.remote_id async for row in Item.objects.order_by("remote_id").native_iterator(5)
+        ]
+        assert rows == [1, 2, *range(10, 30)]
+
+    def test_synchronous(self) -> None:
+        Item.objects.create(remote_id=3, name="sync")
+        assert Item.objects.count() == 3
+
+    async def test_sessions_of_its_own_server_process(self) -> None:
+        async with asyncorm.cursor() as cursor:
+            await cursor.execute("SELECT pg_backend_pid()")
+            native = await cursor.fetchone()
+
+        def backend() -> Any:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_backend_pid()")
+                return cursor.fetchone()
+
+        assert native == await sync_to_async(backend)()
+
+
+@pytest.mark.django_db
+class TestPytest:
+    """pytest-django's `db` with pytest-asyncio: no configuration."""
+
+    @pytest.mark.parametrize("again", range(3))
+    async def test_rolls_back(self, again: int) -> None:
+        assert await count() == 0
+        await asyncio.gather(*[add(number) for number in range(5)])
+        assert await count() == 5
+
+    async def test_sees_fixtures(self, item: Item) -> None:
+        assert (await Item.objects.native_get()).pk == item.pk
+
+    async def test_counts_queries(self, django_assert_num_queries: Any) -> None:
+        with django_assert_num_queries(2):
+            await count()
+            await count()
+
+    async def test_error_outside_a_block(self) -> None:
+        await add(1)
+        with pytest.raises(IntegrityError):
+            await add(1)
+
+    async def test_after_that(self) -> None:
+        assert await count() == 0
+
+
+@pytest.fixture
+def item(db: None) -> Item:
+    return Item.objects.create(remote_id=7, name="from a fixture")
+
+
+@pytest.mark.django_db
+@pytest.mark.anyio
+def test_synchronous_test_still_works() -> None:
+    Item.objects.create(remote_id=7, name="sync")
+    assert Item.objects.count() == 1
+    assert asyncio.run(count()) == 1
+    assert Item.objects.count() == 1
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_real_transactions_when_asked_for() -> None:
+    async def backend() -> Any:
+        async with asyncorm.cursor() as cursor:
+            await cursor.execute("SELECT pg_sleep(0.05), pg_backend_pid()")
+            return (await cursor.fetchone())[1]  # type: ignore[index]
+
+    assert len(set(await asyncio.gather(*[backend() for _ in range(3)]))) == 3
