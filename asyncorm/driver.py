@@ -19,7 +19,8 @@ Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not docume
 - `AsyncConnectionPool._connect`: to see each new connection, and why there is none.
 - `AsyncConnectionPool._workers`, `._sched_runner`: tasks to wait for when a loop closes.
 - `AsyncConnectionPool._min_size`, `._nconns`: to fill the pool later than at its start.
-- `psycopg_pool.pool_async.AddConnection`, `.ReturnConnection`: the pool's maintenance tasks.
+- `psycopg_pool.pool_async.AddConnection`, `.ReturnConnection`, `.StopWorker`,
+  `AsyncConnectionPool.worker`: the pool's maintenance tasks and who runs them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import logging
 import re
 import select
 from asyncio import CancelledError, get_running_loop
@@ -41,9 +43,11 @@ from greenlet import getcurrent
 from psycopg import AsyncConnection, generators, pq, waiting
 from psycopg.adapt import AdaptersMap
 from psycopg_pool import AsyncConnectionPool
-from psycopg_pool.pool_async import AddConnection, ReturnConnection
+from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
 
 from .bridge import Runner, deliver
+
+logger = logging.getLogger("psycopg.pool")
 
 # Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
 CANCEL_TIMEOUT = 5.0
@@ -390,6 +394,10 @@ class PooledConnection(AsyncConnection[Any]):
         return True
 
 
+class _Cancelled(BaseException):
+    """A cancellation that psycopg_pool does not take for a failure to connect."""
+
+
 class ConnectionPool(AsyncConnectionPool[PooledConnection]):
     """psycopg_pool's pool, with a checkout that costs no task switch when a connection is free.
 
@@ -407,10 +415,30 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
         """Open the pool in an empty context, so that its workers inherit nobody's transaction."""
         await get_running_loop().create_task(self.open(), context=contextvars.Context())
 
+    @classmethod
+    async def worker(cls, q: Any) -> None:
+        """psycopg_pool's, but a cancellation ends it: the end of a loop waits for it.
+
+        psycopg_pool takes one that arrives while it works for a failure of the work.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        while not isinstance(work := await q.get(), StopWorker):
+            try:
+                await work.run()
+            except _Cancelled:
+                raise CancelledError from None
+            except (Exception, CancelledError) as exc:
+                logger.warning("%s failed: %s: %s", work, type(exc).__name__, exc)
+            if task.cancelling():
+                raise CancelledError
+
     async def _connect(self, timeout: float | None = None) -> PooledConnection:
         self.live = {conn for conn in self.live if not conn.closed}
         try:
             conn = await super()._connect(timeout)
+        except CancelledError:
+            raise _Cancelled from None
         except Exception as exc:
             self.connect_error = exc
             if not self.live:
