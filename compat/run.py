@@ -1,0 +1,157 @@
+"""Runs Django's own test suite twice, on the stock backend and natively, and compares.
+
+python -m compat.run [APP ...]   see --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from asyncorm.demo.postgres import ServerError, find_bindir, postgres_server
+
+from . import suite
+
+ENGINES = {
+    "baseline": "django.db.backends.postgresql",
+    "native": "asyncorm.backends.postgresql",
+}
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 1500  # seconds for one worker
+
+# Test modules that touch every part of the ORM.
+FAST = """
+aggregation aggregation_regress annotations async async_queryset auth_tests backends basic
+bulk_create composite_pk constraints contenttypes_tests custom_columns custom_lookups
+custom_managers custom_methods custom_pk datatypes dates datetimes db_functions db_typecasts
+db_utils defer defer_regress delete delete_regress distinct_on_fields empty expressions
+expressions_case expressions_window field_defaults filtered_relation force_insert_update
+foreign_object from_db_value generic_relations generic_relations_regress get_earliest_or_latest
+get_object_or_404 get_or_create indexes introspection known_related_objects lookup m2m_and_m2o
+m2m_intermediary m2m_multiple m2m_recursive m2m_regress m2m_signals m2m_through
+m2m_through_regress m2o_recursive managers_regress many_to_many many_to_one many_to_one_null
+max_lengths model_fields model_inheritance model_inheritance_regress multiple_database
+mutually_referential nested_foreign_keys null_fk null_fk_ordering null_queries one_to_one
+or_lookups order_with_respect_to ordering pagination prefetch_related properties proxy_models
+queries queryset_pickle raw_query reserved_names reverse_lookup save_delete_hooks
+select_for_update select_related select_related_onetoone select_related_regress serializers
+sessions_tests signals string_lookup test_utils transaction_hooks transactions unmanaged_models
+update update_only_fields
+""".split()
+
+
+class Worker(threading.Thread):
+    """Takes jobs (mode, labels) from a queue and runs each in a process of its own."""
+
+    def __init__(self, number: int, jobs: queue.Queue[Any], run: Run) -> None:
+        super().__init__(daemon=True)
+        self.number = number
+        self.jobs = jobs
+        self.run_ = run
+
+    def run(self) -> None:
+        while True:
+            try:
+                mode, labels = self.jobs.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self.run_.process(self.number, mode, labels)
+            except Exception as exc:
+                self.run_.broken.append(f"{mode} run of {' '.join(labels)}: {exc}")
+
+
+class Run:
+    """One comparison: what to run, and what came out of it.
+
+    Attributes:
+        results: by mode, by test: outcome and statements.
+        broken: worker processes that did not finish, in words.
+    """
+
+    def __init__(self, database: dict[str, Any], tests: Path, workers: int) -> None:
+        self.database = database
+        self.tests = tests
+        self.workers = workers
+        self.results: dict[str, dict[str, Any]] = {mode: {} for mode in ENGINES}
+        self.broken: list[str] = []
+        self.folder = Path(tempfile.mkdtemp(prefix="asyncorm-compat-"))
+
+    def do(self, jobs: list[tuple[str, list[str]]]) -> None:
+        """Run the jobs, as many at a time as there are workers."""
+        waiting: queue.Queue[Any] = queue.Queue()
+        for job in jobs:
+            waiting.put(job)
+        threads = [Worker(number, waiting, self) for number in range(self.workers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def process(self, number: int, mode: str, labels: list[str]) -> None:
+        """Run labels in a worker process and take over its record."""
+        name = f"{mode}-{labels[0]}-{number}-{time.monotonic_ns()}"
+        output = self.folder / f"{name}.json"
+        log = self.folder / f"{name}.log"
+        order = {
+            "engine": ENGINES[mode],
+            "native": mode != "baseline",
+            "labels": labels,
+            "tests": str(self.tests),
+            "database": self.database,
+            "prefix": f"compat_{os.getpid()}_{number}",
+            "output": str(output),
+        }
+        environment = {
+            **os.environ,
+            "ASYNCORM_COMPAT": json.dumps(order),
+            "PYTHONPATH": str(ROOT),
+            "PYTHONHASHSEED": "0",
+        }
+        began = time.monotonic()
+        with open(log, "wb") as file:
+            done = subprocess.run(
+                [sys.executable, "-m", "compat.worker"],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=LIMIT,
+            )
+        if done.returncode or not output.exists():
+            tail = log.read_text(errors="replace")[-3000:]
+            raise RuntimeError(f"ended with {done.returncode}; the end of {log}:\n{tail}")
+        answer = json.loads(output.read_text())
+        self.results[mode].update(answer["tests"])
+        tests = sum("seconds" in entry for entry in answer["tests"].values())
+        print(
+            f"  {mode}: {tests} tests of {len(labels)} modules in "
+            f"{time.monotonic() - began:.0f} s ({labels[0]} ...)",
+            flush=True,
+        )
+
+
+def split(labels: list[str], tests: Path, parts: int) -> list[list[str]]:
+    """Labels in groups that take about as long, by the size of their test modules."""
+
+    def weight(label: str) -> int:
+        folder = tests / label.split(".")[0]
+        return 20_000 + sum(path.stat().st_size for path in folder.rglob("test*.py"))
+
+    groups: list[list[str]] = [[] for _ in range(max(1, min(parts, len(labels))))]
+    loads = [0] * len(groups)
+    for label in sorted(labels, key=weight, reverse=True):
+        lightest = loads.index(min(loads))
+        groups[lightest].append(label)
+        loads[lightest] += weight(label)
+    return [sorted(group) for group in groups]
