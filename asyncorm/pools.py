@@ -354,19 +354,20 @@ def pool_stats(using: str | None = None) -> dict[str, int]:
     return {} if pool is None else pool.stats()
 
 
-def discard_pools(alias: str | None = None) -> None:
+def discard_pools(alias: str | None = None, *, now: bool = False) -> None:
     """Have new connections made from now on: settings (time zone, name) changed.
 
     Connections in use are closed when they are given back.
 
     Args:
         alias: one alias; all of them by default.
+        now: close those of loops that do not run at this moment at once.
     """
     for by_alias in list(_pools.values()):
         for pool in list(by_alias.values()):
             if alias is None or pool.alias == alias:
                 forget(pool)
-                if pool.loop.is_closed():
+                if pool.loop.is_closed() or (now and not pool.loop.is_running()):
                     pool.abandon()
                 else:
                     pool.loop.call_soon_threadsafe(pool.retire)

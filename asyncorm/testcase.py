@@ -143,7 +143,7 @@ class TestSession(Session):
         return type(self._conn).wait(self._conn, gen, *args, **kwargs)
 
     def terminate(self) -> None:
-        """Close the connection at once; the test's transaction is lost, as it would be at its end."""
+        """Close the connection at once; the transaction is lost, as at the test's end."""
         self._native.terminate()
 
     @property

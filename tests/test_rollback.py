@@ -1,6 +1,7 @@
 """Tests that roll back: native code in the transaction of TestCase and of pytest-django."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -211,3 +212,28 @@ async def test_real_transactions_when_asked_for() -> None:
             return (await cursor.fetchone())[1]  # type: ignore[index]
 
     assert len(set(await asyncio.gather(*[backend() for _ in range(3)]))) == 3
+
+
+def test_a_loop_that_waits_does_not_keep_the_database(
+    django_db_setup: Any, django_db_blocker: Any
+) -> None:
+    """A session's loop may still be open when the test databases are dropped."""
+
+    async def backend() -> Any:
+        async with asyncorm.cursor() as cursor:
+            await cursor.execute("SELECT pg_backend_pid()")
+            return (await cursor.fetchone())[0]  # type: ignore[index]
+
+    with django_db_blocker.unblock(), asyncio.Runner() as runner:
+        native = runner.run(backend())
+        connection.close_pool()
+        with connection.cursor() as cursor:
+            for _ in range(100):
+                cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", [native])
+                if cursor.fetchone() == (0,):
+                    break
+                time.sleep(0.05)
+            else:
+                raise AssertionError("the native connection is still open")
+        connection.close()
+        assert runner.run(backend()) != native

@@ -107,6 +107,11 @@ class NativeBackendMixin:
         pools.discard_pools(self.alias)  # type: ignore[attr-defined]
         return super().ensure_timezone()  # type: ignore[misc, no-any-return]
 
+    def close_pool(self) -> None:
+        """Django's, and native connections: a test database is about to be dropped or cloned."""
+        pools.discard_pools(self.alias, now=True)  # type: ignore[attr-defined]
+        super().close_pool()  # type: ignore[misc]
+
 
 def _loop_runs() -> bool:
     try:
