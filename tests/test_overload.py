@@ -1,0 +1,152 @@
+"""Many more tasks than connections: all are served in order of arrival, or refused at once."""
+
+import asyncio
+import logging
+import statistics
+from collections.abc import AsyncIterator, Callable
+from time import monotonic
+from typing import Any
+
+import pytest
+from django.core.handlers.asgi import ASGIHandler
+from django.db import DataError, OperationalError, connections
+from django.http import HttpRequest, HttpResponse
+from django.test import override_settings
+from django.urls import path
+
+import asyncorm
+from tests.support import administrator
+
+
+@pytest.fixture
+async def pool(django_db_setup: Any, django_db_blocker: Any) -> AsyncIterator[Callable[..., None]]:
+    """Set OPTIONS["pool"] of the default database."""
+    database = connections.settings["default"]
+    before = database["OPTIONS"]
+
+    def options(**pool: Any) -> None:
+        database["OPTIONS"] = {**before, "pool": {"min_size": 0, **pool}}
+
+    with django_db_blocker.unblock():
+        await asyncorm.close_pools()
+        yield options
+        await asyncorm.close_pools()
+    database["OPTIONS"] = before
+
+
+async def value(sql: str, params: Any = None) -> Any:
+    async with asyncorm.cursor() as cursor:
+        await cursor.execute(sql, params)
+        return (await cursor.fetchone())[0]  # type: ignore[index]
+
+
+@pytest.mark.slow
+async def test_ten_thousand_tasks_on_twenty_connections(
+    pool: Callable[..., None], record_property: Callable[..., None]
+) -> None:
+    pool(max_size=20, timeout=300)
+    await asyncio.gather(*[value("SELECT pg_sleep(0.05)") for _ in range(20)])  # grown
+    served: list[int] = []
+    waited: list[float] = []
+
+    async def task(number: int) -> None:
+        began = monotonic()
+        assert await value("SELECT %s::int", [number]) == number
+        waited.append(monotonic() - began)
+        served.append(number)
+
+    await asyncio.gather(*[task(number) for number in range(10_000)])
+    assert sorted(served) == list(range(10_000))
+    # Within a window of the pool's size (and its workers) the server decides who is done first.
+    late = max(abs(place - number) for place, number in enumerate(served))
+    assert late < 200, late
+    quantiles = statistics.quantiles(waited, n=100)
+    print(f"waited: p50 {quantiles[49]:.2f} s, p99 {quantiles[98]:.2f} s, max {max(waited):.2f} s")
+    record_property("waited_p50", round(quantiles[49], 3))
+    record_property("waited_p99", round(quantiles[98], 3))
+    record_property("waited_max", round(max(waited), 3))
+    stats = asyncorm.pool_stats()
+    assert stats["pool_available"] == stats["pool_size"] == 20
+    assert stats["requests_waiting"] == 0
+
+
+async def test_bounded_queue_refuses_at_once(pool: Callable[..., None]) -> None:
+    pool(max_size=2, max_waiting=3, timeout=30)
+    await asyncio.gather(value("SELECT pg_sleep(0.1)"), value("SELECT pg_sleep(0.1)"))  # grown
+    began = monotonic()
+    busy = [asyncio.create_task(value("SELECT pg_sleep(2), 7")) for _ in range(5)]
+    await asyncio.sleep(0.2)
+    with pytest.raises(OperationalError, match="max_waiting"):
+        await value("SELECT 1")
+    assert monotonic() - began < 1.5
+    for task in busy:
+        task.cancel()
+    await asyncio.wait(busy)
+    assert await value("SELECT 1") == 1
+
+
+async def test_client_that_disconnects_frees_its_connection(pool: Callable[..., None]) -> None:
+    pool(max_size=1, timeout=10)
+    began = asyncio.Event()
+
+    async def view(request: HttpRequest) -> HttpResponse:
+        async with asyncorm.atomic():
+            pid = await value("SELECT pg_backend_pid()")
+            request_pids.append(pid)
+            began.set()
+            await value("SELECT pg_sleep(60)")
+        return HttpResponse("never")
+
+    request_pids: list[int] = []
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "path": "/slow/",
+        "query_string": b"",
+        "headers": [],
+    }
+    messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    messages.put_nowait({"type": "http.request", "body": b"", "more_body": False})
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    class Urls:
+        urlpatterns = [path("slow/", view)]
+
+    with override_settings(ROOT_URLCONF=Urls, MIDDLEWARE=[]):
+        request = asyncio.create_task(ASGIHandler()(scope, messages.get, send))
+        await asyncio.wait_for(began.wait(), 20)
+        messages.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait_for(request, 20)
+    assert sent == []
+    with administrator() as ask:
+        state = ask("SELECT state FROM pg_stat_activity WHERE pid = %s", *request_pids)
+    assert state in ("idle", None), "the statement was cancelled on the server"
+    assert await asyncio.wait_for(value("SELECT 1"), 10) == 1, "the pool's one connection is free"
+
+
+async def test_values_are_never_sql(pool: Callable[..., None]) -> None:
+    pool(max_size=2)
+    for evil in ("'; DROP TABLE x; --", "\\'; SELECT 1", "%s", "$1", "\u02bc' OR 1=1", 'a"b'):
+        assert await value("SELECT %s::text", [evil]) == evil
+        async with asyncorm.atomic():
+            assert await value("SELECT %(v)s::text", {"v": evil}) == evil
+
+
+async def test_parameters_stay_out_of_logs(
+    pool: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    pool(max_size=1, timeout=1)
+    secret = "do-not-log-me"
+    with caplog.at_level(logging.INFO):
+        await value("SELECT %s::text", [secret])
+        with pytest.raises(DataError):
+            await value("SELECT 1/0 WHERE %s::text <> ''", [secret])
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await value("SELECT pg_sleep(10) WHERE %s::text <> ''", [secret])
+    assert secret not in caplog.text
