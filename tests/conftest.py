@@ -120,7 +120,18 @@ def _is_test_case(cls: type | None) -> bool:
 def run() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
     """Run a coroutine on a loop that the module's tests share; between calls no loop is running."""
     with asyncio.Runner() as runner:
-        yield runner.run
+
+        def run(work: Coroutine[Any, Any, Any]) -> Any:
+            async def keep() -> None:
+                # Not as the task's result: Python 3.11's runner takes the task's repr(), and the
+                # repr() of a model instance may load its deferred fields.
+                results.append(await work)
+
+            results: list[Any] = []
+            runner.run(keep())
+            return results[0]
+
+        yield run
 
 
 @pytest.fixture(params=["native", pytest.param("swapped", marks=pytest.mark.slow)], scope="module")
