@@ -233,6 +233,9 @@ class Block:
         )
 
 
+UNKNOWN: Any = object()
+
+
 class Session:
     """A Django wrapper for native code and, from its first statement on, a connection.
 
@@ -243,6 +246,7 @@ class Session:
         root: the outermost transaction block that is open, if any.
         keeper, origin: the task that pinned the session, and where.
         pinned: kept by `asyncorm.connection()` or by a stream, whatever operations come and go.
+        own: Django's own wrapper of the task that uses the session, None if there is none.
         cursors: server-side cursors of the session; open ones keep the connection.
         holder: the greenlet whose statement runs.
         acting: the block that `holder` enters or leaves.
@@ -258,7 +262,8 @@ class Session:
         self.pinned = False
         self.keeper: Task[Any] | None = None
         self.origin = ""
-        self.cursors: WeakSet[Any] = WeakSet()
+        self.cursors: WeakSet[Any] | None = None
+        self.own: Any = UNKNOWN
         self.holder: Any = None
         self.acting: Block | None = None
         self.active = 0.0
@@ -331,7 +336,7 @@ class Session:
     @property
     def streaming(self) -> bool:
         """Whether a server-side cursor is open."""
-        return bool(self.cursors) and any(not cursor.closed for cursor in self.cursors)
+        return self.cursors is not None and any(not cursor.closed for cursor in self.cursors)
 
     def suspend(self) -> None:
         """The operation awaits something else (bridge.Resource): hold nothing meanwhile."""
@@ -679,7 +684,7 @@ async def let_go(session: Session, clean: Callable[[Session], None] | None = Non
             session.pinned, session.keeper = False, None
             if session.streaming and conn is not None:
                 conn.terminate()
-            session.cursors.clear()
+            session.cursors = None
             runner.lead = None
             session.release()
 
