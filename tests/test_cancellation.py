@@ -1,0 +1,746 @@
+"""Deadlines and cancellation: at every await, of running statements, over a Unix socket and TCP."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from itertools import count
+from typing import Any
+
+import anyio
+import psycopg
+import pytest
+from django.core.asgi import get_asgi_application
+from django.db import OperationalError, connections, transaction
+from django.http import HttpResponse
+from django.test import override_settings
+from django.urls import path
+
+import asyncorm
+from asyncorm.demo.postgres import postgres_server
+from tests.chaos import Proxy
+from tests.project.myapp.models import Item
+
+PATIENCE = 30  # seconds: reached only when something hangs
+ids = count(1)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    """A server that listens on a socket and on TCP: aliases `socket` and `tcp`."""
+    with postgres_server(tcp=True, own=True) as server:
+        assert server.datadir is not None
+        common = {
+            "ENGINE": "asyncorm.backends.postgresql",
+            "OPTIONS": {"pool": {"min_size": 1, "max_size": 4}},
+        }
+        hosts = {"tcp": server.settings["HOST"], "socket": str(server.datadir.parent)}
+        for alias, host in hosts.items():
+            add_alias(alias, {**server.settings, **common, "HOST": host})
+        with psycopg.connect(**address(server.settings), autocommit=True) as observer:
+            observer.execute("SET application_name = 'observer'")
+            observer.execute(
+                "CREATE TABLE myapp_item (id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,"
+                " remote_id integer UNIQUE, name varchar(50))"
+            )
+            server.observer = observer  # type: ignore[attr-defined]
+            yield server
+        for alias in hosts:
+            del connections.settings[alias]
+
+
+def add_alias(alias: str, settings: dict[str, Any]) -> None:
+    filled = connections.configure_settings(
+        {"default": connections["default"].settings_dict, alias: settings}
+    )  # type: ignore[attr-defined]
+    connections.settings[alias] = filled[alias]  # type: ignore[attr-defined]
+
+
+def address(settings: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "dbname": "NAME",
+        "user": "USER",
+        "password": "PASSWORD",
+        "host": "HOST",
+        "port": "PORT",
+    }
+    return {name: settings[key] for name, key in names.items()}
+
+
+@pytest.fixture(params=["socket", "tcp"])
+def alias(request: pytest.FixtureRequest, server: Any, django_db_blocker: Any) -> Iterator[str]:
+    server.observer.execute("TRUNCATE myapp_item")
+    with django_db_blocker.unblock():
+        yield request.param
+
+
+class Watch:
+    """What the server says about our connections."""
+
+    def __init__(self, server: Any) -> None:
+        self.observer = server.observer
+
+    def rows(self) -> list[str]:
+        return [name for (name,) in self.observer.execute("SELECT name FROM myapp_item ORDER BY 1")]
+
+    def states(self) -> list[tuple[int, str]]:
+        return self.observer.execute(  # type: ignore[no-any-return]
+            "SELECT pid, state FROM pg_stat_activity WHERE backend_type = 'client backend'"
+            " AND application_name <> 'observer'"
+        ).fetchall()
+
+    async def until(
+        self, condition: Callable[[], Any], seconds: float = PATIENCE, when: str = ""
+    ) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, (when, self.states())
+            await asyncio.sleep(0.002)
+
+    def running(self) -> bool:
+        return any(state == "active" for _, state in self.states())
+
+    def at_rest(self) -> bool:
+        return all(state == "idle" for _, state in self.states())
+
+
+@pytest.fixture
+def watch(server: Any) -> Watch:
+    return Watch(server)
+
+
+async def add(alias: str, name: str) -> None:
+    await Item.objects.using(alias).native_create(remote_id=next(ids), name=name)
+
+
+async def sleep_on_server(alias: str, seconds: float = 600) -> None:
+    async with asyncorm.cursor(alias) as cursor:
+        await cursor.execute("SELECT pg_sleep(%s)", [seconds])
+
+
+def all_back(alias: str) -> bool:
+    """Whether no connection is lent."""
+    stats = asyncorm.pool_stats(alias)
+    return not stats or stats["pool_available"] == stats["pool_size"] <= 4
+
+
+async def healthy(alias: str, watch: Watch) -> None:
+    """The pool has all its connections back and each of them works."""
+    await watch.until(watch.at_rest)
+    await watch.until(lambda: all_back(alias))
+    barrier = asyncio.Barrier(4)
+
+    async def use() -> int:
+        async with asyncorm.atomic(alias), asyncorm.cursor(alias) as cursor:
+            await barrier.wait()
+            await cursor.execute("SELECT 1")
+            return (await cursor.fetchone())[0]  # type: ignore[index,no-any-return]
+
+    async with asyncio.timeout(PATIENCE):
+        assert await asyncio.gather(*(use() for _ in range(4))) == [1] * 4
+
+
+# Ways to be cancelled: each runs a coroutine and gives it the means to be cancelled
+
+
+class Steps:
+    """Await a coroutine and call `act` at its n-th, n+1st, ... suspension."""
+
+    def __init__(self, coro: Any, at: range, act: Callable[[], Any]) -> None:
+        self.coro, self.at, self.act = coro, at, act
+        self.reached = False
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        steps = self.coro.__await__()
+        resume = partial(steps.send, None)
+        number = 0
+        while True:
+            try:
+                future = resume()
+            except StopIteration as stop:
+                return stop.value
+            number += 1
+            if number in self.at:
+                self.reached = True
+                self.act()
+            try:
+                value = yield future
+            except BaseException as exc:
+                resume = partial(steps.throw, exc)
+            else:
+                resume = partial(steps.send, value)
+
+
+def cancel_task() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+
+
+async def by_cancel(coro: Any, n: int, times: int = 1) -> bool:
+    steps = Steps(coro, range(n, n + times), cancel_task)
+    with contextlib.suppress(asyncio.CancelledError):
+        await steps
+        assert not steps.reached, "the cancellation was lost"
+    return steps.reached
+
+
+async def by_two_cancels(coro: Any, n: int) -> bool:
+    return await by_cancel(coro, n, 2)
+
+
+async def by_many_cancels(coro: Any, n: int) -> bool:
+    return await by_cancel(coro, n, 50)
+
+
+async def by_anyio(coro: Any, n: int) -> bool:
+    with anyio.CancelScope() as scope:
+        steps = Steps(coro, range(n, n + 1), scope.cancel)
+        await steps
+    return steps.reached
+
+
+async def by_timeout(coro: Any, n: int) -> bool:
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(None) as timeout:
+            steps = Steps(coro, range(n, n + 1), lambda: timeout.reschedule(loop.time()))
+            await steps
+    return steps.reached
+
+
+async def by_fail_after(coro: Any, n: int) -> bool:
+    def expire() -> None:
+        scope.deadline = anyio.current_time()
+
+    with contextlib.suppress(TimeoutError):
+        with anyio.fail_after(PATIENCE) as scope:
+            steps = Steps(coro, range(n, n + 1), expire)
+            await steps
+    return steps.reached
+
+
+WAYS = [by_cancel, by_two_cancels, by_many_cancels, by_anyio, by_timeout, by_fail_after]
+ways = pytest.mark.parametrize("cancelled", WAYS, ids=lambda way: way.__name__)
+
+
+async def at_every_await(
+    cancelled: Any,
+    scenario: Callable[[], Any],
+    alias: str,
+    watch: Watch,
+    check: Callable[[], Any] = lambda: None,
+) -> int:
+    for n in range(1, 1000):
+        async with asyncio.timeout(PATIENCE):
+            # A task of its own, so that what is cancelled is not the test.
+            reached = await asyncio.create_task(cancelled(scenario(), n))
+        await watch.until(watch.at_rest, 10, f"{n} awaits")
+        await watch.until(lambda: all_back(alias), 10, f"leaked after {n} awaits")
+        check()
+        if not reached:
+            return n
+    raise AssertionError("the scenario does not end")
+
+
+@ways
+async def test_a_block_cancelled_at_every_await(cancelled: Any, alias: str, watch: Watch) -> None:
+    called: list[str] = []
+
+    def callback() -> None:
+        # In the operation that commits, so a cancellation that came during COMMIT must wait.
+        assert Item.objects.using(alias).count() == 4
+        called.append("synchronous")
+
+    async def coroutine() -> None:
+        called.append("asynchronous")
+
+    async def block() -> None:
+        async with asyncorm.atomic(alias):
+            asyncorm.on_commit(coroutine, alias)
+            asyncorm.on_commit(callback, alias)
+            await add(alias, "a")
+            async with asyncorm.atomic(alias):
+                await add(alias, "b")
+                await asyncio.gather(add(alias, "c"), add(alias, "d"))
+            async for _ in Item.objects.using(alias).native_iterator(chunk_size=3):
+                pass
+
+    def check() -> None:
+        rows = watch.rows()
+        assert rows in ([], ["a", "b", "c", "d"])
+        if not rows:
+            assert called == []
+        elif called != ["asynchronous", "synchronous"]:
+            # Cancelled while the callbacks ran: as if one had raised.
+            assert called in ([], ["asynchronous"])
+        outcomes.add(len(rows))
+        called.clear()
+        watch.observer.execute("TRUNCATE myapp_item")
+
+    outcomes: set[int] = set()
+    awaits = await at_every_await(cancelled, block, alias, watch, check)
+    assert awaits > 8
+    assert outcomes == {0, 4}
+    await healthy(alias, watch)
+
+
+@ways
+async def test_native_code_cancelled_at_every_await(
+    cancelled: Any, alias: str, watch: Watch
+) -> None:
+    def work() -> None:
+        with transaction.atomic(using=alias):
+            Item.objects.using(alias).create(remote_id=next(ids), name="a")
+            with transaction.atomic(using=alias):
+                Item.objects.using(alias).create(remote_id=next(ids), name="b")
+                asyncorm.await_(asyncio.sleep(0))
+            asyncorm.await_(add(alias, "c"))
+        list(Item.objects.using(alias))
+
+    def check() -> None:
+        assert watch.rows() in ([], ["a", "b", "c"])
+        watch.observer.execute("TRUNCATE myapp_item")
+
+    await at_every_await(cancelled, asyncorm.native(work), alias, watch, check)
+    await healthy(alias, watch)
+
+
+@ways
+async def test_a_kept_connection_and_a_stream_cancelled_at_every_await(
+    cancelled: Any, alias: str, watch: Watch
+) -> None:
+    watch.observer.execute(
+        "INSERT INTO myapp_item (remote_id, name) SELECT n, n FROM generate_series(1, 10) n"
+    )
+
+    async def use() -> None:
+        async with asyncorm.connection(alias):
+            async with asyncorm.cursor(alias) as cursor:
+                await cursor.execute("CREATE TEMPORARY TABLE mine (n integer)")
+                await cursor.execute("SELECT pg_advisory_lock(1)")
+        async for _ in Item.objects.using(alias).native_iterator(chunk_size=4):
+            await asyncio.sleep(0)
+
+    def check() -> None:
+        # Nothing of the session is left to the next who gets the connection.
+        locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+        assert watch.observer.execute(locks).fetchone() == (0,)
+
+    await at_every_await(cancelled, use, alias, watch, check)
+    await healthy(alias, watch)
+
+
+@ways
+async def test_waiting_for_a_connection_cancelled_at_every_await(
+    cancelled: Any, alias: str, watch: Watch
+) -> None:
+    async def crowd() -> None:
+        await asyncio.gather(*(sleep_on_server(alias, 0.001) for _ in range(12)))
+
+    await at_every_await(cancelled, crowd, alias, watch)
+    await healthy(alias, watch)
+
+
+# Statements that run on the server
+
+
+async def statement(alias: str) -> None:
+    await sleep_on_server(alias)
+
+
+async def in_a_block(alias: str) -> None:
+    async with asyncorm.atomic(alias):
+        await add(alias, "lost")
+        await sleep_on_server(alias)
+
+
+async def in_a_nested_block(alias: str) -> None:
+    async with asyncorm.atomic(alias):
+        await add(alias, "lost")
+        async with asyncorm.atomic(alias):
+            await add(alias, "lost too")
+            await sleep_on_server(alias)
+
+
+async def in_a_child_task(alias: str) -> None:
+    async with asyncorm.atomic(alias):
+        async with asyncio.TaskGroup() as group:
+            group.create_task(add(alias, "lost"))
+            group.create_task(sleep_on_server(alias))
+
+
+async def in_native_code(alias: str) -> None:
+    def work() -> None:
+        with transaction.atomic(using=alias):
+            Item.objects.using(alias).create(remote_id=next(ids), name="lost")
+            with connections[alias].cursor() as cursor:
+                cursor.execute("SELECT pg_sleep(600)")
+
+    await asyncorm.native(work)()
+
+
+async def in_a_kept_connection(alias: str) -> None:
+    async with asyncorm.connection(alias):
+        await sleep_on_server(alias)
+
+
+PLACES = [
+    statement,
+    in_a_block,
+    in_a_nested_block,
+    in_a_child_task,
+    in_native_code,
+    in_a_kept_connection,
+]
+
+
+async def end_by_cancel(coro: Any, go: asyncio.Event) -> None:
+    task = asyncio.create_task(coro)
+    await go.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def end_by_two_cancels(coro: Any, go: asyncio.Event) -> None:
+    task = asyncio.create_task(coro)
+    await go.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def end_by_timeout(coro: Any, go: asyncio.Event) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(None) as timeout:
+
+            async def expire() -> None:
+                await go.wait()
+                timeout.reschedule(asyncio.get_running_loop().time())
+
+            expiring = asyncio.create_task(expire())
+            await coro
+    await expiring
+
+
+async def end_by_anyio(coro: Any, go: asyncio.Event) -> None:
+    async def run() -> None:
+        await coro
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(run)
+        await go.wait()
+        group.cancel_scope.cancel()
+
+
+async def end_by_fail_after(coro: Any, go: asyncio.Event) -> None:
+    with pytest.raises(TimeoutError):
+        with anyio.fail_after(PATIENCE) as scope:
+
+            async def expire() -> None:
+                await go.wait()
+                scope.deadline = anyio.current_time()
+
+            expiring = asyncio.create_task(expire())
+            await coro
+    await expiring
+
+
+ENDS = [end_by_cancel, end_by_two_cancels, end_by_timeout, end_by_anyio, end_by_fail_after]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+async def test_a_running_statement_is_cancelled_on_the_server(
+    end: Any, place: Any, alias: str, watch: Watch
+) -> None:
+    go = asyncio.Event()
+    sleeping = (
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND state = 'active'"
+    )
+
+    async def started() -> None:
+        await watch.until(lambda: watch.observer.execute(sleeping).fetchone() == (1,))
+        go.set()
+
+    starting = asyncio.create_task(started())
+    async with asyncio.timeout(PATIENCE):
+        await end(place(alias), go)
+    await starting
+    # The statement was over when the task went on: its locks do not surprise the caller.
+    assert watch.observer.execute(sleeping).fetchone() == (0,)
+    await healthy(alias, watch)
+    assert watch.rows() == []
+
+
+async def test_the_connection_of_a_cancelled_statement_is_used_again(
+    alias: str, watch: Watch
+) -> None:
+    async with asyncorm.cursor(alias) as cursor:
+        await cursor.execute("SELECT 1")
+    before = {pid for pid, _ in watch.states()}
+    for _ in range(5):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await sleep_on_server(alias)
+    assert before & {pid for pid, _ in watch.states()} == before
+
+
+async def test_a_cancelled_statement_that_is_caught_inside_its_block(
+    alias: str, watch: Watch
+) -> None:
+    """The server has aborted the transaction: the block cannot pretend that all is well."""
+    called: list[int] = []
+
+    async def times_out() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await sleep_on_server(alias)
+
+    with pytest.raises(transaction.TransactionManagementError, match="cancelled"):
+        async with asyncorm.atomic(alias):
+            asyncorm.on_commit(lambda: called.append(1), alias)
+            await add(alias, "lost")
+            await times_out()
+            with pytest.raises(transaction.TransactionManagementError):
+                await add(alias, "refused")
+            with pytest.raises(transaction.TransactionManagementError):
+                await asyncio.gather(add(alias, "refused"))
+    assert (watch.rows(), called) == ([], [])
+    with pytest.raises(transaction.TransactionManagementError, match="cancelled"):
+        async with asyncorm.atomic(alias):
+            asyncorm.on_commit(lambda: called.append(1), alias)
+            await add(alias, "lost")
+            await times_out()
+    assert (watch.rows(), called) == ([], [])
+
+    async with asyncorm.atomic(alias):  # in a nested block it is rolled back alone
+        asyncorm.on_commit(lambda: called.append(1), alias)
+        await add(alias, "a")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1), asyncorm.atomic(alias):
+                await add(alias, "lost")
+                await sleep_on_server(alias)
+        await add(alias, "b")
+    assert (watch.rows(), called) == (["a", "b"], [1])
+    await healthy(alias, watch)
+
+
+async def test_a_child_cancelled_while_it_waits_for_the_lock_does_no_harm(
+    alias: str, watch: Watch
+) -> None:
+    async with asyncorm.atomic(alias):
+        busy = asyncio.create_task(sleep_on_server(alias, 0.3))
+        await asyncio.sleep(0.05)
+        waiting = [asyncio.create_task(add(alias, f"a{n}")) for n in range(4)]
+        await asyncio.sleep(0.05)
+        waiting[1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting[1]
+        await asyncio.gather(busy, waiting[0], waiting[2], waiting[3])
+    assert watch.rows() == ["a0", "a2", "a3"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_commit_is_not_half_done(alias: str, watch: Watch, times: int) -> None:
+    """A deferred trigger makes COMMIT last; it is cancelled in the middle."""
+    watch.observer.execute(
+        """
+        CREATE OR REPLACE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END$$;
+        CREATE CONSTRAINT TRIGGER linger AFTER INSERT ON myapp_item
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION linger();
+        """
+    )
+    called: list[str] = []
+
+    async def later() -> None:
+        await asyncio.sleep(0)
+        called.append("asynchronous")
+
+    async def block() -> None:
+        async with asyncorm.atomic(alias):
+            await add(alias, "a")
+            asyncorm.on_commit(lambda: called.append("synchronous"), alias)
+            asyncorm.on_commit(later, alias)
+
+    committing = (
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query = 'COMMIT'"
+    )
+    try:
+        task = asyncio.create_task(block())
+        await watch.until(lambda: watch.observer.execute(committing).fetchone() == (1,))
+        for _ in range(times):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (watch.rows(), called) == (["a"], ["synchronous", "asynchronous"])
+
+        called.clear()
+        with anyio.move_on_after(PATIENCE) as scope:
+
+            async def expire() -> None:
+                await watch.until(lambda: watch.observer.execute(committing).fetchone() == (1,))
+                scope.cancel()
+
+            expiring = asyncio.create_task(expire())
+            await block()
+        await expiring
+        assert scope.cancelled_caught
+        assert (watch.rows(), called) == (["a", "a"], ["synchronous", "asynchronous"])
+    finally:
+        watch.observer.execute("DROP TRIGGER linger ON myapp_item")
+    await healthy(alias, watch)
+
+
+async def test_a_storm_of_cancellations(alias: str, watch: Watch) -> None:
+    async def block(n: int) -> None:
+        async with asyncorm.atomic(alias):
+            await add(alias, f"{n}")
+            await asyncio.gather(add(alias, f"{n}"), sleep_on_server(alias, 0.002))
+
+    async with asyncio.timeout(4 * PATIENCE):
+        tasks = []
+        for n in range(200):
+            tasks.append(asyncio.create_task(block(n)))
+            await asyncio.sleep(0.001)
+            if n >= 8:
+                tasks[n - n % 8].cancel()
+                tasks[n // 2].cancel()
+        await asyncio.wait(tasks)
+    rows = watch.rows()
+    for n, task in enumerate(tasks):
+        if not task.cancelled():
+            assert task.exception() is None
+            assert rows.count(f"{n}") == 2
+        else:
+            assert rows.count(f"{n}") in (0, 2)
+    await healthy(alias, watch)
+
+
+# Timeouts of the server's
+
+
+async def test_a_statement_timeout_in_options(alias: str, watch: Watch) -> None:
+    settings = dict(connections.settings[alias])  # type: ignore[attr-defined]
+    settings["OPTIONS"] = {**settings["OPTIONS"], "options": "-c statement_timeout=200ms"}
+    add_alias("limited", settings)
+    try:
+        with pytest.raises(OperationalError) as caught:
+            await sleep_on_server("limited")
+        assert isinstance(caught.value.__cause__, psycopg.errors.QueryCanceled)
+        async with asyncorm.atomic("limited"):
+            await add("limited", "a")
+            async with asyncorm.atomic("limited", statement_timeout=PATIENCE):
+                await sleep_on_server("limited", 0.4)
+            with pytest.raises(OperationalError):
+                async with asyncorm.atomic("limited"):
+                    await sleep_on_server("limited")
+        assert watch.rows() == ["a"]
+        await healthy("limited", watch)
+    finally:
+        await asyncorm.close_pools("limited")
+        del connections.settings["limited"]  # type: ignore[attr-defined]
+
+
+# A server that does not answer
+
+
+async def test_a_cancelled_statement_of_a_server_that_does_not_answer(
+    server: Any, watch: Watch, django_db_blocker: Any
+) -> None:
+    """The task ends within the time for cancelling; the connection is replaced."""
+    with django_db_blocker.unblock():
+        async with Proxy(server.settings["HOST"], int(server.settings["PORT"])) as proxy:
+            settings = {**connections.settings["tcp"], "PORT": str(proxy.port)}  # type: ignore[attr-defined]
+            add_alias("proxied", settings)
+            try:
+                task = asyncio.create_task(in_a_block("proxied"))
+                await watch.until(watch.running)
+                proxy.hold()
+                task.cancel()
+                done, _ = await asyncio.wait([task], timeout=PATIENCE)
+                assert done
+                assert task.cancelled()
+                proxy.reset()
+                await watch.until(watch.at_rest)
+                await healthy("proxied", watch)
+            finally:
+                await asyncorm.close_pools("proxied")
+                del connections.settings["proxied"]  # type: ignore[attr-defined]
+
+
+# The end of a loop
+
+
+def test_loops_that_end_in_the_middle(server: Any, django_db_blocker: Any) -> None:
+    """asyncio.run() cancels all tasks, the pool's while it connects too; nothing hangs or stays."""
+
+    async def main(n: int) -> None:
+        started = [asyncio.create_task(sleep_on_server("tcp", 0.01)) for _ in range(4)]
+        for _ in range(n):
+            await asyncio.sleep(0)
+        assert started
+
+    watch = Watch(server)
+    with django_db_blocker.unblock():
+        for n in range(30):
+            asyncio.run(main(n))
+    deadline = time.monotonic() + PATIENCE
+    while watch.states():
+        assert time.monotonic() < deadline, watch.states()
+        time.sleep(0.01)
+
+
+# ASGI
+
+
+async def slow_view(request: Any) -> HttpResponse:
+    async with asyncorm.atomic("tcp"):
+        await add("tcp", "lost")
+        await sleep_on_server("tcp")
+    return HttpResponse("done")
+
+
+urlpatterns = [path("slow", slow_view)]
+
+
+async def test_an_asgi_client_that_disconnects_frees_its_connection(
+    server: Any, watch: Watch, django_db_blocker: Any
+) -> None:
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "path": "/slow",
+        "query_string": b"",
+        "headers": [(b"host", b"testserver")],
+    }
+    disconnect = asyncio.Event()
+    messages = iter([{"type": "http.request", "body": b""}])
+
+    async def receive() -> Any:
+        for message in messages:
+            return message
+        await disconnect.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        raise AssertionError(f"nobody is there: {message}")
+
+    with django_db_blocker.unblock(), override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=[]):
+        server.observer.execute("TRUNCATE myapp_item")
+        request = asyncio.create_task(get_asgi_application()(scope, receive, send))
+        await watch.until(watch.running)
+        disconnect.set()
+        async with asyncio.timeout(PATIENCE):
+            await request
+        await watch.until(watch.at_rest, 10)
+        assert watch.rows() == []
+        await healthy("tcp", watch)
