@@ -32,7 +32,6 @@ import os
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from typing import Any
-from weakref import WeakSet
 
 import psycopg
 from django.db import connections
@@ -136,6 +135,7 @@ class _Pool:
         """The connection that `NativeWrapper.connect()` is about to configure."""
         conn, self.fresh = self.fresh, None
         assert conn is not None
+        self.wrapper.connection = conn  # assume_role composes its SQL with a cursor of the wrapper
         self.wrapper._configure_connection(conn)
         return conn
 
@@ -160,7 +160,7 @@ class _Shared:
     def __get__(self, wrapper: Any, owner: Any) -> Any:
         if wrapper.unpooled:
             return wrapper.__dict__[self.name]
-        own = _known(wrapper)
+        own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
         if own is None:
             if self.default is not None:
                 return self.default
@@ -171,8 +171,7 @@ class _Shared:
         if wrapper.unpooled:  # BaseDatabaseWrapper.__init__ among others
             wrapper.__dict__[self.name] = value
         elif wrapper.session is not None:
-            own = wrapper.session.own = _own(wrapper.alias)
-            setattr(own, self.name, value)
+            setattr(_own(wrapper.alias), self.name, value)
 
 
 class _Wrappers(_Shared):
@@ -182,20 +181,10 @@ class _Wrappers(_Shared):
         mine = wrapper.__dict__.setdefault(self.name, [])  # a connection_created receiver may
         if wrapper.unpooled:
             return mine
-        own = _known(wrapper)
+        own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
         if own is None:
             return mine
         return [*mine, *own.execute_wrappers] if mine else own.execute_wrappers
-
-
-def _known(wrapper: Any) -> Any:
-    """Django's own wrapper of the task, if there is one; looked up once for each operation."""
-    session = wrapper.session
-    if session is None or session.kept:  # several tasks may share it
-        return getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
-    if session.own is sessions.UNKNOWN:
-        session.own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
-    return session.own
 
 
 def _own(alias: str) -> Any:
@@ -297,8 +286,6 @@ class NativeWrapper:
         session = self.session
         if name and session is not None:
             cursor.__class__ = _stream_class(type(cursor))  # type: ignore[arg-type]
-            if session.cursors is None:
-                session.cursors = WeakSet()
             session.cursors.add(cursor)
         return cursor
 
@@ -306,10 +293,7 @@ class NativeWrapper:
         """Django's, on Django's own wrapper of the task."""
         if self.unpooled:
             return super().execute_wrapper(wrapper)  # type: ignore[misc]
-        own = _own(self.alias)
-        if self.session is not None:
-            self.session.own = own
-        return own.execute_wrapper(wrapper)
+        return _own(self.alias).execute_wrapper(wrapper)
 
     def _commit(self) -> None:
         try:
@@ -395,26 +379,14 @@ class _Stream:
 
     __slots__ = ()
 
-    def execute(self, *args: Any, **kwargs: Any) -> Any:
-        """psycopg's; a cancelled one closes the cursor, which Django does after errors only."""
-        try:
-            return super().execute(*args, **kwargs)  # type: ignore[misc]
-        except asyncio.CancelledError:
-            self.close()
-            raise
-
     def close(self) -> None:
         """psycopg's; without native code around, the session closes it later."""
         cursor: Any = self
         session = cursor._conn.lock
         if not isinstance(session, sessions.Session):
             cursor._closed = True  # with the session that it belonged to
-        elif (runner := bridge.current()) is not None and session.serves(runner):
-            try:
-                with bridge.shield(runner):
-                    super().close()  # type: ignore[misc]
-            finally:
-                cursor._closed = True  # or it would keep the connection
+        elif session.serves(bridge.current()):
+            super().close()  # type: ignore[misc]
         elif not cursor._closed:
             cursor._closed = True
             session.abandon(cursor._name)
