@@ -1,0 +1,60 @@
+"""The code in README.md and docs/ runs, or where it is settings or a test of its own, compiles."""
+
+import ast
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.project.shop import models
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# The first line of a block that stands for a file of the reader's project.
+FILE = re.compile(r"# [\w/]+\.py")
+
+BEFORE = """
+import asyncio
+import asyncorm
+from django.db import transaction
+from django.db.models import Sum
+from django.utils import timezone
+from psycopg import IsolationLevel
+"""
+
+
+def blocks(page: Path) -> list[str]:
+    return BLOCK.findall(page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_compiles(page: Path) -> None:
+    for block in blocks(page):
+        compile(block, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+def test_blocks_run(page: Path, fresh_shop: Any, settings: Any) -> None:
+    settings.ASYNCORM = {"SWAP_MANAGERS": True}
+    names: dict[str, Any] = {**vars(models)}
+    exec(BEFORE, names)
+    names |= {
+        "lines": [],
+        "build_report": lambda year: year,
+        "customer": models.Customer.objects.order_by("pk").first(),
+        "product": models.Product.objects.order_by("pk").first(),
+    }
+
+    async def run() -> None:
+        for block in blocks(page):
+            if FILE.match(block):
+                continue
+            code = compile(block, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            result = eval(code, names)
+            if result is not None:
+                await result
+
+    asyncio.run(run())
