@@ -32,6 +32,7 @@ import os
 from collections.abc import Callable
 from functools import cache, update_wrapper
 from typing import Any
+from weakref import WeakSet
 
 import psycopg
 from django.db import connections
@@ -160,7 +161,7 @@ class _Shared:
     def __get__(self, wrapper: Any, owner: Any) -> Any:
         if wrapper.unpooled:
             return wrapper.__dict__[self.name]
-        own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
+        own = _known(wrapper)
         if own is None:
             if self.default is not None:
                 return self.default
@@ -171,7 +172,8 @@ class _Shared:
         if wrapper.unpooled:  # BaseDatabaseWrapper.__init__ among others
             wrapper.__dict__[self.name] = value
         elif wrapper.session is not None:
-            setattr(_own(wrapper.alias), self.name, value)
+            own = wrapper.session.own = _own(wrapper.alias)
+            setattr(own, self.name, value)
 
 
 class _Wrappers(_Shared):
@@ -181,10 +183,20 @@ class _Wrappers(_Shared):
         mine = wrapper.__dict__.setdefault(self.name, [])  # a connection_created receiver may
         if wrapper.unpooled:
             return mine
-        own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
+        own = _known(wrapper)
         if own is None:
             return mine
         return [*mine, *own.execute_wrappers] if mine else own.execute_wrappers
+
+
+def _known(wrapper: Any) -> Any:
+    """Django's own wrapper of the task, if there is one; looked up once for each operation."""
+    session = wrapper.session
+    if session is None or session.kept:  # several tasks may share it
+        return getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
+    if session.own is sessions.UNKNOWN:
+        session.own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
+    return session.own
 
 
 def _own(alias: str) -> Any:
@@ -286,6 +298,8 @@ class NativeWrapper:
         session = self.session
         if name and session is not None:
             cursor.__class__ = _stream_class(type(cursor))  # type: ignore[arg-type]
+            if session.cursors is None:
+                session.cursors = WeakSet()
             session.cursors.add(cursor)
         return cursor
 
@@ -293,7 +307,10 @@ class NativeWrapper:
         """Django's, on Django's own wrapper of the task."""
         if self.unpooled:
             return super().execute_wrapper(wrapper)  # type: ignore[misc]
-        return _own(self.alias).execute_wrapper(wrapper)
+        own = _own(self.alias)
+        if self.session is not None:
+            self.session.own = own
+        return own.execute_wrapper(wrapper)
 
     def _commit(self) -> None:
         try:
@@ -379,14 +396,26 @@ class _Stream:
 
     __slots__ = ()
 
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        """psycopg's; a cancelled one closes the cursor, which Django does after errors only."""
+        try:
+            return super().execute(*args, **kwargs)  # type: ignore[misc]
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
     def close(self) -> None:
         """psycopg's; without native code around, the session closes it later."""
         cursor: Any = self
         session = cursor._conn.lock
         if not isinstance(session, sessions.Session):
             cursor._closed = True  # with the session that it belonged to
-        elif session.serves(bridge.current()):
-            super().close()  # type: ignore[misc]
+        elif (runner := bridge.current()) is not None and session.serves(runner):
+            try:
+                with bridge.shield(runner):
+                    super().close()  # type: ignore[misc]
+            finally:
+                cursor._closed = True  # or it would keep the connection
         elif not cursor._closed:
             cursor._closed = True
             session.abandon(cursor._name)
