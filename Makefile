@@ -8,12 +8,13 @@ VENV ?= .venv
 ARGS ?=
 PYTEST_ARGS ?=
 LOWEST := .venv-lowest
+BENCH ?= .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest lint format bench compat docs build clean FORCE
+.PHONY: help install demo test test-lowest lint format bench bench-profile compat docs build clean FORCE
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 	@echo; sed -n 's/^#   //p' Makefile
 
 install: $(VENV)/.installed  ## put the package, the demo's and the developers' tools into .venv
@@ -36,8 +37,11 @@ format: $(VENV)/.installed  ## put the code into shape
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench:  ## measure against Django's own async methods
-	@echo "make bench: there are no benchmarks yet, a later issue brings them."
+bench: $(BENCH)/.installed  ## measure beside bare drivers and other ORMs (ARGS=--quick: 2 minutes)
+	$(BENCH)/bin/python -m compat.bench $(ARGS)
+
+bench-profile: $(BENCH)/.installed  ## show where the microseconds of a native get go
+	$(BENCH)/bin/python -m compat.bench --profile
 
 compat:  ## run Django's own test suite on asyncorm
 	@echo "make compat: not there yet, a later issue brings it."
@@ -56,6 +60,14 @@ clean:  ## remove everything that make made
 IDENTITY := -c 'import sys; print(sys.base_prefix, sys.version)' 2>/dev/null
 stale = $(shell is=$$($(1)/bin/python $(IDENTITY)); \
 	test -n "$$is" && test "$$is" = "$$($(or $(PYTHON),$(1)/bin/python) $(IDENTITY))" || echo FORCE)
+
+BENCH_FILES := $(addprefix compat/bench/,install.py requirements.txt peers.txt)
+
+$(BENCH)/.installed: pyproject.toml $(BENCH_FILES) $(call stale,$(BENCH))
+	@$(if $(filter FORCE,$^),$(create),:)
+	@echo "Installing asyncorm and the benchmark's peers into $(@D) (once, a minute or so) ..."
+	@$(@D)/bin/python compat/bench/install.py $(@D)/missing-peers.json
+	@touch $@
 
 NEEDS := import sys; sys.exit(sys.version_info < (3, 11) and "asyncorm needs Python 3.11 or later, \
 this is " + sys.version.split()[0] + ": name another interpreter with PYTHON=...")
