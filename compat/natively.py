@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import django
 import psycopg
 from asgiref.sync import SyncToAsync
+from django.db import connections
 
 from asyncorm import bridge, driver
 
@@ -18,6 +22,10 @@ _counting = False  # not while the test databases are made, synchronously
 
 def run(func: Callable[[], Any]) -> Any:
     """Run synchronous code, the tests, in a running event loop."""
+
+    for connection in connections.all():
+        if hasattr(connection, "_test_serialized_contents"):
+            _contents[connection.alias] = connection._test_serialized_contents
 
     async def main() -> Any:
         global _counting
@@ -30,16 +38,23 @@ def run(func: Callable[[], Any]) -> Any:
     return asyncio.run(main())
 
 
-def install(record: Any) -> None:
-    """Count statements by kind of connection; have Django's sync_to_async calls run natively."""
+def install(record: Any, tests: str) -> None:
+    """Count statements by kind of connection; have Django's sync_to_async calls run natively.
+
+    Args:
+        record: what counts.
+        tests: the folder of the tests; threads that code there starts may use the database.
+    """
     loop_thread = threading.get_ident()
     _share_serialized_contents()
+    _mark_threads(tests)
     sync_wait = psycopg.Connection.wait
     native_wait = driver.Connection.wait
 
     def wait_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _counting:
-            record.count("sync")
+            asked = getattr(threading.current_thread(), "asked_by_test", False)
+            record.count("threads" if asked else "sync")
         return sync_wait(self, *args, **kwargs)
 
     def wait_native(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,14 +85,34 @@ def install(record: Any) -> None:
     asyncio.run = run_here
 
 
+def _mark_threads(tests: str) -> None:
+    """Tell the threads that a test starts itself from others: those may use the database."""
+    start = threading.Thread.start
+    # Django's live servers are threads that a test asks for as well.
+    asking = (tests, str(Path(django.__file__).parent / "test"))
+
+    def marking(self: threading.Thread) -> None:
+        if sys._getframe(1).f_code.co_filename.startswith(asking):
+            self.asked_by_test = True  # type: ignore[attr-defined]
+        start(self)
+
+    threading.Thread.start = marking  # type: ignore[method-assign]
+
+
 def _share_serialized_contents() -> None:
     """Django keeps what `serialized_rollback` restores on the wrapper that made the database."""
-    from django.db import connections
-
     from asyncorm.backends.mixin import NativeWrapper
 
-    def contents(wrapper: Any) -> Any:
-        own = getattr(connections._connections.local, wrapper.alias)
-        return own._test_serialized_contents
+    def get(wrapper: Any) -> Any:
+        try:
+            return _contents[wrapper.alias]
+        except KeyError:
+            raise AttributeError("_test_serialized_contents") from None
 
-    NativeWrapper._test_serialized_contents = property(contents)
+    def put(wrapper: Any, value: Any) -> None:
+        _contents[wrapper.alias] = value
+
+    NativeWrapper._test_serialized_contents = property(get, put)  # type: ignore[attr-defined]
+
+
+_contents: dict[str, Any] = {}

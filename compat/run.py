@@ -11,7 +11,6 @@ import os
 import queue
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from asyncorm.demo.postgres import ServerError, find_bindir, postgres_server
 
-from . import suite
+from . import report, suite
 
 ENGINES = {
     "baseline": "django.db.backends.postgresql",
@@ -84,7 +83,8 @@ class Run:
         self.workers = workers
         self.results: dict[str, dict[str, Any]] = {mode: {} for mode in ENGINES}
         self.broken: list[str] = []
-        self.folder = Path(tempfile.mkdtemp(prefix="asyncorm-compat-"))
+        self.folder = suite.CACHE / "logs" / time.strftime("%Y%m%d-%H%M%S")
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def do(self, jobs: list[tuple[str, list[str]]]) -> None:
         """Run the jobs, as many at a time as there are workers."""
@@ -104,7 +104,7 @@ class Run:
         log = self.folder / f"{name}.log"
         order = {
             "engine": ENGINES[mode],
-            "native": mode != "baseline",
+            "mode": mode,
             "labels": labels,
             "tests": str(self.tests),
             "database": self.database,
@@ -114,7 +114,7 @@ class Run:
         environment = {
             **os.environ,
             "ASYNCORM_COMPAT": json.dumps(order),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]).strip(":"),
             "PYTHONHASHSEED": "0",
         }
         began = time.monotonic()
@@ -155,3 +155,78 @@ def split(labels: list[str], tests: Path, parts: int) -> list[list[str]]:
         groups[lightest].append(label)
         loads[lightest] += weight(label)
     return [sorted(group) for group in groups]
+
+
+def all_labels(tests: Path) -> list[str]:
+    """Every test module of the suite, as runtests.py finds them."""
+    skipped = {"import_error_package", "test_runner_apps", "gis_tests", "templates"}
+    return sorted(
+        folder.name
+        for folder in tests.iterdir()
+        if folder.name not in skipped and (folder / "__init__.py").exists()
+    )
+
+
+def doubtful(results: dict[str, Any]) -> list[str]:
+    """Labels of the tests to run on the baseline too: those that did not simply pass natively."""
+    labels = set()
+    for test, entry in results.items():
+        if entry["outcome"] not in ("passed", "expected failure"):
+            # "setUpClass (app.tests.Class)"
+            labels.add(test.partition("(")[2].rstrip(")") if "(" in test else test)
+    return sorted(label for label in labels if label and not label.startswith("outside"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m compat.run", description=__doc__)
+    parser.add_argument("apps", nargs="*", help="test modules, or dotted names; default: all")
+    parser.add_argument("--fast", action="store_true", help="the modules about the ORM alone")
+    parser.add_argument(
+        "--baseline",
+        choices=("all", "doubtful"),
+        help="what to run on the stock backend: all, or what does not pass natively "
+        "(default: doubtful with --fast, else all)",
+    )
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 4))
+    parser.add_argument("--results", action="store_true", help="write compat/results/")
+    options = parser.parse_args()
+
+    began = time.monotonic()
+    try:
+        tests = suite.django_tests()
+    except suite.SuiteError as exc:
+        print(exc, file=sys.stderr)
+        return 2
+    everything = all_labels(tests)
+    labels = options.apps or [
+        label for label in everything if not options.fast or label in FAST
+    ]
+    if unknown := [label for label in labels if label.split(".")[0] not in everything]:
+        print(f"No such test modules: {' '.join(unknown)}", file=sys.stderr)
+        return 2
+    baseline = options.baseline or ("doubtful" if options.fast else "all")
+    try:
+        bindir: Path | None = find_bindir(wheel=False)
+    except ServerError:
+        bindir = None  # the embedded one, without pgcrypto and ICU
+    settings = {"max_connections": "100", "max_prepared_transactions": "0"}
+    with postgres_server(bindir=bindir, settings=settings) as server:
+        run = Run(server.settings, tests, options.workers)
+        groups = split(labels, tests, options.workers * (1 if options.fast else 4))
+        if baseline == "all":
+            run.do([(mode, group) for group in groups for mode in ENGINES])
+        else:
+            run.do([("native", group) for group in groups])
+            if again := doubtful(run.results["native"]):
+                groups = split(again, tests, options.workers)
+                run.do([("baseline", group) for group in groups])
+    seconds = time.monotonic() - began
+    outcome = report.Outcome(run.results, run.broken, labels, partial=bool(options.apps))
+    print(outcome.text(seconds))
+    if options.results:
+        outcome.write(seconds, bindir)
+    return 0 if outcome.good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

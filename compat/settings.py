@@ -13,5 +13,5 @@ DATABASES = {
     for alias in ("default", "other")
 }
 
-if _run["native"]:
+if _run["mode"] != "baseline":
     ASYNCORM = {"SWAP_MANAGERS": True}

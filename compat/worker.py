@@ -93,12 +93,13 @@ class Result(unittest.TextTestResult):
         record.outcome(test.id(), "unexpected success")
 
 
-def recording(base: Any, native: bool) -> Any:
+def recording(base: Any, order: dict[str, Any]) -> Any:
     """A Django test runner that records, and runs the tests natively if asked to."""
+    native = order["mode"] != "baseline"
     if native:
         from . import natively
 
-        natively.install(record)
+        natively.install(record, order["tests"])
 
     class Runner(base):  # type: ignore[misc]
         def get_resultclass(self) -> Any:
@@ -137,8 +138,8 @@ def main() -> None:
     import runtests
     from django.test.utils import get_runner
 
-    runtests.get_runner = lambda settings: recording(get_runner(settings), order["native"])
-    if order["native"]:
+    runtests.get_runner = lambda settings: recording(get_runner(settings), order)
+    if order["mode"] != "baseline":
         runtests.ALWAYS_INSTALLED_APPS.append("asyncorm")
     options = dict.fromkeys(inspect.signature(runtests.django_tests).parameters)
     options |= {
