@@ -383,7 +383,9 @@ def _awaiting(func: Callable[[], Any]) -> Callable[[], Any]:
         if inspect.isawaitable(result):
             bridge.await_(result)
 
-    return update_wrapper(call, func) if hasattr(func, "__qualname__") else call
+    # Django logs a failed callback's __qualname__, or what it is.
+    call.__qualname__ = getattr(func, "__qualname__", None) or repr(func)
+    return call
 
 
 @cache
