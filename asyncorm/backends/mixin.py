@@ -30,7 +30,7 @@ import asyncio
 import inspect
 import os
 from collections.abc import Callable
-from functools import cache, update_wrapper
+from functools import cache, cached_property
 from typing import Any
 from weakref import WeakSet
 
@@ -235,10 +235,13 @@ class NativeWrapper:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._native_pool = _Pool(self)
         level = self.settings_dict["OPTIONS"].get("isolation_level", IsolationLevel.READ_COMMITTED)
         if level in set(IsolationLevel):  # get_new_connection() raises for others
             self.isolation_level = IsolationLevel(level)
+
+    @cached_property
+    def _native_pool(self) -> _Pool:
+        return _Pool(self)
 
     @property
     def unpooled(self) -> bool:
