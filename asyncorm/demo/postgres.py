@@ -51,6 +51,12 @@ class Server:
     datadir: Path | None = None
     _supervisor: subprocess.Popen[str] | None = dataclasses.field(default=None, repr=False)
 
+    @property
+    def folder(self) -> Path:
+        """Where our own server's socket is."""
+        assert self.datadir is not None
+        return self.datadir.parent
+
     def stop(self, mode: StopMode = "fast") -> None:
         """Stop it and keep its data: "fast" like an administrator, "immediate" like a crash."""
         self._order("stop", mode)
@@ -73,25 +79,28 @@ def postgres_server(
     settings: Mapping[str, str] | None = None,
     bindir: Path | None = None,
     own: bool = False,
+    standby_of: Server | None = None,
 ) -> Iterator[Server]:
     """Yield the server of DATABASE_URL, or else a temporary one, gone when block or process ends.
 
     The options concern a temporary server: `tcp` makes it listen on 127.0.0.1 too (and HOST says
     so), `durable` keeps fsync on, `settings` are server parameters, `bindir` holds the programs to
-    use. `own` asks for a temporary server even if DATABASE_URL is set.
+    use. `own` asks for a temporary server even if DATABASE_URL is set. `standby_of` makes it a copy
+    of that temporary server and its streaming, readable standby.
     """
     url = os.environ.get("DATABASE_URL", "").strip()
-    if url and not own:
+    if url and not own and standby_of is None:
         yield Server(_parse_url(url))
         return
     if os.name != "posix":
         raise ServerError("A temporary PostgreSQL server needs Linux or macOS: set DATABASE_URL.")
-    bindir = bindir or find_bindir()
+    bindir = bindir or (standby_of.bindir if standby_of else None) or find_bindir()
     order = {
         "parent": os.getpid(),
         "bindir": str(bindir),
         "tcp": tcp,
         "settings": {**({} if durable else NOT_DURABLE), **(settings or {})},
+        "primary": standby_of and {**standby_of.settings, "HOST": str(standby_of.folder)},
     }
     supervisor = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__],
@@ -199,7 +208,7 @@ def _supervise() -> None:
         signal.signal(each, leave)
     orders = io.FileIO(0, closefd=False)  # unbuffered, for select
     spec = json.loads(orders.readline())
-    cluster = _Cluster(Path(spec["bindir"]), spec["tcp"], spec["settings"])
+    cluster = _Cluster(Path(spec["bindir"]), spec["tcp"], spec["settings"], spec["primary"])
     actions: dict[str, Callable[..., dict[str, Any] | None]]
     actions = {"create": cluster.create, "start": cluster.start, "stop": cluster.stop}
     order = ["create"]
@@ -224,8 +233,11 @@ def _supervise() -> None:
 class _Cluster:
     """A database cluster in a temporary folder, with its server."""
 
-    def __init__(self, bindir: Path, tcp: bool, settings: dict[str, str]) -> None:
+    def __init__(
+        self, bindir: Path, tcp: bool, settings: dict[str, str], primary: dict[str, str] | None
+    ) -> None:
         self.bindir = bindir
+        self.primary = primary
         self.host = "127.0.0.1" if tcp else ""
         self.settings = {"max_connections": "200", **settings}
         self.user = _unprivileged_user()
@@ -246,18 +258,7 @@ class _Cluster:
                 ) from None
             self._copy_wheel()
             version = self._run("initdb", "--version")
-        password = os.urandom(16).hex()
-        password_file = self.folder / "password"
-        password_file.write_text(password)
-        self._give_away()
-        options = [f"--pgdata={self.datadir}", "--username=postgres", f"--pwfile={password_file}"]
-        # Only who may enter the folder reaches the socket, but everybody here reaches 127.0.0.1.
-        options += ["--auth-local=trust", "--auth-host=scram-sha-256", "--no-sync"]
-        options += ["--encoding=UTF8", "--locale=C", f"--lc-ctype={_utf8_locale()}"]
-        if int(re.findall(r"\d+", version)[0]) >= 17:  # the same upper and lower on every system
-            options += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
-        self._run("initdb", *options)
-        password_file.unlink()
+        password = self._copy_primary() if self.primary else self._initdb(version)
         for last_try in (False, False, True):
             port = _free_port(self.host) if self.host else 5432
             self.settings |= {
@@ -274,6 +275,30 @@ class _Cluster:
         settings = {"NAME": "postgres", "USER": "postgres", "PASSWORD": password}
         settings |= {"HOST": self.host or str(self.folder), "PORT": str(port)}
         return {"settings": settings, "bindir": str(self.bindir), "datadir": str(self.datadir)}
+
+    def _initdb(self, version: str) -> str:
+        assert self.folder is not None
+        password = os.urandom(16).hex()
+        password_file = self.folder / "password"
+        password_file.write_text(password)
+        self._give_away()
+        options = [f"--pgdata={self.datadir}", "--username=postgres", f"--pwfile={password_file}"]
+        # Only who may enter the folder reaches the socket, but everybody here reaches 127.0.0.1.
+        options += ["--auth-local=trust", "--auth-host=scram-sha-256", "--no-sync"]
+        options += ["--encoding=UTF8", "--locale=C", f"--lc-ctype={_utf8_locale()}"]
+        if int(re.findall(r"\d+", version)[0]) >= 17:  # the same upper and lower on every system
+            options += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+        self._run("initdb", *options)
+        password_file.unlink()
+        return password
+
+    def _copy_primary(self) -> str:
+        assert self.primary is not None
+        self._give_away()
+        where = [f"--host={self.primary['HOST']}", f"--port={self.primary['PORT']}"]
+        options = [f"--pgdata={self.datadir}", "--username=postgres", "--write-recovery-conf"]
+        self._run("pg_basebackup", *where, *options, "--checkpoint=fast", "--no-sync")
+        return self.primary["PASSWORD"]
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""

@@ -1,0 +1,117 @@
+"""A temporary PgBouncer in transaction mode before the tests' server, gone when we end."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+from asyncorm.demo.postgres import _make_folder, _unprivileged_user
+
+TIMEOUT = 30  # seconds: reached only when something is broken
+PORT = 6432  # only a part of the socket's name: it listens nowhere else
+
+# Ends the program when the pipe from us closes, which the kernel sees to however we end.
+GUARD = '"$@" & cat >/dev/null; kill -9 $!'
+
+
+def program() -> str | None:
+    """Where PgBouncer is: ASYNCORM_TEST_PGBOUNCER, or on PATH, or where Debian has it."""
+    return os.environ.get("ASYNCORM_TEST_PGBOUNCER") or shutil.which(
+        "pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin"
+    )
+
+
+def version() -> tuple[int, ...]:
+    """PgBouncer's version."""
+    path = program()
+    assert path is not None
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.findall(r"\d+", text)[:2]))
+
+
+@dataclasses.dataclass
+class Bouncer:
+    """A running PgBouncer; `settings` are the changes to an entry of DATABASES."""
+
+    settings: dict[str, Any]
+
+    def ask(self, command: str) -> list[dict[str, Any]]:
+        """Run a command of its admin console."""
+        host, port = self.settings["HOST"], self.settings["PORT"]
+        with psycopg.connect(
+            host=host, port=port, user="admin", dbname="pgbouncer", autocommit=True
+        ) as console:
+            cursor = console.cursor(row_factory=psycopg.rows.dict_row)
+            cursor.execute(command)  # type: ignore[call-overload]
+            return cursor.fetchall() if cursor.description else []
+
+
+@contextmanager
+def pgbouncer(server: dict[str, Any], **settings: Any) -> Iterator[Bouncer]:
+    """Yield a PgBouncer in transaction mode for every database of `server`, an entry of DATABASES.
+
+    It listens on a Unix socket only. `settings` are added to the section [pgbouncer] of its
+    configuration.
+    """
+    path = program()
+    assert path is not None
+    user = _unprivileged_user()  # it refuses to run as root
+    folder = _make_folder(for_other_user=bool(user))
+    names = {"host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD"}
+    target = [f"{name}={server[key]}" for name, key in names.items() if server.get(key)]
+    options = {
+        "pool_mode": "transaction",
+        "listen_port": PORT,
+        "unix_socket_dir": folder,
+        "auth_type": "any",  # only who may enter the folder reaches the socket
+        "admin_users": "admin",
+        "server_login_retry": 0.1,
+        **settings,
+    }
+    lines = ["[databases]", f"* = {' '.join(target)}", "[pgbouncer]"]
+    lines += [f"{name} = {value}" for name, value in options.items()]
+    configuration = folder / "pgbouncer.ini"
+    configuration.write_text("\n".join(lines) + "\n")
+    for each in (folder, configuration):
+        if user:
+            os.chown(each, user["user"], user["group"])
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", GUARD, "sh", path, str(configuration)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            cwd=folder,
+            start_new_session=True,
+            **user,
+        )
+    assert process.stdin is not None
+    bouncer = Bouncer({"HOST": str(folder), "PORT": str(PORT)})
+    try:
+        _wait(bouncer, log)
+        yield bouncer
+    finally:
+        process.stdin.close()
+        process.wait(TIMEOUT)
+        shutil.rmtree(folder)
+
+
+def _wait(bouncer: Bouncer, log: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        try:
+            bouncer.ask("SHOW VERSION")
+            return
+        except psycopg.OperationalError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(log.read_text(errors="replace")) from error
+        time.sleep(0.02)
