@@ -156,6 +156,7 @@ class Block:
     Attributes:
         sids: the savepoints that a callback registered here depends on (`on_commit`).
         needs_rollback, rollback_exc: Django's flag, for this block alone.
+        cancelled: what aborted the transaction, or the savepoint, by cancelling a statement.
         of_test_case: it is the transaction that a test runs in (testcase.py).
         inner: the nested block that holds the lock now.
         characteristics: what `atomic()` set for the block (transactions.py).
@@ -172,6 +173,7 @@ class Block:
         self.sids: frozenset[Any] = frozenset()
         self.needs_rollback: bool = parent is not None and parent.needs_rollback
         self.rollback_exc: BaseException | None = parent.rollback_exc if parent else None
+        self.cancelled: BaseException | None = None
         self.inner: Block | None = None
         self.characteristics: Any = None
         self.ended = False
@@ -472,7 +474,8 @@ class Session:
         if not self._depth:
             if self._held is not None and isinstance(exc[1], CancelledError) and self.aborted:
                 # For the block's other tasks, and for its end if the cancellation is caught inside.
-                self._held.needs_rollback, self._held.rollback_exc = True, exc[1]
+                self._held.needs_rollback = True
+                self._held.rollback_exc = self._held.cancelled = exc[1]
             self.active = monotonic()
             self.holder = None
             if self._held is not None:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
+import anyio
 from django.db import DEFAULT_DB_ALIAS
 from django.db.transaction import Atomic as DjangoAtomic
 from django.db.transaction import TransactionManagementError, get_connection
@@ -130,7 +131,7 @@ def leave_block(
         if parent is not None:
             parent.needs_rollback = block.needs_rollback
             if block.needs_rollback:
-                parent.rollback_exc = block.rollback_exc
+                parent.rollback_exc, parent.cancelled = block.rollback_exc, block.cancelled
         _close_block(runner, block)
         block.lock.release()
     if lost:
@@ -139,11 +140,24 @@ def leave_block(
             f"The transaction block that began at {block.origin} was rolled back: a statement in "
             "it failed or was cancelled, and the exception was caught inside the block. Put such a "
             "statement into a nested asyncorm.atomic() and catch the exception around that."
-        ) from block.rollback_exc
+        ) from (block.cancelled or block.rollback_exc)
     if wrapper.hooks_due:
-        wrapper.run_and_clear_commit_hooks()
+        _run_commit_hooks(runner, wrapper)
     if exc is None:
         bridge.deliver(runner)
+
+
+def _run_commit_hooks(runner: Runner, wrapper: Any) -> None:
+    if runner.cancelled is None:
+        wrapper.run_and_clear_commit_hooks()
+        return
+    # Cancelled during COMMIT: first the callbacks, which belong to it, then the cancellation.
+    cancelled, runner.cancelled = runner.cancelled, None
+    try:
+        with anyio.CancelScope(shield=True):  # noqa: ASYNC100
+            wrapper.run_and_clear_commit_hooks()
+    finally:
+        runner.cancelled = cancelled
 
 
 def _lost(block: Block) -> bool:
@@ -153,7 +167,7 @@ def _lost(block: Block) -> bool:
     nor of failed raw SQL: the server would answer COMMIT with ROLLBACK, taken for a success.
     """
     if block.needs_rollback:
-        return isinstance(block.rollback_exc, CancelledError)
+        return block.cancelled is not None
     return block.parent is None and block.session.aborted
 
 
