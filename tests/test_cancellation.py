@@ -98,8 +98,10 @@ class Watch:
             assert time.monotonic() < deadline, (when, self.states())
             await asyncio.sleep(0.002)
 
-    def running(self) -> bool:
-        return any(state == "active" for _, state in self.states())
+    def sleeping(self) -> bool:
+        """Whether sleep_on_server() has begun on the server."""
+        query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        return self.observer.execute(query).fetchone() == (1,)  # type: ignore[no-any-return]
 
     def at_rest(self) -> bool:
         return all(state == "idle" for _, state in self.states())
@@ -459,12 +461,9 @@ async def test_a_running_statement_is_cancelled_on_the_server(
     end: Any, place: Any, alias: str, watch: Watch
 ) -> None:
     go = asyncio.Event()
-    sleeping = (
-        "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND state = 'active'"
-    )
 
     async def started() -> None:
-        await watch.until(lambda: watch.observer.execute(sleeping).fetchone() == (1,))
+        await watch.until(watch.sleeping)
         go.set()
 
     starting = asyncio.create_task(started())
@@ -472,7 +471,7 @@ async def test_a_running_statement_is_cancelled_on_the_server(
         await end(place(alias), go)
     await starting
     # The statement was over when the task went on: its locks do not surprise the caller.
-    assert watch.observer.execute(sleeping).fetchone() == (0,)
+    assert not watch.sleeping()
     await healthy(alias, watch)
     assert watch.rows() == []
 
@@ -661,7 +660,7 @@ async def test_a_cancelled_statement_of_a_server_that_does_not_answer(
             add_alias("proxied", settings)
             try:
                 task = asyncio.create_task(in_a_block("proxied"))
-                await watch.until(watch.running)
+                await watch.until(watch.sleeping)
                 proxy.hold()
                 task.cancel()
                 done, _ = await asyncio.wait([task], timeout=PATIENCE)
@@ -737,7 +736,7 @@ async def test_an_asgi_client_that_disconnects_frees_its_connection(
     with django_db_blocker.unblock(), override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=[]):
         server.observer.execute("TRUNCATE myapp_item")
         request = asyncio.create_task(get_asgi_application()(scope, receive, send))
-        await watch.until(watch.running)
+        await watch.until(watch.sleeping)
         disconnect.set()
         async with asyncio.timeout(PATIENCE):
             await request
