@@ -31,6 +31,7 @@ import functools
 import logging
 import re
 import select
+import traceback
 from asyncio import CancelledError, get_running_loop
 from collections.abc import Callable
 from contextlib import suppress
@@ -437,7 +438,8 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
         self.live = {conn for conn in self.live if not conn.closed}
         try:
             conn = await super()._connect(timeout)
-        except CancelledError:
+        except CancelledError as exc:
+            traceback.clear_frames(exc.__traceback__)  # closes the half-open connection now
             raise _Cancelled from None
         except Exception as exc:
             self.connect_error = exc
@@ -516,6 +518,11 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
             worker.cancel()
         if workers:
             await asyncio.gather(*workers, return_exceptions=True)
+        # The server would go on with what runs: it notices a closed connection at the end only.
+        busy = [conn for conn in self.live if conn.pgconn.transaction_status == _ACTIVE]
+        if busy:
+            with suppress(CancelledError, Exception):
+                await asyncio.gather(*(conn.cancel_safe(timeout=1.0) for conn in busy))
         self.terminate()
 
     def terminate(self) -> None:

@@ -205,6 +205,10 @@ class Pool:
             if self.settings_dict["CONN_HEALTH_CHECKS"] and callbacks["check"] is None:
                 callbacks["check"] = ConnectionPool.check_connection
             try:
+                if not 0 <= min_size <= self.size:
+                    raise ValueError(
+                        f"min_size {min_size} is not between 0 and max_size {self.size}"
+                    )
                 pool = ConnectionPool(
                     kwargs=wrapper.get_connection_params(),
                     # One connection at first, by growth; filled to min_size if the loop lives on.
