@@ -1,6 +1,11 @@
 """Small things that several tests of the core need: server-side facts, and a watch on threads."""
 
 import asyncio
+import copy
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from django.conf import settings
 from django.db import connection, connections
 
 
@@ -33,10 +37,47 @@ def sleep(seconds: float = 0.1) -> int:
 
 def address(using: str = "default") -> dict[str, Any]:
     """How psycopg reaches an alias's database."""
-    database = settings.DATABASES[using]
+    database = connections.settings[using]
     keys = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST"}
-    found = {name: connections[using].settings_dict[key] for name, key in keys.items()}
-    return {**found, "port": database["PORT"] or None}
+    return {name: database[key] for name, key in keys.items()} | {"port": database["PORT"] or None}
+
+
+@contextmanager
+def database(alias: str = "extra", **changes: Any) -> Iterator[str]:
+    """An alias like `default` but for the changes; OPTIONS are put into those of `default`.
+
+    Its connections are told apart on the server by their application_name, which is the alias.
+    """
+    settings = copy.deepcopy(connections.settings["default"])
+    options = {"application_name": alias, **settings["OPTIONS"], **changes.pop("OPTIONS", {})}
+    connections.settings[alias] = {**settings, **changes, "OPTIONS": options}
+    try:
+        yield alias
+    finally:
+        if hasattr(connections._connections, alias):
+            connections[alias].close()
+            connections[alias].close_pool()
+            del connections[alias]
+        del connections.settings[alias]
+
+
+def run_script(source: str, *flags: str, timeout: float = 60, **environment: str) -> Any:
+    """Run a script in a new process on the test database; every warning is an error."""
+    database = connections.settings["default"]
+    keys = ("NAME", "USER", "PASSWORD", "HOST", "PORT")
+    return subprocess.run(
+        [sys.executable, "-W", "error", *flags, "-c", source],
+        env={
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tests.project.settings",
+            "ASYNCORM_TEST_DATABASE": json.dumps({key: database[key] for key in keys}),
+            **environment,
+        },
+        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @contextmanager
