@@ -249,11 +249,22 @@ reads(
         "run get object or 404": lambda do: do.run(get_object_or_404, Book, pk=3),
         "run get list or 404": lambda do: do.run(get_list_or_404, books(), in_print=True),
         "run content type": lambda do: do.run(ContentType.objects.get_for_model, Book),
+        "all permissions of a user": lambda do: with_user(do, "get_all_permissions"),
+        "group permissions of a user": lambda do: with_user(do, "get_group_permissions"),
+        "user permissions of a user": lambda do: with_user(do, "get_user_permissions"),
+        "permission of a user": lambda do: with_user(do, "has_perm", "shop.add_book"),
+        "permissions of a user": lambda do: with_user(do, "has_perms", ["shop.add_book"]),
+        "module permissions of a user": lambda do: with_user(do, "has_module_perms", "shop"),
         "run user permissions": lambda do: do.run(
             lambda: sorted(User.objects.get(pk=1).get_all_permissions())
         ),
     }
 )  # fmt: skip
+
+
+async def with_user(do: Do, name: str, *args: Any) -> Any:
+    # Without the user itself: Django's own async methods cache less on it than the sync ones.
+    return await do(await do(User.objects, "get", pk=2), name, *args)
 
 
 def prefetched_by_hand() -> list[Book]:

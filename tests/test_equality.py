@@ -1,9 +1,13 @@
 """Native equals sync: for every shape of query, both ways give the same rows in every respect."""
 
+import asyncio
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+import asyncorm
 from tests import operations, shapes
 from tests.compare import differences
 from tests.operations import READS, Do
@@ -35,6 +39,55 @@ def test_reads(name: str, way: Do, run: Callable) -> None:
     assert isinstance(expected, Exception) == (name in operations.RAISES), repr(expected)
 
     assert differences(expected, outcome(run, operation(way))) == []
+
+
+def everything() -> dict[str, Any]:
+    """What all shapes that do not fail give."""
+    return {name: list(shape()) for name, shape in SHAPES.items() if name not in shapes.RAISES}
+
+
+@functools.cache
+def synchronous() -> dict[str, Any]:
+    return everything()
+
+
+def unequal(expected: dict[str, Any], actual: dict[str, Any]) -> dict[str, list[str]]:
+    found = {name: differences(expected[name], actual[name]) for name in expected}
+    return {name: said for name, said in found.items() if said}
+
+
+def test_rows_of_all_shapes_at_once(run: Callable) -> None:
+    expected = synchronous()
+
+    async def gathered() -> dict[str, Any]:
+        found = await asyncio.gather(*(SHAPES[name]().anative() for name in expected))
+        return dict(zip(expected, found, strict=True))
+
+    assert unequal(expected, run(gathered())) == {}
+
+
+def test_rows_of_all_shapes_on_one_connection(run: Callable) -> None:
+    expected = synchronous()
+
+    async def kept() -> dict[str, Any]:
+        async with asyncorm.connection(), asyncorm.connection(using="other"):
+            return {name: await SHAPES[name]().anative() for name in expected}
+
+    assert unequal(expected, run(kept())) == {}
+
+
+def test_rows_of_all_shapes_in_one_transaction(run: Callable) -> None:
+    expected = synchronous()
+
+    async def inside() -> dict[str, Any]:
+        async with asyncorm.atomic(), asyncorm.atomic(using="other"):
+            return {name: await SHAPES[name]().anative() for name in expected}
+
+    assert unequal(expected, run(inside())) == {}
+
+
+def test_rows_of_all_shapes_in_a_native_function(run: Callable) -> None:
+    assert unequal(synchronous(), run(asyncorm.native(everything)())) == {}
 
 
 def test_there_are_enough_shapes() -> None:

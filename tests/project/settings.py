@@ -16,6 +16,8 @@ def databases() -> dict[str, dict[str, Any]]:
     server |= json.loads(os.environ.get("ASYNCORM_TEST_DATABASE", "{}"))
     # With a lock_timeout, a statement that waits for ever for a lock fails; the tests do not hang.
     options = {"pool": {"min_size": 1, "max_size": 20}, "options": "-c lock_timeout=30s"}
+    # To run all tests with, say, {"server_side_binding": true}.
+    options |= json.loads(os.environ.get("ASYNCORM_TEST_OPTIONS", "{}"))
     postgresql = server | {"ENGINE": ENGINE, "OPTIONS": server["OPTIONS"] | options}
     return {
         "default": postgresql,

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from django.apps import apps
-from django.contrib.auth.models import Group, User
+from django.contrib.auth.models import Group, Permission, User
 from django.contrib.contenttypes.models import ContentType
 from django.contrib.postgres.search import SearchVector
 from django.core.management.color import no_style
@@ -210,6 +210,11 @@ def shop(using: str) -> None:
     Group.objects.using(using).bulk_create([Group(pk=1, name="readers"), Group(pk=2, name="staff")])
     first = User.objects.using(using).get(pk=1)
     first.groups.add(1, 2)
+    second = User.objects.using(using).get(pk=2)
+    second.groups.add(1)
+    permissions = Permission.objects.using(using).filter(content_type__app_label="shop")
+    second.user_permissions.set(permissions.filter(codename__in=["view_tag", "change_tag"]))
+    Group.objects.using(using).get(pk=1).permissions.set(permissions.filter(codename="add_book"))
     m.Customer.objects.using(using).bulk_create(
         m.Customer(
             pk=n,
