@@ -11,7 +11,7 @@ LOWEST := .venv-lowest
 BENCH ?= .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest lint format bench bench-profile compat docs build clean FORCE
+.PHONY: help install demo test test-lowest lint format bench bench-profile compat compat-fast compat-matrix docs build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -43,8 +43,14 @@ bench: $(BENCH)/.installed  ## measure beside bare drivers and other ORMs (ARGS=
 bench-profile: $(BENCH)/.installed  ## show where the microseconds of a native get go
 	$(BENCH)/bin/python -m compat.bench --profile
 
-compat:  ## run Django's own test suite on asyncorm
-	@echo "make compat: not there yet, a later issue brings it."
+compat: $(VENV)/.installed  ## run Django's own test suite natively (DJANGO=5.2|6.0|6.1 APPS="queries ...")
+	$(VENV)/bin/python -m compat.environment $(if $(DJANGO),--django $(DJANGO)) $(if $(APPS),,--results) $(APPS)
+
+compat-fast: $(VENV)/.installed  ## run the part of Django's test suite that is about the ORM
+	$(VENV)/bin/python -m compat.environment $(if $(DJANGO),--django $(DJANGO)) --fast
+
+compat-matrix: $(VENV)/.installed  ## run it for each Django on its oldest and newest Python here
+	$(VENV)/bin/python -m compat.matrix
 
 docs:  ## build the documentation
 	@echo "make docs: there is only README.md yet, a later issue brings the documentation."

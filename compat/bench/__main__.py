@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 from . import report, works
@@ -23,7 +24,12 @@ def main() -> None:
     parser.add_argument("--works", metavar="NAMES", help="works, comma-separated")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--list", action="store_true", help="show the names and end")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: docs/benchmarks")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for page, plots and JSON; docs/benchmarks after a whole run",
+    )
     parser.add_argument("--remark", default="", help="a sentence at the top of the page")
     args = parser.parse_args()
     if args.list:
@@ -48,15 +54,17 @@ def main() -> None:
     contestants = [each for each in CONTESTANTS if each.name in only]
     chosen = [work for work in works.WORKS if work.name in wanted]
 
+    began = time.monotonic()
+
     def say(text: str) -> None:
-        print(f"... {text}", file=sys.stderr, flush=True)
+        print(f"{time.monotonic() - began:6.1f} s  {text}", file=sys.stderr, flush=True)
 
     try:
         result = run(contestants, chosen, sizes, say)
     except Failed as exc:
         raise SystemExit(f"The benchmark cannot run: {exc}") from None
     report.show(result)
-    if args.tiny and not args.out:
+    if (args.tiny or args.only or args.works) and not args.out:
         return
     folder = args.out or ROOT / "docs" / "benchmarks"
     stem = f"python{sys.version_info[0]}.{sys.version_info[1]}" + "-quick" * args.quick

@@ -44,7 +44,8 @@ def cell(result: dict[str, Any], metric: dict[str, Any], name: str) -> str:
     """Value and ratio of one contestant at one metric, or why there is none."""
     value = median(result, metric["name"], name)
     if value is None:
-        work = metric["name"].split("_")[0] if "asgi" in metric["name"] else metric["name"]
+        work = metric["name"].removesuffix("_cpu")
+        work = "asgi" if work.startswith("asgi") else work
         failed = result["failed"].get(name, {}).get(work)
         return "-" if failed is None else "wrong" if failed.startswith("wrong") else "no"
     text = number(value, metric["unit"])
@@ -93,7 +94,8 @@ def notes(result: dict[str, Any]) -> list[str]:
         "Versions: " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
         f"Medians over {sizes['rounds']} interleaved rounds ({sizes['heavy']} for the heavy works) "
         "of the median call in each; ratios are taken round by round, the spread is the lowest and "
-        "the highest. Client and server share the CPUs. synchronous_commit is off, connections go "
+        "the highest. The CPU time is that of the client's process with all its threads, without "
+        "the server's: on a busy machine it is steadier than the time. Client and server share the CPUs. synchronous_commit is off, connections go "
         "over the same socket, each pool has 10, the loop is asyncio's own.",
     ]
     lines += [
@@ -139,7 +141,7 @@ def write(result: dict[str, Any], folder: Path, stem: str, remark: str) -> list[
                 for each in names
                 if (value := median(result, metric["name"], each["name"])) is not None
             ]
-            if not data:
+            if not data or metric["name"].endswith("_cpu"):
                 continue
             path = folder / f"{stem}-{metric['name']}.svg"
             path.write_text(bars(metric["title"], metric["unit"], data, metric["more"]))
@@ -161,6 +163,13 @@ def groups(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
         "Concurrency and large results": ("sleep", "stream", "stream_memory", "stall", "stall_gc",
                                           "stall_load"),
         "Requests per second": ("asgi_1", "asgi_64"),
+        "CPU time of the client's process, reading": (
+            "get_cpu", "get_100_cpu", "page_cpu", "rows_cpu", "related_cpu", "prefetch_cpu"
+        ),
+        "CPU time of the client's process, writing": (
+            "create_cpu", "save_cpu", "update_cpu", "delete_cpu", "transaction_cpu",
+            "bulk_create_cpu"
+        ),
     }  # fmt: skip
     found = []
     for group, names in wanted.items():

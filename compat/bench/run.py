@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import select
+import statistics
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from .contestants import FLOOR, Contestant
 from .schema import conninfo, database
 from .works import Sizes, Work
 
-TIMEOUT = 120  # seconds for one order
+TIMEOUT = 600  # seconds for one order
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = (1, 64)
 MISSING = "missing-peers.json"  # in the environment: written by install.py
@@ -146,16 +147,10 @@ def run(
                 say(work.title.format(**dataclasses.asdict(sizes)))
                 able = _able(work, workers, wrong)
                 rounds = sizes.heavy if work.heavy else sizes.rounds
+                if work.name == "stream":
+                    rounds = 1  # minutes
                 for turn in range(1, rounds + 1):
-                    # Everybody's turn comes at another place in each round.
-                    shift = turn * 3 % max(1, len(able))
-                    for worker in able[shift:] + able[:shift]:
-                        try:
-                            for name, value in _measure(worker, work, turn):
-                                by_name = values.setdefault(name, {})
-                                by_name.setdefault(worker.contestant.name, []).append(value)
-                        except Failed as exc:
-                            wrong.setdefault(worker.contestant.name, {})[work.name] = str(exc)
+                    _round(work, turn, able, values, wrong)
     return {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)),
         "seconds": round(time.time() - began, 1),
@@ -174,6 +169,38 @@ def run(
         "skipped": skipped,
         "failed": wrong,
     }
+
+
+def _round(
+    work: Work,
+    turn: int,
+    able: list[Worker],
+    values: dict[str, dict[str, list[float]]],
+    wrong: dict[str, dict[str, str]],
+) -> None:
+    """Everybody's turn once, the floor's more often: all are compared with it."""
+    floor = next(worker for worker in able if worker.contestant.name == FLOOR)
+    others = [worker for worker in able if worker is not floor]
+    shift = turn * 5 % max(1, len(others))  # another order in each round
+    others = others[shift:] + others[:shift]
+    order = [floor, *others]
+    if not work.heavy:
+        third = -(-len(others) // 3)
+        order = [floor, *others[:third], floor, *others[third : 2 * third], floor]
+        order += others[2 * third :]
+    found: dict[str, dict[str, list[float]]] = {}
+    for worker in order:
+        try:
+            for name, value in _measure(worker, work, turn):
+                by_name = found.setdefault(name, {})
+                by_name.setdefault(worker.contestant.name, []).append(value)
+        except Failed as exc:
+            wrong.setdefault(worker.contestant.name, {})[work.name] = str(exc)
+    for name, of_round in found.items():
+        for contestant, several in of_round.items():
+            values.setdefault(name, {}).setdefault(contestant, []).append(
+                statistics.median(several)
+            )
 
 
 def _able(work: Work, workers: dict[str, Worker], wrong: dict[str, dict[str, str]]) -> list[Worker]:
@@ -214,6 +241,8 @@ def _measure(worker: Worker, work: Work, turn: int) -> list[tuple[str, float]]:
     if "calls" in answer:
         worker.calls[work.name] = answer["calls"]
     extra = [(name, answer[name]) for name in EXTRA if answer.get(name) is not None]
+    if "cpu" in answer:
+        extra.append((f"{work.name}_cpu", answer["cpu"]))
     return [(work.name, answer["value"]), *extra]
 
 
@@ -234,6 +263,9 @@ def metrics(chosen: list[Work], sizes: Sizes) -> list[dict[str, Any]]:
             ]
         else:
             found.append({"name": work.name, "title": title, "unit": work.unit, "more": False})
+            if work.kind != "special" and work.name != "sleep":
+                name = f"{work.name}_cpu"
+                found.append({"name": name, "title": title, "unit": work.unit, "more": False})
         for name, (text, unit) in EXTRA.items():
             if name.startswith(work.name):
                 found.append({"name": name, "title": text, "unit": unit, "more": False})

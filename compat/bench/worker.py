@@ -137,31 +137,35 @@ class Context:
             calls = 1
             while True:
                 self.turn -= 1_000
-                spent = sum(self.times(method, work, calls))
-                if spent > self.sizes.slice / 8 or calls >= work.most:
+                times, _ = self.times(method, work, calls)
+                spent = sum(times)
+                if spent > self.sizes.slice / 2 or calls >= work.most:
                     break
                 calls = min(calls * 4, work.most)
-            fit = int(calls * self.sizes.slice / spent)
-            calls = max(1, min(fit, work.most))
+            calls = max(1, min(int(self.sizes.slice / min(times)), work.most))
             self.turn = turn
-        times = self.times(method, work, calls)
+        times, cpu = self.times(method, work, calls)
         return {
             "value": statistics.median(times) / work.each,
-            "mean": statistics.fmean(times) / work.each,
+            "cpu": cpu / work.each,
             "calls": calls,
         }
 
-    def times(self, method: Any, work: Work, calls: int) -> list[float]:
+    def times(self, method: Any, work: Work, calls: int) -> tuple[list[float], float]:
+        """The time of each call, and this process's CPU time for one (all threads)."""
         args = list(work.calls(self, calls))
-        gc.collect()
+        if work.heavy:
+            gc.collect()
+        cpu = time.process_time()
         if inspect.iscoroutinefunction(method):
             times = self.run(_timed(method, args))
         else:
             times = _timed_sync(method, args)
+        cpu = (time.process_time() - cpu) / len(times)
         if work.kind == "write":
             self.sweep()
         # The first calls after a pause run with cold caches.
-        return times[len(times) // 10 :]
+        return times[len(times) // 10 :], cpu
 
     # Special works
 

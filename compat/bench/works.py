@@ -35,7 +35,7 @@ class Sizes:
 
 
 FULL = Sizes(100_000, 1_000_000, 10_000, 100_000, rounds=9, slice=0.4, http=3.0, heavy=3)
-QUICK = Sizes(20_000, 50_000, 2_000, 20_000, rounds=3, slice=0.03, http=0.4, heavy=1)
+QUICK = Sizes(20_000, 20_000, 2_000, 10_000, rounds=3, slice=0.03, http=0.3, heavy=1)
 TINY = Sizes(4_000, 5_000, 200, 2_000, rounds=1, slice=0.005, http=0.2, heavy=1)
 
 
