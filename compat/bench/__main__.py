@@ -28,7 +28,7 @@ def main() -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="for page, plots and JSON; docs/benchmarks after a whole run",
+        help="default: docs/benchmarks, for whole runs",
     )
     parser.add_argument("--remark", default="", help="a sentence at the top of the page")
     args = parser.parse_args()

@@ -94,9 +94,10 @@ def notes(result: dict[str, Any]) -> list[str]:
         "Versions: " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
         f"Medians over {sizes['rounds']} interleaved rounds ({sizes['heavy']} for the heavy works) "
         "of the median call in each; ratios are taken round by round, the spread is the lowest and "
-        "the highest. The CPU time is that of the client's process with all its threads, without "
-        "the server's: on a busy machine it is steadier than the time. Client and server share the CPUs. synchronous_commit is off, connections go "
+        "the highest. Client and server share the CPUs. synchronous_commit is off, connections go "
         "over the same socket, each pool has 10, the loop is asyncio's own.",
+        "The CPU time is that of the client's process with all its threads, without the server's: "
+        "on a busy machine it is steadier than the time.",
     ]
     lines += [
         f"{name}, {work}: {remark}."
