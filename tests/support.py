@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import psycopg
+from asgiref.sync import sync_to_async
 from django.db import connection, connections
+from django.db.backends.postgresql.base import DatabaseWrapper as BaseWrapper
 
 
 def backend_pid(using: str = "default") -> int:
@@ -55,9 +57,11 @@ def database(alias: str = "extra", **changes: Any) -> Iterator[str]:
         yield alias
     finally:
         if hasattr(connections._connections, alias):
-            connections[alias].close()
-            connections[alias].close_pool()
+            if connections[alias].connection is not None:
+                connections[alias].close()
             del connections[alias]
+        if sync_pool := BaseWrapper._connection_pools.pop(alias, None):
+            sync_pool.close()
         del connections.settings[alias]
 
 
@@ -133,3 +137,15 @@ def watched_threads() -> Iterator[list[str]]:
     finally:
         threading.Thread.start = start  # type: ignore[method-assign]
         ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
+
+
+async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    """Call synchronous code as Django's own async methods do; leave no connection in the thread."""
+
+    def call() -> Any:
+        try:
+            return function(*args)
+        finally:
+            connections.close_all()
+
+    return await sync_to_async(call)()
