@@ -334,6 +334,24 @@ class NativeWrapper:
         else:
             self.run_on_commit.append((set(block.sids), func, robust))
 
+    def set_autocommit(
+        self, autocommit: bool, force_begin_transaction_with_broken_autocommit: bool = False
+    ) -> None:
+        """Django's, but the end of a block whose connection is lost does not wait for another."""
+        session = self.session
+        if (
+            autocommit
+            and self.connection is None
+            and session is not None
+            and session.acting is not None
+        ):
+            self.autocommit = True
+            self.run_on_commit = []
+        else:
+            super().set_autocommit(  # type: ignore[misc]
+                autocommit, force_begin_transaction_with_broken_autocommit
+            )
+
     def run_and_clear_commit_hooks(self) -> None:
         """Django's, later when a block is being left; what a callback returns is awaited."""
         session = self.session
