@@ -334,8 +334,8 @@ def forget(pool: Pool) -> None:
 async def close_pools(using: str | None = None) -> None:
     """Close the native pools of the running event loop, of one alias or of all.
 
-    Connections in use are closed too: what runs on them fails with django.db.OperationalError. The
-        next native call opens a new pool.
+    Connections in use are closed too: what runs on them fails with django.db.OperationalError.
+    The next native call opens a new pool.
 
     Args:
         using: a database alias; all of them by default.

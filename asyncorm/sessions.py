@@ -150,8 +150,7 @@ class Block:
     """A transaction or a savepoint: a node in the tree of blocks of a session.
 
     A statement holds the block's lock while it runs, a nested block holds it for its life. The lock
-    belongs to the block and not to
-    a task: fixtures enter and leave in different tasks.
+    belongs to the block and not to a task: fixtures enter and leave in different tasks.
 
     Attributes:
         sids: the savepoints that a callback registered here depends on (`on_commit`).
