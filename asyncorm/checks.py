@@ -89,7 +89,7 @@ def _check_database(alias: str, database: dict[str, Any]) -> list[CheckMessage]:
 
 def check_swap(**kwargs: Any) -> list[CheckMessage]:
     """asyncorm.W003: a* methods that the swap cannot make native."""
-    if not conf.get("SWAP_MANAGERS"):
+    if conf.problems() or not conf.get("SWAP_MANAGERS"):
         return []
     found: list[CheckMessage] = []
     seen: set[Any] = set()

@@ -1,0 +1,131 @@
+"""The system checks: what can be seen to be wrong at start-up."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.core.checks import CheckMessage, run_checks
+from django.db import models
+from django.test import override_settings
+from django.test.utils import isolate_apps
+
+from asyncorm import conf
+from tests.support import database
+
+
+def found() -> list[CheckMessage]:
+    return list(run_checks(tags=["asyncorm"]))
+
+
+def test_the_example_project_is_fine() -> None:
+    assert found() == []
+    with override_settings(ASYNCORM={"SWAP_MANAGERS": True}):
+        assert found() == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "word"),
+    [
+        ({"SWAP_MANAGER": True}, "'SWAP_MANAGER'"),
+        ({"SWAP_MANAGERS": 1}, "SWAP_MANAGERS"),
+        ({"LOCK_TIMEOUT": 0}, "LOCK_TIMEOUT"),
+        ({"LOCK_TIMEOUT": True}, "LOCK_TIMEOUT"),
+        ({"FILL_DELAY": "1"}, "FILL_DELAY"),
+        (["SWAP_MANAGERS"], "must be a dict"),
+    ],
+)
+def test_wrong_settings(setting: Any, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not override_settings: the app refuses such settings as soon as they are set.
+    monkeypatch.setattr(conf, "django_settings", SimpleNamespace(ASYNCORM=setting))
+    messages = found()
+    assert [message.id for message in messages] == ["asyncorm.E001"]
+    assert word in messages[0].msg
+
+
+def test_autocommit() -> None:
+    with database(AUTOCOMMIT=False):
+        [message] = found()
+    assert message.id == "asyncorm.E002"
+    assert "'extra'" in message.msg
+    assert "asyncorm.atomic()" in str(message.hint)
+
+
+@pytest.mark.parametrize("pool", ["yes", 5, [1, 2]])
+def test_a_pool_that_is_no_dict(pool: Any) -> None:
+    with database(OPTIONS={"pool": pool}):
+        [message] = found()
+    assert message.id == "asyncorm.E003"
+    assert "'extra'" in message.msg
+
+
+@pytest.mark.parametrize(
+    "pool", [{"min_size": 5, "max_size": 2}, {"min_size": -1, "max_size": 2}, {"min_size": 0}]
+)
+def test_sizes(pool: Any) -> None:
+    with database(OPTIONS={"pool": pool}):
+        [message] = found()
+    assert message.id == "asyncorm.E004"
+    assert f"min_size {pool['min_size']}" in message.msg
+
+
+@pytest.mark.parametrize(("size", "warned"), [(25, False), (26, True), (100, True)])
+def test_two_large_pools(size: int, warned: bool) -> None:
+    with database(OPTIONS={"pool": {"min_size": 1, "max_size": size}}):
+        messages = found()
+    assert [message.id for message in messages] == ["asyncorm.W002"] * warned
+    if warned:
+        assert str(size) in messages[0].msg
+        assert "max_connections" in str(messages[0].hint)
+
+
+def test_no_alias_of_ours() -> None:
+    from django.db import connections
+
+    kept = dict(connections.settings)
+    for alias in ("default", "other"):
+        connections.settings[alias] = connections.settings[alias] | {
+            "ENGINE": "django.db.backends.postgresql"
+        }
+    try:
+        [message] = found()
+    finally:
+        connections.settings.update(kept)
+    assert message.id == "asyncorm.W001"
+    assert "asyncorm.backends.postgresql" in str(message.hint)
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+@isolate_apps("tests.project.shop")
+def test_methods_that_stay_in_threads(swapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The swap cannot reach sync_to_async in the project's own methods: it names them."""
+
+    class OwnQuerySet(models.QuerySet):
+        async def astatistics(self) -> Any:
+            return await sync_to_async(self.count)()
+
+        async def afine(self) -> Any:
+            return await self.acount()
+
+    class OwnManager(models.Manager):
+        async def amanage(self) -> Any:
+            return await sync_to_async(self.count)()
+
+    class Thing(models.Model):
+        objects = OwnManager.from_queryset(OwnQuerySet)()
+        other = OwnQuerySet.as_manager()
+
+        class Meta:
+            app_label = "shop"
+
+        async def aarchive(self) -> None:
+            await sync_to_async(self.save)()
+
+    from django.apps import apps
+
+    monkeypatch.setattr(apps, "get_models", lambda *args, **kwargs: [Thing])
+    with override_settings(ASYNCORM={"SWAP_MANAGERS": swapped}):
+        messages = [message for message in found() if message.id == "asyncorm.W003"]
+    names = sorted(message.msg.split("()")[0].rpartition(".")[2] for message in messages)
+    assert names == (["aarchive", "amanage", "astatistics"] if swapped else [])
+    assert all("asyncorm.native()" in str(message.hint) for message in messages)
