@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from itertools import islice
 from typing import Any
 
+from django.db import Error, OperationalError
 from django.db.models import Manager, Model
 from django.db.models.fields import related_descriptors
 from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
+from psycopg.errors import InvalidCursorName
 
 from . import bridge, sessions, swap
 
@@ -99,24 +101,39 @@ def _iterator_of_manager(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any
 
 
 async def _stream(queryset: Any, chunk_size: int) -> AsyncIterator[Any]:
-    rows = queryset.iterator(chunk_size=chunk_size)
-    session, new = await sessions.hold(queryset.db)
+    def begin() -> Any:
+        # The router is asked once, and in native code, where it sees the transaction.
+        pinned = queryset.using(queryset.db)
+        return pinned.db, pinned.iterator(chunk_size=chunk_size)
+
+    using, rows = await bridge.run(begin)
+    session, new = await sessions.hold(using)
 
     def chunk() -> list[Any]:
         return list(islice(rows, chunk_size))
 
     try:
-        while True:
-            part = await (sessions.run_in(session, chunk) if new else bridge.run(chunk))
-            for row in part:
-                yield row
-            if len(part) < chunk_size:
-                break
-    finally:
-        if new:
-            await sessions.let_go(session, lambda session: rows.close())
-        else:
-            await bridge.run(rows.close)
+        try:
+            while True:
+                part = await (sessions.run_in(session, chunk) if new else bridge.run(chunk))
+                for row in part:
+                    yield row
+                if len(part) < chunk_size:
+                    break
+        finally:
+            if new:
+                await sessions.let_go(session, lambda session: rows.close())
+            else:
+                await bridge.run(rows.close)
+    except (Error, InvalidCursorName) as exc:
+        if new and isinstance(exc.__cause__ or exc, InvalidCursorName):
+            raise OperationalError(
+                f"The server-side cursor of a stream outside a transaction is gone: database "
+                f"{using!r} is probably behind a pooler such as PgBouncer, which changed the "
+                f"server connection. Set DATABASES[{using!r}]['DISABLE_SERVER_SIDE_CURSORS'] to "
+                "True, or stream inside asyncorm.atomic()."
+            ) from exc
+        raise
 
 
 def _adding_twins(factory: Callable[..., type]) -> Callable[..., type]:
