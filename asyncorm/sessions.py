@@ -642,12 +642,19 @@ async def connection(using: str | None = None) -> AsyncIterator[None]:
         using: a database alias; the default one by default.
 
     Raises:
-        django.db.NotSupportedError: the alias has another engine.
+        django.db.NotSupportedError: the alias has another engine, or is behind a pooler that keeps
+            no server session (DISABLE_SERVER_SIDE_CURSORS is set).
     """
     session, new = await hold(using)
     if not new:
         yield
         return
+    if session.wrapper.settings_dict["DISABLE_SERVER_SIDE_CURSORS"]:
+        try:
+            await run_in(session, _refuse_pooler, session)
+        except BaseException:
+            await let_go(session)
+            raise
     scope = Scope(session.alias, session)
     scope.push()
     try:
@@ -655,6 +662,21 @@ async def connection(using: str | None = None) -> AsyncIterator[None]:
     finally:
         scope.pop()
         await let_go(session, _discard_all)
+
+
+def _refuse_pooler(session: Session) -> None:
+    """Raise when something between us and the server answers in its place, as PgBouncer does."""
+    wrapper = session.wrapper
+    wrapper.ensure_connection()
+    with wrapper.wrap_database_errors, wrapper.connection.cursor() as cursor:
+        pid = cursor.execute("SELECT pg_backend_pid()").fetchone()[0]
+    if pid != wrapper.connection.pgconn.backend_pid:
+        raise NotSupportedError(
+            f"asyncorm.connection() cannot keep a server session of database {session.alias!r}: "
+            "there is a pooler before the server, and by DISABLE_SERVER_SIDE_CURSORS it pools "
+            "transactions. Use asyncorm.atomic() with SET LOCAL and pg_advisory_xact_lock(), or "
+            "an alias that connects to the server itself."
+        )
 
 
 def _discard_all(session: Session) -> None:
