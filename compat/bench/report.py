@@ -10,7 +10,12 @@ from .contestants import FLOOR
 from .plots import OURS, bars
 
 SCALE = {"us": 1e6, "ms": 1e3, "s": 1.0, "MB": 1.0, "1/s": 1.0}
-ABSOLUTE = {"stall", "stall_gc", "stream_memory"}  # no ratio: the floor's is no measure for them
+ABSOLUTE = {
+    "empty",
+    "stall",
+    "stall_gc",
+    "stream_memory",
+}  # no ratio: the floor's is no measure for them
 
 
 def median(result: dict[str, Any], metric: str, name: str) -> float | None:
@@ -161,7 +166,7 @@ def groups(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
         "Many rows": ("page", "rows", "values", "related", "prefetch"),
         "Writes": ("create", "save", "update", "delete", "get_or_create", "transaction",
                    "bulk_create"),
-        "Concurrency and large results": ("sleep", "stream", "stream_memory", "stall", "stall_gc",
+        "Concurrency and large results": ("empty", "sleep", "stream", "stream_memory", "stall", "stall_gc",
                                           "stall_load"),
         "Requests per second": ("asgi_1", "asgi_64"),
         "CPU time of the client's process, reading": (

@@ -208,7 +208,7 @@ def _able(work: Work, workers: dict[str, Worker], wrong: dict[str, dict[str, str
     expected = workers[FLOOR].ask(do="verify", work=work.name)
     able = []
     for name, worker in workers.items():
-        if worker.contestant.variant and not work.core:
+        if (worker.contestant.variant and not work.core) or (work.only and name not in work.only):
             continue
         try:
             got = worker.ask(do="verify", work=work.name)
@@ -263,7 +263,7 @@ def metrics(chosen: list[Work], sizes: Sizes) -> list[dict[str, Any]]:
             ]
         else:
             found.append({"name": work.name, "title": title, "unit": work.unit, "more": False})
-            if work.kind != "special" and work.name != "sleep":
+            if work.kind != "special" and work.name not in ("sleep", "empty"):
                 name = f"{work.name}_cpu"
                 found.append({"name": name, "title": title, "unit": work.unit, "more": False})
         for name, (text, unit) in EXTRA.items():

@@ -34,7 +34,7 @@ class Sizes:
     heavy: int  # rounds for works that take seconds
 
 
-FULL = Sizes(100_000, 1_000_000, 10_000, 100_000, rounds=9, slice=0.4, http=3.0, heavy=3)
+FULL = Sizes(100_000, 1_000_000, 10_000, 100_000, rounds=7, slice=0.3, http=3.0, heavy=3)
 QUICK = Sizes(20_000, 20_000, 2_000, 10_000, rounds=3, slice=0.03, http=0.3, heavy=1)
 TINY = Sizes(4_000, 5_000, 200, 2_000, rounds=1, slice=0.005, http=0.2, heavy=1)
 
@@ -79,6 +79,7 @@ class Work:
     heavy: bool = False
     unit: str = "us"
     core: bool = False  # measured for variants of a contestant too
+    only: tuple[str, ...] = ()  # contestants that it makes sense for; all by default
 
 
 def _books(ctx: Any, n: int, span: int) -> list[int]:
@@ -144,6 +145,15 @@ def _check_bulk(ctx: Any, args: tuple[Any, ...]) -> Any:
 
 
 WORKS = [
+    Work(
+        "empty",
+        "empty native() call",
+        "read",
+        lambda ctx, n: [()] * n,
+        lambda a, r: None,
+        most=5000,
+        only=("psycopg", "native"),
+    ),
     Work("get", "get by pk, one task", "read", _ids, lambda a, r: a.row(r), core=True),
     Work(
         "get_100",

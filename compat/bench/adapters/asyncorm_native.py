@@ -9,7 +9,16 @@ from .django_async import DjangoAsync
 from .django_sync import sleeping
 
 
+def _nothing() -> None:
+    pass
+
+
 class Native(DjangoAsync):
+    async def empty(self) -> None:
+        import asyncorm
+
+        await asyncorm.native(_nothing)()
+
     async def get(self, pk: int) -> Any:
         return await self.m.Book.objects.native_get(pk=pk)
 

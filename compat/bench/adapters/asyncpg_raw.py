@@ -33,10 +33,18 @@ SAVE, UPDATE, DELETE, BY_TITLE, BY_ID, HAS, DRAFTS = map(
 
 
 async def connected(connection: Any) -> None:
-    """Have asyncpg parse jsonb, as everybody else does."""
+    """Have asyncpg parse jsonb, as everybody else does; binary, which its COPY needs."""
     await connection.set_type_codec(
-        "jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog"
+        "jsonb", encoder=_binary, decoder=_parsed, schema="pg_catalog", format="binary"
     )
+
+
+def _binary(value: Any) -> bytes:
+    return b"\x01" + json.dumps(value).encode()
+
+
+def _parsed(data: bytes) -> Any:
+    return json.loads(data[1:])
 
 
 def params(values: dict[str, Any]) -> list[Any]:
@@ -113,12 +121,7 @@ class Asyncpg(Adapter):
         async with self.pool.acquire() as conn:
             keys = [row[0] for row in await conn.fetch(sql.KEYS.replace("%s", "$1"), len(values))]
             records = [(key, *params(value)) for key, value in zip(keys, values, strict=True)]
-            # COPY is binary only here, and the codec above is for text: jsonb by hand.
-            await conn.set_type_codec(
-                "jsonb", encoder=_binary, decoder=_parsed, schema="pg_catalog", format="binary"
-            )
             await conn.copy_records_to_table("bench_draft", records=records, columns=("id", *DRAFT))
-            await connected(conn)
         return keys
 
     async def update(self, pk: int, pages: int) -> Any:
@@ -151,14 +154,6 @@ class Asyncpg(Adapter):
         async with self.pool.acquire() as conn, conn.transaction():
             async for row in conn.cursor(sql.EVENTS, prefetch=2000):
                 yield row
-
-
-def _binary(value: Any) -> bytes:
-    return b"\x01" + json.dumps(value).encode()
-
-
-def _parsed(data: bytes) -> Any:
-    return json.loads(data[1:])
 
 
 ADAPTER = Asyncpg

@@ -88,6 +88,10 @@ class Adapter:
 
     # The works
 
+    async def empty(self) -> None:
+        """Nothing, the way it calls synchronous code."""
+        raise Unsupported
+
     async def get(self, pk: int) -> Any:
         raise Unsupported
 
