@@ -16,7 +16,6 @@ from django.db import connections
 
 from asyncorm import bridge, driver
 
-
 _counting = False  # not while the test databases are made, synchronously
 
 
