@@ -166,8 +166,9 @@ def groups(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
         "Many rows": ("page", "rows", "values", "related", "prefetch"),
         "Writes": ("create", "save", "update", "delete", "get_or_create", "transaction",
                    "bulk_create"),
-        "Concurrency and large results": ("empty", "sleep", "stream", "stream_memory", "stall", "stall_gc",
-                                          "stall_load"),
+        "Concurrency and large results": (
+            "empty", "sleep", "stream", "stream_memory", "stall", "stall_gc", "stall_load"
+        ),
         "Requests per second": ("asgi_1", "asgi_64"),
         "CPU time of the client's process, reading": (
             "get_cpu", "get_100_cpu", "page_cpu", "rows_cpu", "related_cpu", "prefetch_cpu"
