@@ -19,7 +19,7 @@ TIMEOUT = 30  # seconds: reached only when something is broken
 PORT = 6432  # only a part of the socket's name: it listens nowhere else
 
 # Ends the program when the pipe from us closes, which the kernel sees to however we end.
-GUARD = '"$@" & cat >/dev/null; kill -9 $!'
+GUARD = '"$@" & cat >/dev/null; kill -9 $!; wait $!'
 
 
 def program() -> str | None:
@@ -39,19 +39,59 @@ def version() -> tuple[int, ...]:
 
 @dataclasses.dataclass
 class Bouncer:
-    """A running PgBouncer; `settings` are the changes to an entry of DATABASES."""
+    """A PgBouncer; `settings` are the changes to an entry of DATABASES."""
 
+    folder: Path
     settings: dict[str, Any]
+    process: subprocess.Popen[bytes] | None = None
 
     def ask(self, command: str) -> list[dict[str, Any]]:
         """Run a command of its admin console."""
-        host, port = self.settings["HOST"], self.settings["PORT"]
         with psycopg.connect(
-            host=host, port=port, user="admin", dbname="pgbouncer", autocommit=True
+            host=self.settings["HOST"],
+            port=self.settings["PORT"],
+            user="admin",
+            dbname="pgbouncer",
+            autocommit=True,
         ) as console:
             cursor = console.cursor(row_factory=psycopg.rows.dict_row)
             cursor.execute(command)  # type: ignore[call-overload]
             return cursor.fetchall() if cursor.description else []
+
+    def start(self) -> None:
+        """Start it, on the same socket, and wait until it answers."""
+        (self.folder / f".s.PGSQL.{PORT}").unlink(missing_ok=True)
+        (self.folder / f".s.PGSQL.{PORT}.lock").unlink(missing_ok=True)
+        path = program()
+        assert path is not None
+        log = self.folder / "log"
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                ["/bin/sh", "-c", GUARD, "sh", path, "pgbouncer.ini"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                cwd=self.folder,
+                start_new_session=True,
+                **_unprivileged_user(),  # it refuses to run as root
+            )
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                self.ask("SHOW VERSION")
+                return
+            except psycopg.OperationalError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(log.read_text(errors="replace")) from error
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Kill it, if it runs."""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            self.process.wait(TIMEOUT)
+            self.process = None
 
 
 @contextmanager
@@ -61,9 +101,7 @@ def pgbouncer(server: dict[str, Any], **settings: Any) -> Iterator[Bouncer]:
     It listens on a Unix socket only. `settings` are added to the section [pgbouncer] of its
     configuration.
     """
-    path = program()
-    assert path is not None
-    user = _unprivileged_user()  # it refuses to run as root
+    user = _unprivileged_user()
     folder = _make_folder(for_other_user=bool(user))
     names = {"host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD"}
     target = [f"{name}={server[key]}" for name, key in names.items() if server.get(key)]
@@ -80,38 +118,13 @@ def pgbouncer(server: dict[str, Any], **settings: Any) -> Iterator[Bouncer]:
     lines += [f"{name} = {value}" for name, value in options.items()]
     configuration = folder / "pgbouncer.ini"
     configuration.write_text("\n".join(lines) + "\n")
-    for each in (folder, configuration):
-        if user:
+    if user:
+        for each in (folder, configuration):
             os.chown(each, user["user"], user["group"])
-    log = folder / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", GUARD, "sh", path, str(configuration)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            cwd=folder,
-            start_new_session=True,
-            **user,
-        )
-    assert process.stdin is not None
-    bouncer = Bouncer({"HOST": str(folder), "PORT": str(PORT)})
+    bouncer = Bouncer(folder, {"HOST": str(folder), "PORT": str(PORT)})
     try:
-        _wait(bouncer, log)
+        bouncer.start()
         yield bouncer
     finally:
-        process.stdin.close()
-        process.wait(TIMEOUT)
+        bouncer.stop()
         shutil.rmtree(folder)
-
-
-def _wait(bouncer: Bouncer, log: Path) -> None:
-    deadline = time.monotonic() + TIMEOUT
-    while True:
-        try:
-            bouncer.ask("SHOW VERSION")
-            return
-        except psycopg.OperationalError as error:
-            if time.monotonic() > deadline:
-                raise RuntimeError(log.read_text(errors="replace")) from error
-        time.sleep(0.02)
