@@ -73,13 +73,16 @@ def dispatch(func: Callable[..., Any] | None = None, **options: Any) -> Any:
     return call
 
 
+def _dispatch_own(func: Callable[..., Any], **options: Any) -> Any:
+    """As `dispatch`, but the methods of other people's subclasses stay in threads."""
+    own = _djangos(getattr(func, "__self__", None))
+    return (dispatch if own else sync_to_async)(func, **options)
+
+
 def is_native(
     func: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
 ) -> bool:
-    """Whether an ORM callable works on an alias of ours and belongs to Django."""
-    owner = getattr(func, "__self__", None)
-    if getattr(func, "__module__", None) in _BASES and not _djangos(owner):
-        return False
+    """Whether an ORM callable works on an alias of ours."""
     if not has_foreign():
         return True
     alias = alias_of(func, args, kwargs or {})
@@ -102,6 +105,9 @@ def alias_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
         if code is not None and "using" in code.co_freevars:
             return str(func.__closure__[code.co_freevars.index("using")].cell_contents)
         target = args[0] if args else None
+        if code is not None and "self" in code.co_freevars:  # the next chunk of an iterable
+            iterable = func.__closure__[code.co_freevars.index("self")].cell_contents
+            target = getattr(iterable, "queryset", target)
         if isinstance(target, list | tuple) and target:
             target = target[0]
     state = getattr(target, "_state", None)
@@ -135,6 +141,10 @@ async def _aiterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
 _django_aiterator: Any = None
 
 
+def _replacement(module: str) -> Callable[..., Any]:
+    return _dispatch_own if module in _BASES else dispatch
+
+
 def install() -> None:
     """Put `dispatch` in the place of sync_to_async, once, and follow the setting."""
     global _django_aiterator
@@ -142,7 +152,7 @@ def install() -> None:
 
     for name, app in MODULES.items():
         if app is None or apps.is_installed(app):
-            importlib.import_module(name).sync_to_async = dispatch  # type: ignore[attr-defined]
+            importlib.import_module(name).sync_to_async = _replacement(name)  # type: ignore[attr-defined]
     if _django_aiterator is None:
         _django_aiterator = QuerySet.aiterator
         QuerySet.aiterator = _aiterator  # type: ignore[method-assign]
@@ -167,4 +177,4 @@ def _settings_changed(*, setting: str, **kwargs: Any) -> None:
     elif setting == "INSTALLED_APPS" and apps.is_installed("asyncorm"):
         for name, app in MODULES.items():
             if name in sys.modules and (app is None or apps.is_installed(app)):
-                sys.modules[name].sync_to_async = dispatch  # type: ignore[attr-defined]
+                sys.modules[name].sync_to_async = _replacement(name)  # type: ignore[attr-defined]
