@@ -103,8 +103,9 @@ def _wake(future: asyncio.Future[int], ready: int) -> None:
 
 # Statements that leave something behind in the server session. What SQL functions hide is not seen.
 _LEAVES_STATE = re.compile(
-    r"(?:^|;)\s*(?:SET(?!\s+(?:LOCAL|TRANSACTION|CONSTRAINTS)\b)|RESET|LISTEN|UNLISTEN|PREPARE|LOAD)\b"
-    r"|\bset_config\s*\((?!.*,\s*true\s*\))|\bpg_(?:try_)?advisory_lock"
+    r"(?:^|;)(?:\s|/\*.*?\*/|--[^\n]*\n)*"
+    r"(?:SET(?!\s+(?:LOCAL|TRANSACTION|CONSTRAINTS)\b)|RESET|LISTEN|UNLISTEN|PREPARE|LOAD)\b"
+    r"|\bset_config\b(?!\s*\(.*,\s*true\s*\))|\bpg_(?:try_)?advisory_lock"
     r"|\bTEMP(?:ORARY)?\b|\bWITH\s+HOLD\b",
     re.IGNORECASE | re.DOTALL,
 )

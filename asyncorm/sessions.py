@@ -649,7 +649,7 @@ async def connection(using: str | None = None) -> AsyncIterator[None]:
     if not new:
         yield
         return
-    if session.wrapper.settings_dict["DISABLE_SERVER_SIDE_CURSORS"]:
+    if session.wrapper.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"):
         try:
             await run_in(session, _refuse_pooler, session)
         except BaseException:

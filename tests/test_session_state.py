@@ -49,7 +49,9 @@ async def settled() -> None:
     [
         ("SET work_mem = '77MB'", "SHOW work_mem", "4MB"),
         ("/* note */ SELECT 1; SET work_mem = '77MB'", "SHOW work_mem", "4MB"),
+        ("/* a */ -- b\n/* c */ SET work_mem = '77MB'", "SHOW work_mem", "4MB"),
         ("SELECT set_config('work_mem', '77MB', false)", "SHOW work_mem", "4MB"),
+        ("SELECT pg_catalog.\"set_config\"('work_mem', '77MB', false)", "SHOW work_mem", "4MB"),
         ("CREATE TEMP TABLE left_behind (a int)", "SELECT to_regclass('left_behind')", None),
         (
             "SELECT pg_advisory_lock(4711)",
@@ -88,8 +90,7 @@ async def test_state_of_a_transaction_is_not_reset_for_nothing() -> None:
 
 
 async def test_what_functions_hide_needs_the_setting() -> None:
-    hidden = "DO $$ BEGIN PERFORM set_config('work_' || 'mem', '77MB', false); END $$"
-    hidden = hidden.replace("set_config", 'pg_catalog."set_config"')
+    hidden = "DO $$ BEGIN EXECUTE 'S' || 'ET work_mem = 99999'; END $$"
     assert not leaves_state(hidden)
     with override_settings(ASYNCORM={"RESET_ALWAYS": True}):
         await value(hidden)
