@@ -52,8 +52,8 @@ compat-fast: $(VENV)/.installed  ## run the part of Django's test suite that is 
 compat-matrix: $(VENV)/.installed  ## run it for each Django on its oldest and newest Python here
 	$(VENV)/bin/python -m compat.matrix
 
-docs:  ## build the documentation
-	@echo "make docs: there is only README.md yet, a later issue brings the documentation."
+docs:  ## where the documentation is
+	@echo "make docs: the documentation is in docs/ (Markdown); a later issue makes a site of it."
 
 build: $(VENV)/.installed  ## build wheel and source distribution into dist/
 	$(VENV)/bin/python -m build
