@@ -62,6 +62,8 @@ def add_twins(target: type, source: type | None = None) -> type:
             name.startswith("a")
             and inspect.iscoroutinefunction(method)
             and name not in _NOT_DATABASE
+            # Django keeps such methods, like delete(), off managers.
+            and not (source is not None and getattr(method, "queryset_only", False))
         ):
             native_name = f"native_{name[1:]}"
             if native_name not in vars(target):
