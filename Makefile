@@ -11,7 +11,7 @@ LOWEST := .venv-lowest
 BENCH ?= .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest lint format bench bench-profile compat compat-fast compat-matrix docs build clean FORCE
+.PHONY: help install demo test test-lowest soak chaos lint format bench bench-profile compat compat-fast compat-matrix docs build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,13 @@ test: $(VENV)/.installed  ## run the tests
 
 test-lowest: $(LOWEST)/.installed  ## run the tests on the lowest versions of what we depend on
 	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+soak: $(VENV)/.installed  ## compare 10,000 random programs with the model (SEED=... repeats a run)
+	ASYNCORM_MODEL_PROFILE=soak ASYNCORM_MODEL_SEED=$(or $(SEED),$(shell date +%s)) \
+		$(VENV)/bin/python -m pytest -s -o faulthandler_timeout=0 tests/test_model.py $(PYTEST_ARGS)
+
+chaos: $(VENV)/.installed  ## have a bank survive faults for minutes, write docs/reliability.md
+	$(VENV)/bin/python -m tests.chaos $(ARGS)
 
 lint: $(VENV)/.installed  ## check style, format and types
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,30 @@
+"""The fault harness (chaos.py) for seconds: `make chaos` runs it at length."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from asyncorm.demo.postgres import postgres_server
+from tests import chaos
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    with postgres_server(tcp=True, own=True) as server:
+        yield server
+
+
+@pytest.mark.parametrize("fault", chaos.FAULTS)
+def test_the_bank_survives(fault: str, server: Any, django_db_blocker: Any) -> None:
+    async def main() -> chaos.Report:
+        async with chaos.bank_at(server) as bank:
+            return await chaos.run(bank, fault, chaos.SHORT[fault])
+
+    with django_db_blocker.unblock():
+        report = asyncio.run(main())
+    assert report.acknowledged
+    # A fault that nobody noticed shows nothing.
+    assert report.failed + report.cancelled + report.unknown or fault == "exhaust"
+    assert report.recovery < 30
