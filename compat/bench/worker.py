@@ -45,6 +45,8 @@ class Context:
         module = importlib.import_module(f".adapters.{contestant.module}", __package__)
         self.adapter: Adapter = module.ADAPTER(settings, contestant.options)
         self.run(self.adapter.open())
+        # Have everybody's connections made: some pools grow on demand, and in the background.
+        self.wait(self.adapter.sleep)
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine on the loop, in a context of its own as a request would be."""
