@@ -81,16 +81,12 @@ def test_different_rows_do_not_race(tasks: int) -> None:
 
 
 def test_from_the_command_line() -> None:
-    database = connection.settings_dict
-    server = {key: str(database[key]) for key in ("NAME", "USER", "PASSWORD", "HOST", "PORT")}
-    command = [sys.executable, "-W", "error", "-m", "django", "sync_myapp", *"11111"]
+    server = json.loads(os.environ["ASYNCORM_TEST_DATABASE"])
+    server["NAME"] = connection.settings_dict["NAME"]  # the test database
     done = subprocess.run(
-        command,
-        env=os.environ
-        | {
-            "ASYNCORM_TEST_DATABASE": json.dumps(server),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-        },
+        [sys.executable, "-W", "error", "-m", "django", "sync_myapp", *"11111"],
+        env=os.environ | {"ASYNCORM_TEST_DATABASE": json.dumps(server)},
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=60,
