@@ -136,7 +136,15 @@ class _ThreadedStorage:
         value = getattr(self._storage, name)
         if not callable(value):
             return value
-        return lambda *args, **kwargs: bridge.await_(sync_to_async(value)(*args, **kwargs))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            runner = bridge.current()
+            assert runner is not None
+            # Not await_(), which gives the connection back: before Django 6 the cursor of the
+            # INSERT is open while pre_save() stores the file.
+            return bridge.wait_for(runner, sync_to_async(value)(*args, **kwargs))
+
+        return call
 
 
 def _with_threaded_storage(original: Callable[..., Any]) -> Callable[..., Any]:
