@@ -18,8 +18,8 @@ FINE = ("passed", "expected failure")
 BAD = ("failed", "error", "unexpected success")
 
 
-def known_differences(series: str) -> dict[str, str]:
-    """Reason by test, for one Django series; a name may end in `*`.
+def known_differences(series: str, way: str) -> dict[str, str]:
+    """Reason by test, for one Django series and way of running ("native" or "async").
 
     Raises:
         ValueError: an entry is incomplete.
@@ -28,7 +28,7 @@ def known_differences(series: str) -> dict[str, str]:
     for entry in tomllib.loads(KNOWN.read_text()).get("difference", []):
         if not (entry.get("test") and entry.get("reason") and entry.get("django")):
             raise ValueError(f"An entry needs django, test and reason: {entry}")
-        if series in entry["django"]:
+        if series in entry["django"] and way in (entry.get("way", "native"), "async"):
             known[entry["test"]] = entry["reason"]
     return known
 
@@ -50,28 +50,20 @@ class Outcome:
 
     def __init__(
         self,
-        results: dict[str, dict[str, Any]],
+        baseline: dict[str, Any],
+        native: dict[str, Any],
         broken: list[str],
-        labels: list[str],
-        *,
-        partial: bool,
-        name: str = "django",
-        version: str | None = None,
+        way: str,
     ) -> None:
         import django
 
-        self.results = results
-        self.broken = broken
-        self.labels = labels
-        self.partial = partial
-        self.name = name
-        self.version = version or django.__version__
-        self.series = ".".join(django.__version__.split(".")[:2])
-        self.django = django.__version__
-        self.baseline, self.native = results["baseline"], results["native"]
+        self.baseline, self.native, self.broken = baseline, native, broken
+        self.name = "django" if way == "native" else "django-redirected"
+        self.version = self.django = django.__version__
+        self.series = ".".join(self.django.split(".")[:2])
         shaky = unsteady()
         self.differences = {t: d for t, d in self._compare().items() if t not in shaky}
-        known = known_differences(self.series)
+        known = known_differences(self.series, way)
         self.known = {test: known[test] for test in self.differences if test in known}
         self.unlisted = {t: d for t, d in self.differences.items() if t not in known}
         self.stale = sorted(
@@ -210,8 +202,6 @@ class Outcome:
         facts = self.facts(seconds, bindir)
         python = ".".join(facts["python"].split(".")[:2])
         stem = f"{self.name}-{self.version}-python-{python}"
-        if self.name != "django":
-            stem = f"{self.name}-{self.version}-django-{self.series}-python-{python}"
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n")
         plain = re.sub(r"(?m)^\s*File \".*\n?", "", self.text(seconds))

@@ -30,6 +30,7 @@ class Record:
     def __init__(self) -> None:
         self.tests: dict[str, dict[str, Any]] = {}
         self.current = "(outside tests)"
+        self.whereabouts = Path(os.devnull)
 
     def entry(self, test: str) -> dict[str, Any]:
         return self.tests.setdefault(test, {"outcome": "passed"})
@@ -56,6 +57,7 @@ class Result(unittest.TextTestResult):
     def startTest(self, test: Any) -> None:
         faulthandler.dump_traceback_later(HANG, exit=True)
         record.current = test.id()
+        record.whereabouts.write_text(record.current)  # for run.py, should we hang
         self.began = time.monotonic()
         record.entry(test.id())
         super().startTest(test)
@@ -100,6 +102,10 @@ def recording(base: Any, order: dict[str, Any]) -> Any:
         from . import natively
 
         natively.install(record, order["tests"])
+        if order["mode"] == "async":
+            from . import redirect
+
+            redirect.install(record, order["tests"])
 
     class Runner(base):  # type: ignore[misc]
         def get_resultclass(self) -> Any:
@@ -123,6 +129,7 @@ def main() -> None:
     """Run, write the record as JSON, and end with 0 whatever the tests' outcome."""
     order = json.loads(os.environ["ASYNCORM_COMPAT"])
     faulthandler.enable()
+    record.whereabouts = Path(order["output"]).with_suffix(".current")
     os.chdir(order["tests"])
     # Django's test modules first: their names are common.
     sys.path.insert(0, order["tests"])
