@@ -99,7 +99,11 @@ def _refuse_foreign(args: Any) -> None:
     # Called by async_unsafe's wrapper, whose first argument is the DatabaseWrapper.
     wrapper: Any = args[0] if args else None
     alias = getattr(wrapper, "alias", None)
-    if alias is not None and not isinstance(wrapper, sessions_wrapper()):
+    if (
+        alias is not None
+        and not isinstance(wrapper, sessions_wrapper())
+        and getattr(wrapper, "native_class", None) is None  # ours, of another thread, is not
+    ):
         engine = wrapper.settings_dict.get("ENGINE")
         raise SynchronousOnlyOperation(
             f"Native code used database {alias!r}, whose ENGINE {engine!r} would block the event "
