@@ -198,7 +198,15 @@ class Block:
         except anyio.WouldBlock:
             runner = bridge.current()
             assert runner is not None
-            bridge.wait_for(runner, self._acquire(runner))
+            while True:
+                try:
+                    bridge.wait_for(runner, self._acquire(runner))
+                    break
+                except CancelledError as exc:
+                    if not runner.shields or self.parent is None:
+                        raise
+                    # A savepoint must come to its end: the cancellation is delivered after that.
+                    runner.cancelled = exc
         if self.ended:
             self.lock.release()
             raise self.outlived_error()
