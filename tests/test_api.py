@@ -287,8 +287,8 @@ async def test_an_abandoned_stream() -> None:
         rows = Book.objects.native_iterator(chunk_size=2)
         await anext(rows)
         del rows
-        gc.collect()
         await asyncio.sleep(0.01)
+    gc.collect()
     await all_given_back()
 
 

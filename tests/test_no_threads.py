@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import itertools
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 from django.db import transaction
@@ -76,36 +77,30 @@ OTHERS: list[Callable[[], Awaitable[None]]] = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=[Native, Swapped])
-def way(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with override_settings(ASYNCORM={"SWAP_MANAGERS": request.param is Swapped}):
-        yield request.param()
-
-
 async def warm() -> None:
     """Open the connections; those of other pools too."""
     for alias in ("default", "other"):
         await asyncio.gather(*[asyncorm.native(backend_pid)(alias) for _ in range(5)])
 
 
-async def test_over_a_thousand_operations(fresh_shop: Callable[[], None], way: Any) -> None:
+@pytest.mark.slow
+async def test_over_a_thousand_operations(fresh_shop: Callable[[], None]) -> None:
     await warm()
     threads = threading.active_count()
-    n, used = 0, {}
+    n, used = 0, set()
+    ways = itertools.cycle([Native(), Swapped()])
     while n < 1000:
-        for name, operation in {**READS, **WRITES}.items():
-            with watched_threads() as seen:
-                with contextlib.suppress(Exception):  # some are there to fail
-                    await operation(way)
+        way = next(ways)
+        swap = {"SWAP_MANAGERS": isinstance(way, Swapped)}
+        operations = {name: partial(each, way) for name, each in {**READS, **WRITES}.items()}
+        operations |= {each.__name__: each for each in OTHERS}
+        with override_settings(ASYNCORM=swap):
+            for name, operation in operations.items():
+                with watched_threads() as seen, contextlib.suppress(Exception):
+                    await operation()  # some are there to fail
+                if seen:
+                    used.add(name)
                 n += 1
-            if seen:
-                used[name] = seen
-        for other in OTHERS:
-            with watched_threads() as seen:
-                await other()
-                n += 1
-            if seen:
-                used[other.__name__] = seen
     # The storage of a FileField works in a thread.
     assert {name for name in used if "file" not in name} == set()
     if not used:

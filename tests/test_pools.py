@@ -558,6 +558,7 @@ def test_a_loop_closed_without_farewell_leaves_no_connection() -> None:
         gc.collect()
 
 
+@pytest.mark.slow
 def test_500_loops_leave_nothing_behind() -> None:
     script = """
 import asyncio, warnings, django
