@@ -17,6 +17,9 @@ Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not docume
 - `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`,
   `._expire_at`, `._stats`: the state that `getconn()` and `putconn()` work on, for the fast paths.
 - `AsyncConnectionPool._connect`: to see each new connection, and why there is none.
+- `AsyncConnectionPool._start_workers`, `AsyncScheduler._event`, `_acompat.AEvent`: a scheduler that
+  ends when it is cancelled.
+- `WaitingClient.set`: hands a connection to who waits.
 - `AsyncConnectionPool._workers`, `._sched_runner`: tasks to wait for when a loop closes.
 - `AsyncConnectionPool._min_size`, `._nconns`: to fill the pool later than at its start.
 - `psycopg_pool.pool_async.AddConnection`, `.ReturnConnection`, `.StopWorker`,
@@ -44,6 +47,7 @@ from greenlet import getcurrent
 from psycopg import AsyncConnection, generators, pq, waiting
 from psycopg.adapt import AdaptersMap
 from psycopg_pool import AsyncConnectionPool
+from psycopg_pool._acompat import AEvent
 from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
 
 from .bridge import Runner, deliver
@@ -400,6 +404,17 @@ class _Cancelled(BaseException):
     """A cancellation that psycopg_pool does not take for a failure to connect."""
 
 
+class _Event(AEvent):
+    """The scheduler's event, whose wait does not lose a cancellation as Python 3.11's does."""
+
+    async def wait_timeout(self, timeout: float) -> bool:
+        happened = await super().wait_timeout(timeout)
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise CancelledError
+        return happened
+
+
 class ConnectionPool(AsyncConnectionPool[PooledConnection]):
     """psycopg_pool's pool, with a checkout that costs no task switch when a connection is free.
 
@@ -434,6 +449,10 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
                 logger.warning("%s failed: %s: %s", work, type(exc).__name__, exc)
             if task.cancelling():
                 raise CancelledError
+
+    def _start_workers(self) -> None:
+        self._sched._event = _Event()
+        super()._start_workers()
 
     async def _connect(self, timeout: float | None = None) -> PooledConnection:
         self.live = {conn for conn in self.live if not conn.closed}
@@ -488,7 +507,6 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
             conn.twin.terminate()
         elif (
             self._reset
-            or self._waiting
             or conn.pgconn.transaction_status != _IDLE
             or conn._expire_at <= monotonic()
             or conn._created_at <= self._drained_at
@@ -498,7 +516,24 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
             self.run_task(ReturnConnection(self, conn, from_getconn=False))
         else:
             conn._pool = None
-            self._pool.append(conn)
+            if not self._hand_over(conn):
+                self._pool.append(conn)
+
+    def _hand_over(self, conn: PooledConnection) -> bool:
+        """Give a connection to the one who has waited longest, without a turn of the loop."""
+        while self._waiting:
+            handing = self._waiting[0].set(conn)
+            try:
+                handing.send(None)
+            except StopIteration as done:
+                self._waiting.popleft()
+                if done.value:
+                    return True
+            else:  # its lock is taken just now: leave it to the pool's workers
+                handing.close()
+                self.run_task(ReturnConnection(self, conn, from_getconn=False))
+                return True
+        return False
 
     async def reset(self, conn: PooledConnection) -> None:
         """Undo on the server what was left in the session, then take the connection back."""

@@ -168,7 +168,8 @@ def _lost(block: Block) -> bool:
     """
     if block.needs_rollback:
         return block.cancelled is not None
-    return block.parent is None and block.session.aborted
+    # Django's own atomic() is left to be as silent as it always is.
+    return block.parent is None and block.characteristics is not None and block.session.aborted
 
 
 def _close_block(runner: Runner, block: Block) -> None:
