@@ -149,3 +149,15 @@ async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
             connections.close_all()
 
     return await sync_to_async(call)()
+
+
+async def all_given_back(using: str | None = None) -> dict[str, int]:
+    """Wait until the pool has all its connections; one that is being opened counts as in use."""
+    from asyncorm import pool_stats
+
+    def idle() -> bool:
+        stats = pool_stats(using)
+        return bool(stats["pool_available"] == stats["pool_size"])
+
+    await eventually(idle)
+    return pool_stats(using)

@@ -310,6 +310,8 @@ async def test_time_zones(pgbouncer: bouncer.Bouncer, alias: str) -> None:
 
 async def test_state_left_behind_is_seen_by_others(alias: str, pgbouncer: bouncer.Bouncer) -> None:
     """Why SET is not to be relied on: who waits gets the server connection before our reset."""
+    # Have clients that are configured already, so that SHOW is what waits.
+    await asyncio.gather(*(scalar(alias, "SELECT pg_sleep(0.05)") for _ in range(4)))
     async with occupied(alias):
         async with asyncorm.atomic(alias):
             pid = await scalar(alias, "SELECT pg_backend_pid()")

@@ -286,7 +286,8 @@ class _Cluster:
         # Only who may enter the folder reaches the socket, but everybody here reaches 127.0.0.1.
         options += ["--auth-local=trust", "--auth-host=scram-sha-256", "--no-sync"]
         options += ["--encoding=UTF8", "--locale=C", f"--lc-ctype={_utf8_locale()}"]
-        if int(re.findall(r"PostgreSQL\) (\d+)", version)[0]) >= 17:  # the same upper and lower on every system
+        if int(re.findall(r"PostgreSQL\) (\d+)", version)[0]) >= 17:
+            # The same upper and lower on every system.
             options += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         self._run("initdb", *options)
         password_file.unlink()
