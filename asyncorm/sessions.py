@@ -466,7 +466,10 @@ class Session:
             block.acquire()
             if block.needs_rollback:  # since Django looked, a statement before this one failed
                 block.lock.release()
-                self.wrapper.validate_no_broken_transaction()
+                raise TransactionManagementError(
+                    "An error occurred in the current transaction. You can't execute queries until "
+                    "the end of the 'atomic' block."
+                ) from block.rollback_exc
         elif self.holder is not None:
             raise InterfaceError(
                 f"Two tasks used one connection of database {self.alias!r} at the same time."

@@ -124,7 +124,8 @@ def leave_block(
                     block.needs_rollback = True
                 _exit_django(atomic, exc_type, exc, traceback)
     finally:
-        if not block.ended:  # the lock was not to be had: the transaction cannot go on
+        acquired = block.ended
+        if not acquired:  # a statement still holds the lock: the transaction cannot go on
             session.terminate()
             block.ended = True
         parent = block.parent
@@ -133,7 +134,8 @@ def leave_block(
             if block.needs_rollback:
                 parent.rollback_exc, parent.cancelled = block.rollback_exc, block.cancelled
         _close_block(runner, block)
-        block.lock.release()
+        if acquired:
+            block.lock.release()
     if lost:
         bridge.deliver(runner)
         raise TransactionManagementError(
