@@ -512,7 +512,12 @@ async def test_autocommit_turned_off_and_left_is_rolled_back() -> None:
 async def test_closing_with_operations_in_flight() -> None:
     with database() as alias, administrator() as ask:
         tasks = [asyncio.create_task(native(nap)(alias, 60)) for _ in range(3)]
-        await eventually(lambda: server_connections(ask, alias) == 3)
+        # Until all are asleep: a statement that is only about to be sent cannot be cancelled.
+        asleep = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE application_name = %s AND wait_event = 'PgSleep'"
+        )
+        await eventually(lambda: ask(asleep, alias) == 3)
         began = time.monotonic()
         await asyncorm.close_pools()
         results = await asyncio.gather(*tasks, return_exceptions=True)
