@@ -12,7 +12,14 @@ Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not docume
 - `BaseConnection._adapters`, `._autocommit`, `._cancel_gen`, `._pool`, `._closed`: what
   `connect()`, `cancel_safe()` and the pool set on a connection that they make; we make one around a
   connection that is already open.
-- `psycopg.generators.execute`: reads what is left of a cancelled statement.
+- `psycopg.generators.execute`: sends what libpq holds and reads the results of a `Statement`, and
+  what is left of a cancelled one.
+- `BaseConnection._start_query`, `._prepared` (`get`, `maybe_add_to_cache`, `validate`,
+  `maintain_gen`, `_names`, `_to_flush`): BEGIN where one is due, and psycopg's own book of prepared
+  statements, so that a `Statement` obeys `prepare_threshold`, `prepared_max` and ROLLBACK as a
+  cursor's does.
+- `psycopg.errors._NO_TRACEBACK`: errors whose traceback psycopg cuts short.
+- `psycopg.adapt.Transformer`: psycopg's dumpers and loaders for a connection, without a cursor.
 - `psycopg.waiting.wait_conn_async`: drives the cancel request.
 - `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`,
   `._expire_at`, `._stats`: the state that `getconn()` and `putconn()` work on, for the fast paths.
@@ -36,7 +43,7 @@ import re
 import select
 import traceback
 from asyncio import CancelledError, get_running_loop
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -45,7 +52,8 @@ import anyio
 import psycopg
 from greenlet import getcurrent
 from psycopg import AsyncConnection, generators, pq, waiting
-from psycopg.adapt import AdaptersMap
+from psycopg._preparing import Prepare
+from psycopg.adapt import AdaptersMap, Transformer
 from psycopg_pool import AsyncConnectionPool
 from psycopg_pool._acompat import AEvent
 from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
@@ -63,7 +71,14 @@ _READY_R, _READY_W = psycopg.waiting.READY_R, psycopg.waiting.READY_W
 _IDLE = pq.TransactionStatus.IDLE
 _ACTIVE = pq.TransactionStatus.ACTIVE
 _UNKNOWN = pq.TransactionStatus.UNKNOWN
-
+_TUPLES_OK = pq.ExecStatus.TUPLES_OK
+_COMMAND_OK = pq.ExecStatus.COMMAND_OK
+_EMPTY_QUERY = pq.ExecStatus.EMPTY_QUERY
+_SQLSTATE = pq.DiagnosticField.SQLSTATE
+_SHOULD = Prepare.SHOULD
+# A prepared statement cannot be executed any more: "cached plan must not change result type" and
+# "prepared statement does not exist".
+_STALE = (b"0A000", b"26000")
 
 ENDED = (
     "This cursor or connection belongs to an operation that has ended and given its server "
@@ -147,6 +162,90 @@ def _watched(cls: Any) -> Any:
     return type(cls.__name__, (_Watched, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
+class Statement:
+    """One SQL statement with its parameters as they go over the wire: needs no cursor.
+
+    `Connection.run()` sends it and returns its result. The parts of that are separate, for several
+    in one pipeline: `send()` or `send_prepare()` and `send_prepared()`, then `checked()`.
+
+    Attributes:
+        query: the SQL in the connection's encoding, with $1, $2, ... for the parameters.
+        params: their values in PostgreSQL's form, None for NULL.
+        types: their types' oids; 0 leaves it to the server. With `query` they tell one prepared
+            statement from another.
+        formats: text or binary, for each; None when all are text.
+        result_format: in which the values of the result shall come.
+        leaves_state: whether it changes the server session (`leaves_state()`).
+    """
+
+    __slots__ = ("formats", "leaves_state", "params", "query", "result_format", "types")
+
+    def __init__(
+        self,
+        query: bytes,
+        params: Sequence[Any] | None = None,
+        types: tuple[int, ...] = (),
+        formats: Sequence[int] | None = None,
+        result_format: int = pq.Format.TEXT,
+        leaves_state: bool = False,
+    ) -> None:
+        self.query = query
+        self.params = params
+        self.types = types
+        self.formats = formats
+        self.result_format = result_format
+        self.leaves_state = leaves_state
+
+    def send(self, pgconn: Any) -> None:
+        """Have libpq send it, unprepared."""
+        pgconn.send_query_params(
+            self.query, self.params, self.types, self.formats, self.result_format
+        )
+
+    def send_prepare(self, pgconn: Any, name: bytes) -> None:
+        """Have libpq send the order to prepare it under a name."""
+        pgconn.send_prepare(name, self.query, self.types)
+
+    def send_prepared(self, pgconn: Any, name: bytes) -> None:
+        """Have libpq send the order to execute it, prepared before."""
+        pgconn.send_query_prepared(name, self.params, self.formats, self.result_format)
+
+
+def checked(results: Sequence[Any], encoding: str) -> Any:
+    """The result of a statement.
+
+    Raises:
+        psycopg.Error: what a cursor would raise.
+    """
+    for result in results:
+        if (status := result.status) in (_TUPLES_OK, _COMMAND_OK, _EMPTY_QUERY):
+            continue
+        if status == pq.ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(result, encoding=encoding)
+        if status == pq.ExecStatus.PIPELINE_ABORTED:
+            raise psycopg.errors.PipelineAborted("pipeline aborted")
+        raise psycopg.ProgrammingError(
+            f"A statement without a cursor gave {pq.ExecStatus(status).name}."
+        )
+    if not results:
+        raise psycopg.InternalError("The server gave no result.")
+    return results[0]
+
+
+class _Adapters(AdaptersMap):
+    """An adapters map that counts its changes, for who keeps a Transformer."""
+
+    version = 0
+
+    def register_dumper(self, *args: Any, **kwargs: Any) -> None:
+        super().register_dumper(*args, **kwargs)
+        self.version += 1
+
+    def register_loader(self, *args: Any, **kwargs: Any) -> None:
+        super().register_loader(*args, **kwargs)
+        self.version += 1
+
+
 class Connection(psycopg.Connection[Any]):
     """What Django sees as its psycopg connection, over the libpq connection of a pooled one.
 
@@ -176,6 +275,7 @@ class Connection(psycopg.Connection[Any]):
         self._state: int = 0
         self._yielded = 0.0
         self._poller: select.poll | None = None
+        self._transformer: tuple[int, Any] = (-1, None)
 
     @classmethod
     def over(cls, pgconn: Any, options: dict[str, Any]) -> Connection:
@@ -185,8 +285,8 @@ class Connection(psycopg.Connection[Any]):
         if row_factory := options.get("row_factory"):
             conn.row_factory = row_factory
         conn.cursor_factory = _watched(options.get("cursor_factory") or psycopg.Cursor)
-        if context := options.get("context"):
-            conn._adapters = AdaptersMap(context.adapters)
+        context = options.get("context")
+        conn._adapters = _Adapters(psycopg.adapters if context is None else context.adapters)
         conn.prepare_threshold = options.get("prepare_threshold", 5)
         return conn
 
@@ -214,6 +314,64 @@ class Connection(psycopg.Connection[Any]):
             runner.parent.switch(self._yield())  # type: ignore[union-attr]
             return stop.value
         return runner.parent.switch(self._wait(runner, gen, state, timeout))  # type: ignore[union-attr]
+
+    @property
+    def transformer(self) -> Any:
+        """psycopg's dumpers and loaders as the connection's adapters are now."""
+        version, transformer = self._transformer
+        if version != self._adapters.version:  # type: ignore[union-attr]
+            version = self._adapters.version  # type: ignore[union-attr]
+            transformer = Transformer(self)
+            self._transformer = version, transformer
+        return transformer
+
+    def run(self, statement: Statement) -> Any:
+        """Execute a statement and return its result (a `psycopg.pq.PGresult`).
+
+        As `Cursor.execute()`: in the transaction that is open, prepared on the server from its
+        `prepare_threshold`th time on.
+
+        Raises:
+            psycopg.Error: what a cursor would raise.
+        """
+        try:
+            with self.lock:
+                return self.wait(self._run(statement))
+        except psycopg.errors._NO_TRACEBACK as exc:
+            raise exc.with_traceback(None)  # noqa: B904
+
+    def _run(self, statement: Statement) -> Any:
+        yield from self._start_query()
+        if statement.leaves_state:
+            self.touched = True
+        pgconn = self.pgconn
+        book: Any = self._prepared
+        prepare, name = book.get(statement)
+        alone = pgconn.transaction_status == _IDLE
+        if not name:
+            statement.send(pgconn)
+        else:
+            if prepare == _SHOULD:
+                statement.send_prepare(pgconn, name)
+                checked((yield from generators.execute(pgconn)), self.info.encoding)
+            statement.send_prepared(pgconn, name)
+        key = book.maybe_add_to_cache(statement, prepare, name)
+        results = yield from generators.execute(pgconn)
+        if key is not None:
+            book.validate(key, prepare, name, results)
+        elif name and results and results[-1].error_field(_SQLSTATE) in _STALE:
+            # A table was altered, or a pooler changed the session. Prepare it anew next time.
+            del book._names[book.key(statement)]
+            book._to_flush.append(name)
+            if alone:
+                statement.send(pgconn)
+                results = yield from generators.execute(pgconn)
+        result = results[0] if len(results) == 1 else None
+        if result is None or (result.status != _TUPLES_OK and result.status != _COMMAND_OK):
+            result = checked(results, self.info.encoding)
+        if book._to_flush:
+            yield from book.maintain_gen(self)
+        return result
 
     async def _yield(self) -> None:
         await asyncio.sleep(0)
