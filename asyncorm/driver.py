@@ -84,6 +84,7 @@ ENDED = (
     "This cursor or connection belongs to an operation that has ended and given its server "
     "connection back."
 )
+CLOSED = "The connection was closed."
 
 
 class _NoLock:
@@ -429,6 +430,10 @@ class Connection(psycopg.Connection[Any]):
                         if state & _WAIT_W:
                             loop.remove_writer(fileno)
                         self._yielded = monotonic()
+                if self.pgconn.pgconn_ptr is None:
+                    # Closed meanwhile. psycopg's generators keep a pointer into memory that is free
+                    # now: they must not go on.
+                    raise psycopg.OperationalError(CLOSED)
                 state = gen.send(ready)
         except StopIteration as stop:
             return stop.value
@@ -491,7 +496,7 @@ class Connection(psycopg.Connection[Any]):
         """Close the socket at once; a task waiting for it gets OperationalError."""
         self.pgconn.finish()
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(psycopg.OperationalError("The connection was closed."))
+            self._waiter.set_exception(psycopg.OperationalError(CLOSED))
 
 
 async def _finish(task: asyncio.Task[Any], timeout: float) -> bool:
@@ -538,6 +543,16 @@ class PooledConnection(AsyncConnection[Any]):
         # Nobody else gets it: what is left in its server session does not matter.
         twin.cursor_factory = kwargs.get("cursor_factory") or psycopg.Cursor
         return twin
+
+    async def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        """psycopg's, as the twin waits: for the pool's own statements (check, rollback, reset)."""
+        try:
+            return await self.twin._drive(gen, next(gen))
+        except StopIteration as stop:
+            return stop.value
+        except CancelledError:
+            await self.twin._interrupt(gen)
+            raise
 
     def renew(self) -> None:
         """Forget the Python state of the session: for a session that was reset on the server."""

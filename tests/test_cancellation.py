@@ -18,6 +18,7 @@ from django.test import override_settings
 from django.urls import path
 
 import asyncorm
+from asyncorm import pools
 from asyncorm.demo.postgres import postgres_server
 from tests.chaos import Proxy
 from tests.project.myapp.models import Item
@@ -748,3 +749,36 @@ async def test_an_asgi_client_that_disconnects_frees_its_connection(
         await watch.until(watch.at_rest, 10)
         assert watch.rows() == []
         await healthy("tcp", watch)
+
+
+# A connection that is closed under a statement
+
+
+@pytest.mark.parametrize("what", ["statement", "reset"])
+async def test_closed_at_the_moment_when_the_answer_is_there(
+    alias: str, watch: Watch, what: str
+) -> None:
+    """libpq's memory is free then: nothing may go on reading the answer."""
+    await sleep_on_server(alias, 0)
+    pool = pools.find(alias).connections  # type: ignore[union-attr]
+    assert pool is not None
+    if what == "statement":
+        task = asyncio.create_task(sleep_on_server(alias, 0.05))
+    else:
+        conn = pool.take()
+        assert conn is not None
+        task = asyncio.create_task(conn.execute("SELECT pg_sleep(0.05)"))  # type: ignore[arg-type]
+    await watch.until(lambda: any(conn.twin.waiting for conn in pool.live))
+    twin = next(conn.twin for conn in pool.live if conn.twin.waiting)
+    waiter = twin._waiter
+    assert waiter is not None
+    time.sleep(0.2)  # noqa: ASYNC251  # the answer arrives, and the loop cannot see it yet
+    while not waiter.done():
+        await asyncio.sleep(0)
+    assert not task.done()
+    twin.terminate()
+    with pytest.raises((OperationalError, psycopg.OperationalError), match="closed"):
+        await task
+    if what == "reset":
+        pool.give(twin.pooled)  # type: ignore[arg-type]
+    await healthy(alias, watch)
