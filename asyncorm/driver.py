@@ -430,7 +430,7 @@ class Connection(psycopg.Connection[Any]):
                         if state & _WAIT_W:
                             loop.remove_writer(fileno)
                         self._yielded = monotonic()
-                if self.pgconn.pgconn_ptr is None:
+                if self.pgconn.pgconn_ptr is None:  # type: ignore[attr-defined]
                     # Closed meanwhile. psycopg's generators keep a pointer into memory that is free
                     # now: they must not go on.
                     raise psycopg.OperationalError(CLOSED)

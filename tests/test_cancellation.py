@@ -773,7 +773,7 @@ async def test_closed_at_the_moment_when_the_answer_is_there(
     waiter = twin._waiter
     assert waiter is not None
     time.sleep(0.2)  # noqa: ASYNC251  # the answer arrives, and the loop cannot see it yet
-    while not waiter.done():
+    while not waiter.done():  # noqa: ASYNC110
         await asyncio.sleep(0)
     assert not task.done()
     twin.terminate()
