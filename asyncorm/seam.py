@@ -13,6 +13,7 @@ native code.
   code.
 - `asgiref.sync.AsyncToSync.__call__`: refuses on a running loop's thread; native code awaits
   instead (asynchronous signal receivers).
+- `asgiref.sync.SyncToAsync.threadlocal` is read: whether a thread works for a coroutine of a test.
 - `django.db.models.fields.files.FieldFile.save`, `.delete`: the storage works in a thread while the
   model is saved natively.
 """
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 import django.utils.asyncio
-from asgiref.sync import AsyncToSync, sync_to_async
+from asgiref.sync import AsyncToSync, SyncToAsync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import connections
 from django.db.models.fields.files import FieldFile
@@ -52,8 +53,9 @@ class _Storage:
             if session is not None:
                 return session.wrapper
             runner.resources.setdefault(_FOREIGN, _foreign)
-        elif sessions.test_sessions and alias in sessions.test_sessions and _loop_runs():
+        elif alias in sessions.test_sessions and (_loop_runs() or _serves_a_loop()):
             # On the loop's thread: what is installed there (CaptureQueriesContext) is for the test.
+            # In another thread: synchronous code that the test calls by sync_to_async().
             return sessions.test_sessions[alias].wrapper
         return getattr(self.local, alias)
 
@@ -70,6 +72,11 @@ def _loop_runs() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _serves_a_loop() -> bool:
+    loop = getattr(SyncToAsync.threadlocal, "main_event_loop", None)
+    return loop is not None and loop.is_running()
 
 
 _FOREIGN = "a wrapper of another engine was handed out"

@@ -203,7 +203,7 @@ class Block:
                     bridge.wait_for(runner, self._acquire(runner))
                     break
                 except CancelledError as exc:
-                    if not runner.shields or self.parent is None:
+                    if not runner.shields or (self.parent is None and not self.of_test_case):
                         raise
                     # A savepoint must come to its end: the cancellation is delivered after that.
                     runner.cancelled = exc
@@ -385,6 +385,10 @@ class Session:
     @property
     def _key(self) -> str:
         return f"{self.alias} {id(self)}"
+
+    def hook(self, callback: Callable[[], Any]) -> Callable[[], Any]:
+        """What to keep for an on_commit() callback, which Django calls."""
+        return callback
 
     def abandon(self, name: str) -> None:
         """A server-side cursor was dropped outside native code: close it later."""

@@ -2,10 +2,13 @@
 
 Django's TestCase, and with it pytest-django's `db`, opens a transaction on a synchronous connection
 and rolls it back at the end. While that transaction is open, native code uses the same connection
-instead of a pool's, whichever loop or thread
-it runs in: what either side writes the other sees, and all of it is rolled back. Statements of
-    concurrent tasks take turns then, as in any transaction block; tests that need real parallelism
-    use TransactionTestCase, or `transaction=True`.
+instead of a pool's, whichever loop or thread it runs in: what either side writes the other sees,
+and all of it is rolled back. Statements of concurrent tasks take turns then, as in any transaction
+block; tests that need real parallelism use TransactionTestCase, or `transaction=True`.
+
+One lock guards the connection across threads. A statement holds it while it runs; an outermost
+block, be it native or a synchronous `transaction.atomic()` in a thread, holds it for its life, so
+that savepoints of tasks and of threads nest properly.
 
 `transactions.enter()` calls `begin()` when Django marks a transaction as a test case's
 (`Atomic._from_testcase`).
@@ -14,86 +17,135 @@ it runs in: what either side writes the other sees, and all of it is rolled back
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
+from time import monotonic
 from typing import Any
 
+import anyio
 import psycopg
+from asgiref.sync import async_to_sync
 from django.db import InterfaceError, connections
+from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
 
-from . import bridge, driver, sessions
+from . import bridge, conf, driver, sessions
 from .bridge import Runner
 from .sessions import Block, Session
 
 
-class _Turns:
-    """A lock that tasks and threads share: tasks wait for it without blocking their loop."""
+class _Lock:
+    """The lock of the case's transaction, shared by tasks and threads, first come first served.
 
-    def __init__(self) -> None:
+    Tasks use it as any block's lock (`acquire_nowait()`, `acquire()`, `release()`) and wait without
+    blocking their loop. A thread may take it again while it holds it.
+    """
+
+    def __init__(self, session: TestSession) -> None:
+        self._session = session
         self._mutex = threading.Lock()
-        self._owner: Any = None
-        self._thread = 0
-        self._depth = 0
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._holder: int | None = None  # the thread that took it, for itself or for a task
+        self._depth = 0  # how often a thread took it for itself
+        self._waiting: deque[tuple[Callable[[], None], int, int]] = deque()
 
-    def _try(self, owner: Any, wake: Callable[[], None] | None) -> bool:
+    def _take(self, wake: Callable[[], None] | None, depth: int) -> bool:
+        thread = threading.get_ident()
         with self._mutex:
-            if self._owner is None or self._owner is owner:
-                self._owner, self._thread = owner, threading.get_ident()
+            if self._holder is None:
+                self._holder, self._depth = thread, depth
+                return True
+            if depth and self._depth and self._holder == thread:
                 self._depth += 1
                 return True
+            if depth and self._holder == thread:
+                raise InterfaceError(
+                    "Synchronous code used the test's connection on the event loop's thread "
+                    "while a native statement or block has it."
+                )
             if wake is not None:
-                self._waiting.append(wake)
+                self._waiting.append((wake, thread, depth))
             return False
 
-    def acquire_in(self, runner: Runner) -> None:
-        """Take it for a native operation."""
-        while not self._try(runner, None):
-            bridge.wait_for(runner, self._turn(runner))
+    def _give_up(self, wake: Callable[[], None]) -> None:
+        with self._mutex:
+            for entry in self._waiting:
+                if entry[0] is wake:
+                    self._waiting.remove(entry)
+                    return
+        self.release()  # it was handed over meanwhile
 
-    async def _turn(self, runner: Runner) -> None:
+    def acquire_nowait(self) -> None:
+        """Take it for a task, if it is free."""
+        if not self._take(None, 0):
+            raise anyio.WouldBlock
+
+    async def acquire(self) -> None:
+        """Take it for a task, in turn."""
         loop = asyncio.get_running_loop()
         turn = asyncio.Event()
 
         def wake() -> None:
             loop.call_soon_threadsafe(turn.set)
 
-        if self._try(runner, wake):
-            self.release()
-        else:
-            await turn.wait()
+        if not self._take(wake, 0):
+            try:
+                await turn.wait()
+            except BaseException:
+                self._give_up(wake)
+                raise
 
-    def acquire(self) -> None:
-        """Take it for synchronous code of this thread."""
-        owner = threading.current_thread()
+    def acquire_thread(self) -> None:
+        """Take it for synchronous code of this thread, in turn."""
         turn = threading.Event()
-        while not self._try(owner, turn.set):
-            if self._thread == threading.get_ident():
-                raise InterfaceError(
-                    "Synchronous code used the test's connection on the event loop's thread "
-                    "while a native statement runs on it."
+        wake = turn.set
+        if self._take(wake, 1):
+            return
+        timeout = conf.get("LOCK_TIMEOUT")
+        while not turn.wait(timeout):
+            session = self._session
+            if monotonic() - session.active >= timeout and not session.waits_for_server:
+                self._give_up(wake)
+                raise TransactionManagementError(
+                    f"A thread waited {timeout:g} s for the test's connection: a native block has "
+                    "it and does nothing. Probably that block waits for this thread."
                 )
-            turn.wait()
-            turn.clear()
 
     def release(self) -> None:
-        """Give it back and wake those who wait."""
+        """Give it back, to the one who has waited longest."""
         with self._mutex:
-            self._depth -= 1
-            if self._depth:
+            if self._depth > 1:
+                self._depth -= 1
                 return
-            self._owner = None
-            waiting, self._waiting = self._waiting, deque()
-        for wake in waiting:
-            wake()
+            while self._waiting:
+                wake, self._holder, self._depth = self._waiting.popleft()
+                try:
+                    wake()
+                    return
+                except RuntimeError:  # its loop is closed
+                    continue
+            self._holder, self._depth = None, 0
 
 
 class _CaseBlock(Block):
-    """The test case's transaction, whose rollback flag is also that of synchronous code."""
+    """A block that synchronous code entered, whose rollback flag is also that of synchronous code.
 
-    of_test_case = True
+    It is the test case's transaction, or, as a child of that, a thread's `transaction.atomic()`:
+    native code that the thread calls by async_to_sync() belongs to it.
+    """
+
+    def __init__(self, session: TestSession, parent: Block | None, origin: str) -> None:
+        super().__init__(session, parent, origin)
+        self.entered = 0  # by how many nested atomic() of a thread
+        if parent is None:
+            self.lock = session.case_lock  # type: ignore[assignment]
+
+    @property
+    def of_test_case(self) -> bool:  # type: ignore[override]
+        return self.parent is None
 
     @property
     def needs_rollback(self) -> bool:
@@ -102,6 +154,10 @@ class _CaseBlock(Block):
     @needs_rollback.setter
     def needs_rollback(self, value: bool) -> None:
         self.session.wrapper.__dict__["_plain_needs_rollback"] = value
+
+
+# The blocks that synchronous code around this has entered, by alias.
+_thread_blocks: ContextVar[dict[str, _CaseBlock]] = ContextVar("asyncorm_thread_blocks", default={})  # noqa: B039
 
 
 class TestSession(Session):
@@ -116,7 +172,7 @@ class TestSession(Session):
         self.holder = self.acting = self._held = None
         self.active = 0.0
         self._depth = 0
-        self._turns = _Turns()
+        self.case_lock = _Lock(self)
         self._base: Block | None = None
         self._loop: Any = None
         self._conn = conn = wrapper.connection
@@ -166,30 +222,64 @@ class TestSession(Session):
         if self.acting is not None and self.holder is getcurrent():
             return self.acting
         scope = sessions.find_scope(self.alias, detached=False)
-        return scope.block if scope is not None and scope.session is self else self.root
+        if scope is not None and scope.session is self:
+            return scope.block
+        block = _thread_blocks.get().get(self.alias)
+        return block if block is not None and not block.ended else self.root
+
+    def hook(self, callback: Callable[[], Any]) -> Callable[[], Any]:
+        """captureOnCommitCallbacks() calls it in a synchronous way: have what it returns awaited.
+
+        On a running loop as a task.
+        """
+
+        @functools.wraps(callback)
+        def call() -> None:
+            result = callback()
+            if not inspect.isawaitable(result):
+                return
+            if bridge.in_native_code():
+                bridge.await_(result)
+            elif self.root is not None:
+                task = asyncio.ensure_future(result)
+                _tasks.add(task)
+                task.add_done_callback(_tasks.discard)
+            else:
+                async_to_sync(_wait_for)(result)
+
+        return call
+
+    def serves(self, runner: Runner | None) -> bool:
+        return runner is not None or self.root is None  # also synchronous code, off the loop
+
+    def abandon(self, name: str) -> None:
+        """The cursor ends with the test's transaction."""
 
     def release(self) -> None:
         """The session ends with the test case."""
 
     def __enter__(self) -> None:
-        runner = bridge.current()
-        if runner is None:
-            self._turns.acquire()
-            return
-        super().__enter__()
-        try:
-            self._turns.acquire_in(runner)
-        except BaseException:
-            super().__exit__(None, None, None)
-            raise
+        if bridge.in_native_code():
+            super().__enter__()
+        else:
+            self.case_lock.acquire_thread()
 
     def __exit__(self, *exc: Any) -> None:
-        self._turns.release()
         if bridge.in_native_code():
             super().__exit__(*exc)
+        else:
+            self.active = monotonic()
+            self.case_lock.release()
 
     def __del__(self) -> None:
         pass
+
+
+_tasks: set[Any] = set()
+
+
+async def _wait_for(awaitable: Any) -> None:
+    await awaitable
 
 
 def begin(alias: str) -> None:
@@ -208,3 +298,28 @@ def end(alias: str) -> None:
     session = sessions.test_sessions.pop(alias, None)
     if session is not None:
         session.end()
+
+
+def enter_thread(alias: str) -> None:
+    """Synchronous code is about to enter a `transaction.atomic()` inside a test's transaction."""
+    session = sessions.test_sessions.get(alias)
+    if session is None or connections[alias] is not session.wrapper:
+        return
+    session.case_lock.acquire_thread()
+    blocks = _thread_blocks.get()
+    if alias not in blocks or blocks[alias].ended:
+        block = _CaseBlock(session, _CaseBlock(session, None, session.origin), sessions.caller())
+        blocks = {**blocks, alias: block}
+        _thread_blocks.set(blocks)
+    blocks[alias].entered += 1
+
+
+def leave_thread(alias: str) -> None:
+    """It was left, or could not be entered."""
+    session = sessions.test_sessions.get(alias)
+    block = _thread_blocks.get().get(alias)
+    if session is None or block is None or connections[alias] is not session.wrapper:
+        return
+    block.entered -= 1
+    block.ended = not block.entered
+    session.case_lock.release()

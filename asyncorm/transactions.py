@@ -37,9 +37,7 @@ def enter(atomic: DjangoAtomic) -> None:
         else None
     )
     if runner is None or session is None:
-        _enter_django(atomic)
-        if runner is None and _of_test_case(atomic):
-            testcase.begin(atomic.using or DEFAULT_DB_ALIAS)
+        _enter_plainly(atomic, beside_native=runner is None)
     else:
         enter_block(runner, session, atomic, sessions.caller())
 
@@ -58,14 +56,39 @@ def leave(
         else None
     )
     if runner is None or session is None:
-        if runner is None and _of_test_case(atomic) and _is_outermost(atomic):
-            testcase.end(atomic.using or DEFAULT_DB_ALIAS)
-        _exit_django(atomic, exc_type, exc, traceback)
+        _leave_plainly(atomic, runner is None, exc_type, exc, traceback)
         return
     block = session.innermost()
     if block is None:
         raise TransactionManagementError("A transaction block is left by a task that is not in it.")
     leave_block(runner, block, atomic, exc_type, exc, traceback)
+
+
+def _enter_plainly(atomic: DjangoAtomic, beside_native: bool) -> None:
+    alias = atomic.using or DEFAULT_DB_ALIAS
+    inside = beside_native and alias in sessions.test_sessions and not _of_test_case(atomic)
+    if inside:
+        testcase.enter_thread(alias)
+    try:
+        _enter_django(atomic)
+    except BaseException:
+        if inside:
+            testcase.leave_thread(alias)
+        raise
+    if beside_native and _of_test_case(atomic):
+        testcase.begin(alias)
+
+
+def _leave_plainly(atomic: DjangoAtomic, beside_native: bool, *exc: Any) -> None:
+    alias = atomic.using or DEFAULT_DB_ALIAS
+    of_test_case = beside_native and _of_test_case(atomic)
+    if of_test_case and _is_outermost(atomic):
+        testcase.end(alias)
+    try:
+        _exit_django(atomic, *exc)
+    finally:
+        if beside_native and not of_test_case and alias in sessions.test_sessions:
+            testcase.leave_thread(alias)
 
 
 def _of_test_case(atomic: Any) -> bool:
@@ -419,7 +442,8 @@ def on_commit(callback: Callable[[], Any], using: str | None = None, robust: boo
         raise TypeError("on_commit()'s callback must be a callable.")
     block = _block(using)
     if block is not None:
-        block.session.wrapper.run_on_commit.append((set(block.sids), callback, robust))
+        hook = block.session.hook(callback)
+        block.session.wrapper.run_on_commit.append((set(block.sids), hook, robust))
         return
     if bridge.in_native_code():
         sessions.require(using).wrapper.on_commit(callback, robust)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 SESSION = ExitStack()
+collect_ignore = ["example"]  # run by test_testing.py and test_asgi.py
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -30,6 +30,7 @@ import asyncio
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, cached_property
 from typing import Any
 from weakref import WeakSet
@@ -102,6 +103,19 @@ class NativeBackendMixin:
         elif not _loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
             sessions.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
             super().ensure_connection()  # type: ignore[misc]
+
+    def create_cursor(self, name: str | None = None) -> Any:
+        """Django's; one that native code in a test's transaction leaves open does no harm."""
+        cursor = super().create_cursor(name)  # type: ignore[misc]
+        if name and self.session is not None:
+            cursor.__class__ = _stream_class(type(cursor))  # type: ignore[arg-type]
+        return cursor
+
+    def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
+        """Django's; what a callback of native code returns is awaited in a test, too."""
+        if callable(func) and bridge.in_native_code() and self.session is not None:
+            func = self.session.hook(func)
+        super().on_commit(func, robust)  # type: ignore[misc]
 
     def ensure_timezone(self) -> bool:
         """Django's, and new native connections (the settings TIME_ZONE or USE_TZ changed)."""
@@ -300,7 +314,6 @@ class NativeWrapper:
         cursor = super().create_cursor(name)  # type: ignore[misc]
         session = self.session
         if name and session is not None:
-            cursor.__class__ = _stream_class(type(cursor))  # type: ignore[arg-type]
             if session.cursors is None:
                 session.cursors = WeakSet()
             session.cursors.add(cursor)
@@ -433,9 +446,9 @@ class _Stream:
         session = cursor._conn.lock
         if not isinstance(session, sessions.Session):
             cursor._closed = True  # with the session that it belonged to
-        elif (runner := bridge.current()) is not None and session.serves(runner):
+        elif session.serves(runner := bridge.current()):
             try:
-                with bridge.shield(runner):
+                with nullcontext() if runner is None else bridge.shield(runner):
                     super().close()  # type: ignore[misc]
             finally:
                 cursor._closed = True  # or it would keep the connection
