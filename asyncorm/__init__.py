@@ -4,6 +4,7 @@ from django.core.exceptions import ImproperlyConfigured as _ImproperlyConfigured
 
 from . import bridge as _bridge
 from .bridge import await_, native
+from .copying import copy_to
 from .cursors import cursor
 from .pools import close_pools, pool_stats
 from .retry import retrying
@@ -17,6 +18,7 @@ __all__ = [
     "await_",
     "close_pools",
     "connection",
+    "copy_to",
     "cursor",
     "detached",
     "detached_task",

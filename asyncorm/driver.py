@@ -20,6 +20,8 @@ Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not docume
   cursor's does.
 - `psycopg.errors._NO_TRACEBACK`: errors whose traceback psycopg cuts short.
 - `psycopg.adapt.Transformer`: psycopg's dumpers and loaders for a connection, without a cursor.
+- `psycopg.generators.copy_from`, `.copy_to`, `.copy_end`, `BaseCursor._start_copy_gen`: psycopg's
+  own `Copy` waits for each row, and ends a COPY that failed by a request that blocks.
 - `psycopg.waiting.wait_conn_async`: drives the cancel request.
 - `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`,
   `._expire_at`, `._stats`: the state that `getconn()` and `putconn()` work on, for the fast paths.
@@ -43,7 +45,7 @@ import re
 import select
 import traceback
 from asyncio import CancelledError, get_running_loop
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -79,6 +81,8 @@ _SHOULD = Prepare.SHOULD
 # A prepared statement cannot be executed any more: "cached plan must not change result type" and
 # "prepared statement does not exist".
 _STALE = (b"0A000", b"26000")
+_COPY_IN, _COPY_OUT = pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT
+
 
 ENDED = (
     "This cursor or connection belongs to an operation that has ended and given its server "
@@ -440,6 +444,13 @@ class Connection(psycopg.Connection[Any]):
         except OSError as exc:
             raise psycopg.OperationalError("The connection's socket is closed.") from exc
 
+    async def _complete(self, gen: Any) -> Any:
+        try:
+            state = next(gen)
+        except StopIteration as stop:
+            return stop.value
+        return await self._drive(gen, state)
+
     def _poll(self, state: int) -> int:
         if self._poller is None:
             self._poller = select.poll()
@@ -456,8 +467,11 @@ class Connection(psycopg.Connection[Any]):
         return ready & state
 
     async def _interrupt(self, gen: Any) -> None:
-        """Cancel the statement on the server; close the connection if it stays in doubt."""
         gen.close()
+        await self.interrupt()
+
+    async def interrupt(self) -> None:
+        """Cancel the statement on the server; close the connection if it stays in doubt."""
         if self.pgconn.status == pq.ConnStatus.OK and not self.pgconn.pipeline_status:
             if self.pgconn.transaction_status != _ACTIVE:
                 return
@@ -482,13 +496,15 @@ class Connection(psycopg.Connection[Any]):
         await self._drain()
 
     async def _drain(self) -> None:
-        gen = generators.execute(self.pgconn)
-        try:
-            state = next(gen)
-        except StopIteration:
-            pass
-        else:
-            await self._drive(gen, state)
+        results = await self._complete(generators.execute(self.pgconn))
+        if results and results[-1].status == _COPY_IN:
+            self.pgconn.put_copy_end(b"cancelled")
+            await self._complete(generators.execute(self.pgconn))
+        elif results and results[-1].status == _COPY_OUT:
+            with suppress(psycopg.Error):  # the answer to the cancel request
+                left: Any = memoryview(b"")
+                while isinstance(left, memoryview):
+                    left = await self._complete(generators.copy_from(self.pgconn))
         if self.pgconn.transaction_status in (_ACTIVE, _UNKNOWN):
             raise psycopg.OperationalError("The connection is still busy.")
 
@@ -497,6 +513,38 @@ class Connection(psycopg.Connection[Any]):
         self.pgconn.finish()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(psycopg.OperationalError(CLOSED))
+
+
+Steps = Generator[int, int, Any]  # what `wait()` runs
+
+
+def copy_in(cursor: Any, statement: str, data: Iterable[bytes]) -> Steps:
+    """A generator for `wait()`: run COPY ... FROM STDIN, send the data, return the row count.
+
+    Pieces of more than some 100 KB slow libpq down.
+    """
+    pgconn = cursor.connection.pgconn
+    yield from cursor._start_copy_gen(statement)
+    for piece in data:
+        yield from generators.copy_to(pgconn, piece)
+    result = yield from generators.copy_end(pgconn, None)
+    return result.command_tuples
+
+
+def copy_out(cursor: Any, statement: str) -> Steps:
+    """A generator for `wait()`: begin a COPY ... TO STDOUT."""
+    yield from cursor._start_copy_gen(statement)
+
+
+def copy_read(cursor: Any, size: int) -> Steps:
+    """A generator for `wait()`: return at least `size` bytes, and the row count at the end."""
+    data = bytearray()
+    while len(data) < size:
+        row = yield from generators.copy_from(cursor.connection.pgconn)
+        if not isinstance(row, memoryview):
+            return data, row.command_tuples
+        data += row
+    return data, None
 
 
 async def _finish(task: asyncio.Task[Any], timeout: float) -> bool:

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Callable
 from itertools import islice
 from typing import Any
 
-from django.db import Error, OperationalError
+from django.db import Error, NotSupportedError, OperationalError
 from django.db.models import Manager, Model
 from django.db.models.fields import related_descriptors
 from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
 from psycopg.errors import InvalidCursorName
 
-from . import bridge, sessions, swap
+from . import bridge, copying, sessions, swap
 
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
 
@@ -80,6 +80,46 @@ async def _anative(self: Any) -> list[Any]:
 async def _anative_of_manager(self: Any) -> list[Any]:
     """Evaluate all() natively and return the list of instances."""
     return await _anative(self.all())
+
+
+async def native_bulk_create(
+    self: Any, objs: Any, *args: Any, method: str = "insert", **options: Any
+) -> list[Any]:
+    """Like `bulk_create()`, run natively (see Django's documentation of `abulk_create()`).
+
+    With method="copy" the rows are sent by COPY, which is several times faster for many. They are
+    the same rows; but nothing comes back, as on a database that returns no keys: primary keys and
+    columns that the database makes up are not set on the objects. There is no handling of
+    conflicts, and expressions as values are refused. Fields' `pre_save()` and
+    `get_db_prep_save()` are called, and defaults of the database are used, as ever.
+
+    Args:
+        objs, args, options: those of `bulk_create()`; with "copy" only `batch_size`, which is all
+            rows by default.
+        method: "insert" or "copy".
+
+    Raises:
+        ValueError: another method.
+        django.db.NotSupportedError: with "copy", an option for conflicts, an expression, or a field
+            whose value is put into an SQL expression.
+    """
+    if method not in ("insert", "copy"):
+        raise ValueError(f'method must be "insert" or "copy", not {method!r}.')
+    _check(self.bulk_create, (), {})
+    if method == "insert":
+        return await bridge.run(self.bulk_create, objs, *args, **options)
+    given = inspect.signature(QuerySet.bulk_create).bind(self, objs, *args, **options).arguments
+    del given["self"], given["objs"]
+    batch_size = given.pop("batch_size", None)
+    if any(given.values()):
+        raise NotSupportedError("bulk_create(method='copy') cannot handle conflicts.")
+    return await bridge.run(copying.bulk_create, self, objs, batch_size)
+
+
+native_bulk_create.alters_data = True  # type: ignore[attr-defined]
+_parameters = inspect.signature(QuerySet.abulk_create).parameters.values()
+_method = inspect.Parameter("method", inspect.Parameter.KEYWORD_ONLY, default="insert")
+native_bulk_create.__signature__ = inspect.Signature([*_parameters, _method])  # type: ignore[attr-defined]
 
 
 def native_iterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
@@ -176,6 +216,8 @@ def install() -> None:
         (BaseManager, "anative", _anative_of_manager),
         (QuerySet, "native_iterator", native_iterator),
         (BaseManager, "native_iterator", _iterator_of_manager),
+        (QuerySet, "native_bulk_create", native_bulk_create),
+        (BaseManager, "native_bulk_create", native_bulk_create),
     ):
         setattr(target, name, method)
     _patch_factories(_FACTORIES)

@@ -325,6 +325,11 @@ class Session:
         if self.wrapper is not None and self.wrapper.connection is not None:
             self.wrapper.connection.terminate()
 
+    async def interrupt(self) -> None:
+        """Cancel what runs on the connection; close it if it stays in doubt."""
+        if self.wrapper.connection is not None:
+            await self.wrapper.connection.interrupt()
+
     @property
     def waits_for_server(self) -> bool:
         """Whether a statement is on its way."""

@@ -202,6 +202,9 @@ class TestSession(Session):
         """Close the connection at once; the transaction is lost, as at the test's end."""
         self._native.terminate()
 
+    async def interrupt(self) -> None:
+        await self._native.interrupt()
+
     @property
     def waits_for_server(self) -> bool:
         return self._native.waiting

@@ -337,6 +337,31 @@ async def test_a_kept_connection_and_a_stream_cancelled_at_every_await(
 
 
 @ways
+async def test_copying_cancelled_at_every_await(cancelled: Any, alias: str, watch: Watch) -> None:
+    async def create(name: str) -> None:
+        items = [Item(remote_id=next(ids), name=name) for _ in range(500)]
+        await Item.objects.using(alias).native_bulk_create(items, method="copy")
+
+    class Writer:
+        async def write(self, data: bytes) -> None:
+            await asyncio.sleep(0)
+
+    async def use() -> None:
+        watch.observer.execute("TRUNCATE myapp_item")
+        await create("a")
+        await asyncorm.copy_to(Item.objects.using(alias), Writer())
+        async with asyncorm.atomic(alias):
+            await create("b")
+            await asyncorm.copy_to(Item.objects.using(alias), Writer(), "binary")
+
+    def check() -> None:
+        assert len(watch.rows()) in (0, 500, 1000)
+
+    await at_every_await(cancelled, use, alias, watch, check)
+    await healthy(alias, watch)
+
+
+@ways
 async def test_waiting_for_a_connection_cancelled_at_every_await(
     cancelled: Any, alias: str, watch: Watch
 ) -> None:

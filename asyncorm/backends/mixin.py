@@ -18,6 +18,7 @@ Names of Django (5.2 to 6.1) used beyond the documented backend API, and why:
 - `needs_rollback`, `rollback_exc`, `run_on_commit`, `execute_wrappers`, `queries_log`,
   `force_debug_cursor`: attributes of the wrapper that native code shares otherwise than synchronous
   code does; made properties.
+- `._prepare_cursor`: puts Django's cursor wrapper around one that runs COPY.
 - `_thread_ident`: a loop, and with it its wrappers, may run in another thread later.
 - `isolation_level`: set by `get_new_connection()`, which a wrapper taking over a configured
   connection does not call.
@@ -32,6 +33,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, cached_property
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -455,3 +457,34 @@ class _Stream:
         elif not cursor._closed:
             cursor._closed = True
             session.abandon(cursor._name)
+
+
+class _CopyCursor:
+    """A cursor that runs a COPY where others run a statement."""
+
+    def __init__(self, cursor: Any, transfer: Callable[[Any, str], int]) -> None:
+        self.cursor = cursor
+        self.transfer = transfer
+        self._query: Any = None  # where Django's query log looks
+
+    def execute(self, statement: str) -> int:
+        self._query = SimpleNamespace(query=statement.encode())
+        # Not only around the statement: nothing else may use the connection until COPY has ended.
+        with self.cursor.connection.lock:
+            return self.transfer(self.cursor, statement)
+
+    def close(self) -> None:
+        self.cursor.close()
+
+
+def copy(wrapper: Any, statement: str, transfer: Callable[[Any, str], int]) -> int:
+    """Run a COPY statement as Django runs any: `execute_wrapper`s and the query log see it.
+
+    Args:
+        transfer: called with psycopg's cursor and the statement; returns the number of rows.
+    """
+    wrapper.ensure_connection()
+    with wrapper.wrap_database_errors:
+        cursor = wrapper.create_cursor()
+    with wrapper._prepare_cursor(_CopyCursor(cursor, transfer)) as copying:
+        return copying.execute(statement)  # type: ignore[no-any-return]

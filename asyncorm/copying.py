@@ -1,0 +1,360 @@
+"""COPY, PostgreSQL's bulk transfer: `copy_to()`, and bulk_create() with method="copy"."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import csv
+import inspect
+import io
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
+from functools import partial
+from itertools import groupby, starmap
+from operator import attrgetter, itemgetter
+from time import monotonic
+from types import NoneType
+from typing import Any
+from uuid import UUID
+
+import anyio.to_thread
+import psycopg
+from django.db import NotSupportedError, connections, models, transaction
+from django.db.models import QuerySet
+from django.db.models.expressions import DatabaseDefault
+from django.db.models.manager import BaseManager
+from psycopg.copy import Writer
+
+from . import bridge, driver, sessions
+
+FORMATS = ("csv", "text", "binary")
+_PIECE = 64 * 1024  # bytes sent or written at a time
+_TURN = 0.005  # seconds of work without input or output before other tasks get a turn
+
+
+# To a file
+
+
+async def copy_to(
+    queryset: Any, destination: Any, format: str = "csv", *, header: bool = False
+) -> int:
+    """Write what a queryset selects to a file, by COPY (query) TO STDOUT; return how many rows.
+
+    The rows are those of the queryset: its model's fields and annotations, or what `values()` and
+    `values_list()` name. They are written as PostgreSQL writes values (see "COPY" in its
+    documentation), not as Python does: timestamps in the connection's time zone, which is UTC
+    under USE_TZ, booleans as t and f, NULL as nothing (csv) or a backslash and N (text), arrays as
+    {1,2}, JSON as its text. `from_db_value()` of fields is not called; `prefetch_related()` and
+    `select_related()` have no effect.
+
+    The rows are never in memory as a whole. The statement takes the connection until all is written
+    (inside `atomic()` the block's): a writer must not use the same block.
+
+    Args:
+        queryset: a QuerySet or a manager.
+        destination: a path; or an object with a `write()` method, which may be a coroutine function
+            (asyncio.StreamWriter is drained). It gets bytes, or text if it has an `encoding`, as
+            files opened for text have. A path is written in a thread, and is there only when the
+            whole is.
+        format: "csv", "text" or "binary".
+        header: begin with a line of names (not with "binary").
+
+    Raises:
+        TypeError: not a queryset, or not a destination.
+        ValueError: an unknown format, or a header in a binary file.
+        django.db.NotSupportedError: the alias has another engine.
+        django.db.Error: what the server refuses.
+    """
+    if isinstance(queryset, BaseManager):
+        queryset = queryset.all()
+    if not isinstance(queryset, QuerySet):
+        raise TypeError(f"copy_to() takes a QuerySet or a manager, not {type(queryset).__name__}.")
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
+    if header and format == "binary":
+        raise ValueError("The binary format has no header.")
+    binary = format == "binary"
+    if isinstance(destination, str | os.PathLike):
+        return await _to_path(queryset, os.fspath(destination), format, header)
+    if not callable(getattr(destination, "write", None)):
+        raise TypeError(
+            f"destination must be a path or have a write() method; {destination!r} has none."
+        )
+    if binary and _takes_text(destination):
+        raise TypeError("The binary format cannot be written to a text file.")
+    return await bridge.run(_copy_to, queryset, _writer(destination), format, header)
+
+
+def _takes_text(destination: Any) -> bool:
+    return isinstance(destination, io.TextIOBase) or hasattr(destination, "encoding")
+
+
+def _writer(destination: Any) -> Callable[[bytes], Any]:
+    """A function that writes bytes to the destination and may return an awaitable."""
+    if not _takes_text(destination):
+        write, drain = destination.write, getattr(destination, "drain", None)
+        return write if drain is None else lambda data: (write(data), drain())[1]
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    return lambda data: destination.write(decoder.decode(data))
+
+
+async def _to_path(queryset: Any, path: str, format: str, header: bool) -> int:
+    """Write beside the path and rename: a file there is whole, or the one from before."""
+    file, path = await anyio.to_thread.run_sync(_open, path)
+    try:
+        with file:
+            rows = await bridge.run(_copy_to, queryset, _threaded(file), format, header)
+        if file.name != path:
+            os.replace(file.name, path)
+    except BaseException:
+        if file.name != path:
+            os.unlink(file.name)
+        raise
+    return rows
+
+
+def _open(path: str) -> tuple[Any, str]:
+    path = os.path.realpath(path)
+    exists = os.path.exists(path)
+    if exists and not os.path.isfile(path):  # a pipe or a device
+        return open(path, "wb"), path
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    file = open(part, "xb")  # noqa: SIM115
+    if exists:
+        shutil.copymode(path, part)
+    return file, path
+
+
+def _threaded(file: Any) -> Callable[[bytes], Any]:
+    return lambda data: anyio.to_thread.run_sync(file.write, data)
+
+
+def _copy_to(queryset: Any, write: Callable[[bytes], Any], format: str, header: bool) -> int:
+    session = sessions.require(queryset.db)
+    query, names = _compile(queryset, session.wrapper)
+    options = [f"FORMAT {format}", *(["ENCODING 'UTF8'"] if format != "binary" else [])]
+    statement = f"COPY ({query}) TO STDOUT WITH ({', '.join(options)})"
+
+    def transfer(cursor: Any, statement: str) -> int:
+        conn = cursor.connection
+        conn.wait(driver.copy_out(cursor, statement))
+        rows = None
+        try:
+            if header:
+                _written(write(_header(names, format)))
+            while rows is None:
+                data, rows = conn.wait(driver.copy_read(cursor, _PIECE))
+                if data:
+                    _written(write(bytes(data)))
+        except BaseException:
+            if rows is None and not conn.closed:
+                runner = bridge.current()
+                assert runner is not None
+                with bridge.shield(runner):
+                    bridge.wait_for(runner, session.interrupt())
+            raise
+        return int(rows)
+
+    return _copy(session.wrapper, statement, transfer)
+
+
+def _written(result: Any) -> None:
+    if inspect.isawaitable(result):
+        bridge.await_(result)
+
+
+def _compile(queryset: Any, wrapper: Any) -> tuple[str, list[str]]:
+    """The queryset's SQL, its parameters bound, and the names of its columns."""
+    query = queryset.query.clone()
+    query.select_related = False
+    compiler = query.get_compiler(connection=wrapper, elide_empty=False)
+    sql, params = compiler.as_sql()
+    if queryset._fields is None:
+        fields = set(compiler.klass_info["select_fields"])
+        names = [
+            column.target.attname if number in fields else alias
+            for number, (column, _, alias) in enumerate(compiler.select)
+        ]
+    else:
+        names = list(
+            getattr(query, "selected", None)
+            or [*query.extra_select, *query.values_select, *query.annotation_select]
+        )
+    return wrapper.ops.compose_sql(sql, params), names
+
+
+def _header(names: list[str], format: str) -> bytes:
+    if format == "text":
+        return "\t".join(names).encode() + b"\n"
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(names)
+    return line.getvalue().encode()
+
+
+def _copy(wrapper: Any, statement: str, transfer: Callable[[Any, str], int]) -> int:
+    from .backends import mixin  # needs settings
+
+    return mixin.copy(wrapper, statement, transfer)
+
+
+# From objects
+
+
+def bulk_create(queryset: Any, objs: Any, batch_size: int | None) -> list[Any]:
+    """Django's bulk_create() with COPY in place of INSERT."""
+    if isinstance(queryset, BaseManager):
+        if not hasattr(getattr(queryset, "bulk_create"), "__wrapped__"):  # noqa: B009
+            raise NotSupportedError(
+                f"{type(queryset).__name__} overrides bulk_create(): method='copy' would pass it "
+                "by. Call it on a queryset, for instance on all()."
+            )
+        queryset = queryset.get_queryset()
+    queryset = queryset._chain()
+    queryset._batched_insert = partial(_insert, queryset)
+    return queryset.bulk_create(objs, batch_size)  # type: ignore[no-any-return]
+
+
+def _insert(
+    queryset: Any, objs: list[Any], fields: list[Any], batch_size: int | None, **options: Any
+) -> list[tuple[()]]:
+    """In place of QuerySet._batched_insert(); for each object it returns no columns."""
+    for field in fields:
+        _check_field(field)
+    wrapper = connections[queryset.db]
+    quote = wrapper.ops.quote_name
+    table = quote(queryset.model._meta.db_table)
+    size = batch_size or len(objs)
+    with transaction.atomic(queryset.db, savepoint=False):
+        for start in range(0, len(objs), size):
+            for columns, run, data in _encoded(wrapper, objs[start : start + size], fields):
+                if columns:
+                    names = ", ".join(quote(field.column) for field in columns)
+                    statement = f"COPY {table} ({names}) FROM STDIN"
+                    _copy(wrapper, statement, partial(_transfer, data))
+                else:  # COPY needs a column
+                    QuerySet._batched_insert(  # type: ignore[attr-defined]
+                        queryset, run, fields, batch_size, **options
+                    )
+    return [()] * len(objs)
+
+
+def _transfer(data: list[bytes], cursor: Any, statement: str) -> int:
+    return int(cursor.connection.wait(driver.copy_in(cursor, statement, data)))
+
+
+def _check_field(field: Any) -> None:
+    """Refuse a field that is inserted as more than a value, with perhaps a cast to its type."""
+    for name in ("get_placeholder", "get_placeholder_sql"):  # before Django 6.1, since
+        method = getattr(field, name, None)
+        if method is not None and not method.__module__.startswith(
+            ("django.db.models.", "django.contrib.postgres.")
+        ):
+            raise NotSupportedError(
+                f"bulk_create(method='copy') cannot write {field}: {type(field).__name__} puts its "
+                "value into an SQL expression. Use method='insert'."
+            )
+
+
+# What get_db_prep_save() of exactly these classes leaves as it is, as far as the text for COPY
+# goes: to call it for each value takes longer than all the rest.
+_INTEGERS: set[type] = {int, NoneType}
+_AS_IS: dict[type, set[type]] = {
+    models.CharField: {str, NoneType},
+    models.TextField: {str, NoneType},
+    models.SlugField: {str, NoneType},
+    models.EmailField: {str, NoneType},
+    models.URLField: {str, NoneType},
+    models.BinaryField: {NoneType},
+    models.BooleanField: {bool, NoneType},
+    models.FloatField: {float, NoneType},
+    models.DecimalField: {Decimal, NoneType},
+    models.DateField: {date, NoneType},
+    models.DateTimeField: {NoneType},
+    models.DurationField: {timedelta, NoneType},
+    models.JSONField: {NoneType},
+    models.TimeField: {time, NoneType},
+    models.UUIDField: {UUID, NoneType},
+    models.IntegerField: _INTEGERS,
+    models.BigIntegerField: _INTEGERS,
+    models.SmallIntegerField: _INTEGERS,
+    models.PositiveIntegerField: _INTEGERS,
+    models.PositiveBigIntegerField: _INTEGERS,
+    models.PositiveSmallIntegerField: _INTEGERS,
+    models.AutoField: _INTEGERS,
+    models.BigAutoField: _INTEGERS,
+}
+
+
+def _as_is(field: Any) -> set[type]:
+    if type(field) in (models.ForeignKey, models.OneToOneField):
+        field = field.target_field
+    return _AS_IS.get(type(field), set())
+
+
+def _getter(field: Any) -> Callable[[Any], Any]:
+    if type(field).pre_save is models.Field.pre_save:
+        return attrgetter(field.attname)
+    return lambda obj: field.pre_save(obj, True)
+
+
+def _encoded(
+    wrapper: Any, objs: list[Any], fields: list[Any]
+) -> Iterator[tuple[list[Any], list[Any], list[bytes]]]:
+    """For each run of objects with the same columns: the columns, the objects, their data."""
+    steps = [(_getter(f), _as_is(f), f.get_db_prep_save, f) for f in fields]
+    began = monotonic()
+
+    def values(number: int, obj: Any) -> tuple[list[Any], Any, list[Any]]:
+        nonlocal began
+        if not number % 50 and monotonic() - began > _TURN:
+            _pause()
+            began = monotonic()
+        row = []
+        columns = fields
+        for get, as_is, prepare, field in steps:
+            value = get(obj)
+            if type(value) not in as_is:
+                if not hasattr(value, "resolve_expression") or isinstance(value, models.Value):
+                    value = prepare(value, connection=wrapper)
+                if hasattr(value, "resolve_expression"):
+                    if not isinstance(value, DatabaseDefault):
+                        raise NotSupportedError(
+                            f"bulk_create(method='copy') takes values only: {field} of an object "
+                            f"is the expression {value!r}. Use method='insert'."
+                        )
+                    columns = [column for column in columns if column is not field]
+                    continue
+            row.append(value)
+        return columns, obj, row
+
+    for columns, rows in groupby(starmap(values, enumerate(objs)), itemgetter(0)):
+        pieces = _Pieces()
+        run = []
+        with wrapper.wrap_database_errors, wrapper.create_cursor() as cursor:
+            copy = psycopg.Copy(cursor, binary=False, writer=pieces)
+            for _, obj, row in rows:
+                copy.write_row(row)
+                run.append(obj)
+            copy.finish(None)
+        yield columns, run, pieces.pieces
+
+
+def _pause() -> None:
+    runner = bridge.current()
+    assert runner is not None
+    bridge.wait_for(runner, asyncio.sleep(0))
+
+
+class _Pieces(Writer):
+    """Collects the formatted rows."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data)
+        self.pieces += (bytes(view[n : n + _PIECE]) for n in range(0, len(view), _PIECE))
