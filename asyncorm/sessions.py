@@ -146,6 +146,14 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
     return None
 
 
+def in_block() -> bool:
+    """Whether the current task is in a transaction block of any alias."""
+    if not _entered and _scope.get() is None:
+        return False
+    scopes = (find_scope(alias, outlived=False) for alias in connections.settings)
+    return any(scope is not None and scope.block is not None for scope in scopes)
+
+
 class Block:
     """A transaction or a savepoint: a node in the tree of blocks of a session.
 

@@ -35,6 +35,7 @@ MODULES = {
     "django.contrib.contenttypes.fields": "django.contrib.contenttypes",
     "django.contrib.sessions.backends.db": "django.contrib.sessions",
     "django.contrib.auth.backends": "django.contrib.auth",
+    "django.dispatch.dispatcher": None,
 }
 # Modules whose classes are bases of other people's: only Django's own classes are swapped.
 _BASES = ("django.contrib.auth.backends",)
@@ -77,6 +78,17 @@ def _dispatch_own(func: Callable[..., Any], **options: Any) -> Any:
     """As `dispatch`, but the methods of other people's subclasses stay in threads."""
     own = _djangos(getattr(func, "__self__", None))
     return (dispatch if own else sync_to_async)(func, **options)
+
+
+def _dispatch_receivers(func: Callable[..., Any], **options: Any) -> Any:
+    """Signal.asend(): synchronous receivers stay in a thread, except in a transaction block.
+
+    A thread could not take part in the transaction (update_last_login() after alogin()). They run
+    natively then, as receivers of a native save() do.
+    """
+    if active() and sessions.in_block():
+        return lambda *args: bridge.run(func, *args)
+    return sync_to_async(func, **options)
 
 
 def is_native(
@@ -142,6 +154,8 @@ _django_aiterator: Any = None
 
 
 def _replacement(module: str) -> Callable[..., Any]:
+    if module == "django.dispatch.dispatcher":
+        return _dispatch_receivers
     return _dispatch_own if module in _BASES else dispatch
 
 

@@ -4,5 +4,7 @@ import os
 
 from django.core.asgi import get_asgi_application
 
+from asyncorm.asgi import lifespan
+
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "bookshop.settings")
-application = get_asgi_application()
+application = lifespan(get_asgi_application(), wait=float(os.environ.get("EXAMPLE_WAIT", "0")))

@@ -11,7 +11,9 @@ POSTGRESQL = SERVER | {
     "ATOMIC_REQUESTS": os.environ.get("EXAMPLE_ATOMIC_REQUESTS") == "1",
     "OPTIONS": SERVER["OPTIONS"] | {"pool": {"min_size": 2, "max_size": 8}},
 }
-DATABASES = {"default": POSTGRESQL, "other": POSTGRESQL | {"NAME": SERVER["NAME"] + "_other"}}
+DATABASES = {"default": POSTGRESQL}
+if "EXAMPLE_LIVE" not in os.environ:
+    DATABASES["other"] = POSTGRESQL | {"NAME": SERVER["NAME"] + "_other"}
 ASYNCORM = {"SWAP_MANAGERS": True}
 
 INSTALLED_APPS = [
@@ -31,6 +33,8 @@ MIDDLEWARE = [
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
 ]
+if POSTGRESQL["ATOMIC_REQUESTS"]:
+    MIDDLEWARE.append("asyncorm.asgi.AtomicRequestsMiddleware")
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",

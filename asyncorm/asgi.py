@@ -1,0 +1,299 @@
+"""ASGI: pools opened and closed with the server, ATOMIC_REQUESTS for asynchronous views."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
+from time import monotonic
+from typing import Any, TypeVar
+
+from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
+from django.db import OperationalError, connections
+from psycopg_pool import PoolTimeout
+
+from . import bridge, pools, sessions, transactions
+
+F = TypeVar("F", bound=Callable[..., Any])
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+
+logger = logging.getLogger("asyncorm")
+
+_AGAIN = 0.5  # seconds between attempts to reach the server at start-up
+_FILL_TIMEOUT = 10.0  # seconds for the connections after the first
+
+
+def lifespan(
+    app: Application,
+    *,
+    using: Iterable[str] | None = None,
+    wait: float = 0.0,
+    drain: float = 10.0,
+) -> Application:
+    """Wrap an ASGI application: pools open when the server starts and close when it stops.
+
+        application = lifespan(get_asgi_application())
+
+    At start-up each pool gets its `min_size` connections (at least one). If the database cannot be
+    reached the server does not start, and says why. At shut-down requests and other work in
+    progress are waited for, then the pools are closed. Answers the `lifespan` scope itself (Django
+    refuses it) and passes everything else on; on a server without lifespan, such as daphne, pools
+    open on first use.
+
+    Args:
+        app: Django's application, or one around it.
+        using: database aliases; by default all whose ENGINE is native.
+        wait: seconds to go on trying at start-up, for a database that starts at the same time.
+        drain: seconds to wait at shut-down for connections that are in use.
+    """
+    running = 0
+
+    async def application(scope: Any, receive: Receive, send: Send) -> None:
+        nonlocal running
+        if scope["type"] != "lifespan":
+            running += 1
+            try:
+                await app(scope, receive, send)
+            finally:
+                running -= 1
+            return
+        await receive()
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(
+                    open_pools(using, wait=wait, drain=drain, until=lambda: not running)
+                )
+            except Exception as exc:
+                await send({"type": "lifespan.startup.failed", "message": str(exc)})
+                return
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    return application
+
+
+@asynccontextmanager
+async def open_pools(
+    using: Iterable[str] | None = None,
+    *,
+    wait: float = 0.0,
+    drain: float = 10.0,
+    until: Callable[[], bool] = lambda: True,
+) -> AsyncIterator[None]:
+    """What `lifespan()` does, for an application that has a lifespan of its own.
+
+    Args:
+        using, wait, drain: as for `lifespan()`.
+        until: drained only when this returns True, too.
+
+    Raises:
+        django.db.OperationalError: the database cannot be reached, or not by `min_size`
+            connections.
+        django.db.NotSupportedError: an alias of `using` has another engine.
+    """
+    aliases = [*connections.settings] if using is None else list(using)
+    try:
+        for alias in aliases:
+            if sessions.native_class(alias) is not None:
+                await _open(alias, monotonic() + wait)
+            elif using is not None:
+                raise sessions.refuse_foreign(alias)
+        yield
+    finally:
+        await _drain(aliases, until, monotonic() + drain)
+        for alias in aliases:
+            await pools.close_pools(alias)
+
+
+async def _open(alias: str, deadline: float) -> None:
+    while True:
+        try:
+            await bridge.run(lambda: connections[alias].ensure_connection())
+            break
+        except OperationalError as exc:
+            left = deadline - monotonic()
+            if left <= 0:
+                raise
+            logger.warning("Waiting for database %r (%.0f s left): %s", alias, left, exc)
+            await asyncio.sleep(min(_AGAIN, left))
+    pool = pools.find(alias)
+    if pool is None or pool.connections is None:  # in a test's transaction
+        return
+    pool.connections.fill(pool.options["min_size"])
+    try:
+        await pool.connections.wait(max(_FILL_TIMEOUT, deadline - monotonic()))
+    except PoolTimeout as exc:
+        raise OperationalError(
+            f"Database {alias!r} gave {len(pool.connections.live)} of the "
+            f"{pool.options['min_size']} connections that OPTIONS['pool']['min_size'] asks for: "
+            f"{pool.connections.connect_error or exc}"
+        ) from exc
+
+
+async def _drain(aliases: list[str], until: Callable[[], bool], deadline: float) -> None:
+    def busy() -> int:
+        stats = [pools.pool_stats(alias) for alias in aliases]
+        return sum(s["pool_size"] - s["pool_available"] for s in stats if s)
+
+    while busy() or not until():
+        if monotonic() >= deadline:
+            logger.warning("Closing the pools with %d connections in use.", busy())
+            return
+        await asyncio.sleep(0.02)
+
+
+# ATOMIC_REQUESTS
+
+# Whether AtomicRequestsMiddleware takes care of the request of this context.
+_by_middleware: ContextVar[bool] = ContextVar("asyncorm_by_middleware", default=False)
+
+
+class _Ours(set[str]):
+    """A view's `_non_atomic_requests`, where Django looks before it refuses a coroutine.
+
+    It seems to hold every alias that we make the transaction of; its items are those that the
+    project excluded with django.db.transaction.non_atomic_requests().
+    """
+
+    decorated = False
+
+    def __contains__(self, alias: object) -> bool:
+        if self.excludes(alias):
+            return True
+        ours = self.decorated or _by_middleware.get()
+        return ours and sessions.native_class(str(alias)) is not None
+
+    def excludes(self, alias: object) -> bool:
+        return super().__contains__(alias)
+
+
+def _aliases(ours: _Ours) -> list[str]:
+    return [
+        alias
+        for alias, settings in connections.settings.items()
+        if settings["ATOMIC_REQUESTS"]
+        and not ours.excludes(alias)
+        and sessions.native_class(alias) is not None
+    ]
+
+
+async def _enter(stack: AsyncExitStack, ours: _Ours) -> None:
+    for alias in _aliases(ours):
+        await stack.enter_async_context(transactions.atomic(using=alias))
+
+
+def atomic_requests(view: F) -> F:
+    """Give an asynchronous view what the ATOMIC_REQUESTS setting gives a synchronous one.
+
+    A transaction on each alias that has ATOMIC_REQUESTS, for the view, not for middleware and not
+    for the rendering of a streaming or template response. An exception of the view rolls back.
+    django.db.transaction.non_atomic_requests() is honoured, above and below this decorator.
+
+    Raises:
+        TypeError: the view is synchronous.
+        RuntimeError (when called, by Django): an alias with ATOMIC_REQUESTS has another engine.
+    """
+    if not iscoroutinefunction(view):
+        raise TypeError(
+            f"atomic_requests decorates asynchronous views, not {view!r}; Django makes "
+            "synchronous ones atomic itself."
+        )
+
+    @functools.wraps(view)
+    async def inner(*args: Any, **kwargs: Any) -> Any:
+        async with AsyncExitStack() as stack:
+            await _enter(stack, ours)
+            return await view(*args, **kwargs)
+
+    ours = _Ours(getattr(view, "_non_atomic_requests", ()))
+    ours.decorated = True
+    inner._non_atomic_requests = ours  # type: ignore[attr-defined]
+    return inner  # type: ignore[return-value]
+
+
+class AtomicRequestsMiddleware:
+    """ATOMIC_REQUESTS for every asynchronous view, as `atomic_requests` on each would give it.
+
+    Put it last in MIDDLEWARE: the transaction begins when the ones before have let the request
+    pass.
+    """
+
+    sync_capable = True
+    async_capable = True
+
+    def __init__(self, get_response: Callable[[Any], Any]) -> None:
+        self.get_response = get_response
+        self.asynchronous = iscoroutinefunction(get_response)
+        if self.asynchronous:
+            markcoroutinefunction(self)
+            # Django decides by the method's kind where it runs.
+            self.process_view: Any = self._begin
+            self.process_exception = self._roll_back
+            self.process_template_response = self._commit
+        else:
+            self.process_view = self._run
+
+    def __call__(self, request: Any) -> Any:
+        return self._call(request) if self.asynchronous else self.get_response(request)
+
+    async def _call(self, request: Any) -> Any:
+        try:
+            response = await self.get_response(request)
+        except BaseException as exc:  # the request was cancelled
+            await self._leave(request, exc)
+            raise
+        finally:
+            _by_middleware.set(False)
+        await self._leave(request, None)
+        return response
+
+    async def _begin(self, request: Any, view: Any, args: Any, kwargs: Any) -> None:
+        ours = self._mark(view)
+        if ours is None:
+            return
+        _by_middleware.set(True)
+        stack = AsyncExitStack()
+        request._asyncorm_transactions = stack
+        await _enter(stack, ours)
+
+    async def _roll_back(self, request: Any, exception: Exception) -> None:
+        await self._leave(request, exception)
+
+    async def _commit(self, request: Any, response: Any) -> Any:
+        await self._leave(request, None)
+        return response
+
+    @staticmethod
+    async def _leave(request: Any, exc: BaseException | None) -> None:
+        stack = request.__dict__.pop("_asyncorm_transactions", None)
+        if stack is not None:
+            await stack.__aexit__(type(exc) if exc else None, exc, exc and exc.__traceback__)
+
+    def _run(self, request: Any, view: Any, args: Any, kwargs: Any) -> Any:
+        # Django's synchronous handler (WSGI, the test client) runs each coroutine on a loop of its
+        # own: the transaction must be begun on the view's.
+        ours = self._mark(view)
+        if ours is None or not _aliases(ours):
+            return None
+        return async_to_sync(atomic_requests(view))(request, *args, **kwargs)
+
+    @staticmethod
+    def _mark(view: Any) -> _Ours | None:
+        """What the project excluded; None for a view that is not ours to make atomic."""
+        if not iscoroutinefunction(view):
+            return None
+        ours = getattr(view, "_non_atomic_requests", ())
+        if not isinstance(ours, _Ours):
+            ours = _Ours(ours)
+            try:
+                getattr(view, "__func__", view)._non_atomic_requests = ours
+            except AttributeError:
+                return None  # Django refuses it
+        return None if ours.decorated else ours
