@@ -11,10 +11,10 @@ LOWEST := .venv-lowest
 BENCH ?= .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest soak chaos lint format bench bench-profile compat compat-fast compat-matrix docs build clean FORCE
+.PHONY: help install demo test test-lowest soak chaos lint format bench bench-profile compat compat-fast compat-redirected compat-apps compat-matrix docs build clean FORCE
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
 	@echo; sed -n 's/^#   //p' Makefile
 
 install: $(VENV)/.installed  ## put the package, the demo's and the developers' tools into .venv
@@ -50,13 +50,22 @@ bench: $(BENCH)/.installed  ## measure beside bare drivers and other ORMs (ARGS=
 bench-profile: $(BENCH)/.installed  ## show where the microseconds of a native get go
 	$(BENCH)/bin/python -m compat.bench --profile
 
+COMPAT = $(VENV)/bin/python -m compat.environment $(if $(DJANGO),--django $(DJANGO))
+KEEP = $(if $(APPS),,--results)
+
 compat: $(VENV)/.installed  ## run Django's own test suite natively (DJANGO=5.2|6.0|6.1 APPS="queries ...")
-	$(VENV)/bin/python -m compat.environment $(if $(DJANGO),--django $(DJANGO)) $(if $(APPS),,--results) $(APPS)
+	$(COMPAT) $(KEEP) $(APPS)
 
 compat-fast: $(VENV)/.installed  ## run the part of Django's test suite that is about the ORM
-	$(VENV)/bin/python -m compat.environment $(if $(DJANGO),--django $(DJANGO)) --fast
+	$(COMPAT) --fast
 
-compat-matrix: $(VENV)/.installed  ## run it for each Django on its oldest and newest Python here
+compat-redirected: $(VENV)/.installed  ## run that part with synchronous calls sent through their a* twins
+	$(COMPAT) --fast --redirect $(KEEP) $(APPS)
+
+compat-apps: $(VENV)/.installed  ## run the test suites of other people's apps (APPS="django-filter ...")
+	$(COMPAT) --suite apps $(KEEP) $(APPS)
+
+compat-matrix: $(VENV)/.installed  ## run all that for each Django on its oldest and newest Python here
 	$(VENV)/bin/python -m compat.matrix
 
 docs:  ## where the documentation is

@@ -51,7 +51,9 @@ def _twin(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     twin.__module__ = __name__
     twin.__doc__ = f"Like `{plain}()`, run natively (see Django's documentation of `{name}()`)."
     twin.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
-    twin.alters_data = getattr(method, "alters_data", False)  # type: ignore[attr-defined]
+    for mark in ("alters_data", "queryset_only"):  # for templates; for Manager.from_queryset()
+        if hasattr(method, mark):
+            setattr(twin, mark, getattr(method, mark))
     return twin
 
 

@@ -1,6 +1,6 @@
-"""Runs compat.run in an environment of its own with the Django series asked for.
+"""Runs compat.run, or compat.apps, in an environment of its own with the Django series asked for.
 
-python -m compat.environment [--django 6.0] [what compat.run takes]
+python -m compat.environment [--django 6.0] [--suite apps] [what compat.run or compat.apps takes]
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 
 
-def environment(series: str, python: str = sys.executable) -> Path:
-    """The interpreter of a virtual environment with asyncorm, a Django and what its tests use.
+def environment(series: str, python: str = sys.executable, suite: str = "run") -> Path:
+    """The interpreter of a virtual environment with asyncorm, a Django and what the tests use.
+
+    Args:
+        series: of Django.
+        python: the interpreter that it is made with.
+        suite: "run" for Django's tests, "apps" for those of other people's apps.
 
     Made when it is not there yet or what it is made from has changed.
     """
@@ -29,8 +34,9 @@ def environment(series: str, python: str = sys.executable) -> Path:
         text=True,
         check=True,
     ).stdout.strip()
-    folder = CACHE / "venvs" / f"python-{version}-django-{series}"
-    requirements = HERE / "requirements.txt"
+    suffix = "" if suite == "run" else f"-{suite}"
+    folder = CACHE / "venvs" / f"python-{version}-django-{series}{suffix}"
+    requirements = HERE / f"requirements{suffix}.txt"
     made_from = (ROOT / "pyproject.toml").read_bytes() + requirements.read_bytes()
     stamp = folder / ".installed"
     digest = hashlib.sha256(made_from).hexdigest()
@@ -56,14 +62,16 @@ def installed_series() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--django", choices=("5.2", "6.0", "6.1"))
+    parser.add_argument("--suite", choices=("run", "apps"), default="run")
     options, rest = parser.parse_known_args()
+    series = options.django or installed_series()
     try:
-        interpreter = environment(options.django or installed_series())
+        interpreter = environment(series, suite=options.suite)
     except subprocess.CalledProcessError as exc:
         print(f"The environment cannot be made: {exc}", file=sys.stderr)
         return 2
     os.chdir(ROOT)
-    os.execv(interpreter, [str(interpreter), "-m", "compat.run", *rest])
+    os.execv(interpreter, [str(interpreter), "-m", f"compat.{options.suite}", *rest])
 
 
 if __name__ == "__main__":

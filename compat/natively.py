@@ -12,6 +12,7 @@ from typing import Any
 import django
 import psycopg
 from asgiref.sync import SyncToAsync
+from django.conf import settings
 from django.db import connections
 
 from asyncorm import bridge, driver
@@ -22,7 +23,7 @@ _counting = False  # not while the test databases are made, synchronously
 def run(func: Callable[[], Any]) -> Any:
     """Run synchronous code, the tests, in a running event loop."""
 
-    for connection in connections.all():
+    for connection in connections.all() if settings.configured else ():
         if hasattr(connection, "_test_serialized_contents"):
             _contents[connection.alias] = connection._test_serialized_contents
 
@@ -68,8 +69,13 @@ def install(record: Any, tests: str) -> None:
 
     async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Django's suite runs its async tests under async_to_sync, which brings sync_to_async back
-        # to the test's own thread and connection. Natively that is an inline native call.
-        if self._thread_sensitive and threading.get_ident() == loop_thread:
+        # to the test's own thread and connection. Natively that is an inline native call. In a
+        # ThreadSensitiveContext (ASGIHandler opens one) it has a thread of its own on either side.
+        if (
+            self._thread_sensitive
+            and threading.get_ident() == loop_thread
+            and self.thread_sensitive_context.get(None) is None
+        ):
             return await bridge.run(self.func, *args, **kwargs)
         return await in_thread(self, *args, **kwargs)
 
@@ -87,11 +93,12 @@ def install(record: Any, tests: str) -> None:
 def _mark_threads(tests: str) -> None:
     """Tell the threads that a test starts itself from others: those may use the database."""
     start = threading.Thread.start
-    # Django's live servers are threads that a test asks for as well.
+    # Django's live servers, and their threads for each request, are asked for by a test as well.
     asking = (tests, str(Path(django.__file__).parent / "test"))
 
     def marking(self: threading.Thread) -> None:
-        if sys._getframe(1).f_code.co_filename.startswith(asking):
+        asked = getattr(threading.current_thread(), "asked_by_test", False)
+        if asked or sys._getframe(1).f_code.co_filename.startswith(asking):
             self.asked_by_test = True  # type: ignore[attr-defined]
         start(self)
 

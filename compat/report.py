@@ -11,15 +11,19 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from .suite import CACHE
+
 HERE = Path(__file__).resolve().parent
 KNOWN = HERE / "known_differences.toml"
 RESULTS = HERE / "results"
 FINE = ("passed", "expected failure")
 BAD = ("failed", "error", "unexpected success")
+NAMES = {"native": "django", "async": "django-redirected", "apps": "apps-django"}
+COUNTS = ("run", "passed", "failed", "skipped", "differing", "native")
 
 
 def known_differences(series: str, way: str) -> dict[str, str]:
-    """Reason by test, for one Django series and way of running ("native" or "async").
+    """Reason by test, for one Django series and way of running ("native", "async" or "apps").
 
     Raises:
         ValueError: an entry is incomplete.
@@ -44,8 +48,11 @@ class Outcome:
     Attributes:
         differences: test: (outcome on the baseline, outcome natively, what it said).
         unlisted, stale: differences that are not listed; listed tests that pass natively.
+        unsteady: differences of tests whose outcome depends on how busy the machine is.
         not_native: test: statements that went through a synchronous connection or elsewhere,
             other than in threads that the test started itself.
+        versions: of other people's apps.
+        reruns: what was run again after the whole run.
     """
 
     def __init__(
@@ -54,16 +61,24 @@ class Outcome:
         native: dict[str, Any],
         broken: list[str],
         way: str,
+        began: dict[str, str],
     ) -> None:
         import django
 
         self.baseline, self.native, self.broken = baseline, native, broken
-        self.name = "django" if way == "native" else "django-redirected"
-        self.version = self.django = django.__version__
-        self.series = ".".join(self.django.split(".")[:2])
+        self.way, self.began = way, began
+        self.version = django.__version__
+        self.series = ".".join(self.version.split(".")[:2])
+        self.versions: dict[str, str] = {}
+        self.reruns: list[dict[str, Any]] = []
+        self._judge()
+
+    def _judge(self) -> None:
+        found = self._compare()
         shaky = unsteady()
-        self.differences = {t: d for t, d in self._compare().items() if t not in shaky}
-        known = known_differences(self.series, way)
+        self.unsteady = {test: what for test, what in found.items() if test in shaky}
+        self.differences = {test: what for test, what in found.items() if test not in shaky}
+        known = known_differences(self.series, self.way)
         self.known = {test: known[test] for test in self.differences if test in known}
         self.unlisted = {t: d for t, d in self.differences.items() if t not in known}
         self.stale = sorted(
@@ -74,6 +89,17 @@ class Outcome:
             for test, entry in self.native.items()
             if entry.get("sync") or entry.get("elsewhere")
         }
+
+    def merge(self, apps: set[str]) -> None:
+        """Put this run of some apps in the place of theirs in the last whole run."""
+        before = json.loads(whole_run(self.way).read_text())
+        self.reruns = [*before["reruns"], {**self.began, "apps": sorted(apps)}]
+        self.began = before["began"]
+        for name in ("baseline", "native"):
+            old = {t: entry for t, entry in before[name].items() if app_of(t) not in apps}
+            setattr(self, name, {**old, **getattr(self, name)})
+        self.broken += before["broken"]
+        self._judge()
 
     def _compare(self) -> dict[str, tuple[str, str, str]]:
         found = {}
@@ -107,20 +133,20 @@ class Outcome:
         """Counts of the native run by app."""
         apps: dict[str, dict[str, int]] = {}
         for test, entry in self.native.items():
-            app = _app(test)
+            app = app_of(test)
             if app is None:
                 continue
-            row = apps.setdefault(
-                app, {"run": 0, "passed": 0, "failed": 0, "skipped": 0, "differing": 0, "native": 0}
-            )
+            row = apps.setdefault(app, dict.fromkeys((*COUNTS, "failed on both"), 0))
             row["native"] += entry.get("native", 0)
             if "seconds" in entry:
                 outcome = entry["outcome"]
                 row["run"] += 1
                 kind = "passed" if outcome in FINE else "failed" if outcome in BAD else "skipped"
                 row[kind] += 1
+                if outcome in BAD and test not in self.differences and test not in self.unsteady:
+                    row["failed on both"] += 1
         for test in self.differences:
-            if (app := _app(test)) in apps:
+            if (app := app_of(test)) in apps:
                 apps[app]["differing"] += 1  # type: ignore[index]
         return dict(sorted(apps.items()))
 
@@ -140,16 +166,11 @@ class Outcome:
         lines = [f"{header[0]:32}" + "".join(f"{name:>11}" for name in header[1:])]
         rows = [*self.table().items(), ("all", self.totals())]
         lines += [
-            f"{app:32}"
-            + "".join(
-                f"{row.get(key, 0):>11}"
-                for key in ("run", "passed", "failed", "skipped", "differing", "native")
-            )
-            for app, row in rows
+            f"{app:32}" + "".join(f"{row.get(key, 0):>11}" for key in COUNTS) for app, row in rows
         ]
         totals = self.totals()
         lines.append(
-            f"\n{self.name} {self.version}, Python {platform.python_version()}: "
+            f"\n{NAMES[self.way]} {self.version}, Python {_python()}: "
             f"{totals.get('run', 0)} tests natively, {totals.get('native', 0)} native statements, "
             f"{totals['elsewhere']} on other connections, {totals['threads']} in threads that "
             f"tests start themselves; {len(self.known)} known differences; {seconds:.0f} s"
@@ -175,12 +196,13 @@ class Outcome:
             server = done.stdout.strip()
         baseline = [entry["outcome"] for entry in self.baseline.values() if "seconds" in entry]
         return {
-            "suite": self.name,
+            "suite": NAMES[self.way],
             "version": self.version,
-            "django": self.django,
-            "python": platform.python_version(),
+            "versions": self.versions,
+            "python": _python(),
             "server": server,
-            "date": time.strftime("%Y-%m-%d"),
+            **self.began,
+            "reruns": self.reruns,
             "seconds": round(seconds),
             "good": self.good,
             "totals": self.totals(),
@@ -193,27 +215,54 @@ class Outcome:
             "apps": self.table(),
             "known differences": self.known,
             "unlisted differences": {test: list(said[:2]) for test, said in self.unlisted.items()},
+            "unsteady": {test: list(said[:2]) for test, said in self.unsteady.items()},
             "not native": self.not_native,
             "broken": [text.splitlines()[0] for text in self.broken],
         }
 
     def write(self, seconds: float, bindir: Path | None) -> None:
-        """Write text, JSON and Markdown to compat/results/."""
+        """Write text, JSON and Markdown to compat/results/, and keep what a rerun needs."""
         facts = self.facts(seconds, bindir)
-        python = ".".join(facts["python"].split(".")[:2])
-        stem = f"{self.name}-{self.version}-python-{python}"
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        path = whole_run(self.way)
+        (RESULTS / path.name).write_text(json.dumps(facts, indent=1) + "\n")
         plain = re.sub(r"(?m)^\s*File \".*\n?", "", self.text(seconds))
-        (RESULTS / f"{stem}.txt").write_text(plain + "\n")
-        (RESULTS / f"{stem}.md").write_text(markdown(facts))
+        (RESULTS / f"{path.stem}.txt").write_text(plain + "\n")
+        (RESULTS / f"{path.stem}.md").write_text(markdown(facts))
+        names = ("baseline", "native", "broken", "reruns", "began")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({name: getattr(self, name) for name in names}))
 
 
-def _app(test: str) -> str | None:
-    if test.startswith("("):
-        return None
-    name = test.partition("(")[2] if "(" in test else test
-    return name.split(".")[0].rstrip(")")
+def whole_run(way: str) -> Path:
+    """Where all of the last whole run is kept, test by test, for these versions."""
+    import django
+
+    python = ".".join(_python().split(".")[:2])
+    return CACHE / "whole" / f"{NAMES[way]}-{django.__version__}-python-{python}.json"
+
+
+def _python() -> str:
+    return platform.python_version()
+
+
+def when() -> dict[str, str]:
+    """The date, and the commit that is run."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "asyncorm", "compat/*.py")
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit + (" and changes" * bool(changed))}
+
+
+def app_of(test: str) -> str | None:
+    """The app of "app.tests.Class.test", "setUpClass (app.tests.Class)", "(after app.tests...)"."""
+    found = re.fullmatch(r"(?:\w+(?:Class|Module) )?\((?:after )?(.+)\)", test)
+    name = (found[1] if found else test).split(".")[0]
+    return None if name == "outside tests" else name
 
 
 def markdown(facts: dict[str, Any]) -> str:
@@ -222,7 +271,11 @@ def markdown(facts: dict[str, Any]) -> str:
     lines = [
         f"# {facts['suite']} {facts['version']} on Python {facts['python']}",
         "",
-        f"{facts['date']}, {facts['server']}, Django {facts['django']}, {facts['seconds']} s.",
+        f"{facts['date']}, commit {facts['commit']}, {facts['server']}, {facts['seconds']} s.",
+        *(
+            f"Run again later, {run['date']}, commit {run['commit']}: {', '.join(run['apps'])}."
+            for run in facts["reruns"]
+        ),
         "",
         f"On the stock backend {baseline['run']} tests ran, {baseline['passed']} passed, "
         f"{baseline['failed']} failed, {baseline['skipped']} were skipped. Natively "
@@ -232,9 +285,8 @@ def markdown(facts: dict[str, Any]) -> str:
         "| App | Run | Passed | Failed | Skipped | Differing | Native statements |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    keys = ("run", "passed", "failed", "skipped", "differing", "native")
     for app, row in [*facts["apps"].items(), ("**all**", totals)]:
-        lines.append(f"| {app} | " + " | ".join(str(row.get(key, 0)) for key in keys) + " |")
+        lines.append(f"| {app} | " + " | ".join(str(row.get(key, 0)) for key in COUNTS) + " |")
     lines += ["", "## Known differences", ""]
     lines += [f"- `{test}`: {reason}" for test, reason in facts["known differences"].items()]
     if facts["unlisted differences"]:

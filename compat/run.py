@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +78,12 @@ class Run:
     """One comparison: what to run, and what came out of it.
 
     Attributes:
+        worker: the module that runs a job in a process of its own.
         results: by mode, by test: outcome and statements.
         broken: worker processes that did not finish, in words.
     """
+
+    worker = "compat.worker"
 
     def __init__(self, database: dict[str, Any], tests: Path, workers: int) -> None:
         self.database = database
@@ -100,20 +105,24 @@ class Run:
         for thread in threads:
             thread.join()
 
-    def process(self, number: int, mode: str, labels: list[str]) -> None:
-        """Run labels in a worker process and take over its record."""
+    def order(self, number: int, mode: str, labels: list[str]) -> dict[str, Any]:
+        """What the worker process has to know."""
         name = f"{mode}-{labels[0]}-{number}-{time.monotonic_ns()}"
-        output = self.folder / f"{name}.json"
-        log = self.folder / f"{name}.log"
-        order = {
+        return {
             "engine": ENGINES[mode],
             "mode": mode,
             "labels": labels,
             "tests": str(self.tests),
             "database": self.database,
             "prefix": f"compat_{os.getpid()}_{number}",
-            "output": str(output),
+            "output": str(self.folder / f"{name}.json"),
         }
+
+    def process(self, number: int, mode: str, labels: list[str]) -> None:
+        """Run labels in a worker process and take over its record."""
+        order = self.order(number, mode, labels)
+        output = Path(order["output"])
+        log = output.with_suffix(".log")
         environment = {
             **os.environ,
             "ASYNCORM_COMPAT": json.dumps(order),
@@ -123,7 +132,7 @@ class Run:
         began = time.monotonic()
         with open(log, "wb") as file:
             done = subprocess.run(
-                [sys.executable, "-m", "compat.worker"],
+                [sys.executable, "-m", self.worker],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -195,6 +204,26 @@ def doubtful(results: dict[str, Any]) -> list[str]:
     return sorted(label for label in labels if label and not label.startswith("outside"))
 
 
+def workers() -> int:
+    """How many processes run tests at a time."""
+    return min(os.cpu_count() or 1, 4)
+
+
+@contextmanager
+def server() -> Iterator[tuple[dict[str, Any], Path | None]]:
+    """The server for the tests: its settings, and where its programs are if it is our own.
+
+    A distribution's PostgreSQL, which has pgcrypto and ICU, if there is one; else the embedded one.
+    """
+    try:
+        bindir: Path | None = find_bindir(wheel=False)
+    except ServerError:
+        bindir = None
+    settings = {"max_connections": "100", "max_prepared_transactions": "0"}
+    with postgres_server(bindir=bindir, settings=settings) as found:
+        yield found.settings, found.bindir
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m compat.run", description=__doc__)
     parser.add_argument("apps", nargs="*", help="test modules, or dotted names; default: all")
@@ -203,18 +232,28 @@ def main() -> int:
         "--baseline",
         choices=("all", "doubtful"),
         help="what to run on the stock backend: all, or what does not pass natively "
-        "(default: doubtful with --fast, else all)",
+        "(default: doubtful with --fast and without --results, else all)",
     )
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 4))
+    parser.add_argument("--workers", type=int, default=workers())
     parser.add_argument(
         "--redirect",
         action="store_true",
         help="natively, and the synchronous ORM calls that tests make sent through their a* twins",
     )
-    parser.add_argument("--results", action="store_true", help="write compat/results/")
+    parser.add_argument(
+        "--results",
+        action="store_true",
+        help="write compat/results/; a run of some apps replaces what is there of these",
+    )
     options = parser.parse_args()
+    way = "async" if options.redirect else "native"
+    if options.results and options.apps:
+        if any("." in app for app in options.apps):
+            parser.error("--results takes whole test modules")
+        if not report.whole_run(way).exists():
+            parser.error("there are no results of a whole run to put these into")
 
-    began = time.monotonic()
+    began, when = time.monotonic(), report.when()
     try:
         tests = suite.django_tests()
     except suite.SuiteError as exc:
@@ -225,15 +264,10 @@ def main() -> int:
     if unknown := [label for label in labels if label.split(".")[0] not in everything]:
         print(f"No such test modules: {' '.join(unknown)}", file=sys.stderr)
         return 2
-    baseline = options.baseline or ("doubtful" if options.fast else "all")
-    try:
-        bindir: Path | None = find_bindir(wheel=False)
-    except ServerError:
-        bindir = None  # the embedded one, without pgcrypto and ICU
-    settings = {"max_connections": "100", "max_prepared_transactions": "0"}
-    way = "async" if options.redirect else "native"
-    with postgres_server(bindir=bindir, settings=settings) as server:
-        run = Run(server.settings, tests, options.workers)
+    fast = options.fast and not options.results  # what is kept is from full runs
+    baseline = options.baseline or ("doubtful" if fast else "all")
+    with server() as (database, bindir):
+        run = Run(database, tests, options.workers)
         groups = split(labels, tests, options.workers * (2 if options.fast else 4))
         if baseline == "all":
             run.do([(mode, group) for group in groups for mode in ("baseline", way)])
@@ -243,8 +277,10 @@ def main() -> int:
                 groups = split(again, tests, options.workers)
                 run.do([("baseline", group) for group in groups])
     seconds = time.monotonic() - began
-    outcome = report.Outcome(run.results["baseline"], run.results[way], run.broken, way)
+    outcome = report.Outcome(run.results["baseline"], run.results[way], run.broken, way, when)
     print(outcome.text(seconds))
+    if options.results and options.apps:
+        outcome.merge({label.split(".")[0] for label in labels})
     if options.results:
         outcome.write(seconds, bindir)
     return 0 if outcome.good else 1

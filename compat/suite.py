@@ -38,10 +38,11 @@ def django_tests() -> Path:
     import django
 
     folder = source("django", django.__version__)
-    theirs = (folder / "django" / "__init__.py").read_text()
-    installed = Path(django.__file__).read_text()
-    if theirs != installed:
-        raise SuiteError(f"{folder} is not the source of the installed Django.")
+    installed = Path(django.__file__).parent
+    for path in (folder / "django").rglob("*.py"):
+        copy = installed / path.relative_to(folder / "django")
+        if not copy.exists() or copy.read_bytes() != path.read_bytes():
+            raise SuiteError(f"The installed Django is not that of its source: {copy} differs.")
     return folder / "tests"
 
 

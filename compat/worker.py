@@ -31,9 +31,22 @@ class Record:
         self.tests: dict[str, dict[str, Any]] = {}
         self.current = "(outside tests)"
         self.whereabouts = Path(os.devnull)
+        self.began = 0.0
 
     def entry(self, test: str) -> dict[str, Any]:
         return self.tests.setdefault(test, {"outcome": "passed"})
+
+    def begin(self, test: str) -> None:
+        """A test starts: what is counted from now on is its own."""
+        self.current = test
+        self.whereabouts.write_text(test)  # for run.py, should we hang
+        self.entry(test)
+        self.began = time.monotonic()
+
+    def end(self, test: str) -> None:
+        """The test has ended."""
+        self.entry(test)["seconds"] = round(time.monotonic() - self.began, 3)
+        self.current = f"(after {test})"
 
     def outcome(self, test: str, outcome: str, text: str = "") -> None:
         entry = self.entry(test)
@@ -56,16 +69,12 @@ class Result(unittest.TextTestResult):
 
     def startTest(self, test: Any) -> None:
         faulthandler.dump_traceback_later(HANG, exit=True)
-        record.current = test.id()
-        record.whereabouts.write_text(record.current)  # for run.py, should we hang
-        self.began = time.monotonic()
-        record.entry(test.id())
+        record.begin(test.id())
         super().startTest(test)
 
     def stopTest(self, test: Any) -> None:
         super().stopTest(test)
-        record.entry(test.id())["seconds"] = round(time.monotonic() - self.began, 3)
-        record.current = f"(after {test.id()})"
+        record.end(test.id())
 
     def addSkip(self, test: Any, reason: str) -> None:
         super().addSkip(test, reason)

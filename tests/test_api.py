@@ -139,6 +139,13 @@ def test_twins_are_not_for_templates() -> None:
     assert SURFACES["many to many"].native_add.alters_data  # type: ignore[attr-defined]
 
 
+def test_managers_do_not_get_native_delete() -> None:
+    """As Django keeps delete() off managers: also off those made after asyncorm was installed."""
+    made = Manager.from_queryset(QuerySet)
+    assert made.native_get
+    assert not hasattr(made, "native_delete")
+
+
 def test_values_are_not_deleted_by_name() -> None:
     """Managers offer what Django's managers offer: no delete() of the whole table."""
     assert not hasattr(Manager, "delete")

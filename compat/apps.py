@@ -1,0 +1,111 @@
+"""Runs the test suites of other people's apps, on the stock backend and natively, and compares.
+
+python -m compat.apps [--results] [APP ...]   in the environment that `make compat-apps` makes
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from typing import Any
+
+from . import report, suite
+from .run import Run, server, workers
+
+
+@dataclasses.dataclass(frozen=True)
+class App:
+    """An app and how its own tests are started, from its source distribution as it is.
+
+    Attributes:
+        version: the one in requirements-apps.txt.
+        settings: its settings module for tests, or "module:function" for one that returns a
+            dictionary of settings, or None when its tests configure Django themselves.
+        tests: what pytest gets to collect, in `folder` of the source distribution.
+        options: further options for pytest.
+        environ: environment variables that its tests read.
+    """
+
+    version: str
+    settings: str | None
+    tests: tuple[str, ...] = ("tests",)
+    folder: str = "."
+    options: tuple[str, ...] = ()
+    environ: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+APPS = {
+    "django-filter": App("26.2", "tests.settings"),
+    "django-guardian": App(
+        "3.5.2", "guardian.testapp.testsettings", tests=("guardian/testapp/tests",)
+    ),
+    "django-model-utils": App("5.0.0", "tests.settings"),
+    "django-reversion": App(
+        "6.4.0", "test_project.settings", tests=("test_app/tests",), folder="tests"
+    ),
+    "django-simple-history": App(
+        "3.13.0",
+        "runtests:get_default_settings",
+        tests=("simple_history/tests", "simple_history/registry_tests"),
+        options=("-o", "python_files=test*.py"),
+    ),
+    "django-treebeard": App("7.0.3", "tests.settings", environ={"DATABASE_ENGINE": "psql"}),
+    "djangorestframework": App("3.18.3", None),
+}
+
+
+class AppsRun(Run):
+    """A comparison in which each job is one app."""
+
+    worker = "compat.apps_worker"
+
+    def order(self, number: int, mode: str, labels: list[str]) -> dict[str, Any]:
+        (name,) = labels
+        app = APPS[name]
+        folder = suite.source(name, app.version)
+        return {
+            **super().order(number, mode, labels),
+            "app": name,
+            "tests": str(folder / app.folder),
+        }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m compat.apps", description=__doc__)
+    parser.add_argument("apps", nargs="*", help=f"of {', '.join(APPS)}; default: all")
+    parser.add_argument("--workers", type=int, default=workers())
+    parser.add_argument("--results", action="store_true", help="write compat/results/")
+    options = parser.parse_args()
+    if unknown := [name for name in options.apps if name not in APPS]:
+        parser.error(f"no such apps: {' '.join(unknown)}")
+    if options.results and options.apps and not report.whole_run("apps").exists():
+        parser.error("there are no results of a whole run to put these into")
+    names = options.apps or list(APPS)
+
+    began, when = time.monotonic(), report.when()
+    try:
+        for name in names:
+            suite.source(name, APPS[name].version)
+    except suite.SuiteError as exc:
+        print(exc, file=sys.stderr)
+        return 2
+    with server() as (database, bindir):
+        run = AppsRun(database, suite.CACHE, options.workers)
+        run.do([(mode, [name]) for name in reversed(names) for mode in ("baseline", "native")])
+    seconds = time.monotonic() - began
+    outcome = report.Outcome(
+        run.results["baseline"], run.results["native"], run.broken, "apps", when
+    )
+    print(outcome.text(seconds))
+    if options.results and options.apps:
+        outcome.merge(set(names))
+    if options.results:
+        outcome.versions = {name: app.version for name, app in APPS.items()}
+        outcome.write(seconds, bindir)
+    return 0 if outcome.good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
