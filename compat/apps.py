@@ -24,6 +24,7 @@ class App:
         settings: its settings module for tests, or "module:function" for one that returns a
             dictionary of settings, or None when its tests configure Django themselves.
         tests: what pytest gets to collect, in `folder` of the source distribution.
+        config: its own file with settings of pytest, if it has one.
         options: further options for pytest.
         environ: environment variables that its tests read.
     """
@@ -32,6 +33,7 @@ class App:
     settings: str | None
     tests: tuple[str, ...] = ("tests",)
     folder: str = "."
+    config: str | None = None
     options: tuple[str, ...] = ()
     environ: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -39,9 +41,12 @@ class App:
 APPS = {
     "django-filter": App("26.2", "tests.settings"),
     "django-guardian": App(
-        "3.5.2", "guardian.testapp.testsettings", tests=("guardian/testapp/tests",)
+        "3.5.2",
+        "guardian.testapp.testsettings",
+        tests=("guardian/testapp/tests",),
+        config="pyproject.toml",
     ),
-    "django-model-utils": App("5.0.0", "tests.settings"),
+    "django-model-utils": App("5.0.0", "tests.settings", config="setup.cfg"),
     "django-reversion": App(
         "6.4.0", "test_project.settings", tests=("test_app/tests",), folder="tests"
     ),
@@ -52,7 +57,7 @@ APPS = {
         options=("-o", "python_files=test*.py"),
     ),
     "django-treebeard": App("7.0.3", "tests.settings", environ={"DATABASE_ENGINE": "psql"}),
-    "djangorestframework": App("3.18.3", None),
+    "djangorestframework": App("3.18.3", None, config="pyproject.toml"),
 }
 
 

@@ -45,23 +45,33 @@ class Recorder:
 
 
 def configure(order: dict[str, Any]) -> None:
-    """Have whatever settings the app's tests choose use our server and ENGINE."""
+    """Have whatever settings the app's tests choose use our server and ENGINE.
+
+    The ENGINE keeps Django's name, which some tests look at. Passwords are hashed quickly, as in
+    Django's own suite.
+    """
     from django import conf
+    from django.db.utils import load_backend
 
     native = order["mode"] != "baseline"
+    stock = "django.db.backends.postgresql"
+    load_backend(stock).DatabaseWrapper = load_backend(order["engine"]).DatabaseWrapper
 
     def ours(databases: Any) -> dict[str, Any]:
         return {
             alias: {
                 **order["database"],
-                "ENGINE": order["engine"],
+                "ENGINE": stock,
                 "NAME": f"{order['prefix']}_{alias}",
             }
             for alias in databases
         }
 
     def change(settings: dict[str, Any]) -> dict[str, Any]:
-        changed = {"DATABASES": ours(settings["DATABASES"])}
+        changed = {
+            "DATABASES": ours(settings["DATABASES"]),
+            "PASSWORD_HASHERS": ["django.contrib.auth.hashers.MD5PasswordHasher"],
+        }
         if native:
             changed["INSTALLED_APPS"] = (*settings["INSTALLED_APPS"], "asyncorm")
             changed["ASYNCORM"] = {"SWAP_MANAGERS": True}
@@ -103,7 +113,9 @@ def main() -> None:
         else:
             os.environ["DJANGO_SETTINGS_MODULE"] = module
 
-    options = ["-q", "-p", "no:cacheprovider", "--create-db", *app.options, *app.tests]
+    config = app.config or os.devnull  # or pytest would find ours
+    options = ["-c", config, "--rootdir", ".", "-q", "-p", "no:cacheprovider", "--create-db"]
+    options += [*app.options, *app.tests]
 
     def run() -> Any:
         return pytest.main(options, plugins=[Recorder(order["app"])])
