@@ -1,4 +1,4 @@
-"""Runs Django's test suite for every supported Django on its oldest and newest Python here.
+"""Runs all suites for every supported Django on its oldest and newest Python here.
 
 python -m compat.matrix   then compat/results/ and docs/compatibility.md are up to date
 """
@@ -13,6 +13,13 @@ from pathlib import Path
 
 from . import page
 from .environment import ROOT, environment
+
+# What is run: (environment, module and arguments).
+RUNS = (
+    ("run", "compat.run"),
+    ("run", "compat.run", "--fast", "--redirect"),
+    ("apps", "compat.apps"),
+)
 
 # The Pythons that each Django series and asyncorm support.
 SUPPORTED = {
@@ -45,11 +52,12 @@ def combinations() -> list[tuple[str, str]]:
 def main() -> int:
     failed = []
     for series, python in combinations():
-        print(f"\n==> Django {series} on {python}", flush=True)
-        own = environment(series, python)
-        command = [str(own), "-m", "compat.run", "--results", *sys.argv[1:]]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            failed.append(f"Django {series} on {python}")
+        for suite, *what in RUNS:
+            title = f"{' '.join(what)}, Django {series} on {python}"
+            print(f"\n==> {title}", flush=True)
+            command = [str(environment(series, python, suite)), "-m", *what, "--results"]
+            if subprocess.run(command, cwd=ROOT).returncode:
+                failed.append(title)
     page.write()
     for combination in failed:
         print(f"NOT as on the stock backend: {combination}", file=sys.stderr)

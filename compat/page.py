@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from .report import HERE, RESULTS
+from .report import HERE, RESULTS, unsteady
 
 PAGE = HERE.parent / "docs" / "compatibility.md"
 
@@ -19,81 +19,112 @@ HEAD = """\
 <!-- Made by `python -m compat.page` from compat/results/: do not edit. -->
 
 What is guaranteed: ORM code behaves natively as it does on Django's own PostgreSQL backend. The
-judge is Django's own test suite, unedited, from the source distribution of each version. It runs
-twice on the same server: on `django.db.backends.postgresql`, and natively, inside a running event
-loop on connections of asyncorm's pool, asynchronous tests awaited as coroutines with
-`ASYNCORM = {"SWAP_MANAGERS": True}`. A test that passes on the first and not on the second is a
-difference. Each is in `compat/known_differences.toml` with its reason; any other fails the run, and
-so does a listed one that passes.
+judges are Django's own test suite and those of apps that people use, unedited, from the source
+distribution of each version. They run twice on the same server: on `django.db.backends.postgresql`,
+and natively, inside a running event loop on connections of asyncorm's pool, asynchronous tests
+awaited as coroutines with `ASYNCORM = {"SWAP_MANAGERS": True}`. A test that passes on the first and
+not on the second is a difference. Each is in `compat/known_differences.toml` with its reason; any
+other fails the run, and so does a listed one that passes.
 
 Statements are counted by the connection that they went through. One on a synchronous connection, or
 in another thread, fails the run, unless a test started that thread itself.
 
-In the native run three calls that a test makes are answered on the loop, as in a project that is
-asynchronous from top to bottom: `sync_to_async(...)` (thread-sensitive) runs its function natively,
-`async_to_sync(...)` and `asyncio.run(...)` in synchronous tests await. Nothing else of Django or of
-the tests is replaced beyond what asyncorm itself replaces.
+Reproduce all of this page with one command:
 
-Reproduce it with `make compat DJANGO=6.1`, a part with `make compat APPS="queries transactions"`,
-the ORM's part with `make compat-fast`, and all of this page with `make compat-matrix`.
+    make compat-matrix
 
-## Django's test suite
+It takes hours on two cores; a part of it with
 
+| Command | Runs |
+| --- | --- |
+| `make compat` | Django's test suite; `DJANGO=6.1` chooses, `APPS="queries transactions"` a part |
+| `make compat-fast` | the part about the ORM, some 5,000 tests; CI does |
+| `make compat-redirected` | that part, synchronous calls of tests sent through their `a*` twins |
+| `make compat-apps` | other people's suites; `APPS="django-treebeard"` one of them |
+
+Each makes an environment of its own under `.cache/`, gets the source distributions from the package
+index, and starts a PostgreSQL server of its own unless `DATABASE_URL` names one. With
+`PYTHON=python3.13 VENV=.venv-3.13` they run on another interpreter.
+
+In a native run three calls that a test makes are answered on the loop, as in a project that is
+asynchronous from top to bottom: `sync_to_async(...)` (thread-sensitive, not in an ASGI handler)
+runs its function natively, `async_to_sync(...)` and `asyncio.run(...)` in synchronous tests await.
+Nothing else of Django or of the tests is replaced beyond what asyncorm itself replaces. Other
+people's apps run with `PASSWORD_HASHERS` set to a quick one, as Django's suite does.
 """
 
-TABLE = """\
-| Suite | Python | Server | Run | Passed | Failed on both | Skipped | Differing | \
-Native statements | Others |
-| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-"""
+COLUMNS = ("Python", "PostgreSQL", "Run", "Passed", "Failed on both", "Skipped", "Differing")
+COLUMNS += ("Native statements", "Others", "Date, commit")
 
 TAIL = """
 *Differing* counts tests that pass on the stock backend and not natively. *Others* counts statements
-that were not native and that no test's own thread sent.
+that were not native and that no test's own thread sent. Single results are in `compat/results/`.
 """
 
 
-def _row(facts: dict[str, Any]) -> str:
-    totals = facts["totals"]
-    differing = totals.get("differing", 0)
-    cells = [
-        f"{facts['suite']} {facts['version']}",
-        facts["python"],
-        facts["server"].removeprefix("postgres (PostgreSQL) ").split(" ")[0],
-        totals.get("run", 0),
-        totals.get("passed", 0),
-        max(0, totals.get("failed", 0) - differing),
-        totals.get("skipped", 0),
-        differing,
-        totals.get("native", 0),
-        totals.get("elsewhere", 0),
+def _table(first: str, rows: list[tuple[str, dict[str, Any], dict[str, int]]]) -> str:
+    lines = [
+        f"| {' | '.join((first, *COLUMNS))} |",
+        "| --- | --- | --- |" + " ---: |" * 7 + " --- |",
     ]
-    return "| " + " | ".join(str(cell) for cell in cells) + " |\n"
+    for name, facts, counts in rows:
+        again = facts["reruns"][-1] if facts["reruns"] else facts
+        cells = (
+            name,
+            facts["python"],
+            facts["server"].removeprefix("postgres (PostgreSQL) ").split(" ")[0],
+            *(counts[key] for key in ("run", "passed", "failed on both", "skipped", "differing")),
+            counts["native"],
+            counts.get("elsewhere", 0),
+            f"{again['date']}, {again['commit']}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _of(runs: list[dict[str, Any]], suite: str) -> list[dict[str, Any]]:
+    return [facts for facts in runs if facts["suite"] == suite]
 
 
 def text() -> str:
     """The page."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    out = HEAD + TABLE
-    out += "".join(_row(facts) for facts in runs if facts["suite"] == "django") + TAIL
-    if others := [facts for facts in runs if facts["suite"] != "django"]:
-        out += "\n## Other suites\n\n" + TABLE + "".join(map(_row, others))
-    out += "\n## Known differences\n\n"
-    reasons: dict[str, tuple[str, set[str]]] = {}
+    out = HEAD
+    for title, suite in (
+        ("Django's test suite", "django"),
+        ("The ORM's part of it, through the a* methods", "django-redirected"),
+    ):
+        if chosen := _of(runs, suite):
+            rows = [(f"Django {facts['version']}", facts, facts["totals"]) for facts in chosen]
+            out += f"\n## {title}\n\n" + _table("Suite", rows)
+    if chosen := _of(runs, "apps-django"):
+        rows = [
+            (f"{app} {facts['versions'][app]}, Django {facts['version']}", facts, counts)
+            for app in chosen[0]["versions"]
+            for facts in chosen
+            if (counts := facts["apps"].get(app))
+        ]
+        out += "\n## Other people's suites\n\n" + _table("Suite", rows)
+    out += TAIL + "\n## Known differences\n\n"
+    reasons: dict[tuple[str, str], set[str]] = {}
     for facts in runs:
         for test, reason in facts["known differences"].items():
-            reasons.setdefault(test, (reason, set()))[1].add(facts["version"])
-    for test, (reason, versions) in sorted(reasons.items()):
+            reasons.setdefault((test, reason), set()).add(facts["version"])
+    for (test, reason), versions in sorted(reasons.items()):
         out += f"- `{test}` ({', '.join(sorted(versions))}): {reason}\n"
+    out += (
+        "\nNot compared, because they measure time and fail on a busy machine on either side:\n\n"
+    )
+    out += "".join(f"- `{test}`\n" for test in sorted(unsteady()))
     unlisted = {
-        (test, facts["version"]): outcomes
+        (test, f"Django {facts['version']}, Python {facts['python']}"): outcomes
         for facts in runs
         for test, outcomes in facts["unlisted differences"].items()
     }
     if unlisted:
         out += "\n## Differences still to be looked into\n\n"
-        for (test, version), (was, now) in sorted(unlisted.items()):
-            out += f"- `{test}` ({version}): {was} on the stock backend, {now} natively\n"
+        for (test, where), (was, now) in sorted(unlisted.items()):
+            out += f"- `{test}` ({where}): {was} on the stock backend, {now} natively\n"
     return out
 
 

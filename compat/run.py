@@ -205,8 +205,8 @@ def doubtful(results: dict[str, Any]) -> list[str]:
 
 
 def workers() -> int:
-    """How many processes run tests at a time."""
-    return min(os.cpu_count() or 1, 4)
+    """How many processes run tests at a time: one more than cores, since some tests sleep."""
+    return min(os.cpu_count() or 1, 4) + 1
 
 
 @contextmanager
@@ -268,7 +268,7 @@ def main() -> int:
     baseline = options.baseline or ("doubtful" if fast else "all")
     with server() as (database, bindir):
         run = Run(database, tests, options.workers)
-        groups = split(labels, tests, options.workers * (2 if options.fast else 4))
+        groups = split(labels, tests, options.workers * (1 if options.fast else 3))
         if baseline == "all":
             run.do([(mode, group) for group in groups for mode in ("baseline", way)])
         else:
