@@ -184,9 +184,24 @@ def _aliases(ours: _Ours) -> list[str]:
     ]
 
 
-async def _enter(stack: AsyncExitStack, ours: _Ours) -> None:
-    for alias in _aliases(ours):
-        await stack.enter_async_context(transactions.atomic(using=alias))
+class _Transactions(AsyncExitStack):
+    """Those of one request."""
+
+    aliases: list[str]
+
+    async def begin(self, ours: _Ours) -> None:
+        self.aliases = _aliases(ours)
+        for alias in self.aliases:
+            await self.enter_async_context(transactions.atomic(using=alias))
+
+    def look_at(self, response: Any) -> None:
+        """Roll back for an error that Django REST framework made a response of.
+
+        It tells Django's own connections to, which have no part in it.
+        """
+        if getattr(response, "exception", False):
+            for alias in self.aliases:
+                transactions.set_rollback(True, using=alias)
 
 
 def atomic_requests(view: F) -> F:
@@ -208,9 +223,11 @@ def atomic_requests(view: F) -> F:
 
     @functools.wraps(view)
     async def inner(*args: Any, **kwargs: Any) -> Any:
-        async with AsyncExitStack() as stack:
-            await _enter(stack, ours)
-            return await view(*args, **kwargs)
+        async with _Transactions() as opened:
+            await opened.begin(ours)
+            response = await view(*args, **kwargs)
+            opened.look_at(response)
+            return response
 
     ours = _Ours(getattr(view, "_non_atomic_requests", ()))
     ours.decorated = True
@@ -259,22 +276,23 @@ class AtomicRequestsMiddleware:
         if ours is None:
             return
         _by_middleware.set(True)
-        stack = AsyncExitStack()
-        request._asyncorm_transactions = stack
-        await _enter(stack, ours)
+        request._asyncorm_transactions = _Transactions()
+        await request._asyncorm_transactions.begin(ours)
 
     async def _roll_back(self, request: Any, exception: Exception) -> None:
         await self._leave(request, exception)
 
     async def _commit(self, request: Any, response: Any) -> Any:
+        if (opened := request.__dict__.get("_asyncorm_transactions")) is not None:
+            opened.look_at(response)
         await self._leave(request, None)
         return response
 
     @staticmethod
     async def _leave(request: Any, exc: BaseException | None) -> None:
-        stack = request.__dict__.pop("_asyncorm_transactions", None)
-        if stack is not None:
-            await stack.__aexit__(type(exc) if exc else None, exc, exc and exc.__traceback__)
+        opened = request.__dict__.pop("_asyncorm_transactions", None)
+        if opened is not None:
+            await opened.__aexit__(type(exc) if exc else None, exc, exc and exc.__traceback__)
 
     def _run(self, request: Any, view: Any, args: Any, kwargs: Any) -> Any:
         # Django's synchronous handler (WSGI, the test client) runs each coroutine on a loop of its

@@ -151,6 +151,21 @@ class Bound:
         return await fails(request)
 
 
+def of_rest_framework() -> Any:
+    """A view whose error Django REST framework makes a response of."""
+    adrf = pytest.importorskip("adrf.views")
+    from rest_framework.exceptions import ValidationError
+
+    class Rest(adrf.APIView):  # type: ignore[misc, name-defined]
+        authentication_classes: list[Any] = []
+
+        async def get(self, request: Any) -> HttpResponse:
+            await add()
+            raise ValidationError
+
+    return Rest.as_view()
+
+
 async def log_in(request: Any) -> HttpResponse:
     user = await User.objects.native_get(username="user")
     await alogin(request, user, backend="django.contrib.auth.backends.ModelBackend")
@@ -187,6 +202,7 @@ VIEWS: dict[str, Any] = {
     "by_class": ByClass.as_view(),
     "bound": Bound().view,
     "log_in": log_in,
+    "rest": of_rest_framework(),
     "until_cancelled": until_cancelled,
     "two_aliases": two_aliases,
 }
@@ -211,6 +227,7 @@ EXPECTED = {
     "by_class": (418, 0),
     "bound": (418, 0),
     "log_in": (200, 0),
+    "rest": (400, 0),
     "two_aliases": (418, 0),
 }
 

@@ -3,6 +3,8 @@
 import ast
 import asyncio
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # The first line of a block that stands for a file of the reader's project.
 FILE = re.compile(r"# [\w/]+\.py")
+# What the developers' tools may lack where it does not support a Python or a Django yet.
+NEEDS = {
+    "adrf.md": ["adrf"],
+    "channels.md": ["channels"],
+    "ninja.md": ["ninja"],
+    "strawberry.md": ["strawberry_django"],
+}
 
 BEFORE = """
 import asyncio
@@ -37,9 +46,18 @@ def test_every_block_compiles(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
-def test_blocks_run(page: Path, fresh_shop: Any, settings: Any) -> None:
+def test_blocks_run(
+    page: Path, fresh_shop: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in NEEDS.get(page.name, ()):
+        pytest.importorskip(package)
     settings.ASYNCORM = {"SWAP_MANAGERS": True}
-    names: dict[str, Any] = {**vars(models)}
+    # The page's code is a module, where Django looks for `urlpatterns`.
+    module = types.ModuleType("documented")
+    monkeypatch.setitem(sys.modules, "documented", module)
+    settings.ROOT_URLCONF = "documented"
+    names = vars(module)
+    names |= {key: value for key, value in vars(models).items() if not key.startswith("__")}
     exec(BEFORE, names)
     names |= {
         "lines": [],
