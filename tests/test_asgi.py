@@ -26,7 +26,7 @@ from tests.support import address
 
 EXAMPLE = Path(__file__).parent / "example"
 DATABASE = "example_live"
-# How each is started on a port, and whether it speaks lifespan and waits for requests when stopped.
+# How each is started on a port.
 SERVERS = {
     "uvicorn": ["uvicorn", "--port={port}", "--log-level=warning", "bookshop.asgi:application"],
     "hypercorn": ["hypercorn", "--bind=127.0.0.1:{port}", "bookshop.asgi:application"],
@@ -175,7 +175,13 @@ def ask() -> Iterator[Callable[..., Any]]:
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
 
 
-@pytest.fixture(scope="module", params=SERVERS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "uvicorn",
+        *[pytest.param(name, marks=pytest.mark.slow) for name in SERVERS if name != "uvicorn"],
+    ],
+)
 def server(request: Any, ask: Any, tmp_path_factory: Any) -> Iterator[Server]:
     served = Server(request.param, tmp_path_factory.mktemp("server") / "log")
     try:

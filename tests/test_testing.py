@@ -17,7 +17,7 @@ EXAMPLE = HERE / "example"
 DOCS = HERE.parent / "docs"
 FILE = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-# Apart from the first, each needs a second or two and runs beside the others.
+# They run beside each other.
 RUNS = {
     "manage.py": ["manage.py", "test", "--noinput", "--parallel", "2", "bookshop", "documented"],
     "strict": ["-m", "pytest", "-o", "asyncio_default_fixture_loop_scope=function"],
@@ -69,7 +69,9 @@ def runs(tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
         process.communicate()
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [*list(RUNS)[:-1], pytest.param(list(RUNS)[-1], marks=pytest.mark.slow)]
+)
 def test_suite_of_a_project(runs: dict[str, Any], name: str) -> None:
     output, _ = runs[name].communicate(timeout=100)
     assert runs[name].returncode == 0, output
