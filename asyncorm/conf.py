@@ -17,6 +17,10 @@ DEFAULTS: dict[str, Any] = {
     "RESET_ALWAYS": False,
     # Seconds after which a loop is taken to live on, and its pools are filled to min_size.
     "FILL_DELAY": 1.0,
+    # When all connections are in use, send statements of several operations together.
+    "MULTIPLEXING": True,
+    # The most connections of a pool that are used at once; None: its size.
+    "PARALLELISM": None,
 }
 
 
@@ -37,13 +41,16 @@ def problems() -> list[str]:
         for key in value
         if key not in DEFAULTS
     ]
-    for key in ("SWAP_MANAGERS", "RESET_ALWAYS"):
+    for key in ("SWAP_MANAGERS", "RESET_ALWAYS", "MULTIPLEXING"):
         if not isinstance(value.get(key, False), bool):
             found.append(f'ASYNCORM["{key}"] must be True or False.')
     for key in ("LOCK_TIMEOUT", "FILL_DELAY"):
         seconds = value.get(key, DEFAULTS[key])
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:
             found.append(f'ASYNCORM["{key}"] must be a positive number of seconds.')
+    most = value.get("PARALLELISM")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        found.append('ASYNCORM["PARALLELISM"] must be a positive number of connections, or None.')
     return found
 
 

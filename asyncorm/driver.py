@@ -22,6 +22,10 @@ Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not docume
 - `psycopg.adapt.Transformer`: psycopg's dumpers and loaders for a connection, without a cursor.
 - `psycopg.generators.copy_from`, `.copy_to`, `.copy_end`, `BaseCursor._start_copy_gen`: psycopg's
   own `Copy` waits for each row, and ends a COPY that failed by a request that blocks.
+- `psycopg.generators.pipeline_communicate`, `.fetch_many`: send a pipeline and read its results.
+- `BaseCursor._conn`, `._pgconn`, `._tx`, `._reset`, `._convert_query`, `._check_results`,
+  `._set_results`: what `Cursor.execute()` does around sending, for a statement that travels with
+  others.
 - `psycopg.waiting.wait_conn_async`: drives the cancel request.
 - `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`,
   `._expire_at`, `._stats`: the state that `getconn()` and `putconn()` work on, for the fast paths.
@@ -45,6 +49,7 @@ import re
 import select
 import traceback
 from asyncio import CancelledError, get_running_loop
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from time import monotonic
@@ -82,6 +87,7 @@ _SHOULD = Prepare.SHOULD
 # "prepared statement does not exist".
 _STALE = (b"0A000", b"26000")
 _COPY_IN, _COPY_OUT = pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT
+_PIPELINE_SYNC = pq.ExecStatus.PIPELINE_SYNC
 
 
 ENDED = (
@@ -95,13 +101,16 @@ class _NoLock:
     def __enter__(self) -> None:
         raise psycopg.InterfaceError(ENDED)
 
+    def queue_for(self, text: str) -> None:
+        raise psycopg.InterfaceError(ENDED)
+
     def __exit__(self, *exc: object) -> None: ...
 
 
 NO_LOCK = _NoLock()
 
 
-class _OwnLock:
+class OwnLock:
     """The lock of a connection that no session holds: one statement at a time."""
 
     def __init__(self) -> None:
@@ -113,6 +122,9 @@ class _OwnLock:
             raise psycopg.InterfaceError("Two tasks used one connection at the same time.")
         self._holder = getcurrent()
         self._depth += 1
+
+    def queue_for(self, text: str) -> None:
+        return None
 
     def __exit__(self, *exc: object) -> None:
         self._depth -= 1
@@ -141,30 +153,70 @@ def leaves_state(statement: str) -> bool:
     return _LEAVES_STATE.search(statement) is not None
 
 
-class _Watched:
-    """A cursor class's part that notices session state (mixed into Django's)."""
+class _Cursor:
+    """A cursor class's part that notices session state, and whose statements may travel with those
+    of other operations (mixed into Django's).
+    """
 
     __slots__ = ()
 
-    def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
-        _watch(self, query)
-        return super().execute(query, *args, **kwargs)  # type: ignore[misc]
+    def execute(self: Any, query: Any, params: Any = None, **options: Any) -> Any:
+        text = _text(query)
+        conn = self._conn
+        queue = None if options else conn.lock.queue_for(text)
+        if queue is None:
+            self._watch(text)
+            return super().execute(query, params, **options)  # type: ignore[misc]
+        if self.closed:
+            raise psycopg.InterfaceError("the cursor is closed")
+        self._reset()
+        self._tx = Transformer(self)
+        pgq = self._convert_query(query, params)
+        statement = Statement(pgq.query, result_format=self.format)
+        if pgq.types:
+            statement.params, statement.types, statement.formats = (
+                pgq.params,
+                pgq.types,
+                pgq.formats,
+            )
+        else:  # none, or the cursor has bound them on the client: the text has their values
+            statement.prepare = False
+        results = queue.run(statement, text)
+        self._check_results(results)
+        self._set_results(results)
+        return self
 
-    def executemany(self, query: Any, *args: Any, **kwargs: Any) -> Any:
-        _watch(self, query)
+    def executemany(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        self._watch(_text(query))
         return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
 
+    def copy(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        self._watch(_text(statement))
+        return super().copy(statement, *args, **kwargs)  # type: ignore[misc]
 
-def _watch(cursor: Any, query: Any) -> None:
-    if not isinstance(query, str):
-        query = query.decode("utf-8", "replace") if isinstance(query, bytes) else query.as_string()
-    if leaves_state(query):
-        cursor._conn.touched = True
+    def stream(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        self._watch(_text(query))
+        return super().stream(query, *args, **kwargs)  # type: ignore[misc]
+
+    def _watch(self: Any, text: str) -> None:
+        """What follows needs the connection to itself."""
+        conn = self._conn
+        if conn.unsettled:
+            conn.settle()
+        self._pgconn = conn.pgconn
+        if leaves_state(text):
+            conn.touched = True
+
+
+def _text(query: Any) -> str:
+    if isinstance(query, str):
+        return query
+    return query.decode("utf-8", "replace") if isinstance(query, bytes) else str(query.as_string())
 
 
 @functools.cache
-def _watched(cls: Any) -> Any:
-    return type(cls.__name__, (_Watched, cls), {"__slots__": (), "__module__": cls.__module__})
+def _native_cursor(cls: Any) -> Any:
+    return type(cls.__name__, (_Cursor, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
 class Statement:
@@ -181,9 +233,10 @@ class Statement:
         formats: text or binary, for each; None when all are text.
         result_format: in which the values of the result shall come.
         leaves_state: whether it changes the server session (`leaves_state()`).
+        prepare: False to leave it unprepared, however often it comes.
     """
 
-    __slots__ = ("formats", "leaves_state", "params", "query", "result_format", "types")
+    __slots__ = ("formats", "leaves_state", "params", "prepare", "query", "result_format", "types")
 
     def __init__(
         self,
@@ -200,6 +253,7 @@ class Statement:
         self.formats = formats
         self.result_format = result_format
         self.leaves_state = leaves_state
+        self.prepare: bool | None = None
 
     def send(self, pgconn: Any) -> None:
         """Have libpq send it, unprepared."""
@@ -262,8 +316,10 @@ class Connection(psycopg.Connection[Any]):
         configured: whether Django has set time zone, role and so on.
         touched: whether a statement left something in the server session that nobody else may see.
         pooled: the pool's connection underneath, None when there is none.
+        unsettled: it is a `LazyConnection` and has no server connection yet.
     """
 
+    unsettled = False
     lock: Any
     configured: bool
     touched: bool
@@ -289,7 +345,7 @@ class Connection(psycopg.Connection[Any]):
         conn._autocommit = True
         if row_factory := options.get("row_factory"):
             conn.row_factory = row_factory
-        conn.cursor_factory = _watched(options.get("cursor_factory") or psycopg.Cursor)
+        conn.cursor_factory = _native_cursor(options.get("cursor_factory") or psycopg.Cursor)
         context = options.get("context")
         conn._adapters = _Adapters(psycopg.adapters if context is None else context.adapters)
         conn.prepare_threshold = options.get("prepare_threshold", 5)
@@ -351,7 +407,7 @@ class Connection(psycopg.Connection[Any]):
             self.touched = True
         pgconn = self.pgconn
         book: Any = self._prepared
-        prepare, name = book.get(statement)
+        prepare, name = book.get(statement, statement.prepare)
         alone = pgconn.transaction_status == _IDLE
         if not name:
             statement.send(pgconn)
@@ -365,9 +421,7 @@ class Connection(psycopg.Connection[Any]):
         if key is not None:
             book.validate(key, prepare, name, results)
         elif name and results and results[-1].error_field(_SQLSTATE) in _STALE:
-            # A table was altered, or a pooler changed the session. Prepare it anew next time.
-            del book._names[book.key(statement)]
-            book._to_flush.append(name)
+            self._forget(statement, name)
             if alone:
                 statement.send(pgconn)
                 results = yield from generators.execute(pgconn)
@@ -396,7 +450,7 @@ class Connection(psycopg.Connection[Any]):
             # A COMMIT or the like: let it end, then deliver the cancellation (bridge.deliver).
             runner.cancelled = exc
             task = get_running_loop().create_task(self._drive(gen, self._state))
-            if not await _finish(task, CANCEL_TIMEOUT):
+            if not await finish(task, CANCEL_TIMEOUT):
                 gen.close()
                 self.terminate()
                 raise psycopg.OperationalError(
@@ -476,20 +530,16 @@ class Connection(psycopg.Connection[Any]):
             if self.pgconn.transaction_status != _ACTIVE:
                 return
             task = get_running_loop().create_task(self._cancel_and_drain())
-            if (
-                await _finish(task, CANCEL_TIMEOUT)
-                and not task.cancelled()
-                and not task.exception()
-            ):
+            if await finish(task, CANCEL_TIMEOUT) and not task.cancelled() and not task.exception():
                 return
         self.terminate()
 
     async def _cancel_and_drain(self) -> None:
-        if psycopg.capabilities.has_cancel_safe():
-            await waiting.wait_conn_async(self._cancel_gen(), 0.1)
-        else:
-            await asyncio.to_thread(self.cancel)
+        await self._cancel()
         await self._drain()
+        await self._absorb_cancel()
+
+    async def _absorb_cancel(self) -> None:
         # The request may have reached the server after the statement had ended: give it something
         # harmless to hit.
         self.pgconn.send_query(b"SELECT 1")
@@ -513,6 +563,107 @@ class Connection(psycopg.Connection[Any]):
         self.pgconn.finish()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(psycopg.OperationalError(CLOSED))
+
+    async def run_together(self, statements: Sequence[Statement]) -> list[list[Any]]:
+        """Send statements in one network round trip; the results of each.
+
+        Outside a transaction each is one of its own: one that fails changes nothing for the others.
+
+        A cancellation is for all of them: the server is asked to stop, and the connection is closed
+        unless it is idle soon.
+        """
+        results: list[list[Any]] = []
+        gen = self._pipelined(statements, results)
+        try:
+            await self._drive(gen, next(gen))
+        except CancelledError:
+            task = get_running_loop().create_task(self._stop(gen))
+            if not await finish(task, CANCEL_TIMEOUT) or task.exception() is not None:
+                gen.close()
+                self.terminate()
+            raise
+        except BaseException:
+            self.terminate()
+            raise
+        return results
+
+    def _pipelined(self, statements: Sequence[Statement], results: list[list[Any]]) -> Any:
+        pgconn = self.pgconn
+        book: Any = self._prepared
+        alone = pgconn.transaction_status == _IDLE
+        names: list[bytes] = []
+        for statement in statements:
+            prepare, name = book.get(statement, statement.prepare)
+            if prepare == _SHOULD:
+                name = (yield from self._prepare(statement, name)) if alone else b""
+            elif statement.prepare is not False:
+                book.maybe_add_to_cache(statement, prepare, name)
+            names.append(name)
+
+        def send() -> None:
+            for statement, name in zip(statements, names, strict=True):
+                if name:
+                    statement.send_prepared(pgconn, name)
+                else:
+                    statement.send(pgconn)
+                pgconn.pipeline_sync()
+
+        pgconn.enter_pipeline_mode()
+        received = yield from generators.pipeline_communicate(pgconn, deque([send]))
+        synced = 0
+        while True:
+            for result in received:
+                if result[0].status == _PIPELINE_SYNC:
+                    synced += 1
+                else:
+                    results.append(result)
+            if synced == len(statements):
+                break
+            received = [(yield from generators.fetch_many(pgconn))]
+        pgconn.exit_pipeline_mode()
+        for number, name in enumerate(names):
+            if name and results[number][-1].error_field(_SQLSTATE) in _STALE:
+                self._forget(statements[number], name)
+                if alone:
+                    statements[number].send(pgconn)
+                    results[number] = yield from generators.execute(pgconn)
+        if book._to_flush:
+            yield from book.maintain_gen(self)
+
+    def _prepare(self, statement: Statement, name: bytes) -> Any:
+        """The name under which the statement is prepared now; none if it cannot be."""
+        book: Any = self._prepared
+        statement.send_prepare(self.pgconn, name)
+        results = yield from generators.execute(self.pgconn)
+        if results[-1].status != _COMMAND_OK:
+            return b""  # executing it will say why
+        key = book.maybe_add_to_cache(statement, _SHOULD, name)
+        if key is not None:
+            book.validate(key, _SHOULD, name, results)
+        return name
+
+    def _forget(self, statement: Statement, name: bytes) -> None:
+        """A table was altered, or a pooler changed the session: prepare it anew next time."""
+        book: Any = self._prepared
+        if book._names.pop(book.key(statement), None) is not None:
+            book._to_flush.append(name)
+
+    async def _stop(self, gen: Any) -> None:
+        drain = get_running_loop().create_task(self._drive(gen, self._state))
+        try:
+            while not drain.done():
+                await self._cancel()  # ends the statement that runs; the one behind it begins
+                await asyncio.wait((drain,), timeout=0.05)
+            await drain
+            await self._absorb_cancel()
+        finally:
+            drain.cancel()
+
+    async def _cancel(self) -> None:
+        if psycopg.capabilities.has_cancel_safe():
+            await waiting.wait_conn_async(self._cancel_gen(), 0.1)
+        else:
+            await asyncio.to_thread(self.cancel)
 
 
 Steps = Generator[int, int, Any]  # what `wait()` runs
@@ -547,7 +698,63 @@ def copy_read(cursor: Any, size: int) -> Steps:
     return data, None
 
 
-async def _finish(task: asyncio.Task[Any], timeout: float) -> bool:
+class LazyConnection(Connection):
+    """Stands for a connection of the pool until one is needed.
+
+    Single statements go to a queue and travel with those of other operations (see multiplexing.py).
+    Whatever else is asked of it waits for a connection, and from then on this object is a second
+    face of that one: they share all their attributes.
+    """
+
+    unsettled = True
+
+    @classmethod
+    def beside(cls, conn: PooledConnection) -> LazyConnection:
+        """One that looks like `conn` (encoding, server version, adapters)."""
+        pgconn = conn.pgconn
+        handlers = pgconn.notice_handler, pgconn.notify_handler
+        lazy = cls.over(pgconn, conn._options)
+        pgconn.notice_handler, pgconn.notify_handler = handlers
+        lazy.configured = True
+        return lazy  # type: ignore[return-value]
+
+    def settle(self) -> None:
+        """Wait for a connection and be it."""
+        conn = self.lock.settle()
+        self.__dict__ = conn.__dict__
+        self.__class__ = Connection  # type: ignore[assignment]
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        """As Connection.wait(), on a connection of its own."""
+        beside = self.pgconn
+        self.settle()
+        # What a cursor or a pipeline kept of the connection when it was made.
+        for owner in gen.gi_frame.f_locals.values():
+            for name in ("_pgconn", "pgconn"):
+                if getattr(owner, name, None) is beside:
+                    setattr(owner, name, self.pgconn)
+        return self.wait(gen, interval, timeout)
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg's; a server-side one needs a session."""
+        if args or kwargs.get("name"):
+            self.settle()
+        return super().cursor(*args, **kwargs)
+
+    def terminate(self) -> None:
+        """There is nothing to close."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def cancel(self) -> None:
+        """There is nothing to cancel."""
+
+    def cancel_safe(self, *, timeout: float = 30.0) -> None:
+        """There is nothing to cancel."""
+
+
+async def finish(task: asyncio.Task[Any], timeout: float) -> bool:
     """Wait for `task` whatever cancellations arrive (anyio's come again and again)."""
     deadline = monotonic() + timeout
     with anyio.CancelScope(shield=True):
@@ -587,7 +794,7 @@ class PooledConnection(AsyncConnection[Any]):
     async def unpooled(cls, **kwargs: Any) -> Connection:
         """A connection for whoever asks: the twin of a new one."""
         twin = (await cls.connect(**kwargs)).twin
-        twin.lock = _OwnLock()
+        twin.lock = OwnLock()
         # Nobody else gets it: what is left in its server session does not matter.
         twin.cursor_factory = kwargs.get("cursor_factory") or psycopg.Cursor
         return twin
@@ -726,12 +933,7 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
         if self._closed:
             conn._pool = None
             conn.twin.terminate()
-        elif (
-            self._reset
-            or conn.pgconn.transaction_status != _IDLE
-            or conn._expire_at <= monotonic()
-            or conn._created_at <= self._drained_at
-        ):
+        elif not self.is_clean(conn):
             if conn.pgconn.transaction_status == _ACTIVE:
                 conn.twin.terminate()
             self.run_task(ReturnConnection(self, conn, from_getconn=False))
@@ -739,6 +941,16 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
             conn._pool = None
             if not self._hand_over(conn):
                 self._pool.append(conn)
+
+    def is_clean(self, conn: Any) -> bool:
+        """Whether a connection can be used again as it is."""
+        return (
+            not self._reset
+            and not self._closed
+            and conn.pgconn.transaction_status == _IDLE
+            and conn._expire_at > monotonic()
+            and conn._created_at > self._drained_at
+        )
 
     def _hand_over(self, conn: PooledConnection) -> bool:
         """Give a connection to the one who has waited longest, without a turn of the loop."""
@@ -795,6 +1007,15 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
     def waiting(self) -> int:
         """How many tasks wait for a connection."""
         return len(self._waiting)
+
+    @property
+    def free(self) -> int:
+        """How many connections nobody has."""
+        return len(self._pool)
+
+    def some(self) -> PooledConnection | None:
+        """An open connection, whoever has it."""
+        return next((conn for conn in self.live if not conn.closed), None)
 
 
 AsyncCallback = Callable[[PooledConnection], Any]

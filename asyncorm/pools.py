@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 from asyncio import AbstractEventLoop, get_running_loop
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS
-from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
+from psycopg_pool import PoolClosed, PoolTimeout
 
 from . import bridge, conf
-from .driver import Connection, ConnectionPool, PooledConnection
+from .driver import Connection, ConnectionPool, LazyConnection, OwnLock, PooledConnection
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -41,6 +41,11 @@ def pool_options(settings_dict: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def holders(sessions: Iterable[Any]) -> str:
+    """Who holds connections, for messages."""
+    return "; ".join(f"{n} x {text}" for text, n in Counter(map(str, sessions)).most_common(5))
+
+
 class PoolDeadlock(psycopg.OperationalError):
     """Every connection is held by a task that waits for another one."""
 
@@ -54,9 +59,15 @@ class Pool:
         wrappers: idle wrappers; building one is costly.
         asking: tasks that wait for a connection.
         current: not discarded; sessions leave one that is at their next checkout.
+        queue: statements that wait for a connection; set by sessions.py.
+        top: itself, or the limit that the PARALLELISM setting puts on it (limits.py).
+        lazy: idle lazy connections.
     """
 
     current = True
+    gathers = False  # statements do not wait for others when a connection is free
+    queue: Any = None
+    top: Any = None
 
     def __init__(
         self, alias: str, settings_dict: dict[str, Any], make_wrapper: Callable[[], Any]
@@ -72,6 +83,7 @@ class Pool:
         self._opening: asyncio.Lock | None = None
         self._closer: AsyncGenerator[None, None] | None = None
         self.asking: set[asyncio.Task[Any] | None] = set()
+        self.lazy: list[LazyConnection] = []
 
     def _where(self) -> tuple[Any, ...]:
         return tuple(map(self.settings_dict.get, _WHERE))
@@ -85,17 +97,32 @@ class Pool:
         """An idle DatabaseWrapper for native code, without a connection."""
         return self.wrappers.pop() if self.wrappers else self.make_wrapper()
 
-    def checkout(self, wrapper: BaseDatabaseWrapper) -> Connection:
+    def take(self) -> Connection | None:
+        """A free connection, None if there is none now."""
+        if self.connections is None or (conn := self.connections.take()) is None:
+            return None
+        return conn.twin
+
+    def get(self, wrapper: BaseDatabaseWrapper) -> Connection:
         """A connection for the running operation, waited for if need be.
 
         Raises:
             psycopg.OperationalError: none to be had; the message says why and what to do.
         """
-        if self.connections is not None and (conn := self.connections.take()) is not None:
-            return conn.twin
         runner = bridge.current()
         assert runner is not None
         return bridge.wait_for(runner, self._checkout(wrapper)).twin
+
+    def take_lazy(self) -> LazyConnection | None:
+        """Something that stands for a connection; None if one is free or none is open yet."""
+        if self.connections is None or self.connections.free:
+            return None
+        beside = self.connections.some()
+        if beside is None:
+            return None
+        lazy = self.lazy.pop() if self.lazy else LazyConnection.beside(beside)
+        lazy.pgconn = beside.pgconn
+        return lazy
 
     def checkin(self, conn: Connection) -> None:
         """Give a connection back; one that is not idle is rolled back or replaced."""
@@ -107,32 +134,26 @@ class Pool:
         else:
             self.connections.give(conn.pooled)
 
-    async def _checkout(self, wrapper: BaseDatabaseWrapper) -> PooledConnection:
+    def is_clean(self, conn: Connection) -> bool:
+        """Whether the next operation may have a connection without its being given back."""
+        return (
+            not conn.touched
+            and self.connections is not None
+            and self.connections.is_clean(conn.pooled)
+            and not conf.get("RESET_ALWAYS")
+        )
+
+    async def _checkout(self, wrapper: Any) -> PooledConnection:
         if self.connections is None:
             await self._open(wrapper)
         assert self.connections is not None
-        task = asyncio.current_task()
-        self.asking.add(task)
         try:
-            if self._deadlocked():
-                raise PoolDeadlock(
-                    f"Deadlock on the native pool of database {self.alias!r}: each of its "
-                    f"{self.size} connections is held by a task that waits for another one: "
-                    f"{self._holders()}. Raise OPTIONS['pool']['max_size'], or do not use a second "
-                    "connection while holding one."
-                )
-            return await self.connections.getconn()
+            with self.asked(admitted=wrapper.session.flying):
+                return await self.connections.getconn()
         except PoolDeadlock:
             raise
         except PoolTimeout:
             raise self._exhausted() from self.connections.connect_error
-        except TooManyRequests as exc:
-            raise psycopg.OperationalError(
-                f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
-                "connections are in use and "
-                f"{self.connections.waiting} tasks wait already, as many as "
-                "OPTIONS['pool']['max_waiting'] allows."
-            ) from exc
         except PoolClosed as exc:
             raise psycopg.OperationalError(
                 f"The native pool of database {self.alias!r} was closed while this task waited "
@@ -144,6 +165,46 @@ class Pool:
                 f"{str(exc).strip()}\n"
                 f"Check that the server runs and that DATABASES[{self.alias!r}] is right."
             ) from exc
+
+    @property
+    def waiting(self) -> int:
+        """How many operations wait for a connection, or for their statement to be sent on one."""
+        if self.connections is None:
+            return 0
+        waiting = self.connections.waiting
+        if self.queue is not None:
+            waiting += self.queue.waiting - min(self.queue.pending, waiting)
+        return waiting
+
+    @contextmanager
+    def asked(self, admitted: bool = False) -> Iterator[None]:
+        """The current task waits for a connection, or for its statement to be sent on one.
+
+        Args:
+            admitted: for statements that wait already.
+
+        Raises:
+            PoolDeadlock: who has the connections waits for one, too.
+            psycopg.OperationalError: as many wait already as `max_waiting` allows.
+        """
+        most = self.options.get("max_waiting", 0)
+        if most and not admitted and self.waiting >= most and not self.connections.free:  # type: ignore[union-attr]
+            raise psycopg.OperationalError(
+                f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
+                f"connections are in use and {self.waiting} tasks wait already, as many as "
+                "OPTIONS['pool']['max_waiting'] allows."
+            )
+        task = asyncio.current_task()
+        self.asking.add(task)
+        try:
+            if self._deadlocked():
+                raise PoolDeadlock(
+                    f"Deadlock on the native pool of database {self.alias!r}: each of its "
+                    f"{self.size} connections is held by a task that waits for another one: "
+                    f"{self._holders()}. Raise OPTIONS['pool']['max_size'], or do not use a second "
+                    "connection while holding one."
+                )
+            yield
         finally:
             self.asking.discard(task)
 
@@ -157,8 +218,7 @@ class Pool:
 
     def _holders(self) -> str:
         assert self.connections is not None
-        held = (str(conn.twin.lock) for conn in self.connections.live if not conn.closed)
-        return "; ".join(f"{n} x {text}" for text, n in Counter(held).most_common(5))
+        return holders(conn.twin.lock for conn in self.connections.live if not conn.closed)
 
     def _exhausted(self) -> psycopg.OperationalError:
         assert self.connections is not None
@@ -171,7 +231,7 @@ class Pool:
             )
         return psycopg.OperationalError(
             f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
-            f"connections were in use for {seconds:g} s and {self.connections.waiting} more tasks "
+            f"connections were in use for {seconds:g} s and {self.waiting} more tasks "
             f"wait. Held by: {self._holders()}. Raise OPTIONS['pool']['max_size'] in "
             f"DATABASES[{self.alias!r}], or hold connections for less time."
         )
@@ -199,6 +259,7 @@ class Pool:
                 return
             options = {**self.options}
             min_size = options.pop("min_size")
+            options.pop("max_waiting", None)  # see asked()
             callbacks = {
                 name: _natively(options.pop(name, None)) for name in ("check", "configure", "reset")
             }
@@ -279,8 +340,16 @@ class Pool:
                 "pool_size": 0,
                 "pool_available": 0,
             }
+        shared = {}
+        if self.queue is not None:
+            shared = {
+                "requests_waiting": self.waiting,
+                "statements_pipelined": self.queue.statements,
+                "pipelines": self.queue.flights,
+            }
         return {
             **self.connections.get_stats(),
+            **shared,
             "pool_min": self.options["min_size"],
             "pool_max": self.size,
         }
@@ -292,7 +361,7 @@ def _natively(callback: Any) -> Any:
         return None
 
     async def run(conn: PooledConnection) -> None:
-        held, conn.twin.lock = conn.twin.lock, nullcontext()  # nobody else has the connection now
+        held, conn.twin.lock = conn.twin.lock, OwnLock()  # nobody else has the connection now
         try:
             await bridge.run(callback, conn.twin)
         finally:

@@ -11,7 +11,7 @@ import functools
 import sys
 from asyncio import CancelledError, Task, TimerHandle, current_task, get_running_loop
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import Context, ContextVar, copy_context
 from time import monotonic
 from types import FrameType
@@ -28,9 +28,10 @@ from greenlet import getcurrent
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
-from . import bridge, conf, pools
+from . import bridge, conf, limits, pools
 from .bridge import Runner
-from .driver import NO_LOCK, Connection
+from .driver import NO_LOCK, Connection, LazyConnection
+from .multiplexing import Queue, is_read, is_single, slow
 
 T = TypeVar("T")
 _IDLE = TransactionStatus.IDLE
@@ -166,10 +167,13 @@ class Block:
         cancelled: what aborted the transaction, or the savepoint, by cancelling a statement.
         of_test_case: it is the transaction that a test runs in (testcase.py).
         inner: the nested block that holds the lock now.
+        queue: statements of child tasks that wait for the lock.
+        gathers: how many `batch()` have statements wait for the end of the loop's turn.
         characteristics: what `atomic()` set for the block (transactions.py).
     """
 
     of_test_case = False
+    size = 1  # pipelines under way at once
 
     def __init__(self, session: Session, parent: Block | None, origin: str) -> None:
         self.session = session
@@ -184,6 +188,48 @@ class Block:
         self.inner: Block | None = None
         self.characteristics: Any = None
         self.ended = False
+        self.queue: Queue | None = None
+        self.gathers = 0
+
+    def queue_for(self, text: str) -> Queue | None:
+        """Where a statement of a child task waits if the lock is taken, to go with others."""
+        if self.gathers and conf.get("MULTIPLEXING") and is_single(text):
+            if self.queue is None:
+                self.queue = Queue(self)
+            return self.queue
+        return None
+
+    @contextmanager
+    def flight(self) -> Iterator[Connection]:
+        """Keep the lock and the connection (multiplexing.Source)."""
+        runner = bridge.current()
+        assert runner is not None
+        runner.lead = self.session
+        _scope.set(self.scope)  # the flight's task belongs to the block
+        with self.session:
+            yield self.session.wrapper.connection
+
+    def asked(self) -> AbstractContextManager[None]:
+        """Everybody gets his turn (multiplexing.Source)."""
+        return nullcontext()
+
+    def dropped(self, exc: BaseException) -> None:
+        """A statement of a cancelled task is under way: the transaction cannot go on."""
+        self.needs_rollback = True
+        self.rollback_exc = self.cancelled = exc
+
+    def refusal(self) -> BaseException | None:
+        """Since a statement before this one failed (multiplexing.Source)."""
+        return self.broken_error() if self.needs_rollback else None
+
+    def broken_error(self) -> TransactionManagementError:
+        """For a statement after an error."""
+        error = TransactionManagementError(
+            "An error occurred in the current transaction. You can't execute queries until the "
+            "end of the 'atomic' block."
+        )
+        error.__cause__ = self.rollback_exc
+        return error
 
     def outlived_error(self) -> TransactionManagementError:
         """For a task that was started in the block and goes on after its end."""
@@ -206,6 +252,8 @@ class Block:
         except anyio.WouldBlock:
             runner = bridge.current()
             assert runner is not None
+            if self.queue is not None:
+                self.queue.seal()
             while True:
                 try:
                     bridge.wait_for(runner, self._acquire(runner))
@@ -253,6 +301,38 @@ class Block:
 UNKNOWN: Any = object()
 
 
+class _Flights:
+    """The source of connections for statements outside transactions (multiplexing.Source)."""
+
+    def __init__(self, source: limits.Source, pool: pools.Pool) -> None:
+        self.source = source
+        self.pool = pool
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    @contextmanager
+    def flight(self) -> Iterator[Connection]:
+        runner = bridge.current()
+        assert runner is not None
+        session = Session(self.pool.alias, self.pool, self.source)
+        session.flying = True
+        runner.resources[self.pool.alias] = session
+        session.wrapper.ensure_connection()
+        with session:
+            yield session.wrapper.connection
+
+    def asked(self) -> AbstractContextManager[None]:
+        return self.source.asked()
+
+    def dropped(self, exc: BaseException) -> None:
+        """It is of no concern to others."""
+
+    def refusal(self) -> None:
+        return None
+
+
 class Session:
     """A Django wrapper for native code and, from its first statement on, a connection.
 
@@ -260,6 +340,8 @@ class Session:
 
     Attributes:
         alias, pool, wrapper: what they say.
+        source: where connections come from: the pool, or a limit on it.
+        flying: it is for statements of several operations, sent together.
         root: the outermost transaction block that is open, if any.
         keeper, origin: the task that pinned the session, and where.
         pinned: kept by `asyncorm.connection()` or by a stream, whatever operations come and go.
@@ -270,9 +352,13 @@ class Session:
         active: when the last statement began or ended (time.monotonic()).
     """
 
-    def __init__(self, alias: str, pool: pools.Pool) -> None:
+    flying = False
+    settling = False
+
+    def __init__(self, alias: str, pool: pools.Pool, source: limits.Source) -> None:
         self.alias = alias
         self.pool = pool
+        self.source = source
         self.wrapper: Any = pool.take_wrapper()
         self.wrapper.session = self
         self.root: Block | None = None
@@ -306,9 +392,63 @@ class Session:
         self._entitled(getcurrent())
         if not self.pool.current:  # settings changed in the middle of the operation
             self.pool = _pool(self.alias, type(self.wrapper))
-        conn = self.pool.checkout(self.wrapper)
+            self.source = limits.source(self.pool)
+        conn = None if self.source.gathers else self.source.take()
+        if conn is None:
+            conn = self._lazy() or self._checkout()
         conn.lock = self
         return conn
+
+    def _lazy(self) -> LazyConnection | None:
+        """What serves an operation of single statements while every connection is in use."""
+        if (
+            self.kept
+            or self.flying
+            or self.settling
+            or self.acting is not None
+            or not conf.get("MULTIPLEXING")
+        ):
+            return None
+        return self.pool.take_lazy()
+
+    def _checkout(self) -> Connection:
+        if self.source.gathers and (conn := self.source.take()) is not None:
+            return conn
+        if not self.flying and self.source.queue is not None:
+            self.source.queue.seal()
+        return self.source.get(self.wrapper)
+
+    def queue_for(self, text: str) -> Queue | None:
+        """Where a statement waits that needs no connection of its own; None if it runs now."""
+        if self.root is not None:
+            block = self.innermost()
+            if block is None or self.holder is getcurrent():
+                return None
+            return block.queue_for(text)
+        conn = self.wrapper.connection if self.wrapper is not None else None
+        if conn is None or not conn.unsettled:
+            return None
+        source = self.source
+        if not (is_single(text) if source.gathers else is_read(text)) or text in slow:
+            return None
+        self._entitled(getcurrent())
+        if source.queue is None:
+            source.queue = Queue(_Flights(source, self.pool))
+        return cast(Queue, source.queue)
+
+    def settle(self) -> Connection:
+        """In place of a lazy connection, one of the operation's own."""
+        lazy = self.wrapper.connection
+        self.wrapper.connection = None
+        self.settling = True
+        try:
+            self.wrapper.ensure_connection()
+        except BaseException:
+            self.wrapper.connection = lazy
+            raise
+        finally:
+            self.settling = False
+        return cast(Connection, self.wrapper.connection)
 
     def detach(self) -> None:
         """Give the connection back."""
@@ -321,12 +461,15 @@ class Session:
         """Return `conn` to the pool in the state it came in, or closed."""
         conn.lock = NO_LOCK
         conn._pool = None
+        if conn.unsettled:
+            self.pool.lazy.append(cast(LazyConnection, conn))
+            return
         if not conn._autocommit:
             if conn.pgconn.transaction_status != _IDLE:
                 # Somebody turned autocommit off and left: what was not committed is rolled back.
                 conn.terminate()
             conn._autocommit = True
-        self.pool.checkin(conn)
+        self.source.checkin(conn)
 
     def terminate(self) -> None:
         """Close the connection at once, whatever runs on it; the pool replaces it."""
@@ -431,13 +574,13 @@ class Session:
             conn, wrapper.connection = wrapper.connection, None
             conn.lock = NO_LOCK
             conn._pool = None
-            if not self.pool.loop.is_closed():
-                self.pool.loop.call_soon_threadsafe(self._drop, self.pool, conn)
+            if not conn.unsettled and not self.pool.loop.is_closed():
+                self.pool.loop.call_soon_threadsafe(self._drop, self.source, conn)
 
     @staticmethod
-    def _drop(pool: pools.Pool, conn: Connection) -> None:
+    def _drop(source: limits.Source, conn: Connection) -> None:
         conn.terminate()
-        pool.checkin(conn)
+        source.checkin(conn)
 
     # The lock
 
@@ -483,10 +626,7 @@ class Session:
             block.acquire()
             if block.needs_rollback:  # since Django looked, a statement before this one failed
                 block.lock.release()
-                raise TransactionManagementError(
-                    "An error occurred in the current transaction. You can't execute queries until "
-                    "the end of the 'atomic' block."
-                ) from block.rollback_exc
+                raise block.broken_error()
         elif self.holder is not None:
             raise InterfaceError(
                 f"Two tasks used one connection of database {self.alias!r} at the same time."
@@ -562,9 +702,6 @@ def _pool(alias: str, cls: Any) -> pools.Pool:
     return pool
 
 
-# Execute wrappers of native code in every task (testing.py).
-everywhere: list[Any] = []
-
 # Sessions of test cases, by alias (testcase.py): native code in a test's transaction uses them.
 test_sessions: dict[str, Any] = {}
 
@@ -584,7 +721,8 @@ def session_for(alias: str, runner: Runner) -> Session | None:
         cls = native_class(alias)
         if cls is None:
             return None
-        session = runner.resources[alias] = Session(alias, _pool(alias, cls))
+        pool = _pool(alias, cls)
+        session = runner.resources[alias] = Session(alias, pool, limits.source(pool))
     return cast(Session, session)
 
 

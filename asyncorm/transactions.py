@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import warnings
-from asyncio import CancelledError, ensure_future
+from asyncio import CancelledError, ensure_future, sleep
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -139,6 +139,12 @@ def leave_block(
     wrapper = session.wrapper
     try:
         with bridge.shield(runner):
+            if block.queue is not None and block.queue.announced:
+                block.queue.seal()
+                try:
+                    bridge.wait_for(runner, sleep(0))  # they stand in line then
+                except CancelledError as cancelled:
+                    runner.cancelled = cancelled
             block.acquire()
             block.ended = True
             with session.acting_for(runner, block):

@@ -200,9 +200,9 @@ class _Wrappers(_Shared):
         if wrapper.unpooled:
             return mine
         own = _known(wrapper)
-        if own is not None:
-            mine = [*mine, *own.execute_wrappers] if mine else own.execute_wrappers
-        return [*sessions.everywhere, *mine] if sessions.everywhere else mine
+        if own is None:
+            return mine
+        return [*mine, *own.execute_wrappers] if mine else own.execute_wrappers
 
 
 def _known(wrapper: Any) -> Any:
@@ -313,8 +313,10 @@ class NativeWrapper:
 
     def create_cursor(self, name: str | None = None) -> Any:
         """Django's; the session keeps its connection while server-side cursors are open."""
-        cursor = super().create_cursor(name)  # type: ignore[misc]
         session = self.session
+        if session is not None and self.connection.unsettled and (name or self.connection.closed):
+            self.connection.settle()
+        cursor = super().create_cursor(name)  # type: ignore[misc]
         if name and session is not None:
             if session.cursors is None:
                 session.cursors = WeakSet()

@@ -1,0 +1,238 @@
+"""At most so many connections at once for the operations of a context.
+
+A `Limit` stands between sessions and their pool, or between them and a wider limit.
+"""
+
+from __future__ import annotations
+
+from asyncio import current_task
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any, NamedTuple, TypeAlias, cast
+from weakref import WeakKeyDictionary
+
+import anyio
+from django.db import DEFAULT_DB_ALIAS
+
+from . import bridge, conf
+from .driver import Connection
+from .pools import Pool, PoolDeadlock, holders
+
+Source: TypeAlias = "Pool | Limit"
+
+
+class Limit:
+    """Up to `size` connections of a pool, in order of arrival.
+
+    They are kept while anything here runs or waits, and go back when nothing does.
+
+    Attributes:
+        size: how many.
+        gathers: statements wait for the end of the loop's turn, to travel with others.
+        queue: statements that wait for a connection; set by sessions.py.
+    """
+
+    queue: Any = None
+
+    def __init__(self, parent: Pool | Limit, size: int, gathers: bool = False) -> None:
+        self.parent = parent
+        self.size = size
+        self.gathers = gathers
+        self.asking: set[Any] = set()
+        self._turns = anyio.Semaphore(size, max_value=size, fast_acquire=True)
+        self._kept: list[Connection] = []
+        self._out: set[Connection] = set()
+
+    @property
+    def alias(self) -> str:
+        """The database alias."""
+        return self.parent.alias
+
+    @property
+    def waiting(self) -> int:
+        """How many operations wait for their turn here."""
+        return self._turns.statistics().tasks_waiting
+
+    def take(self) -> Connection | None:
+        """A connection if one is to be had at once."""
+        try:
+            self._turns.acquire_nowait()
+        except anyio.WouldBlock:
+            return None
+        conn = self._keep_or_take()
+        if conn is None:
+            self._turns.release()
+        return conn
+
+    def get(self, wrapper: Any) -> Connection:
+        """A connection, waited for if need be.
+
+        Raises:
+            psycopg.OperationalError: none to be had; the message says why and what to do.
+        """
+        runner = bridge.current()
+        assert runner is not None
+        try:
+            self._turns.acquire_nowait()
+        except anyio.WouldBlock:
+            with self.asked():
+                bridge.wait_for(runner, self._turns.acquire())
+        try:
+            conn = self._keep_or_take()
+            if conn is None:
+                conn = self.parent.get(wrapper)
+                self._out.add(conn)
+        except BaseException:
+            self._turns.release()
+            raise
+        return conn
+
+    def _keep_or_take(self) -> Connection | None:
+        while self._kept:
+            conn = self._kept.pop()
+            if conn.pooled is not None and conn.pooled.alive():
+                break
+            self.parent.checkin(conn)
+        else:
+            taken = self.parent.take()
+            if taken is None:
+                return None
+            conn = taken
+        self._out.add(conn)
+        return conn
+
+    def checkin(self, conn: Connection) -> None:
+        """Take a connection back, for others who wait here or for the pool."""
+        self._out.discard(conn)
+        if (self._out or self.waiting) and self.pool.is_clean(conn):
+            self._kept.append(conn)
+        else:
+            self.parent.checkin(conn)
+            if not self._out and not self.waiting:
+                while self._kept:
+                    self.parent.checkin(self._kept.pop())
+        self._turns.release()
+
+    @property
+    def pool(self) -> Pool:
+        """The pool whose connections these are."""
+        return self.parent if isinstance(self.parent, Pool) else self.parent.pool
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """The current task waits for a connection inside.
+
+        Raises:
+            PoolDeadlock: who has the connections waits for one, too.
+        """
+        task = current_task()
+        self.asking.add(task)
+        try:
+            sessions = [conn.lock for conn in self._out]
+            if len(sessions) >= self.size and all(
+                getattr(session, "task", None) in self.asking for session in sessions
+            ):
+                raise PoolDeadlock(
+                    f"Deadlock on database {self.alias!r}: each of the {self.size} connections "
+                    "that asyncorm.parallelism() allows here is held by a task that waits for "
+                    f"another one: {holders(sessions)}. Allow more, or do not use a second "
+                    "connection while holding one."
+                )
+            yield
+        finally:
+            self.asking.discard(task)
+
+
+class Parallelism:
+    """What `parallelism()` returns: a context manager, synchronous and asynchronous.
+
+    One that is entered in several tasks is one limit for all of them.
+    """
+
+    def __init__(self, size: int, using: str | None = None, gathers: bool = False) -> None:
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"parallelism() takes a number of connections, not {size!r}.")
+        if size < 1:
+            raise ValueError("parallelism() takes a positive number of connections.")
+        self.size = size
+        self.alias = using or DEFAULT_DB_ALIAS
+        self.gathers = gathers
+        self._limits: WeakKeyDictionary[Source, Limit] = WeakKeyDictionary()
+
+    def within(self, parent: Source) -> Limit:
+        """The limit for the pool of one loop, or for a part of it."""
+        limit = self._limits.get(parent)
+        if limit is None:
+            limit = self._limits[parent] = Limit(parent, self.size, self.gathers)
+        return limit
+
+    def __enter__(self) -> None:
+        _current.set(_Entered(self, _current.get()))
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        entered = _current.get()
+        assert entered is not None and entered.parallelism is self
+        _current.set(entered.outer)
+
+    async def __aenter__(self) -> None:
+        self.__enter__()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.__exit__(exc_type, exc, traceback)
+
+
+class _Entered(NamedTuple):
+    parallelism: Parallelism
+    outer: _Entered | None
+
+
+_current: ContextVar[_Entered | None] = ContextVar("asyncorm_parallelism", default=None)
+
+
+def source(pool: Pool) -> Source:
+    """Where the current context gets connections of a pool."""
+    return _within(pool, _current.get())
+
+
+def _within(pool: Pool, entered: _Entered | None) -> Source:
+    if entered is None:
+        if pool.top is None:
+            size = conf.get("PARALLELISM")
+            pool.top = pool if size is None else Limit(pool, size)
+        return cast("Source", pool.top)
+    outer = _within(pool, entered.outer)
+    return entered.parallelism.within(outer) if entered.parallelism.alias == pool.alias else outer
+
+
+def parallelism(n: int, using: str | None = None) -> Parallelism:
+    """Let the operations of the tasks started inside use at most `n` connections at once.
+
+        async with asyncorm.parallelism(2):
+            await asyncio.gather(*(book.asave() for book in books))
+
+    Operations that find all of them in use wait in order of arrival, and 1 behaves like the single
+    connection that Django has: strictly one after another. The connections are kept while any
+    operation inside runs or waits. Inside another `parallelism()` the narrower limit holds. One
+    object that several tasks enter is one limit for all of them. Without it, the setting
+    `ASYNCORM["PARALLELISM"]` and the pool's size are the limits.
+
+    Args:
+        n: a positive number of connections.
+        using: a database alias; the default one by default.
+
+    Raises:
+        TypeError, ValueError: n is not a positive integer.
+    """
+    return Parallelism(n, using)

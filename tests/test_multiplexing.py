@@ -1,0 +1,419 @@
+"""More operations than connections: their statements travel together, and nothing else changes."""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+from django.db import (
+    DataError,
+    IntegrityError,
+    OperationalError,
+    ProgrammingError,
+    connections,
+    transaction,
+)
+from django.test import override_settings
+from django.test.utils import CaptureQueriesContext
+
+import asyncorm
+from asyncorm import multiplexing, native
+from tests.project.myapp.models import Item
+from tests.support import administrator, all_given_back, database, eventually, value
+
+ALIAS = "few"
+
+
+@pytest.fixture(autouse=True)
+def _empty(django_db_setup: Any, django_db_blocker: Any) -> Iterator[None]:
+    with django_db_blocker.unblock(), administrator() as ask:
+        ask(
+            "CREATE FUNCTION pause(seconds float) RETURNS text LANGUAGE sql AS "
+            "$$ SELECT pg_sleep(seconds)::text $$"
+        )
+        yield
+        ask("DROP FUNCTION pause; TRUNCATE myapp_item")
+
+
+@pytest.fixture
+def few() -> Iterator[str]:
+    """An alias with two connections."""
+    with database(ALIAS, OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
+        yield alias
+
+
+async def grow() -> None:
+    """Have both connections opened."""
+    await asyncio.gather(*[query("SELECT pg_sleep(0.02)") for _ in range(4)])
+    assert (await all_given_back(ALIAS))["pool_size"] == 2
+
+
+@pytest.fixture
+async def grown(few: str) -> str:
+    """The same, both connections opened, nothing counted yet."""
+    await grow()
+    return few
+
+
+async def query(sql: str, params: Any = None) -> Any:
+    async with asyncorm.cursor(ALIAS) as cursor:
+        await cursor.execute(sql, params)
+        row = await cursor.fetchone()
+        return row[0] if row else None
+
+
+def pipelined() -> int:
+    return asyncorm.pool_stats(ALIAS).get("statements_pipelined", 0)
+
+
+async def test_statements_travel_together(grown: str) -> None:
+    results = await asyncio.gather(*[query("SELECT %s::int", [n]) for n in range(100)])
+    assert results == list(range(100))
+    stats = await all_given_back(grown)
+    assert stats["statements_pipelined"] > 50
+    assert stats["pipelines"] < stats["statements_pipelined"] / 2
+    assert stats["pool_size"] == 2
+    assert stats["requests_waiting"] == 0
+
+
+async def test_the_setting_turns_it_off(grown: str) -> None:
+    with override_settings(ASYNCORM={"MULTIPLEXING": False}):
+        results = await asyncio.gather(*[query("SELECT %s::int", [n]) for n in range(50)])
+    assert results == list(range(50))
+    assert pipelined() == 0
+
+
+@pytest.mark.parametrize("binding", [False, True])
+@pytest.mark.parametrize("threshold", [None, 2])
+async def test_values_and_types_are_the_same(binding: bool, threshold: int | None) -> None:
+    options = {
+        "pool": {"min_size": 0, "max_size": 2},
+        "server_side_binding": binding,
+        "prepare_threshold": threshold,
+    }
+    with database(ALIAS, OPTIONS=options):
+        await grow()
+        values = [
+            (1, "int"),
+            (2**40, "bigint"),
+            ("it's \\ ünïcode %", "text"),
+            (None, "text"),
+            (Decimal("1.50"), "numeric"),
+            (datetime(2026, 1, 2, 3, 4, tzinfo=UTC), "timestamptz"),
+            ([1, 2], "int[]"),
+            (True, "bool"),
+            (b"\x00\xff", "bytea"),
+        ] * 8
+        results = await asyncio.gather(
+            *[query(f"SELECT %s::{kind}", [value]) for value, kind in values]
+        )
+        wanted = [bytes(v) if isinstance(v, bytes) else v for v, _ in values]
+        assert [bytes(r) if isinstance(r, memoryview) else r for r in results] == wanted
+        assert pipelined() > 0
+        await asyncorm.close_pools(ALIAS)
+
+
+async def test_one_that_fails_fails_alone(grown: str) -> None:
+    async def divide(by: int) -> Any:
+        return await query("SELECT 10 / %s::int", [by])
+
+    results = await asyncio.gather(
+        *[divide(n % 5) for n in range(60)], query("SELECT nothing"), return_exceptions=True
+    )
+    assert isinstance(results.pop(), ProgrammingError)
+    for n, result in enumerate(results):
+        if n % 5:
+            assert result == 10 // (n % 5)
+        else:
+            assert isinstance(result, DataError)
+            assert isinstance(result.__cause__, psycopg.errors.DivisionByZero)
+    assert pipelined() > 0
+    assert len({id(result) for result in results if isinstance(result, Exception)}) == 12
+    await all_given_back(grown)
+
+
+async def test_all_kinds_of_operations_beside_each_other(grown: str) -> None:
+    random.seed(7)
+
+    async def get(n: int) -> None:
+        item = await Item.objects.using(grown).native_create(remote_id=n, name="x")
+        assert (await Item.objects.using(grown).native_get(pk=item.pk)).remote_id == n
+
+    async def block(n: int) -> None:
+        async with asyncorm.atomic(grown):
+            await Item.objects.using(grown).native_create(remote_id=n, name="block")
+            assert await Item.objects.using(grown).filter(remote_id=n).native_exists()
+
+    async def undone(n: int) -> None:
+        with pytest.raises(ZeroDivisionError):
+            async with asyncorm.atomic(grown):
+                await Item.objects.using(grown).native_create(remote_id=n, name="undone")
+                raise ZeroDivisionError
+
+    async def stream(n: int) -> None:
+        numbers = Item.objects.using(grown).values_list("remote_id", flat=True)
+        async for _ in numbers.native_iterator(chunk_size=3):
+            pass
+
+    async def state(n: int) -> None:
+        async with asyncorm.connection(grown):
+            await query("SELECT set_config('application_name', %s, false)", [f"n{n}"])
+            assert await query("SHOW application_name") == f"n{n}"
+
+    async def twice(n: int) -> None:
+        def work() -> None:
+            with connections[grown].cursor() as cursor:
+                cursor.execute("SELECT %s::int", [n])
+                assert cursor.fetchone() == (n,)
+                cursor.execute("CREATE TEMPORARY TABLE t (n int); INSERT INTO t VALUES (1)")
+                cursor.execute("SELECT n FROM t")
+                assert cursor.fetchall() == [(1,)]
+                cursor.executemany("INSERT INTO t VALUES (%s)", [(2,), (3,)])
+                cursor.execute("SELECT sum(n) FROM t")
+                assert cursor.fetchone() == (6,)
+                cursor.execute("DROP TABLE t")
+
+        await native(work)()
+
+    async def django_block(n: int) -> None:
+        def work() -> None:
+            assert Item.objects.using(grown).filter(remote_id=-1).count() == 0
+            with transaction.atomic(using=grown):
+                Item.objects.using(grown).create(remote_id=n, name="django")
+
+        await native(work)()
+
+    kinds = [get, block, undone, stream, state, twice, django_block] * 12
+    random.shuffle(kinds)
+    before = await query("SELECT setting FROM pg_settings WHERE name = 'application_name'")
+    await asyncio.gather(*[kind(n) for n, kind in enumerate(kinds, 1000)])
+    names = Item.objects.using(grown).values_list("name", flat=True)
+    found = sorted(await names.filter(remote_id__gte=1000).anative())
+    assert found == ["block"] * 12 + ["django"] * 12 + ["x"] * 12
+    after = await asyncio.gather(
+        *[query("SELECT setting FROM pg_settings WHERE name = 'application_name'")] * 1
+    )
+    assert after == [before]
+    assert pipelined() > 0
+    stats = await all_given_back(grown)
+    assert stats["pool_size"] == 2
+
+
+async def test_what_needs_a_session_does_not_share_one(grown: str) -> None:
+    """The raw psycopg connection of an operation, with no connection free."""
+
+    def work(n: int) -> None:
+        connection = connections[grown]
+        connection.ensure_connection()
+        raw = connection.connection
+        assert psycopg.ClientCursor(raw).execute("SELECT %s::int", [n]).fetchone() == (n,)
+        with raw.transaction():
+            raw.execute("SET LOCAL application_name = 'mine'")
+            assert raw.execute("SHOW application_name").fetchone() == ("mine",)
+        with raw.cursor("named") as cursor, raw.transaction():
+            cursor.execute("SELECT generate_series(1, 3)")
+            assert cursor.fetchall() == [(1,), (2,), (3,)]
+        with raw.cursor() as cursor, cursor.copy("COPY (SELECT 1) TO STDOUT") as copy:
+            assert [bytes(row) for row in copy] == [b"1\n"]
+        with raw.cursor() as cursor:
+            assert list(cursor.stream("SELECT generate_series(1, 3)")) == [(1,), (2,), (3,)]
+
+    await asyncio.gather(*[native(work)(n) for n in range(20)])
+    await all_given_back(grown)
+
+
+async def test_wrappers_and_the_query_log_see_each(grown: str) -> None:
+    seen: list[str] = []
+
+    def watch(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        seen.append(sql)
+        return execute(sql, params, many, context)
+
+    with (
+        CaptureQueriesContext(connections[grown]) as captured,
+        connections[grown].execute_wrapper(watch),
+    ):
+        await asyncio.gather(*[query("SELECT %s::int", [n]) for n in range(30)])
+    assert len(captured) == 30
+    assert seen == ["SELECT %s::int"] * 30
+    assert pipelined() > 0
+
+
+async def test_writes_that_may_wait_go_alone(grown: str) -> None:
+    async def create(n: int) -> Any:
+        try:
+            return await Item.objects.using(grown).native_create(remote_id=n % 5, name="w")
+        except IntegrityError:
+            return None
+
+    made = await asyncio.gather(*[create(n) for n in range(25)])
+    assert sum(item is not None for item in made) == 5
+    assert pipelined() == 0
+
+
+async def test_a_slow_statement_delays_only_what_was_behind_it(grown: str) -> None:
+    assert not multiplexing.is_read("SELECT pg_sleep(1)")
+    async with asyncorm.connection(grown):
+        await query("SELECT 1")  # one connection is left
+        slow = asyncio.create_task(query("SELECT pg_sleep(600)"))
+        with administrator() as ask:
+            await eventually(lambda: ask(SLEEPING))
+            waiting = [asyncio.create_task(query("SELECT %s::int", [n])) for n in range(5)]
+            await asyncio.sleep(0.05)
+            assert not any(task.done() for task in waiting)
+            ask(
+                "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE query ~ '600' "
+                "AND pid <> pg_backend_pid()"
+            )
+            with pytest.raises(OperationalError):
+                await slow
+            assert await asyncio.gather(*waiting) == list(range(5))
+
+
+SLEEPING = (
+    "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND pid <> pg_backend_pid()"
+)
+# A sleep that the text does not show.
+HIDDEN = "SELECT pause(%s::float)"
+
+
+async def test_statements_known_to_be_slow_go_alone(grown: str) -> None:
+    assert multiplexing.is_read(HIDDEN)
+    multiplexing.slow.add(HIDDEN)
+    await asyncio.gather(*[query(HIDDEN, ["0"]) for _ in range(8)])
+    assert pipelined() == 0
+
+
+async def travelling(grown: str, seconds: str, others: int) -> tuple[Any, list[Any]]:
+    """A slow statement under way together with quick ones behind it."""
+    multiplexing.slow._seen.clear()
+    holding = asyncio.Event()
+    release = asyncio.Event()
+
+    async def hold() -> None:
+        async with asyncorm.connection(grown):
+            await query("SELECT 1")
+            holding.set()
+            await release.wait()
+
+    holders = [asyncio.create_task(hold()) for _ in range(2)]
+    while asyncorm.pool_stats(grown)["pool_available"]:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    slow = asyncio.create_task(query(HIDDEN, [seconds]))
+    quick = [asyncio.create_task(query("SELECT %s::int", [n])) for n in range(others)]
+    await asyncio.sleep(0.05)
+    release.set()
+    await asyncio.gather(*holders)
+    with administrator() as ask:
+        await eventually(lambda: ask(SLEEPING))
+    return slow, quick
+
+
+async def test_a_cancelled_one_does_not_stop_the_others(grown: str) -> None:
+    slow, quick = await travelling(grown, "0.5", 10)
+    slow.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await slow
+    assert await asyncio.gather(*quick) == list(range(10))
+    assert "connections_lost" not in await all_given_back(grown)
+
+
+async def test_when_all_are_cancelled_the_server_stops(grown: str) -> None:
+    slow, quick = await travelling(grown, "600", 10)
+    for task in [slow, *quick]:
+        task.cancel()
+    results = await asyncio.gather(slow, *quick, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    with administrator() as ask:
+        await eventually(lambda: not ask(SLEEPING))
+    assert await asyncio.gather(*[query("SELECT %s::int", [n]) for n in range(20)]) == list(
+        range(20)
+    )
+    await all_given_back(grown)
+
+
+async def test_one_cancelled_before_it_went_is_not_sent(grown: str) -> None:
+    async with asyncorm.connection(grown), asyncio.TaskGroup() as group:
+
+        async def keep() -> None:
+            async with asyncorm.connection(grown):
+                await query("SELECT 1")
+                gone = asyncio.create_task(query("SELECT nextval('myapp_item_id_seq')"))
+                await asyncio.sleep(0.02)
+                gone.cancel()
+                await asyncio.sleep(0.02)
+                assert gone.cancelled()
+
+        before = await query("SELECT last_value FROM myapp_item_id_seq")
+        group.create_task(keep())
+    assert await query("SELECT last_value FROM myapp_item_id_seq") == before
+
+
+async def test_a_killed_backend_is_told_to_all_that_were_on_it(grown: str) -> None:
+    slow, quick = await travelling(grown, "600", 10)
+    with administrator() as ask:
+        ask(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE wait_event = 'PgSleep' AND pid <> pg_backend_pid()"
+        )
+    results = await asyncio.gather(slow, *quick, return_exceptions=True)
+    assert isinstance(results[0], OperationalError)
+    for n, result in enumerate(results[1:]):
+        assert result == n or isinstance(result, OperationalError)
+    assert await asyncio.gather(*[query("SELECT %s::int", [n]) for n in range(20)]) == list(
+        range(20)
+    )
+    await all_given_back(grown)
+
+
+async def test_no_one_waits_for_ever(few: str) -> None:
+    options = {"pool": {"min_size": 0, "max_size": 1, "timeout": 0.3}}
+    with database("one", OPTIONS=options) as alias:
+        async with asyncorm.connection(alias):
+            await native(value)("SELECT 1", using=alias)
+
+            async def wait() -> None:
+                await native(value)("SELECT 2", using=alias)
+
+            tasks = [asyncio.create_task(wait()) for _ in range(5)]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            for result in results:
+                assert isinstance(result, OperationalError)
+                assert "exhausted" in str(result)
+        assert await native(value)("SELECT 3", using=alias) == 3
+        await asyncorm.close_pools(alias)
+
+
+@pytest.mark.parametrize(
+    ("text", "read", "single"),
+    [
+        ("SELECT 1", True, True),
+        ("  (SELECT 1) UNION (SELECT 2);  ", True, True),
+        ("SELECT ';'", False, False),
+        ("SELECT 1; DROP TABLE x", False, False),
+        ("SELECT a FROM b FOR UPDATE", False, True),
+        ("SELECT a FROM b FOR NO KEY UPDATE SKIP LOCKED", False, True),
+        ("SELECT pg_advisory_lock(1)", False, False),
+        ("SELECT pg_advisory_xact_lock(1)", False, True),
+        ("SELECT pg_sleep(1)", False, True),
+        ("INSERT INTO a VALUES (1)", False, True),
+        ("UPDATE a SET b = 1", False, True),
+        ("WITH x AS (DELETE FROM a RETURNING b) SELECT b FROM x", False, True),
+        ("COPY a TO STDOUT", False, False),
+        ("BEGIN", False, False),
+        ("SAVEPOINT a", False, False),
+        ("SET a = 1", False, False),
+        ("LISTEN a", False, False),
+        ("CREATE TEMPORARY TABLE a (b int)", False, False),
+        ("DECLARE a CURSOR FOR SELECT 1", False, False),
+        ("VACUUM", False, False),
+        ("SELECT set_config('a', 'b', false)", False, False),
+    ],
+)
+def test_what_may_travel(text: str, read: bool, single: bool) -> None:
+    assert multiplexing.is_read(text) is read
+    assert multiplexing.is_single(text) is single
