@@ -1,10 +1,11 @@
 """The pytest plugin: nothing to configure, pytest finds it.
 
-Tests with pytest-django's `db` roll back without it (testcase.py).
+Tests with pytest-django's `db` roll back without it (testcase.py); it offers testing.py's helpers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,3 +25,41 @@ def pytest_runtest_teardown(nextitem: Any) -> None:
 
         if settings.configured:
             SyncToAsync.single_thread_executor.submit(connections.close_all).result()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--asyncorm-timeline."""
+    parser.getgroup("asyncorm").addoption(
+        "--asyncorm-timeline",
+        action="store_true",
+        help="show which task ran which query when, on which connection, for each failing test",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Show a failing test's timeline."""
+    if not item.config.getoption("--asyncorm-timeline"):
+        return (yield)
+    from .testing import timeline_on_failure
+
+    with timeline_on_failure():
+        return (yield)
+
+
+@pytest.fixture
+def native_only() -> Iterator[None]:
+    """Fail where the test leaves the event loop for a thread, or queries synchronously on it."""
+    from . import testing
+
+    with testing.native_only():
+        yield
+
+
+@pytest.fixture
+def asyncorm_queries() -> Iterator[Any]:
+    """The queries of the test so far, by task: asyncorm.testing.Queries."""
+    from . import testing
+
+    with testing.count_queries() as queries:
+        yield queries

@@ -702,6 +702,9 @@ def _pool(alias: str, cls: Any) -> pools.Pool:
     return pool
 
 
+# Execute wrappers of native code in every task (testing.py).
+everywhere: list[Any] = []
+
 # Sessions of test cases, by alias (testcase.py): native code in a test's transaction uses them.
 test_sessions: dict[str, Any] = {}
 

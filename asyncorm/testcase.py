@@ -183,11 +183,14 @@ class TestSession(Session):
         conn.pgconn.notice_handler, conn.pgconn.notify_handler = handlers
         conn.wait = self._wait
         wrapper.session = self
+        wrapper.execute_wrappers.extend(sessions.everywhere)
         wrapper.inc_thread_sharing()
 
     def end(self) -> None:
         """Give the connection back to synchronous code alone."""
         self.wrapper.session = None
+        for everywhere in sessions.everywhere:
+            self.wrapper.execute_wrappers.remove(everywhere)
         self.wrapper.dec_thread_sharing()
         self._conn.lock = self._lock
         del self._conn.wait
@@ -237,18 +240,20 @@ class TestSession(Session):
         """
 
         @functools.wraps(callback)
-        def call() -> None:
+        def call() -> Any:
             result = callback()
             if not inspect.isawaitable(result):
-                return
+                return None
             if bridge.in_native_code():
                 bridge.await_(result)
             elif self.root is not None:
                 task = asyncio.ensure_future(result)
                 _tasks.add(task)
                 task.add_done_callback(_tasks.discard)
+                return task
             else:
                 async_to_sync(_wait_for)(result)
+            return None
 
         return call
 

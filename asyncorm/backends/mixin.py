@@ -200,9 +200,9 @@ class _Wrappers(_Shared):
         if wrapper.unpooled:
             return mine
         own = _known(wrapper)
-        if own is None:
-            return mine
-        return [*mine, *own.execute_wrappers] if mine else own.execute_wrappers
+        if own is not None:
+            mine = [*mine, *own.execute_wrappers] if mine else own.execute_wrappers
+        return [*sessions.everywhere, *mine] if sessions.everywhere else mine
 
 
 def _known(wrapper: Any) -> Any:
