@@ -29,7 +29,7 @@ from typing import Any
 import django.utils.asyncio
 from asgiref.sync import AsyncToSync, SyncToAsync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import DatabaseError, connections
+from django.db import connections
 from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
 
@@ -60,13 +60,7 @@ class _Storage:
         return getattr(self.local, alias)
 
     def __setattr__(self, alias: str, wrapper: Any) -> None:
-        if not isinstance(wrapper, sessions_wrapper()):
-            setattr(self.local, alias, wrapper)
-        elif not bridge.in_native_code():
-            raise DatabaseError(
-                f"The connection {alias!r} of native code works only in native code on its own "
-                "event loop: it cannot be handed to a thread."
-            )  # in native code connections[alias] is the operation's, whatever was put there
+        setattr(self.local, alias, wrapper)
 
     def __delattr__(self, alias: str) -> None:
         delattr(self.local, alias)

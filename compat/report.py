@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ KNOWN = HERE / "known_differences.toml"
 RESULTS = HERE / "results"
 FINE = ("passed", "expected failure")
 BAD = ("failed", "error", "unexpected success")
+NOT_RUN = "not run"
 NAMES = {"native": "django", "async": "django-redirected", "apps": "apps-django"}
 COUNTS = ("run", "passed", "failed", "skipped", "differing", "native")
 
@@ -109,7 +111,7 @@ class Outcome:
                 continue
             if mine is None:
                 if not self._class_failed(test):
-                    found[test] = (entry["outcome"], "not run", "")
+                    found[test] = (entry["outcome"], NOT_RUN, "")
             elif mine["outcome"] in BAD or (
                 entry["outcome"] in FINE and mine["outcome"] == "skipped"
             ):
@@ -175,7 +177,15 @@ class Outcome:
             f"{totals['elsewhere']} on other connections, {totals['threads']} in threads that "
             f"tests start themselves; {len(self.known)} known differences; {seconds:.0f} s"
         )
+        missing = Counter(
+            app_of(test) for test, said in self.unlisted.items() if said[1] == NOT_RUN
+        )
+        lines += [
+            f"\nDIFFERS: {count} tests of {app} did not run" for app, count in missing.items()
+        ]
         for test, (was, now, said) in self.unlisted.items():
+            if now == NOT_RUN:
+                continue
             lines.append(f"\nDIFFERS: {test}: {was} on the stock backend, {now} natively\n{said}")
         lines += [f"LISTED in {KNOWN.name} but passes natively: {test}" for test in self.stale]
         lines += [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
-from django.db import DatabaseError, connection, connections, models, transaction
+from django.db import InterfaceError, connection, connections, models, transaction
 from django.db.backends.postgresql.base import DatabaseWrapper as DjangosWrapper
 from django.db.utils import load_backend
 from django.test import TestCase, TransactionTestCase, override_settings
@@ -203,16 +203,20 @@ def test_synchronous_threads_have_connections_of_their_own() -> None:
     assert mine not in found
 
 
-async def test_a_native_connection_cannot_be_handed_to_a_thread() -> None:
-    def put(wrapper: Any) -> int:
-        with pytest.raises(DatabaseError, match="'default' of native code"):
-            connections["default"] = wrapper
-        return len(connections["default"].queries_log)
+async def test_a_native_connection_is_of_no_use_in_a_thread() -> None:
+    def use(wrapper: Any) -> int:
+        connections["default"] = wrapper
+        try:
+            wrapper.inc_thread_sharing()
+            with pytest.raises(InterfaceError, match="outside native code"):
+                Tag.objects.count()
+            return len(wrapper.queries_log)  # what request_started clears
+        finally:
+            del connections["default"]
 
     def hand_over() -> int:
-        wrapper = connections["default"]
-        connections["default"] = wrapper  # as it was: nothing to do
-        return asyncorm.await_(in_thread(put, wrapper)) + len(wrapper.queries_log)
+        Tag.objects.count()
+        return asyncorm.await_(asyncio.to_thread(use, connections["default"]))
 
     assert await native(hand_over)() == 0
 

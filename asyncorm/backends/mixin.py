@@ -209,19 +209,26 @@ def _known(wrapper: Any) -> Any:
     """Django's own wrapper of the task, if there is one; looked up once for each operation."""
     session = wrapper.session
     if session is None or session.kept:  # several tasks may share it
-        return getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
+        return _djangos(wrapper.alias)
     if session.own is sessions.UNKNOWN:
-        session.own = getattr(connections._connections.local, wrapper.alias, None)  # type: ignore[attr-defined]
+        session.own = _djangos(wrapper.alias)
     return session.own
+
+
+def _djangos(alias: str) -> Any:
+    own = getattr(connections._connections.local, alias, None)  # type: ignore[attr-defined]
+    # One of native code may have been put there, to hand it to a thread.
+    return None if isinstance(own, NativeWrapper) else own
 
 
 def _own(alias: str) -> Any:
     """Django's own wrapper of the task; made if there is none, without a connection."""
     local = connections._connections.local  # type: ignore[attr-defined]
-    own = getattr(local, alias, None)
+    own = _djangos(alias)
     if own is None:
         own = connections.create_connection(alias)
-        setattr(local, alias, own)
+        if not hasattr(local, alias):
+            setattr(local, alias, own)
     return own
 
 
