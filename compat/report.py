@@ -177,12 +177,8 @@ class Outcome:
             f"{totals['elsewhere']} on other connections, {totals['threads']} in threads that "
             f"tests start themselves; {len(self.known)} known differences; {seconds:.0f} s"
         )
-        missing = Counter(
-            app_of(test) for test, said in self.unlisted.items() if said[1] == NOT_RUN
-        )
-        lines += [
-            f"\nDIFFERS: {count} tests of {app} did not run" for app, count in missing.items()
-        ]
+        missing = Counter(app_of(t) for t, (_, now, _) in self.unlisted.items() if now == NOT_RUN)
+        lines += [f"\nDIFFERS: {n} tests of {app} did not run" for app, n in missing.items()]
         for test, (was, now, said) in self.unlisted.items():
             if now == NOT_RUN:
                 continue
