@@ -274,7 +274,7 @@ def main() -> int:
         else:
             run.do([(way, group) for group in groups])
             if again := doubtful(run.results[way]):
-                groups = split(again, tests, options.workers)
+                groups = split(again, tests, 1 + len(again) // 200)
                 run.do([("baseline", group) for group in groups])
     seconds = time.monotonic() - began
     outcome = report.Outcome(run.results["baseline"], run.results[way], run.broken, way, when)
