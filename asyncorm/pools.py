@@ -149,7 +149,15 @@ class Pool:
         assert self.connections is not None
         try:
             with self.asked(admitted=wrapper.session.flying):
-                return await self.connections.getconn()
+                task = asyncio.current_task()
+                cancels = task.cancelling() if task is not None else 0
+                conn = await self.connections.getconn()
+                if task is not None and task.cancelling() > cancels:
+                    # Python 3.11's wait_for() forgets a cancellation that comes with the
+                    # connection.
+                    self.connections.give(conn)
+                    raise asyncio.CancelledError
+                return conn
         except PoolDeadlock:
             raise
         except PoolTimeout:

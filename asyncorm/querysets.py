@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable
-from itertools import islice
 from typing import Any
 
-from django.db import Error, NotSupportedError, OperationalError
+from django.db import NotSupportedError
 from django.db.models import Manager, Model
 from django.db.models.fields import related_descriptors
 from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
-from psycopg.errors import InvalidCursorName
 
-from . import bridge, copying, sessions, swap
+from . import bridge, copying, sessions, streams, swap
 
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
 
@@ -124,60 +122,40 @@ _method = inspect.Parameter("method", inspect.Parameter.KEYWORD_ONLY, default="i
 native_bulk_create.__signature__ = inspect.Signature([*_parameters, _method])  # type: ignore[attr-defined]
 
 
-def native_iterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
+def native_iterator(
+    self: Any, chunk_size: int = 2000, *, read_ahead: int = 0
+) -> AsyncIterator[Any]:
     """Iterate natively in chunks from a server-side cursor, without filling the queryset's cache.
 
     As QuerySet.iterator(): prefetch_related() works chunk by chunk. Outside a transaction the
     stream keeps one connection until it ends or is closed; inside one it uses the block's.
 
+    With `read_ahead` the next chunks are read, prefetches included, while the current one is used.
+    Inside a transaction block the block's other tasks then wait for a chunk as they would for a
+    nested block, and leaving the stream early waits for the chunk that is on its way. Inside
+    `connection()`, which belongs to one task, chunks are read when they are asked for.
+
     Args:
         chunk_size: rows fetched at a time.
+        read_ahead: how many chunks may be read before they are asked for.
+
+    Raises:
+        ValueError: a chunk size that is not positive, or a negative read_ahead.
+        django.db.NotSupportedError: the alias has another engine.
     """
     if chunk_size is None or chunk_size <= 0:
         raise ValueError("Chunk size must be strictly positive.")
+    if isinstance(read_ahead, bool) or not isinstance(read_ahead, int) or read_ahead < 0:
+        raise ValueError("read_ahead must be a number of chunks, 0 or more.")
     _check(self.iterator, (), {})
-    return _stream(self, chunk_size)
+    return streams.stream(self, chunk_size, read_ahead)
 
 
-def _iterator_of_manager(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
+def _iterator_of_manager(
+    self: Any, chunk_size: int = 2000, *, read_ahead: int = 0
+) -> AsyncIterator[Any]:
     """Iterate over all() natively, in chunks from a server-side cursor."""
-    return native_iterator(self.all(), chunk_size)
-
-
-async def _stream(queryset: Any, chunk_size: int) -> AsyncIterator[Any]:
-    def begin() -> Any:
-        # The router is asked once, and in native code, where it sees the transaction.
-        pinned = queryset.using(queryset.db)
-        return pinned.db, pinned.iterator(chunk_size=chunk_size)
-
-    using, rows = await bridge.run(begin)
-    session, new = await sessions.hold(using)
-
-    def chunk() -> list[Any]:
-        return list(islice(rows, chunk_size))
-
-    try:
-        try:
-            while True:
-                part = await (sessions.run_in(session, chunk) if new else bridge.run(chunk))
-                for row in part:
-                    yield row
-                if len(part) < chunk_size:
-                    break
-        finally:
-            if new:
-                await sessions.let_go(session, lambda session: rows.close())
-            else:
-                await bridge.run(rows.close)
-    except (Error, InvalidCursorName) as exc:
-        if new and isinstance(exc.__cause__ or exc, InvalidCursorName):
-            raise OperationalError(
-                f"The server-side cursor of a stream outside a transaction is gone: database "
-                f"{using!r} is probably behind a pooler such as PgBouncer, which changed the "
-                f"server connection. Set DATABASES[{using!r}]['DISABLE_SERVER_SIDE_CURSORS'] to "
-                "True, or stream inside asyncorm.atomic()."
-            ) from exc
-        raise
+    return native_iterator(self.all(), chunk_size, read_ahead=read_ahead)
 
 
 def _adding_twins(factory: Callable[..., type]) -> Callable[..., type]:

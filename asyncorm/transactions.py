@@ -7,7 +7,8 @@ import inspect
 import logging
 import warnings
 from asyncio import CancelledError, ensure_future, sleep
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
@@ -178,6 +179,30 @@ def leave_block(
         bridge.deliver(runner)
 
 
+@contextmanager
+def reserved(session: Session, origin: str) -> Iterator[None]:
+    """Keep the task's innermost block to the running operation, as a nested block would."""
+    runner = bridge.current()
+    parent = session.innermost()
+    if runner is None or parent is None:
+        raise TransactionManagementError("The task is not in a transaction block.")
+    parent.acquire()
+    if parent.needs_rollback:
+        parent.lock.release()
+        raise TransactionManagementError("The block is to be rolled back.")
+    block = Block(session, parent, origin)
+    block.sids = parent.sids
+    parent.inner = block
+    block.scope.push()
+    try:
+        yield
+    finally:
+        if block.needs_rollback:
+            parent.needs_rollback = True
+            parent.rollback_exc, parent.cancelled = block.rollback_exc, block.cancelled
+        _close_block(runner, block)
+
+
 def _run_commit_hooks(runner: Runner, wrapper: Any) -> None:
     if runner.cancelled is None:
         wrapper.run_and_clear_commit_hooks()
@@ -212,6 +237,8 @@ def _close_block(runner: Runner, block: Block) -> None:
         block.parent.lock.release()
     else:
         session.root = None
+        for cursor in session.cursors or ():
+            cursor.transaction_ended()
         # The session is this operation's again, which gives it back when it ends.
         runner.resources[session._key] = session
 

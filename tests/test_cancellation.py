@@ -362,6 +362,36 @@ async def test_copying_cancelled_at_every_await(cancelled: Any, alias: str, watc
 
 
 @ways
+async def test_reading_ahead_cancelled_at_every_await(
+    cancelled: Any, alias: str, watch: Watch
+) -> None:
+    watch.observer.execute(
+        "INSERT INTO myapp_item (remote_id, name) SELECT n, n FROM generate_series(1, 10) n"
+    )
+
+    async def read(left_early: bool) -> None:
+        rows = Item.objects.using(alias).native_iterator(chunk_size=2, read_ahead=2)
+        async with contextlib.aclosing(rows):  # type: ignore[type-var]
+            seen = 0
+            async for _ in rows:
+                seen += 1
+                await asyncio.sleep(0)
+                if left_early and seen == 5:
+                    break
+            assert seen == (5 if left_early else 10)
+
+    async def use() -> None:
+        await read(False)
+        async with asyncorm.atomic(alias):
+            await read(True)
+            async with asyncorm.atomic(alias):
+                await read(False)
+
+    await at_every_await(cancelled, use, alias, watch)
+    await healthy(alias, watch)
+
+
+@ways
 async def test_waiting_for_a_connection_cancelled_at_every_await(
     cancelled: Any, alias: str, watch: Watch
 ) -> None:

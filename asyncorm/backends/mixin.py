@@ -40,6 +40,7 @@ from weakref import WeakSet
 import psycopg
 from django.db import connections
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
+from django.db.transaction import TransactionManagementError
 from django.db.utils import InterfaceError, OperationalError
 from psycopg.pq import ConnStatus
 
@@ -451,6 +452,12 @@ class _Stream:
             self.close()
             raise
 
+    def transaction_ended(self) -> None:
+        """The server has closed the cursor, unless it was declared WITH HOLD."""
+        cursor: Any = self
+        if not cursor.withhold:
+            cursor._closed = True
+
     def close(self) -> None:
         """psycopg's; without native code around, the session closes it later."""
         cursor: Any = self
@@ -461,6 +468,8 @@ class _Stream:
             try:
                 with nullcontext() if runner is None else bridge.shield(runner):
                     super().close()  # type: ignore[misc]
+            except TransactionManagementError:
+                pass  # the transaction has ended or is aborted, and the cursor goes with it
             finally:
                 cursor._closed = True  # or it would keep the connection
         elif not cursor._closed:

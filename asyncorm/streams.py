@@ -1,0 +1,173 @@
+"""Streams: iterating over a server-side cursor in chunks, reading ahead where asked to."""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import CancelledError, Task
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+import anyio
+from django.db import Error, OperationalError
+from django.db.transaction import TransactionManagementError
+from psycopg.errors import InvalidCursorName
+
+from . import bridge, sessions, transactions
+from .sessions import Session
+
+
+async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterator[Any]:
+    """The rows of a queryset: see `native_iterator()`."""
+
+    def begin() -> Any:
+        # The router is asked once, and in native code, where it sees the transaction.
+        pinned = queryset.using(queryset.db)
+        return pinned.db, pinned.iterator(chunk_size=chunk_size)
+
+    using, rows = await bridge.run(begin)
+    session, new = await sessions.hold(using)
+    ahead: _Ahead | None = None
+    if read_ahead and (new or session.root is not None):
+        ahead = _Ahead(session, new, rows, chunk_size, read_ahead)
+
+    def chunk() -> list[Any]:
+        return list(islice(rows, chunk_size))
+
+    try:
+        try:
+            while True:
+                if ahead is not None:
+                    part = await ahead.next()
+                else:
+                    part = await (sessions.run_in(session, chunk) if new else bridge.run(chunk))
+                for row in part:
+                    yield row
+                if len(part) < chunk_size:
+                    break
+        finally:
+            try:
+                if ahead is not None:
+                    await ahead.stop()
+            finally:
+                if new:
+                    await sessions.let_go(session, lambda session: rows.close())
+                else:
+                    await bridge.run(rows.close)
+    except (Error, InvalidCursorName) as exc:
+        if new and isinstance(exc.__cause__ or exc, InvalidCursorName):
+            raise OperationalError(
+                f"The server-side cursor of a stream outside a transaction is gone: database "
+                f"{using!r} is probably behind a pooler such as PgBouncer, which changed the "
+                f"server connection. Set DATABASES[{using!r}]['DISABLE_SERVER_SIDE_CURSORS'] to "
+                "True, or stream inside asyncorm.atomic()."
+            ) from exc
+        raise
+
+
+class _Ahead:
+    """Reads the chunks of a stream in a task of its own, a few before they are asked for.
+
+    Inside a transaction the task takes the lock of the innermost block for a whole chunk, as a
+    nested block does: so what the stream's user opens and closes meanwhile cannot come between, and
+    a chunk is either untouched or complete. One that still waits for the lock when it is asked for
+    is read by the asking task, which may be in the very block that holds the lock.
+    """
+
+    def __init__(
+        self, session: Session, new: bool, rows: Any, chunk_size: int, chunks: int
+    ) -> None:
+        self.session = session
+        self.new = new
+        self.rows = rows
+        self.chunk_size = chunk_size
+        self.chunks = chunks
+        self.origin = sessions.caller()
+        self.ready: deque[list[Any]] = deque()
+        self.task: Task[None] | None = None
+        self.reading = new  # whether the task's chunk is begun, and must come to its end
+        self.changed = asyncio.Event()  # the task has read a chunk, or has ended
+        self.ended = False
+
+    async def next(self) -> list[Any]:
+        """The next chunk; those after it are read meanwhile."""
+        while not self.ready:
+            if self.task is None:
+                self._add(await self._run(self._chunk))
+            elif self.task.done():
+                task, self.task = self.task, None
+                task.result()
+            elif self.reading:
+                self.changed.clear()
+                try:
+                    await self.changed.wait()
+                except CancelledError:
+                    self.task.cancel()
+                    raise
+            else:
+                await self._end(self.task)
+                self.task = None
+        part = self.ready.popleft()
+        idle = self.task is None or (
+            self.task.done() and not self.task.cancelled() and not self.task.exception()
+        )
+        if idle and not self.ended:
+            self.task = asyncio.create_task(self._work())
+        return part
+
+    async def stop(self) -> None:
+        """Read no more. Inside a transaction, where a cancelled statement would be the end of it,
+        a chunk that is begun comes to its end.
+        """
+        self.ended = True
+        if self.task is not None:
+            await self._end(self.task, cancel=self.new or not self.reading)
+
+    async def _end(self, task: Task[None], cancel: bool = True) -> None:
+        if cancel:
+            task.cancel()
+        try:
+            await asyncio.wait((task,))
+        except CancelledError:
+            task.cancel()
+            with anyio.CancelScope(shield=True):
+                while not task.done():
+                    with suppress(CancelledError):
+                        await asyncio.wait((task,))
+            raise
+        finally:
+            if not task.cancelled():
+                task.exception()  # it is known
+
+    async def _work(self) -> None:
+        try:
+            while not self.ended and len(self.ready) < self.chunks:
+                try:
+                    part = await self._run(self._chunk if self.new else self._chunk_in_block)
+                except TransactionManagementError:
+                    if self.reading:
+                        raise
+                    break  # the block has ended, or does not come free: who asks will see
+                finally:
+                    self.reading = self.new
+                self._add(part)
+                self.changed.set()
+        finally:
+            self.changed.set()
+
+    async def _run(self, chunk: Callable[[], list[Any]]) -> list[Any]:
+        return await (sessions.run_in(self.session, chunk) if self.new else bridge.run(chunk))
+
+    def _add(self, part: list[Any]) -> None:
+        self.ready.append(part)
+        self.ended = self.ended or len(part) < self.chunk_size
+
+    def _chunk(self) -> list[Any]:
+        return list(islice(self.rows, self.chunk_size))
+
+    def _chunk_in_block(self) -> list[Any]:
+        with transactions.reserved(self.session, self.origin):
+            self.reading = True
+            return self._chunk()
