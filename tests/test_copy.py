@@ -655,3 +655,23 @@ async def test_a_cancelled_bulk_create(fresh: Any) -> None:
         assert count in (0, len(items))
         await Item.objects.all().native_delete()
     await all_given_back()
+
+
+async def test_when_every_connection_is_in_use(fresh: Any) -> None:
+    """Other statements that wait travel together then; a COPY has a connection to itself."""
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
+        files = [io.BytesIO() for _ in range(20)]
+
+        async def create(n: int) -> None:
+            tags = [Tag(name=f"{n} {m}") for m in range(50)]
+            await Tag.objects.using(alias).native_bulk_create(tags, method="copy")
+
+        rows = await asyncio.gather(
+            *(asyncorm.copy_to(Book.objects.using(alias), file) for file in files),
+            *(Book.objects.using(alias).native_count() for _ in range(20)),
+            *(create(n) for n in range(5)),
+        )
+        assert rows[:40] == [30] * 40
+        assert len({file.getvalue() for file in files}) == 1
+        assert await Tag.objects.using(alias).native_count() == 256
+        await asyncorm.close_pools(alias)
