@@ -28,7 +28,7 @@ ENGINES = {
     "async": "asyncorm.backends.postgresql",  # native, sync calls of tests sent through a* twins
 }
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 1500  # seconds for one worker
+LIMIT = 3600  # seconds for one worker
 
 # Test modules that touch every part of the ORM.
 FAST = """

@@ -18,7 +18,7 @@ import unittest
 from pathlib import Path
 from typing import Any
 
-HANG = 300  # seconds for one test, after which the worker says where it hangs and ends
+HANG = 600  # seconds for one test, after which the worker says where it hangs and ends
 
 # How bad an outcome is: the worst one of a test's subtests counts.
 OUTCOMES = ("passed", "skipped", "expected failure", "unexpected success", "failed", "error")
