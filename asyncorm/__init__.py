@@ -3,9 +3,11 @@
 from django.core.exceptions import ImproperlyConfigured as _ImproperlyConfigured
 
 from . import bridge as _bridge
+from .batch import batch
 from .bridge import await_, native
 from .copying import copy_to
 from .cursors import cursor
+from .limits import parallelism
 from .pools import close_pools, pool_stats
 from .retry import retrying
 from .sessions import connection, detached, detached_task
@@ -16,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "atomic",
     "await_",
+    "batch",
     "close_pools",
     "connection",
     "copy_to",
@@ -24,6 +27,7 @@ __all__ = [
     "detached_task",
     "native",
     "on_commit",
+    "parallelism",
     "pool_stats",
     "retrying",
     "set_rollback",

@@ -715,6 +715,7 @@ class LazyConnection(Connection):
         handlers = pgconn.notice_handler, pgconn.notify_handler
         lazy = cls.over(pgconn, conn._options)
         pgconn.notice_handler, pgconn.notify_handler = handlers
+        lazy._adapters = _Adapters(conn.twin.adapters)  # connection_created may add some
         lazy.configured = True
         return lazy  # type: ignore[return-value]
 
@@ -1014,8 +1015,8 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
         return len(self._pool)
 
     def some(self) -> PooledConnection | None:
-        """An open connection, whoever has it."""
-        return next((conn for conn in self.live if not conn.closed), None)
+        """An open connection that Django has configured, whoever has it."""
+        return next((conn for conn in self.live if conn.twin.configured and not conn.closed), None)
 
 
 AsyncCallback = Callable[[PooledConnection], Any]

@@ -82,6 +82,10 @@ class Source(Protocol):
     """Where a flight gets its connection: a pool, a part of one, or a transaction block."""
 
     @property
+    def pool(self) -> Any:
+        """The pool, which keeps statistics."""
+
+    @property
     def size(self) -> int:
         """How many flights may wait for a connection at once."""
 
@@ -139,7 +143,6 @@ class Queue:
     Attributes:
         waiting: how many wait now.
         pending: how many flights wait for a connection.
-        statements, flights: how many went together with others, in how many round trips.
     """
 
     def __init__(self, source: Source) -> None:
@@ -148,8 +151,6 @@ class Queue:
         self._tasks: set[Task[None]] = set()
         self.waiting = 0
         self.pending = 0
-        self.statements = 0
-        self.flights = 0
 
     def seal(self) -> None:
         """Somebody waits for a connection to himself: what comes later stands behind him."""
@@ -273,8 +274,8 @@ class Queue:
             handle.cancel()
             flight.task = None
         if len(passengers) > 1:
-            self.flights += 1
-            self.statements += len(passengers)
+            self._source.pool.pipelines += 1
+            self._source.pool.statements_pipelined += len(passengers)
         broken = False  # a statement before this one failed, or its operation was cancelled
         for number, (passenger, result) in enumerate(zip(passengers, results, strict=True), 1):
             if broken and (exc := self._source.refusal()) is not None:

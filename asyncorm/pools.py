@@ -62,6 +62,8 @@ class Pool:
         queue: statements that wait for a connection; set by sessions.py.
         top: itself, or the limit that the PARALLELISM setting puts on it (limits.py).
         lazy: idle lazy connections.
+        pipelines, statements_pipelined: how many statements went together with others, in how many
+            round trips.
     """
 
     current = True
@@ -84,6 +86,8 @@ class Pool:
         self._closer: AsyncGenerator[None, None] | None = None
         self.asking: set[asyncio.Task[Any] | None] = set()
         self.lazy: list[LazyConnection] = []
+        self.pipelines = 0
+        self.statements_pipelined = 0
 
     def _where(self) -> tuple[Any, ...]:
         return tuple(map(self.settings_dict.get, _WHERE))
@@ -113,9 +117,19 @@ class Pool:
         assert runner is not None
         return bridge.wait_for(runner, self._checkout(wrapper)).twin
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection, whoever has it."""
+        return self.connections is not None and self.connections.some() is not None
+
+    @property
+    def has_free(self) -> bool:
+        """Whether there is one that nobody has."""
+        return self.connections is not None and self.connections.free > 0
+
     def take_lazy(self) -> LazyConnection | None:
-        """Something that stands for a connection; None if one is free or none is open yet."""
-        if self.connections is None or self.connections.free:
+        """Something that stands for a connection; None if none is open yet."""
+        if self.connections is None:
             return None
         beside = self.connections.some()
         if beside is None:
@@ -348,16 +362,11 @@ class Pool:
                 "pool_size": 0,
                 "pool_available": 0,
             }
-        shared = {}
-        if self.queue is not None:
-            shared = {
-                "requests_waiting": self.waiting,
-                "statements_pipelined": self.queue.statements,
-                "pipelines": self.queue.flights,
-            }
         return {
             **self.connections.get_stats(),
-            **shared,
+            "requests_waiting": self.waiting,
+            "pipelines": self.pipelines,
+            "statements_pipelined": self.statements_pipelined,
             "pool_min": self.options["min_size"],
             "pool_max": self.size,
         }

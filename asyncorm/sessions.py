@@ -193,11 +193,16 @@ class Block:
 
     def queue_for(self, text: str) -> Queue | None:
         """Where a statement of a child task waits if the lock is taken, to go with others."""
-        if self.gathers and conf.get("MULTIPLEXING") and is_single(text):
+        if self.gathers and is_single(text):
             if self.queue is None:
                 self.queue = Queue(self)
             return self.queue
         return None
+
+    @property
+    def pool(self) -> pools.Pool:
+        """The pool of its connection (multiplexing.Source)."""
+        return self.session.pool
 
     @contextmanager
     def flight(self) -> Iterator[Connection]:
@@ -401,13 +406,11 @@ class Session:
 
     def _lazy(self) -> LazyConnection | None:
         """What serves an operation of single statements while every connection is in use."""
-        if (
-            self.kept
-            or self.flying
-            or self.settling
-            or self.acting is not None
-            or not conf.get("MULTIPLEXING")
-        ):
+        if self.kept or self.flying or self.settling or self.acting is not None:
+            return None
+        if self.source.gathers:
+            return self.pool.take_lazy()
+        if self.pool.has_free or not conf.get("MULTIPLEXING"):
             return None
         return self.pool.take_lazy()
 
@@ -429,7 +432,10 @@ class Session:
         if conn is None or not conn.unsettled:
             return None
         source = self.source
-        if not (is_single(text) if source.gathers else is_read(text)) or text in slow:
+        if source.gathers:
+            if not is_single(text):
+                return None
+        elif not is_read(text) or text in slow:
             return None
         self._entitled(getcurrent())
         if source.queue is None:
@@ -727,6 +733,13 @@ def session_for(alias: str, runner: Runner) -> Session | None:
         pool = _pool(alias, cls)
         session = runner.resources[alias] = Session(alias, pool, limits.source(pool))
     return cast(Session, session)
+
+
+async def warm(alias: str) -> None:
+    """Have a connection open, if none is yet."""
+    pool = pools.find(alias)
+    if pool is None or not pool.is_open:
+        await bridge.run(lambda: require(alias).wrapper.ensure_connection())
 
 
 def require(alias: str | None) -> Session:

@@ -66,6 +66,24 @@ def test_rows_of_all_shapes_at_once(run: Callable) -> None:
     assert unequal(expected, run(gathered())) == {}
 
 
+@pytest.mark.parametrize("in_block", [False, True])
+def test_rows_of_all_shapes_in_batches(run: Callable, in_block: bool) -> None:
+    expected = synchronous()
+
+    async def batches() -> dict[str, Any]:
+        found: list[Any] = []
+        names = list(expected)
+        for start in range(0, len(names), 25):
+            found += await asyncorm.batch(*(SHAPES[name]() for name in names[start : start + 25]))
+        return dict(zip(names, found, strict=True))
+
+    async def inside() -> dict[str, Any]:
+        async with asyncorm.atomic(), asyncorm.atomic(using="other"):
+            return await batches()
+
+    assert unequal(expected, run(inside() if in_block else batches())) == {}
+
+
 def test_rows_of_all_shapes_on_one_connection(run: Callable) -> None:
     expected = synchronous()
 
