@@ -46,7 +46,8 @@ async def test_ten_thousand_tasks_on_twenty_connections(
     pool: Callable[..., None], record_property: Callable[..., None]
 ) -> None:
     pool(max_size=20, timeout=300)
-    await asyncio.gather(*[value("SELECT pg_sleep(0.05)") for _ in range(20)])  # grown
+    while asyncorm.pool_stats().get("pool_size", 0) < 20:
+        await asyncio.gather(*[value("SELECT pg_sleep(0.1)") for _ in range(20)])
     served: list[int] = []
     waited: list[float] = []
 
