@@ -5,12 +5,14 @@ from django.core.exceptions import ImproperlyConfigured as _ImproperlyConfigured
 from . import bridge as _bridge
 from .batch import batch
 from .bridge import await_, native
+from .compiling import compiled
 from .copying import copy_to
 from .cursors import cursor
 from .limits import parallelism
 from .pools import close_pools, pool_stats
 from .retry import retrying
 from .sessions import connection, detached, detached_task
+from .statements import statement_cache_stats
 from .transactions import atomic, on_commit, set_rollback
 
 __version__ = "0.1.0"
@@ -20,6 +22,7 @@ __all__ = [
     "await_",
     "batch",
     "close_pools",
+    "compiled",
     "connection",
     "copy_to",
     "cursor",
@@ -31,6 +34,7 @@ __all__ = [
     "pool_stats",
     "retrying",
     "set_rollback",
+    "statement_cache_stats",
 ]
 
 

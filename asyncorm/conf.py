@@ -21,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "MULTIPLEXING": True,
     # The most connections of a pool that are used at once; None: its size.
     "PARALLELISM": None,
+    # Keep the SQL that querysets of one shape are compiled to, for other values.
+    "STATEMENT_CACHE": True,
 }
 
 
@@ -41,7 +43,7 @@ def problems() -> list[str]:
         for key in value
         if key not in DEFAULTS
     ]
-    for key in ("SWAP_MANAGERS", "RESET_ALWAYS", "MULTIPLEXING"):
+    for key in ("SWAP_MANAGERS", "RESET_ALWAYS", "MULTIPLEXING", "STATEMENT_CACHE"):
         if not isinstance(value.get(key, False), bool):
             found.append(f'ASYNCORM["{key}"] must be True or False.')
     for key in ("LOCK_TIMEOUT", "FILL_DELAY"):

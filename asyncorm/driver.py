@@ -61,6 +61,7 @@ from greenlet import getcurrent
 from psycopg import AsyncConnection, generators, pq, waiting
 from psycopg._preparing import Prepare
 from psycopg.adapt import AdaptersMap, Transformer
+from psycopg.types.string import TextLoader
 from psycopg_pool import AsyncConnectionPool
 from psycopg_pool._acompat import AEvent
 from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
@@ -232,11 +233,14 @@ class Statement:
             statement from another.
         formats: text or binary, for each; None when all are text.
         result_format: in which the values of the result shall come.
+        text: the query as text.
         leaves_state: whether it changes the server session (`leaves_state()`).
         prepare: False to leave it unprepared, however often it comes.
     """
 
-    __slots__ = ("formats", "leaves_state", "params", "prepare", "query", "result_format", "types")
+    __slots__ = (
+        "formats", "leaves_state", "params", "prepare", "query", "result_format", "text", "types",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -246,8 +250,10 @@ class Statement:
         formats: Sequence[int] | None = None,
         result_format: int = pq.Format.TEXT,
         leaves_state: bool = False,
+        text: str | None = None,
     ) -> None:
         self.query = query
+        self.text = query.decode() if text is None else text
         self.params = params
         self.types = types
         self.formats = formats
@@ -305,6 +311,20 @@ class _Adapters(AdaptersMap):
         self.version += 1
 
 
+def _text_transformer(conn: Connection) -> Any:
+    adapters = AdaptersMap(conn.adapters)
+    adapters.register_loader("timestamptz", TextLoader)
+    return Transformer(_Context(adapters, conn))
+
+
+class _Context:
+    """What a Transformer is made from."""
+
+    def __init__(self, adapters: AdaptersMap, connection: Any) -> None:
+        self.adapters = adapters
+        self.connection = connection
+
+
 class Connection(psycopg.Connection[Any]):
     """What Django sees as its psycopg connection, over the libpq connection of a pooled one.
 
@@ -336,7 +356,7 @@ class Connection(psycopg.Connection[Any]):
         self._state: int = 0
         self._yielded = 0.0
         self._poller: select.poll | None = None
-        self._transformer: tuple[int, Any] = (-1, None)
+        self._transformers: dict[Any, tuple[Any, Any]] = {}
 
     @classmethod
     def over(cls, pgconn: Any, options: dict[str, Any]) -> Connection:
@@ -379,22 +399,47 @@ class Connection(psycopg.Connection[Any]):
     @property
     def transformer(self) -> Any:
         """psycopg's dumpers and loaders as the connection's adapters are now."""
-        version, transformer = self._transformer
-        if version != self._adapters.version:  # type: ignore[union-attr]
-            version = self._adapters.version  # type: ignore[union-attr]
-            transformer = Transformer(self)
-            self._transformer = version, transformer
+        return self._transformer(Transformer)
+
+    @property
+    def text_transformer(self) -> Any:
+        """The same, but a timestamptz stays as the server wrote it."""
+        return self._transformer(_text_transformer)
+
+    def _transformer(self, make: Any) -> Any:
+        # Loaders of times remember what the session's settings were.
+        status = self.pgconn.parameter_status
+        adapters: Any = self._adapters
+        current = (
+            adapters.version, status(b"TimeZone"), status(b"DateStyle"),
+            status(b"IntervalStyle"),
+        )  # fmt: skip
+        made_for, transformer = self._transformers.get(make, (None, None))
+        if made_for != current:
+            transformer = make(self)
+            self._transformers[make] = current, transformer
         return transformer
+
+    def give_turn(self) -> None:
+        """Let other tasks run if this one has kept them waiting."""
+        if monotonic() - self._yielded >= _BUSY:
+            runner: Any = getcurrent()
+            runner.parent.switch(self._yield())
 
     def run(self, statement: Statement) -> Any:
         """Execute a statement and return its result (a `psycopg.pq.PGresult`).
 
         As `Cursor.execute()`: in the transaction that is open, prepared on the server from its
-        `prepare_threshold`th time on.
+        `prepare_threshold`th time on, together with those of other operations where that is due.
 
         Raises:
             psycopg.Error: what a cursor would raise.
         """
+        queue = self.lock.queue_for(statement.text)
+        if queue is not None:
+            return checked(queue.run(statement, statement.text), self.info.encoding)
+        if self.unsettled:
+            self.settle()  # type: ignore[attr-defined]
         try:
             with self.lock:
                 return self.wait(self._run(statement))

@@ -1,0 +1,584 @@
+"""Where Django uses plans: the methods that are replaced.
+
+In native code they take the statement from the cache if it has or can make a plan; otherwise, and
+outside native code, they are Django's.
+
+Names of Django (5.2 to 6.1) used beyond the documented API, and why:
+
+- `ModelIterable.__iter__` and those of its siblings, `QuerySet.get`, `Model._do_update`,
+  `Query.has_results`,
+  `Query.get_count`, `execute_sql` of the compilers: replaced.
+- `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
+  the other flags in `_got()`: what the iteration and `get()` depend on.
+- `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
+- `InsertQuery.fields`, `.objs`, `.raw`, `.on_conflict`, `Field.pre_save`, `.get_db_prep_save`:
+  the values of an INSERT.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import functools
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from django.core.signals import setting_changed
+from django.db import connections
+from django.db.models import DateField, DateTimeField, Field, Model, TimeField, query
+from django.db.models.sql import compiler
+from django.db.models.sql.constants import ROW_COUNT
+from django.db.models.sql.query import Query
+from django.db.models.sql.subqueries import InsertQuery, UpdateQuery
+from django.db.models.utils import create_namedtuple_class
+from greenlet import getcurrent
+
+from . import conf, rows
+from .bridge import Runner
+from .rows import RowMaker
+from .shapes import Shape, Unfit, family
+from .statements import (
+    UNPLANNED,
+    Compiled,
+    Plan,
+    clear,
+    count_of,
+    counts,
+    items,
+    plan_for,
+    plans,
+    remember,
+    same,
+)
+
+_enabled = True
+
+_Iterate = Callable[[Any], Iterator[Any]]
+
+
+def native_wrapper(using: str) -> Any:
+    """The running operation's wrapper of an alias; None outside native code."""
+    if _enabled and type(getcurrent()) is Runner:
+        wrapper: Any = connections[using]
+        if getattr(wrapper, "session", None) is not None:
+            return wrapper
+    return None
+
+
+def enabled() -> bool:
+    """Whether the cache is switched on."""
+    return _enabled
+
+
+def _planned(cls: Any) -> _Iterate:
+    """`__iter__` of an iterable class of querysets: from a plan if possible."""
+    original: _Iterate = cls.__iter__
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        if type(getcurrent()) is Runner and not self.chunked_fetch:
+            queryset = self.queryset
+            wrapper = native_wrapper(queryset.db)
+            if wrapper is not None:
+                found = queryset_plan(queryset, wrapper, cls)
+                models = found[0].maker.models if found is not None else ()  # type: ignore[union-attr]
+                if found is not None and not rows.is_watched(models):
+                    made = items(*found, wrapper, getattr(queryset, "_fetch_mode", None))
+                    if models and queryset._known_related_objects:
+                        _relate(queryset, made)
+                    return iter(made)
+        return original(self)
+
+    return __iter__
+
+
+def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> tuple[Plan, list[Any], int] | None:
+    """The plan, parameters and offset of a queryset that is iterated by a class of Django's."""
+    mode = getattr(queryset, "_fetch_mode", None)
+    if mode is not None and mode.track_peers:
+        return None
+    make = _ITERABLES[iterable]
+    return plan_for(queryset.query, wrapper, make(queryset), iterable, queryset._fields)
+
+
+def _compiling(make: Callable[[Any], RowMaker]) -> Callable[[Any, Any], Compiled]:
+    def compile(query: Any, wrapper: Any) -> Compiled:
+        compiler = query.get_compiler(using=wrapper.alias)
+        sql, params = compiler.as_sql()
+        return sql, params, make(compiler)
+
+    return compile
+
+
+_compile_instances = _compiling(rows.for_instances)
+_compile_tuples = _compiling(rows.for_tuples)
+_compile_first_values = _compiling(rows.for_first_values)
+
+
+def _compile_dicts(queryset: Any) -> Any:
+    query: Any = queryset.query
+    names = list(query.selected or query.values_select)
+    return _compiling(lambda compiler: rows.for_dicts(compiler, names))
+
+
+def _compile_named_tuples(queryset: Any) -> Any:
+    names = queryset._fields or queryset.query.values_select
+    cls = create_namedtuple_class(*names)
+    return _compiling(lambda compiler: rows.for_named_tuples(compiler, cls))
+
+
+_ITERABLES: dict[Any, Callable[[Any], Any]] = {
+    query.ModelIterable: lambda queryset: _compile_instances,
+    query.ValuesIterable: _compile_dicts,
+    query.ValuesListIterable: lambda queryset: _compile_tuples,
+    query.NamedValuesListIterable: _compile_named_tuples,
+    query.FlatValuesListIterable: lambda queryset: _compile_first_values,
+}
+
+
+def _relate(queryset: Any, made: list[Any]) -> None:
+    """Put the instance that a related manager belongs to into what it found."""
+    for field, objects in queryset._known_related_objects.items():
+        names = [
+            field.attname if name == "self" else queryset.model._meta.get_field(name).attname
+            for name in field.from_fields
+        ]
+        for obj in made:
+            if not field.is_cached(obj):
+                values = tuple([getattr(obj, name) for name in names])
+                related = objects.get(values[0] if len(values) == 1 else values)
+                if related is not None:
+                    setattr(obj, field.name, related)
+
+
+# The types of values that a filter treats alike, whatever their value.
+PLAIN_VALUES = {
+    int, str, float, decimal.Decimal, datetime.datetime, datetime.date, uuid.UUID,
+}  # fmt: skip
+
+
+class _Get:
+    """`get()` with certain keywords on a queryset of a certain shape.
+
+    Attributes:
+        lookups: for each keyword in the order of the statement, the lookup's class and left side.
+    """
+
+    def __init__(self, plan: Plan, lookups: list[tuple[Any, Any]], kept: Any) -> None:
+        self.plan = plan
+        self.lookups = lookups
+        self.kept = kept
+
+
+@functools.cache
+def _filters_as_django(cls: Any) -> bool:
+    """Whether a queryset class leaves to Django what `get()` is made of."""
+    return all(
+        getattr(cls, name) is getattr(query.QuerySet, name)
+        for name in (
+            "filter", "_filter_or_exclude", "_filter_or_exclude_inplace", "_chain", "_clone",
+            "order_by", "__len__", "_fetch_all", "db", "query",
+        )
+    )  # fmt: skip
+
+
+def _get(original: Any) -> Any:
+    """`QuerySet.get()` by keywords: without making another queryset, after the first time."""
+
+    def get(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(getcurrent()) is Runner and kwargs and not args:
+            found = _got(self, kwargs)
+            if found is not None:
+                if len(found) == 1:
+                    return found[0]
+                return original(_Found(self.model, found))
+        return original(self, *args, **kwargs)
+
+    return functools.wraps(original)(get)
+
+
+class _Found:
+    """What `QuerySet.get()` needs of a queryset to say what is wrong with its result."""
+
+    def __init__(self, model: Any, result: list[Any]) -> None:
+        self.model = model
+        self.query = Query(model)
+        self._result_cache = result
+
+    def filter(self) -> _Found:
+        return self
+
+    order_by = filter
+
+    def __len__(self) -> int:
+        return len(self._result_cache)
+
+
+def _got(queryset: Any, kwargs: dict[str, Any]) -> list[Any] | None:
+    if (
+        queryset._iterable_class is not query.ModelIterable
+        or not _filters_as_django(type(queryset))  # type: ignore[arg-type]
+        or queryset._prefetch_related_lookups
+        or queryset._sticky_filter
+        or queryset._known_related_objects
+        or queryset._deferred_filter
+        or queryset._defer_next_filter
+        or (wrapper := native_wrapper(queryset.db)) is None
+    ):
+        return None
+    mode = getattr(queryset, "_fetch_mode", None)
+    if mode is not None and mode.track_peers:
+        return None
+    names = sorted(kwargs)
+    values = [kwargs[name] for name in names]
+    types = tuple(map(type, values))
+    if not PLAIN_VALUES.issuperset(types):
+        return None
+    try:
+        shape = Shape(queryset._query, wrapper, "get", *names, types)
+        base = queryset._query
+        if base.distinct_fields or base.low_mark or base.high_mark is not None:
+            return None
+        key = tuple(shape.key)
+        known: Any = plans.get(key, UNPLANNED)
+        if known is None:
+            return None
+        if known is UNPLANNED:
+            known = _plan_get(queryset, wrapper, shape, names, values)
+            remember(key, known)
+            if known is None:
+                return None
+        params = shape.params
+        for (cls, lhs), value in zip(known.lookups, values, strict=True):
+            sql, more = cls(lhs, value).process_rhs(None, wrapper)
+            if sql != "%s":
+                return None
+            params += more
+    except Exception:
+        return None
+    plan: Plan = known.plan
+    if rows.is_watched(plan.maker.models):  # type: ignore[union-attr]
+        return None
+    counts["hits"] += 1
+    return items(plan, params, 0, wrapper, mode)
+
+
+def _plan_get(
+    queryset: Any, wrapper: Any, base: Shape, names: list[str], values: list[Any]
+) -> _Get | None:
+    """What `QuerySet.get()` would execute, as seen on the queryset that it would make."""
+    filtered = queryset.filter(**dict(zip(names, values, strict=True))).order_by()
+    filtered.query.set_limits(high=query.MAX_GET_RESULTS)
+    shape = Shape(filtered.query, wrapper)
+    leaves = shape.leaves[len(base.leaves) :]
+    lookups = [(type(leaf), leaf.lhs) for leaf, count in leaves if count == 1]
+    found = queryset_plan(filtered, wrapper, query.ModelIterable)
+    if (
+        found is None
+        or len(lookups) != len(names)
+        or base.params != shape.params[: len(base.params)]
+    ):
+        return None
+    params = list(base.params)
+    for (cls, lhs), value in zip(lookups, values, strict=True):
+        sql, more = cls(lhs, value).process_rhs(None, wrapper)
+        if sql != "%s":
+            return None
+        params += more
+    return _Get(found[0], lookups, base.kept) if same(params, found[1]) else None
+
+
+def _has_results(original: Any) -> Any:
+    def compile(query: Any, wrapper: Any) -> Compiled:
+        sql, params = query.exists().get_compiler(using=wrapper.alias).as_sql()
+        return sql, params, None
+
+    def has_results(self: Any, using: str) -> bool:
+        wrapper = native_wrapper(using)
+        # It selects the number 1, which Django makes a parameter.
+        if wrapper is None or not (found := plan_for(self, wrapper, compile, "exists", fixed=(1,))):
+            return bool(original(self, using))
+        return count_of(*found, wrapper) > 0
+
+    return has_results
+
+
+def _get_count(original: Any) -> Any:
+    def compile(query: Any, wrapper: Any) -> Compiled:
+        # What get_aggregation() does with the query is best seen from its statement.
+        sql, params = _watched(lambda: original(query, wrapper.alias))
+        maker = RowMaker(1, {})
+        maker.item = "c0"
+        return sql, params, maker
+
+    def get_count(self: Any, using: str) -> int:
+        wrapper = native_wrapper(using)
+        if wrapper is None or not (found := plan_for(self, wrapper, compile, "count")):
+            return int(original(self, using))
+        return int(items(*found, wrapper)[0])
+
+    return get_count
+
+
+class _Seen(Exception):
+    """Carries a statement that is not executed."""
+
+
+_watching: set[Any] = set()  # greenlets that do not want what they compile executed
+
+
+def _execute_select(original: Any) -> Any:
+    """`SQLCompiler.execute_sql()`: Django's, unless only the statement is asked for."""
+
+    def execute_sql(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _watching and getcurrent() in _watching:
+            raise _Seen(*self.as_sql())
+        return original(self, *args, **kwargs)
+
+    return execute_sql
+
+
+def _watched(function: Callable[[], Any]) -> tuple[str, Any]:
+    """The first statement that `function` would execute."""
+    me = getcurrent()
+    _watching.add(me)
+    try:
+        function()
+    except _Seen as seen:
+        return seen.args[0], seen.args[1]
+    finally:
+        _watching.discard(me)
+    raise Unfit
+
+
+def _compile_write(query: Any, wrapper: Any) -> Compiled:
+    sql, params = query.get_compiler(using=wrapper.alias).as_sql()
+    return sql, params, None
+
+
+def _execute_write(original: Any) -> Any:
+    """`execute_sql()` of the compilers of UPDATE and DELETE."""
+
+    def execute_sql(self: Any, result_type: Any) -> Any:
+        if result_type == ROW_COUNT and self.using is not None:
+            wrapper = native_wrapper(self.using)
+            if wrapper is not None and wrapper is self.connection:
+                found = plan_for(self.query, wrapper, _compile_write)
+                if found is not None:
+                    return count_of(*found, wrapper)
+        return original(self, result_type)
+
+    return execute_sql
+
+
+class _Save:
+    """The UPDATE of `save()` for certain fields of a model.
+
+    Attributes:
+        lookup: that of the primary key: its class and left side.
+    """
+
+    def __init__(self, plan: Plan, lookup: tuple[Any, Any], kept: Any) -> None:
+        self.plan = plan
+        self.lookup = lookup
+        self.kept = kept
+
+
+def _do_update(original: Any) -> Any:
+    """`Model._do_update()`: the UPDATE without a queryset, after the first time."""
+
+    def do_update(
+        self: Any, base_qs: Any, using: str, pk_val: Any, values: Any, update_fields: Any,
+        forced_update: Any, *returning: Any,
+    ) -> Any:  # fmt: skip
+        if (
+            values
+            and type(getcurrent()) is Runner
+            and type(base_qs) is query.QuerySet
+            and not (returning and returning[0])  # fields, from Django 6 on
+            and not self._meta.select_on_save
+            and (wrapper := native_wrapper(using)) is not None
+        ):
+            found = _save_plan(base_qs, wrapper, pk_val, values)
+            if found is not None:
+                count = count_of(*found, 0, wrapper)
+                return [()] * count if returning else count > 0
+        return original(
+            self, base_qs, using, pk_val, values, update_fields, forced_update, *returning
+        )
+
+    return do_update
+
+
+def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, list[Any]] | None:
+    if type(pk) not in PLAIN_VALUES or base_qs._query.where.children or base_qs._query.alias_map:
+        return None
+    params: list[Any] = []
+    key: list[Any] = [wrapper.alias, UpdateQuery, base_qs.model, type(pk)]
+    try:
+        for field, _, value in values:
+            if type(value) not in PLAIN_VALUES and (
+                hasattr(value, "resolve_expression") or hasattr(value, "prepare_database_save")
+            ):
+                return None
+            value = field.get_db_prep_save(value, connection=wrapper)
+            key += (id(field), value is None)
+            params.append(value)
+        whole = tuple(key)
+        known: Any = plans.get(whole, UNPLANNED)
+        if known is None:
+            return None
+        if known is UNPLANNED:
+            known = _plan_save(base_qs, wrapper, pk, values)
+            remember(whole, known)
+            if known is None:
+                return None
+        plan: Plan = known.plan
+        if plan.skips_null:
+            params = [value for value in params if value is not None]
+        cls, lhs = known.lookup
+        sql, more = cls(lhs, pk).process_rhs(None, wrapper)
+        if sql != "%s":
+            return None
+        params += more
+    except Exception:
+        return None
+    counts["hits"] += 1
+    return plan, params
+
+
+def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> _Save | None:
+    """What `QuerySet._update()` would execute."""
+    update: Any = base_qs.filter(pk=pk).query.chain(UpdateQuery)
+    update.add_update_fields(values)
+    found = plan_for(update, wrapper, _compile_write)
+    if found is None or len(update.where.children) != 1 or len(update.values) != len(values):
+        return None
+    leaf = update.where.children[0]
+    return _Save(found[0], (type(leaf), leaf.lhs), [field for field, _, _ in values])
+
+
+# They do nothing but give the value, or the time now, which they set.
+_PRE_SAVES = {cls.pre_save for cls in (Field, DateField, DateTimeField, TimeField)}
+
+
+def _execute_insert(original: Any) -> Any:
+    """`execute_sql()` of the compiler of INSERT: one row of values."""
+
+    def execute_sql(self: Any, returning_fields: Any = None) -> Any:
+        if self.using is not None and len(self.query.objs) == 1:
+            wrapper = native_wrapper(self.using)
+            if wrapper is not None and wrapper is self.connection:
+                found = _insert_plan(self, wrapper, tuple(returning_fields or ()))
+                if found is not None:
+                    plan, params = found
+                    if plan.maker is None:
+                        count_of(plan, params, 0, wrapper)
+                        return []
+                    return items(plan, params, 0, wrapper)
+        return original(self, returning_fields)
+
+    return execute_sql
+
+
+def _insert_plan(
+    compiler: Any, wrapper: Any, returning: tuple[Any, ...]
+) -> tuple[Plan, list[Any]] | None:
+    query = compiler.query
+    if type(query) is not InsertQuery or query.on_conflict or not query.fields:  # type: ignore[attr-defined]
+        return None
+    fields = tuple(query.fields)
+    key = (
+        wrapper.alias, InsertQuery, query.model, query.get_meta().db_table, query.raw,
+        tuple(map(id, fields)), tuple(map(id, returning)),
+    )  # fmt: skip
+    plan = plans.get(key, UNPLANNED)
+    if plan is None or not all(type(field).pre_save in _PRE_SAVES for field in fields):
+        counts["unfit"] += 1
+        return None
+    obj = query.objs[0]
+    params = []
+    try:
+        for field in fields:
+            value = getattr(obj, field.attname) if query.raw else field.pre_save(obj, True)
+            if hasattr(value, "resolve_expression"):
+                raise Unfit  # an expression or the column's default
+            value = field.get_db_prep_save(value, connection=wrapper)
+            if hasattr(value, "as_sql"):
+                raise Unfit
+            params.append(value)
+    except Exception:
+        counts["unfit"] += 1
+        return None
+    if plan is UNPLANNED:
+        try:
+            plan = _plan_insert(compiler, wrapper, fields, returning, params)
+        except Exception:
+            plan = None
+        counts["misses"] += 1
+        remember(key, plan)
+    else:
+        counts["hits"] += 1
+    return None if plan is None else (plan, params)
+
+
+def _plan_insert(
+    compiler: Any, wrapper: Any, fields: Any, returning: tuple[Any, ...], params: list[Any]
+) -> Plan:
+    compiler.returning_fields = list(returning)
+    ((sql, found),) = compiler.as_sql()
+    # A time of pre_save() is another one by now.
+    if [type(value) for value in found] != [type(value) for value in params] or any(
+        hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
+        for field in fields
+    ):
+        raise Unfit
+    maker = None
+    if returning:
+        columns = [field.get_col(compiler.query.get_meta().db_table) for field in returning]
+        if any(wrapper.ops.get_db_converters(column) for column in columns):
+            raise Unfit
+        maker = rows.RowMaker(len(columns), compiler.get_converters(columns))
+        maker.item = rows.tuple_of(len(columns))
+    kinds = [family(field, wrapper) for field in fields]
+    return Plan(sql, kinds, maker, (fields, returning))
+
+
+def install() -> None:
+    """Put the replacements in place, once, and follow the settings."""
+    if hasattr(Query.has_results, "_asyncorm"):
+        return
+    replacements: list[tuple[Any, str, Any]] = [
+        (cls, "__iter__", _planned(cls)) for cls in _ITERABLES
+    ]
+    replacements += [
+        (Model, "_do_update", _do_update(Model._do_update)),
+        (query.QuerySet, "get", _get(query.QuerySet.get)),
+        (Query, "has_results", _has_results(Query.has_results)),
+        (Query, "get_count", _get_count(Query.get_count)),
+        (
+            compiler.SQLCompiler,
+            "execute_sql",
+            _execute_select(compiler.SQLCompiler.execute_sql),
+        ),
+        *(
+            (cls, "execute_sql", _execute_write(cls.execute_sql))
+            for cls in (compiler.SQLUpdateCompiler, compiler.SQLDeleteCompiler)
+        ),
+        (
+            compiler.SQLInsertCompiler,
+            "execute_sql",
+            _execute_insert(compiler.SQLInsertCompiler.execute_sql),
+        ),
+    ]
+    for cls, name, function in replacements:
+        function._asyncorm = True
+        setattr(cls, name, function)
+    setting_changed.connect(_settings_changed, dispatch_uid="asyncorm.planned")
+    _settings_changed()
+
+
+def _settings_changed(**kwargs: Any) -> None:
+    global _enabled
+    _enabled = bool(conf.get("STATEMENT_CACHE"))
+    clear()

@@ -1,0 +1,322 @@
+"""From the rows of a result to what a queryset gives: code generated for each shape of row.
+
+For model instances that is what `Model.from_db()`, `RelatedPopulator.populate()` and the converters
+of the columns would do, in one loop without calls; only for models whose instances nobody watches
+being made (`is_plain()`). Two columns are read from the server's text without psycopg's or Django's
+Python code between, where the result is the same object: timestamps in UTC, jsonb with the standard
+decoder.
+
+Names of Django (5.2 to 6.1) used beyond the documented API, and why:
+
+- `Model.__init__`, `Model.from_db`, `ModelState`: what the generated code does in their place;
+  compared with the model's own to see whether they are overridden.
+- `DeferredAttribute`, `ForeignKeyDeferredAttribute`, `FileDescriptor`: what assigning a loaded
+  value does; any other descriptor has its `__set__` called by Django.
+- `SQLCompiler.select`, `.klass_info`, `.annotation_col_map`, `.get_converters`: which column is
+  what.
+- `FieldCacheMixin.set_cached_value`: what `select_related()` does with a related instance.
+- `AltersData`: a harmless base of Model.
+- `JSONField.from_db_value`, `psycopg_any.BaseTzLoader`: what the two readers are equal to.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from inspect import getattr_static
+from itertools import count
+from typing import Any
+
+from django.db.backends.postgresql.psycopg_any import BaseTzLoader
+from django.db.models import JSONField, Model
+from django.db.models.base import ModelState
+from django.db.models.expressions import Col, ColPairs
+from django.db.models.fields.files import FileDescriptor
+from django.db.models.fields.mixins import FieldCacheMixin
+from django.db.models.fields.related_descriptors import ForeignKeyDeferredAttribute
+from django.db.models.query_utils import DeferredAttribute
+from django.db.models.signals import post_init, pre_init
+from django.db.models.utils import AltersData
+
+from .driver import Connection
+from .shapes import Unfit
+
+_TIMESTAMPTZ, _JSONB = 1184, 3802
+_DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)
+_WITH_MODES = hasattr(ModelState, "fetch_mode")
+SLICE = 500  # rows made into objects before other tasks may have a turn
+
+_read_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+_read_timestamp = datetime.datetime.fromisoformat
+
+
+def is_plain(model: Any) -> bool:
+    """Whether loading an instance of `model` does nothing but set the values of its fields."""
+    mro = model.__mro__
+    return (
+        model.__init__ is Model.__init__
+        and model.__new__ is object.__new__
+        and model.__setattr__ is object.__setattr__
+        and model.from_db.__func__ is Model.from_db.__func__  # type: ignore[attr-defined]
+        and set(mro[mro.index(Model) + 1 :]) <= {AltersData, object}
+        and all(
+            type(getattr_static(model, field.attname, None)) in _DESCRIPTORS
+            for field in model._meta.concrete_fields
+        )
+    )
+
+
+def is_watched(models: tuple[Any, ...]) -> bool:
+    """Whether a receiver of pre_init or post_init is connected for one of the models."""
+    return bool(pre_init.receivers or post_init.receivers) and any(
+        signal.has_listeners(model) for signal in (pre_init, post_init) for model in models
+    )
+
+
+class RowMaker:
+    """Makes the items of one kind of queryset from rows.
+
+    Attributes:
+        width: how many columns a row has.
+        models: the classes whose instances are made.
+    """
+
+    def __init__(self, width: int, converters: dict[int, Any]) -> None:
+        self.width = width
+        self.models: tuple[Any, ...] = ()
+        self.converters = converters
+        self.names: dict[str, Any] = {}
+        self._number = count()
+        self.body: list[str] = []
+        self.item = ""
+        self._made: dict[Any, Callable[..., list[Any]]] = {}
+
+    def name(self, value: Any) -> str:
+        """A name for `value` in the generated code."""
+        name = f"v{next(self._number)}"
+        self.names[name] = value
+        return name
+
+    def make(self, result: Any, conn: Connection, db: str, wrapper: Any, mode: Any) -> list[Any]:
+        """The items for a result of the server; other tasks have a turn now and then."""
+        oids = tuple([result.ftype(i) for i in range(result.nfields)])
+        if _TIMESTAMPTZ in oids and _in_utc(conn):
+            transformer, as_text = conn.text_transformer, True
+        else:
+            transformer, as_text = conn.transformer, False
+        code = self._made.get((oids, as_text))
+        if code is None:
+            code = self._made[oids, as_text] = self._compile(oids, as_text)
+        transformer.set_pgresult(result)
+        size = result.ntuples
+        try:
+            if size <= SLICE:
+                return code(transformer.load_rows(0, size, tuple), db, wrapper, mode)
+            items: list[Any] = []
+            for start in range(0, size, SLICE):
+                part = transformer.load_rows(start, min(start + SLICE, size), tuple)
+                items += code(part, db, wrapper, mode)
+                conn.give_turn()
+                # Another statement may have used it meanwhile.
+                transformer.set_pgresult(result)
+            return items
+        except ValueError:
+            if not as_text:
+                raise
+        # A timestamp that Python's datetime does not know: have psycopg say so.
+        conn.transformer.set_pgresult(result)
+        rows = conn.transformer.load_rows(0, size, tuple)
+        return self.make_loaded(rows, db, wrapper, mode)
+
+    def make_loaded(self, rows: list[Any], db: str, wrapper: Any, mode: Any) -> list[Any]:
+        """The items for rows that a cursor has loaded."""
+        code = self._made.get(None)
+        if code is None:
+            code = self._made[None] = self._compile((0,) * self.width, False)
+        return code(rows, db, wrapper, mode)
+
+    def _compile(self, oids: tuple[int, ...], as_text: bool) -> Callable[..., list[Any]]:
+        lines = []
+        for i, oid in enumerate(oids[: self.width]):
+            convs, expression = self.converters.get(i, ((), None))
+            if as_text and oid == _TIMESTAMPTZ:
+                lines.append(f"if c{i} is not None: c{i} = read_timestamp(c{i})")
+            if len(convs) == 1 and oid == _JSONB and _is_standard_json(convs[0], expression):
+                lines.append(f"if c{i} is not None: c{i} = read_json(c{i}, 0)[0]")
+                continue
+            for conv in convs:
+                lines.append(f"c{i} = {self.name(conv)}(c{i}, {self.name(expression)}, wrapper)")
+        lines += self.body
+        row = tuple_of(self.width)
+        if not lines:  # no conversion and no instance
+            source = (
+                "return rows" if self.item == row else f"return [{self.item} for {row} in rows]"
+            )
+        else:
+            loop = "\n        ".join([*lines, f"append({self.item})"])
+            source = (
+                f"items = []\n    append = items.append\n    for {row} in rows:\n        {loop}"
+                "\n    return items"
+            )
+        scope = {**self.names, "read_timestamp": _read_timestamp, "read_json": _read_json}
+        exec(f"def code(rows, db, wrapper, mode):\n    {source}", scope)
+        return scope["code"]  # type: ignore[no-any-return]
+
+
+def _in_utc(conn: Connection) -> bool:
+    """Whether Django's loader makes of a timestamptz what `fromisoformat()` makes of its text."""
+    loader: Any = conn.adapters.get_loader(_TIMESTAMPTZ, 0)  # type: ignore[arg-type]
+    status = conn.pgconn.parameter_status
+    return (
+        loader is not None
+        and issubclass(loader, BaseTzLoader)
+        and loader.load is BaseTzLoader.load
+        and loader.timezone is datetime.UTC
+        and status(b"TimeZone") == b"UTC"
+        and (status(b"DateStyle") or b"").startswith(b"ISO")
+    )
+
+
+def _is_standard_json(converter: Any, expression: Any) -> bool:
+    field = getattr(converter, "__self__", None)
+    return (
+        type(expression) is Col
+        and isinstance(field, JSONField)
+        and converter.__func__ is JSONField.from_db_value
+        and field.decoder is None
+    )
+
+
+def for_instances(compiler: Any) -> RowMaker:
+    """What `ModelIterable` does after `compiler` has compiled.
+
+    Raises:
+        Unfit: not every model is plain.
+    """
+    maker = _maker(compiler)
+    info = compiler.klass_info
+    fields = info["select_fields"]
+    columns = range(fields[0], fields[-1] + 1)
+    names = [compiler.select[i][0].target.attname for i in columns]
+    models: list[Any] = []
+    maker.item = _instance(maker, compiler, info, dict(zip(names, columns, strict=True)), models, 0)
+    for name, position in (compiler.annotation_col_map or {}).items():
+        maker.body.append(f"setattr({maker.item}, {name!r}, c{position})")
+    maker.models = tuple(dict.fromkeys(models))
+    return maker
+
+
+def _maker(compiler: Any) -> RowMaker:
+    expressions = [select[0] for select in compiler.select[: compiler.col_count]]
+    if compiler.has_extra_select or any(isinstance(e, ColPairs) for e in expressions):
+        raise Unfit
+    ops = compiler.connection.ops
+    if any(ops.get_db_converters(e) for e in expressions if e is not None):
+        raise Unfit  # a backend's converters may belong to one connection
+    return RowMaker(len(expressions), compiler.get_converters(expressions))
+
+
+def _instance(
+    maker: RowMaker,
+    compiler: Any,
+    info: Any,
+    columns: dict[str, int],
+    models: list[Any],
+    depth: int,
+) -> str:
+    """Generate code for an instance and what is selected with it; the variable's name."""
+    model = info["model"]
+    if not is_plain(model):
+        raise Unfit
+    number = len(models)
+    models.append(model)
+    obj, state, pad = f"o{number}", f"s{number}", "    " * depth
+    emit = maker.body.append
+    values = []
+    foreign = []
+    for field in model._meta.concrete_fields:
+        if (column := columns.get(field.attname)) is not None:
+            values.append(f"{field.attname!r}: c{column}")
+            if type(getattr_static(model, field.attname)) is ForeignKeyDeferredAttribute:
+                foreign.append(f"c{column} is not None")
+    if len(values) != len(columns):
+        raise Unfit
+    emit(f"{pad}{state} = {maker.name(ModelState)}()")
+    if foreign:  # assigning one looks into the cache
+        emit(f"{pad}if {' or '.join(foreign)}: {state}.fields_cache = {{}}")
+    emit(f"{pad}{state}.adding = False")
+    emit(f"{pad}{state}.db = db")
+    if _WITH_MODES:
+        emit(f"{pad}{state}.fetch_mode = mode")
+    cls = maker.name(model)
+    emit(f"{pad}{obj} = {maker.name(object.__new__)}({cls})")
+    emit(f"{pad}{obj}.__dict__ = {{'_state': {state}, {', '.join(values)}}}")
+    for related in info.get("related_klass_infos", ()):
+        _related(maker, compiler, related, obj, models, depth)
+    return obj
+
+
+def _related(
+    maker: RowMaker, compiler: Any, info: Any, owner: str, models: list[Any], depth: int
+) -> None:
+    model, selected = info["model"], info["select_fields"]
+    if info["from_parent"]:
+        by_name = {compiler.select[i][0].target.attname: i for i in selected}
+    else:
+        by_name = {
+            compiler.select[i][0].target.attname: i for i in range(selected[0], selected[-1] + 1)
+        }
+    columns = {
+        field.attname: by_name[field.attname]
+        for field in model._meta.concrete_fields
+        if field.attname in by_name
+    }
+    key = columns[model._meta.pk_fields[0].attname]
+    pad, emit = "    " * depth, maker.body.append
+    emit(f"{pad}if c{key} is None:")
+    emit(f"{pad}    {_setting(maker, info['local_setter'], owner, 'None')}")
+    emit(f"{pad}else:")
+    obj = _instance(maker, compiler, info, columns, models, depth + 1)
+    emit(f"{pad}    {_setting(maker, info['local_setter'], owner, obj)}")
+    emit(f"{pad}    {_setting(maker, info['remote_setter'], obj, owner)}")
+
+
+def _setting(maker: RowMaker, setter: Any, obj: str, value: str) -> str:
+    if getattr(setter, "__func__", None) is FieldCacheMixin.set_cached_value:
+        return f"{obj}._state.fields_cache[{setter.__self__.cache_name!r}] = {value}"
+    return f"{maker.name(setter)}({obj}, {value})"
+
+
+def tuple_of(width: int) -> str:
+    """The code of a tuple of a whole row."""
+    return f"({', '.join(f'c{i}' for i in range(width))},)"
+
+
+def for_tuples(compiler: Any) -> RowMaker:
+    """Rows as tuples: `values_list()`."""
+    maker = _maker(compiler)
+    maker.item = tuple_of(maker.width)
+    return maker
+
+
+def for_first_values(compiler: Any) -> RowMaker:
+    """The first value of each row: `values_list(flat=True)`."""
+    maker = _maker(compiler)
+    maker.item = "c0"
+    return maker
+
+
+def for_dicts(compiler: Any, names: list[str]) -> RowMaker:
+    """Rows as dicts: `values()`."""
+    maker = _maker(compiler)
+    pairs = [f"{name!r}: c{i}" for i, name in enumerate(names)]
+    maker.item = f"{{{', '.join(pairs)}}}"
+    return maker
+
+
+def for_named_tuples(compiler: Any, cls: Any) -> RowMaker:
+    """Rows as named tuples: `values_list(named=True)`."""
+    maker = for_tuples(compiler)
+    maker.item = f"{maker.name(tuple.__new__)}({maker.name(cls)}, {maker.item})"
+    return maker

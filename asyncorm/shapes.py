@@ -1,0 +1,357 @@
+"""The shape of a query: all that its SQL depends on, and the parameters beside it.
+
+A query's SQL depends on its shape and hardly ever on its values. `Shape` reads a `Query` and gives
+a key, equal only for queries with the same SQL, and the values as Django's own lookups and fields
+convert them. What it does not know raises `Unfit`.
+
+Names of Django (5.2 to 6.1) used beyond the documented API, and why:
+
+- `Query.__dict__` and its attributes, `WhereNode`, `Col`, `BaseTable`, `Join`: what is read. An
+  attribute that is not listed in `_PARTS` is unfit.
+- `Lookup.process_rhs`: the SQL and the parameters of a lookup's right side; in the key and in the
+  parameters. `process_lhs()` and what is around both depend on the class and the column alone, for
+  the lookups in `_LOOKUPS`.
+- `Field.get_db_prep_save`, `.prepare_database_save`: the values of an UPDATE.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from django.core.exceptions import FieldDoesNotExist
+from django.db.models import lookups
+from django.db.models.expressions import Col
+from django.db.models.fields import related_lookups
+from django.db.models.sql.datastructures import BaseTable, Join
+from django.db.models.sql.query import Query
+from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
+from django.db.models.sql.where import AND, OR, WhereNode
+from psycopg.types.json import Jsonb
+from psycopg.types.numeric import Int2, Int4, Int8
+
+MAX_ORDERS = 1024
+
+
+class Unfit(Exception):
+    """What is asked for is left to Django."""
+
+
+# Lookups whose SQL depends on the column, on what process_rhs() gives, and on nothing else.
+_PATTERNS = {
+    lookups.IExact, lookups.Contains, lookups.IContains, lookups.StartsWith, lookups.IStartsWith,
+    lookups.EndsWith, lookups.IEndsWith, lookups.Regex, lookups.IRegex,
+}  # fmt: skip
+_COMPARISONS = {
+    lookups.Exact, lookups.GreaterThan, lookups.GreaterThanOrEqual, lookups.LessThan,
+    lookups.LessThanOrEqual, lookups.In, lookups.Range,
+    lookups.IntegerFieldExact, lookups.IntegerGreaterThan, lookups.IntegerGreaterThanOrEqual,
+    lookups.IntegerLessThan, lookups.IntegerLessThanOrEqual,
+    related_lookups.RelatedExact, related_lookups.RelatedIn, related_lookups.RelatedLessThan,
+    related_lookups.RelatedGreaterThan, related_lookups.RelatedGreaterThanOrEqual,
+    related_lookups.RelatedLessThanOrEqual,
+}  # fmt: skip
+_IS_NULL = {lookups.IsNull, related_lookups.RelatedIsNull}
+_EXACT = {lookups.Exact, lookups.IntegerFieldExact, related_lookups.RelatedExact}
+_LOOKUPS = _PATTERNS | _COMPARISONS
+
+# For each column type: the Python types of values that may be parameters of the server, and the oid
+# to send them with; -1 is what psycopg's dumper says, which is the type of Django's literal too.
+AS_DUMPED = -1
+_INTEGERS: list[type] = [int, Int2, Int4, Int8]  # Django wraps some of them for psycopg
+_TEXT: dict[type, int] = {str: 0}
+_FAMILIES: dict[str, dict[type, int]] = {
+    "smallint": dict.fromkeys(_INTEGERS, 21),
+    "integer": dict.fromkeys(_INTEGERS, 23),
+    "bigint": dict.fromkeys(_INTEGERS, 20),
+    "varchar": _TEXT,
+    "text": _TEXT,
+    "boolean": {bool: AS_DUMPED},
+    "numeric": {decimal.Decimal: AS_DUMPED},
+    "double precision": {float: AS_DUMPED},
+    "date": {datetime.date: AS_DUMPED},
+    "timestamp with time zone": {datetime.datetime: AS_DUMPED},
+    "time": {datetime.time: AS_DUMPED},
+    "interval": {datetime.timedelta: AS_DUMPED},
+    "uuid": {uuid.UUID: AS_DUMPED},
+    "jsonb": {Jsonb: AS_DUMPED},
+}
+LIMITS = {21: 1 << 15, 23: 1 << 31, 20: 1 << 63}
+_NULL: dict[type, int] = {type(None): 0}
+
+
+def family(field: Any, wrapper: Any) -> dict[type, int]:
+    """Which values of a field may be parameters of the server."""
+    kind = (field.db_type(wrapper) or "").partition("(")[0]
+    return _FAMILIES.get(kind, {}) | _NULL
+
+
+class Shape:
+    """Reads a query: the key of its plan, and its parameters.
+
+    Attributes:
+        key: hashable; queries with the same key have the same SQL.
+        params: as Django's compiler would make them, in its order.
+        leaves: the lookups with parameters, and how many each has.
+        values: the fields and values of an UPDATE, whose parameters come before `params`.
+        offset: what LIMIT begins at, 0 for none.
+        kept: objects whose id() is in the key.
+    """
+
+    __slots__ = ("kept", "key", "leaves", "offset", "params", "query", "values", "wrapper")
+
+    def __init__(self, query: Any, wrapper: Any, *kind: Any) -> None:
+        if type(query) not in _QUERIES:
+            raise Unfit
+        self.query = query
+        self.wrapper = wrapper
+        opts = query.model._meta
+        columns = opts.concrete_fields
+        self.key: list[Any] = [wrapper.alias, type(query), *kind, id(columns)]
+        self.params: list[Any] = []
+        self.leaves: list[tuple[Any, int]] = []
+        self.values: list[tuple[Any, Any]] = []
+        self.kept: list[Any] = [columns]
+        for name, value in query.__dict__.items():
+            part = _PARTS.get(name, _unknown)
+            if part is not None:
+                self.key.append(name)
+                part(self, value)
+        self.offset: int = query.low_mark
+        high = query.high_mark
+        self.key += (self.offset > 0, None if high is None else high - self.offset)
+        if query.default_ordering and not query.order_by:
+            self.key.append(_ordering(opts.model, tuple(opts.ordering or ())))
+
+    def where(self, node: Any) -> None:
+        """A node of the WHERE tree."""
+        connector = node.connector
+        if connector != AND and connector != OR:
+            raise Unfit
+        key = self.key
+        key.append((connector, node.negated, len(node.children)))
+        for child in node.children:
+            cls: Any = type(child)
+            if cls in _LOOKUPS:
+                lhs, rhs = child.lhs, child.rhs
+                if type(lhs) is not Col or child.bilateral_transforms or hasattr(rhs, "as_sql"):
+                    raise Unfit
+                key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field))
+                self.kept += (lhs.target, lhs.output_field)
+                if type(rhs) is bool and cls in _EXACT and lhs.conditional:
+                    key.append(rhs)
+                    continue
+                sql, params = child.process_rhs(None, self.wrapper)
+                key.append(tuple(sql) if type(sql) is list else sql)
+                self.params += params
+                self.leaves.append((child, len(params)))
+            elif cls is WhereNode:
+                self.where(child)
+            elif cls in _IS_NULL and type(child.lhs) is Col and type(child.rhs) is bool:
+                lhs = child.lhs
+                key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field), child.rhs)
+                self.kept += (lhs.target, lhs.output_field)
+            else:
+                raise Unfit
+
+    def families(self, *, skips_null: bool) -> list[dict[type, int]]:
+        """For each parameter, which values may be parameters of the server."""
+        found = [
+            family(field, self.wrapper)
+            for field, value in self.values
+            if value is not None or not skips_null
+        ]
+        for leaf, count in self.leaves:
+            kinds = _TEXT if type(leaf) in _PATTERNS else family(leaf.lhs.target, self.wrapper)
+            found += [kinds] * count
+        return found
+
+    def bind(self, *, skips_null: bool) -> list[Any]:
+        """All parameters but the fixed ones and the offset."""
+        if not self.values:
+            return self.params
+        return [v for _, v in self.values if v is not None or not skips_null] + self.params
+
+
+# What to do with each attribute of a Query; None for what the SQL does not depend on.
+
+
+def _unknown(shape: Shape, value: Any) -> None:
+    raise Unfit
+
+
+def _value(shape: Shape, value: Any) -> None:
+    shape.key.append(value)
+
+
+def _absent(shape: Shape, value: Any) -> None:
+    if value:
+        raise Unfit
+
+
+def _items(shape: Shape, value: Any) -> None:
+    shape.key.append(tuple(value.items()))
+
+
+def _joins(shape: Shape, value: Any) -> None:
+    for alias, join in value.items():
+        if type(join) is BaseTable:
+            shape.key += (alias, join.table_name, join.table_alias)
+        elif type(join) is Join and join.filtered_relation is None:
+            shape.key += (
+                alias, join.table_name, join.table_alias, join.parent_alias, join.join_type,
+                join.nullable, id(join.join_field),
+            )  # fmt: skip
+            shape.kept.append(join.join_field)
+        else:
+            raise Unfit
+
+
+def _tables(shape: Shape, value: Any) -> None:
+    if len(shape.query.alias_map) > 1:
+        shape.key += [(table, *aliases) for table, aliases in value.items()]
+
+
+def _where(shape: Shape, value: Any) -> None:
+    if type(value) is not WhereNode:
+        raise Unfit
+    shape.where(value)
+
+
+def _columns(shape: Shape, value: Any) -> None:
+    for col in value:
+        if type(col) is not Col:
+            raise Unfit
+        shape.key += (col.alias, id(col.target), id(col.output_field))
+        shape.kept += (col.target, col.output_field)
+    shape.key.append(len(value))
+
+
+def _deferred(shape: Shape, value: Any) -> None:
+    names, defer = value
+    shape.key += (frozenset(names), defer)
+
+
+def _names(shape: Shape, value: Any) -> None:
+    if not all(type(name) is str for name in value):
+        raise Unfit
+    shape.key.append(tuple(value))
+
+
+def _order(shape: Shape, value: Any) -> None:
+    if value:
+        shape.key.append(_ordering(shape.query.model, value))
+
+
+plain_orders: dict[Any, bool] = {}
+
+
+def _ordering(model: Any, names: tuple[Any, ...]) -> tuple[str, ...]:
+    """`names` if all are columns: ordering by a relation asks the related model how."""
+    known = plain_orders.get((model, names)) if all(type(n) is str for n in names) else False
+    if known is None:
+        if len(plain_orders) >= MAX_ORDERS:
+            plain_orders.clear()
+        known = plain_orders[model, names] = all(_is_column(model, name) for name in names)
+    if not known:
+        raise Unfit
+    return names
+
+
+def _is_column(model: Any, name: str) -> bool:
+    *path, name = name.removeprefix("-").split("__")
+    try:
+        for step in path:
+            model = model._meta.get_field(step).related_model
+    except FieldDoesNotExist:
+        return False
+    if model is None:
+        return False
+    if name == "pk":
+        return len(model._meta.pk_fields) == 1
+    return any(
+        name == field.attname or (name == field.name and not field.is_relation)
+        for field in model._meta.concrete_fields
+    )
+
+
+def _selected(shape: Shape, value: Any) -> None:
+    if value is not None:
+        if not all(type(item) in (int, str) for item in value.values()):
+            raise Unfit
+        _items(shape, value)
+
+
+def _related(shape: Shape, value: Any) -> None:
+    shape.key.append(_frozen(value))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple((k, _frozen(v)) for k, v in value.items()) if type(value) is dict else value
+
+
+def _updated(shape: Shape, value: Any) -> None:
+    if shape.query.related_updates or shape.query.count_active_tables() > 1:
+        raise Unfit
+    for field, _, item in value:
+        if hasattr(item, "resolve_expression") or hasattr(field, "get_placeholder"):
+            raise Unfit
+        if field.remote_field and hasattr(item, "prepare_database_save"):
+            item = item.prepare_database_save(field)
+        item = field.get_db_prep_save(item, connection=shape.wrapper)
+        if hasattr(item, "as_sql"):
+            raise Unfit
+        shape.values.append((field, item))
+        shape.kept.append(field)
+        shape.key += (id(field), item is None)
+
+
+_QUERIES = {Query, UpdateQuery, DeleteQuery}
+_PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
+    "model": _value,
+    "alias_refcount": _items,
+    "alias_map": _joins,
+    "alias_cols": _value,
+    "external_aliases": _absent,
+    "table_map": _tables,
+    "used_aliases": None,
+    "where": _where,
+    "annotations": _absent,
+    "extra": _absent,
+    "_filtered_relations": _absent,
+    "base_table": None,
+    "_annotation_select_cache": None,
+    "annotation_select_mask": None,  # there are no annotations
+    "_extra_select_cache": None,
+    "extra_select_mask": None,
+    "order_by": _order,
+    "extra_order_by": _absent,
+    "default_ordering": _value,
+    "default_cols": _value,
+    "standard_ordering": _value,
+    "distinct": _value,
+    "distinct_fields": _names,
+    "low_mark": None,  # the limit is in the key, see there
+    "high_mark": None,
+    "deferred_loading": _deferred,
+    "select": _columns,
+    "values_select": _names,
+    "selected": _selected,
+    "select_related": _related,
+    "max_depth": _value,
+    "group_by": _absent,
+    "combinator": _absent,
+    "combined_queries": _absent,
+    "select_for_update": _absent,
+    "explain_info": _absent,
+    "filter_is_sticky": None,
+    "_lookup_joins": None,  # for split_exclude(), while a filter is built
+    "subquery": _absent,
+    "contains_subquery": _absent,
+    "values": _updated,
+    "related_ids": _absent,
+    "related_updates": _absent,
+}

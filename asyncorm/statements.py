@@ -1,0 +1,283 @@
+"""The statement cache: what a query's shape is compiled to is kept, and used with other values.
+
+A new plan is made with Django's compiler, and not kept unless the compiler's parameters are those
+that the shape gives. Whatever is not known to be safe is left to Django's compiler.
+
+A plan's statement is sent without a cursor, its values as parameters of the server where that means
+the same as the literals that Django writes into the SQL: each value's Python type must be the usual
+one for the column's type, integers are sent with the column's own type, strings without one (as a
+quoted literal has none). Otherwise, and where somebody watches the statements (execute wrappers,
+DEBUG, CaptureQueriesContext), a cursor of Django's executes Django's SQL.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+from psycopg.adapt import PyFormat
+from psycopg.pq import Format
+from psycopg.types.json import Jsonb
+
+from .driver import Connection, Statement, leaves_state
+from .rows import RowMaker
+from .shapes import AS_DUMPED, LIMITS, Shape, Unfit, plain_orders
+
+MAX_PLANS = 1024
+_TIMESTAMPTZ, _TEXT_FORMAT = 1184, Format.TEXT
+_OWNERS = ("asyncorm", "psycopg", "typing", "builtins")
+
+
+class Plan:
+    """What is known about all queries of one shape.
+
+    Attributes:
+        sql: Django's, with %s for parameters, without the offset.
+        families: for each parameter what it may be to be sent as one.
+        maker: makes items of the rows; None where only the rows count.
+        fixed: parameters before all others that are always the same.
+        skips_null: whether Django writes NULL into the SQL of an UPDATE itself.
+        kept: objects whose id() is in the key.
+    """
+
+    def __init__(
+        self,
+        sql: str,
+        families: list[Any],
+        maker: RowMaker | None,
+        kept: Any,
+        *,
+        fixed: tuple[Any, ...] = (),
+        skips_null: bool = False,
+        with_offset: bool = False,
+    ) -> None:
+        self.sql = sql
+        self.maker = maker
+        self.kept = kept
+        self.fixed = fixed
+        self.skips_null = skips_null
+        self.families = [*families, {int: 20}] if with_offset else families
+        self.formats = [PyFormat.TEXT] * len(self.families)
+        for value in fixed:
+            sql = sql.replace("%s", f"{value:d}", 1)
+        self.query = _numbered(f"{sql} OFFSET %s" if with_offset else sql, len(self.families))
+        self.text = self.query.decode() if self.query is not None else ""
+        self.leaves_state = leaves_state(sql)
+
+    def bound(self, conn: Connection, params: Any) -> Statement | None:
+        """The statement with its parameters, None if not all can be sent as such."""
+        if self.query is None:
+            return None
+        oids = []
+        dumped = False
+        for value, family in zip(params, self.families, strict=True):
+            oid = family.get(type(value))
+            if oid is None:
+                return None
+            if oid == AS_DUMPED:
+                dumped = True
+            elif (limit := LIMITS.get(oid)) is not None and not -limit <= value < limit:
+                return None
+            oids.append(oid)
+        transformer = conn.transformer
+        values = transformer.dump_sequence(params, self.formats)
+        if dumped:
+            oids = [
+                got if oid == AS_DUMPED else oid
+                for oid, got in zip(oids, transformer.types, strict=True)
+            ]
+        return Statement(
+            self.query, values, tuple(oids), leaves_state=self.leaves_state, text=self.text
+        )
+
+
+def _numbered(sql: str, count: int) -> bytes | None:
+    """The SQL with $1, $2, ... for %s; None if it is not as simple as that."""
+    parts = re.split(r"%(.)", sql, flags=re.DOTALL)
+    number = 0
+    for i in range(1, len(parts), 2):
+        if parts[i] == "s":
+            number += 1
+            parts[i] = f"${number}"
+        elif parts[i] != "%":
+            return None
+    return "".join(parts).encode() if number == count else None
+
+
+# The cache
+
+plans: dict[tuple[Any, ...], Any] = {}  # None: not to be planned
+counts = {"hits": 0, "misses": 0, "unfit": 0}
+
+
+def statement_cache_stats() -> dict[str, int]:
+    """How the statement cache of this process is doing, as plain numbers.
+
+    `hits` and `misses` count the statements whose SQL was there and those that were compiled for
+    it, `unfit` those that were left to Django's compiler; `size` is the number of shapes known.
+    """
+    return {**counts, "size": len(plans)}
+
+
+_generation = 0
+
+
+def generation() -> int:
+    """How often all plans were forgotten: for who keeps one."""
+    return _generation
+
+
+def clear() -> None:
+    """Forget all plans."""
+    global _generation
+    _generation += 1
+    plans.clear()
+    plain_orders.clear()
+
+
+def remember(key: tuple[Any, ...], plan: Any) -> None:
+    while len(plans) >= MAX_PLANS:
+        try:
+            del plans[next(iter(plans))]
+        except (KeyError, RuntimeError, StopIteration):  # another thread was faster
+            break
+    plans[key] = plan
+
+
+def same(left: Any, right: Any) -> bool:
+    return len(left) == len(right) and all(map(_equal, left, right))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    return bool(a.obj == b.obj if type(a) is Jsonb else a == b)
+
+
+Compiled = tuple[str, Any, RowMaker | None]  # SQL, parameters, maker
+
+
+def plan_for(
+    query: Any,
+    wrapper: Any,
+    compile: Callable[[Any, Any], Compiled],
+    *kind: Any,
+    fixed: tuple[Any, ...] = (),
+) -> tuple[Plan, list[Any], int] | None:
+    """A query's plan, its parameters and its offset; None: leave it to Django."""
+    try:
+        shape = Shape(query, wrapper, *kind)
+        key = tuple(shape.key)
+        plan = plans.get(key, UNPLANNED)
+    except Exception:  # whatever is wrong with the query, Django will say
+        counts["unfit"] += 1
+        return None
+    if plan is UNPLANNED:
+        try:
+            plan = _plan(shape, compile(query, wrapper), fixed)
+        except Exception:
+            plan = None
+        counts["misses"] += 1
+        remember(key, plan)
+    elif plan is not None:
+        counts["hits"] += 1
+    if plan is None:
+        counts["unfit"] += 1
+        return None
+    return plan, shape.bind(skips_null=plan.skips_null), shape.offset
+
+
+UNPLANNED: Any = object()
+
+
+def _plan(shape: Shape, compiled: Compiled, fixed: tuple[Any, ...]) -> Plan:
+    sql, params, maker = compiled
+    always, params = params[: len(fixed)], params[len(fixed) :]
+    skips_null = not same(params, shape.bind(skips_null=False))
+    if always != fixed or (skips_null and not same(params, shape.bind(skips_null=True))):
+        raise Unfit
+    if shape.offset:
+        end = f" OFFSET {shape.offset}"
+        if not sql.endswith(end):
+            raise Unfit
+        sql = sql.removesuffix(end)
+    return Plan(
+        sql,
+        shape.families(skips_null=skips_null),
+        maker,
+        shape.kept,
+        fixed=always,
+        skips_null=skips_null,
+        with_offset=shape.offset > 0,
+    )
+
+
+def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:
+    """The result without a cursor and None, or else None and Django's cursor."""
+    if not wrapper.execute_wrappers and not wrapper.queries_logged:
+        wrapper.ensure_connection()
+        conn = wrapper.connection
+        if (
+            isinstance(conn, Connection)
+            and _are_djangos_cursors(type(wrapper), conn.cursor_factory)  # type: ignore[arg-type]
+            and _same_zone(conn, wrapper)
+        ):
+            wrapper.validate_no_broken_transaction()
+            with wrapper.wrap_database_errors:
+                statement = plan.bound(conn, [*params, offset] if offset else params)
+                if statement is not None:
+                    return conn.run(statement), None
+    cursor = wrapper.cursor()
+    try:
+        sql = f"{plan.sql} OFFSET {offset}" if offset else plan.sql
+        cursor.execute(sql, (*plan.fixed, *params))
+    except BaseException:
+        cursor.close()
+        raise
+    return None, cursor
+
+
+@functools.cache
+def _are_djangos_cursors(wrapper: type, factory: type) -> bool:
+    """Whether nobody has put cursors of another kind in the place of Django's."""
+    names = ("cursor", "_cursor", "_prepare_cursor", "make_cursor", "create_cursor")
+    owners = [cls for cls in wrapper.__mro__ if not vars(cls).keys().isdisjoint(names)]
+    return all(
+        cls.__module__.startswith("django.db.backends.")
+        or cls.__module__.partition(".")[0] in _OWNERS
+        for cls in [*owners, *factory.__mro__]
+    )
+
+
+def _same_zone(conn: Connection, wrapper: Any) -> bool:
+    """Whether the connection loads timestamps in the zone that Django now wants them in."""
+    loader = conn.adapters.get_loader(_TIMESTAMPTZ, _TEXT_FORMAT)
+    return bool(getattr(loader, "timezone", UNPLANNED) == wrapper.timezone)
+
+
+def items(plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any = None) -> list[Any]:
+    """Execute a plan and return what its maker makes of the rows.
+
+    Raises:
+        django.db.Error: as Django's cursor does.
+    """
+    maker = plan.maker
+    assert maker is not None
+    result, cursor = _run(plan, params, offset, wrapper)
+    if cursor is None:
+        with wrapper.wrap_database_errors:
+            return maker.make(result, wrapper.connection, wrapper.alias, wrapper, mode)
+    with cursor:
+        loaded = cursor.fetchall()
+    return maker.make_loaded(loaded, wrapper.alias, wrapper, mode)
+
+
+def count_of(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> int:
+    """Execute a plan and return how many rows were found or changed."""
+    result, cursor = _run(plan, params, offset, wrapper)
+    if cursor is None:
+        return int(result.command_tuples or 0)
+    with cursor:
+        return int(cursor.rowcount)

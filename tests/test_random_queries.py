@@ -1,0 +1,349 @@
+"""Random querysets give natively, from the statement cache or not, what they give synchronously.
+
+A shape is drawn and two sets of values for it, so that the second is found in the cache. Each
+comparison is `tests.compare`'s: values, types, `_state`, deferred fields, caches.
+"""
+
+import datetime as dt
+import os
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from django.db.models import (
+    Avg,
+    CharField,
+    Count,
+    Exists,
+    F,
+    IntegerField,
+    Max,
+    OuterRef,
+    Q,
+    Subquery,
+    Sum,
+    Value,
+)
+from django.db.models.functions import Coalesce, Lower, TruncMonth, Upper
+from django.test import override_settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+import asyncorm
+from asyncorm import statements
+from tests.compare import differences
+from tests.project.shop.models import (
+    Author,
+    Book,
+    Event,
+    Order,
+    OrderLine,
+    PrintedBook,
+    Product,
+    Publisher,
+    Review,
+    StarAuthor,
+    Tag,
+    Ticket,
+)
+from tests.project.shop.sample import uid
+from tests.ways import outcome
+
+SOAK = os.environ.get("ASYNCORM_MODEL_PROFILE") == "soak"
+EXAMPLES = 20_000 if SOAK else 500
+
+# Values by kind
+
+INTEGERS = st.one_of(
+    st.integers(-3, 20),
+    st.sampled_from([2**15, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63), 2**70]),
+)
+TEXTS = st.one_of(
+    st.sampled_from(
+        ["", "Sea", "sea", "Öl", "100% Pure", "%", "_", "a", "Quote's", "Back\\slash", "de", "AT"]
+    ),
+    st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=4),
+)
+KINDS: dict[str, tuple[tuple[str, ...], st.SearchStrategy[Any]]] = {
+    "integer": (("exact", "gt", "gte", "lt", "lte"), INTEGERS),
+    "text": (
+        (
+            *("exact", "iexact", "contains", "icontains", "startswith", "istartswith"),
+            *("endswith", "iendswith", "gt", "lte"),
+        ),
+        TEXTS,
+    ),
+    "pattern": (("regex", "iregex"), st.sampled_from(["^S", "[aeiou]$", "e+", "x?", "a|b"])),
+    "decimal": (
+        ("exact", "gt", "lte"),
+        st.one_of(
+            st.decimals(-5, 60, places=2), st.sampled_from([Decimal("1E+1"), 5, 7.5, "9.99"])
+        ),
+    ),
+    "float": (("exact", "gt", "lte"), st.one_of(st.floats(-1, 6, width=16), st.integers(0, 5))),
+    "date": (("exact", "gt", "lte"), st.dates(dt.date(1900, 1, 1), dt.date(2030, 1, 1))),
+    "time": (
+        ("exact", "gt", "lte"),
+        st.datetimes(dt.datetime(2023, 1, 1), dt.datetime(2026, 1, 1), timezones=st.just(dt.UTC)),
+    ),
+    "part": (("year", "month", "week_day", "year__gte"), st.integers(1, 2030)),
+    "truth": (("exact",), st.booleans()),
+    "span": (("exact", "gt"), st.timedeltas(dt.timedelta(0), dt.timedelta(days=2))),
+    "null": (("isnull",), st.booleans()),
+    "none": (("exact",), st.none()),
+    "uuid": (
+        ("exact",),
+        st.one_of(st.integers(0, 8).map(uid), st.integers(0, 8).map(lambda n: str(uid(n)))),
+    ),
+    "json": (
+        ("exact", "contains"),
+        st.sampled_from([{}, [], {"a": 1}, {"a": {"b": [1]}}, None, "x", 1]),
+    ),
+    "array": (("exact", "contains", "len"), st.sampled_from([[], ["a"], ["sea", "x"]])),
+    "list": (("in",), st.lists(st.one_of(st.integers(-1, 20), st.none()), max_size=4)),
+    "range": (("range",), st.tuples(st.integers(-2, 20), st.integers(0, 30))),
+    "address": (("exact",), st.sampled_from(["10.0.0.1", "::1", "192.168.0.7"])),
+}
+PLAIN = {
+    "integer": ("integer", "list", "range", "null", "none"),
+    "text": ("text", "pattern", "null", "none"),
+}
+
+# Paths of each model, with the kind of what is there
+MODELS: dict[Any, dict[str, str]] = {
+    Book: {
+        "pk": "integer", "id": "integer", "title": "text", "isbn": "text", "slug": "text",
+        "language": "text", "publisher": "integer", "publisher_id": "integer",
+        "publisher__name": "text", "publisher__country__code": "text", "publisher__founded": "date",
+        "price": "decimal", "gross": "decimal", "pages": "integer", "rating": "float",
+        "sold": "integer", "published": "date", "created": "time", "changed": "time",
+        "in_print": "truth", "audio_length": "span", "data": "json", "extra": "json",
+        "data__a": "json", "keywords": "array", "tags__name": "text", "tags": "integer",
+        "authors__name": "text", "product__stock": "integer", "product": "integer",
+        "reviews__stars": "integer", "sample": "text",
+    },
+    PrintedBook: {"pk": "integer", "title": "text", "created": "time", "publisher__name": "text"},
+    Author: {
+        "pk": "integer", "id": "integer", "name": "text", "pen_name": "text", "born": "date",
+        "mentor": "integer", "mentor__name": "text", "mentor__mentor__pen_name": "text",
+        "person_ptr": "integer", "books__title": "text", "starauthor__stars": "integer",
+    },
+    StarAuthor: {"pk": "integer", "stars": "integer", "name": "text", "mentor__name": "text"},
+    Product: {
+        "pk": "integer", "sku": "uuid", "name": "text", "category__name": "text",
+        "category__parent__name": "text", "book": "integer", "book__title": "text",
+        "price": "decimal", "stock": "integer", "value": "decimal", "lines__quantity": "integer",
+    },
+    Event: {
+        "pk": "uuid", "id": "uuid", "name": "text", "lasts": "span", "address": "address",
+        "host": "integer", "host__name": "text",
+    },
+    Order: {"pk": "integer", "status": "integer", "placed": "time", "remark": "text",
+            "customer__name": "text", "customer__profile__bio": "text"},
+    OrderLine: {"order": "integer", "number": "integer", "quantity": "integer", "price": "decimal",
+                "product__name": "text"},
+    Review: {"pk": "integer", "stars": "integer", "body": "text", "written": "time",
+             "book__title": "text", "customer": "integer"},
+    Publisher: {"pk": "integer", "name": "text", "country": "text", "founded": "date",
+                "books__pages": "integer"},
+    Tag: {"pk": "integer", "name": "text", "weight": "integer"},
+    Ticket: {"pk": "integer", "title": "text", "status": "text", "label": "text", "opened": "time"},
+}  # fmt: skip
+RELATED = {
+    Book: ["publisher", "publisher__country", "product", "product__category"],
+    PrintedBook: ["publisher"],
+    Author: ["mentor", "mentor__mentor", "starauthor"],
+    StarAuthor: ["mentor", "author_ptr"],
+    Product: ["category__parent", "book__publisher"],
+    Event: ["host"],
+    Order: ["customer__profile", "customer__user"],
+    OrderLine: ["order__customer", "product__book"],
+    Review: ["book", "customer"],
+    Publisher: ["country"],
+}
+PREFETCHES = {
+    Book: ["tags", "authors", "reviews__customer", "notes"],
+    Publisher: ["books__tags", "books"],
+    Author: ["books", "pupils"],
+    Order: ["lines__product"],
+    Product: ["fans"],
+}
+CALLS = {
+    "list": list,
+    "count": lambda queryset: queryset.count(),
+    "exists": lambda queryset: queryset.exists(),
+    "first": lambda queryset: queryset.first(),
+    "last": lambda queryset: queryset.last(),
+    "get": lambda queryset: queryset.get(),
+    "aggregate": lambda queryset: queryset.aggregate(n=Count("pk"), m=Max("pk")),
+    "iterator": lambda queryset: list(queryset.iterator(chunk_size=2)),
+    "in_bulk": lambda queryset: queryset.in_bulk(),
+}
+
+Step = Callable[[Any, Any], Any]  # a queryset and the values that are left
+
+
+class Program:
+    """A queryset's shape: steps that take values out of an iterator."""
+
+    def __init__(self, model: Any, steps: list[tuple[str, Step]], call: str, alias: str) -> None:
+        self.model, self.steps, self.call, self.alias = model, steps, call, alias
+
+    def run(self, values: list[Any]) -> Any:
+        left = iter(values)
+        queryset = self.model.objects.using(self.alias)
+        for _, step in self.steps:
+            queryset = step(queryset, left)
+        return CALLS[self.call](queryset)
+
+    def __repr__(self) -> str:
+        steps = "".join(f".{text}" for text, _ in self.steps)
+        return f"{self.model.__name__}@{self.alias}{steps}.{self.call}()"
+
+
+@st.composite
+def conditions(draw: Any, model: Any, values: list[list[Any]]) -> tuple[str, Callable[[Any], Q]]:
+    """A Q tree as text and as a function of the values left."""
+    kind = draw(st.sampled_from(["leaf", "leaf", "leaf", "and", "or", "not", "xor"]))
+    if kind == "leaf":
+        path = draw(st.sampled_from(sorted(MODELS[model])))
+        what = MODELS[model][path]
+        what = draw(st.sampled_from([*PLAIN.get(what, (what, "null", "none"))]))
+        if MODELS[model][path] == "time" and draw(st.integers(0, 3)) == 0:
+            what = "part"
+        if what == "list" and path in ("tags", "book"):
+            what = "integer"
+        names, strategy = KINDS[what]
+        name = draw(st.sampled_from(names))
+        if name == "len":
+            strategy = st.integers(0, 3)
+        for each in values:
+            each.append(draw(strategy))
+        lookup = f"{path}__{name}" if name != "exact" or draw(st.booleans()) else path
+        return f"{lookup}=?", lambda left: Q(**{lookup: next(left)})
+    one, first = draw(conditions(model, values))
+    if kind == "not":
+        return f"~({one})", lambda left: ~first(left)
+    two, second = draw(conditions(model, values))
+    if kind == "and":
+        return f"({one} & {two})", lambda left: first(left) & second(left)
+    if kind == "or":
+        return f"({one} | {two})", lambda left: first(left) | second(left)
+    return f"({one} ^ {two})", lambda left: first(left) ^ second(left)
+
+
+@st.composite
+def programs(draw: Any) -> tuple[Program, list[list[Any]]]:
+    model = draw(st.sampled_from(sorted(MODELS, key=lambda model: model.__name__)))
+    columns = [path for path in MODELS[model] if "__" not in path]
+    fields = [f.name for f in model._meta.concrete_fields]
+    values: list[list[Any]] = [[], []]
+    steps: list[tuple[str, Step]] = []
+
+    def add(text: str, step: Step) -> None:
+        steps.append((text, step))
+
+    for _ in range(draw(st.integers(0, 3))):
+        text, condition = draw(conditions(model, values))
+        if draw(st.booleans()):
+            add(f"filter({text})", lambda qs, left, c=condition: qs.filter(c(left)))
+        else:
+            add(f"exclude({text})", lambda qs, left, c=condition: qs.exclude(c(left)))
+    if draw(st.integers(0, 4)) == 0:
+        name = draw(st.sampled_from(sorted(ANNOTATIONS)))
+        if name not in BOOK_ONLY or model in (Book, PrintedBook):
+            add(f"annotate({name})", lambda qs, left: qs.annotate(extra_value=ANNOTATIONS[name]()))
+            if draw(st.booleans()):
+                add("filter(extra_value)", lambda qs, left: qs.exclude(extra_value=None))
+    if model in RELATED and draw(st.integers(0, 3)) == 0:
+        names = draw(st.lists(st.sampled_from(RELATED[model]), min_size=1, max_size=2, unique=True))
+        add(f"select_related({names})", lambda qs, left: qs.select_related(*names))
+    if model in PREFETCHES and draw(st.integers(0, 5)) == 0:
+        path = draw(st.sampled_from(PREFETCHES[model]))
+        add(f"prefetch_related({path})", lambda qs, left: qs.prefetch_related(path))
+    form = draw(st.sampled_from(["", "", "", "only", "defer", "values", "list", "flat", "named"]))
+    chosen = draw(st.lists(st.sampled_from(fields), min_size=1, max_size=3, unique=True))
+    if form in ("only", "defer"):
+        add(f"{form}({chosen})", lambda qs, left: getattr(qs, form)(*chosen))
+    elif form == "values":
+        chosen = chosen if draw(st.booleans()) else []
+        add(f"values({chosen})", lambda qs, left: qs.values(*chosen))
+    elif form == "flat":
+        add(f"flat({chosen[0]})", lambda qs, left: qs.values_list(chosen[0], flat=True))
+    elif form:
+        named = form == "named"
+        add(f"values_list({chosen})", lambda qs, left: qs.values_list(*chosen, named=named))
+    if draw(st.integers(0, 5)) == 0:
+        add("distinct()", lambda qs, left: qs.distinct())
+    order = draw(st.lists(st.sampled_from(columns), max_size=2, unique=True))
+    order = [("-" if draw(st.booleans()) else "") + name for name in order if name != "data"]
+    add(f"order_by({order})", lambda qs, left: qs.order_by(*order, "pk"))
+    if draw(st.integers(0, 3)) == 0:
+        low = draw(st.integers(0, 3))
+        high = draw(st.one_of(st.none(), st.integers(low, low + 4)))
+        add(f"[{low}:{high}]", lambda qs, left: qs[low:high])
+    call = draw(st.sampled_from(["list", "list", "list", *sorted(CALLS)]))
+    alias = draw(st.sampled_from(["default", "default", "other"]))
+    return Program(model, steps, call, alias), values
+
+
+BOOK_ONLY = {"pages", "count", "average", "month", "title", "subquery", "exists"}
+ANNOTATIONS: dict[str, Callable[[], Any]] = {
+    "pages": lambda: F("pages") + 1,
+    "count": lambda: Count("tags"),
+    "average": lambda: Avg("reviews__stars"),
+    "month": lambda: TruncMonth("created"),
+    "title": lambda: Coalesce(Lower("isbn"), Upper("title"), output_field=CharField()),
+    "subquery": lambda: Subquery(
+        Review.objects.filter(book=OuterRef("pk")).order_by("pk").values("stars")[:1]
+    ),
+    "exists": lambda: Exists(Review.objects.filter(book=OuterRef("pk"), stars__gt=2)),
+    "value": lambda: Value(7, output_field=IntegerField()),
+    "sum": lambda: Sum("pk"),
+}
+
+
+@pytest.mark.usefixtures("shop_data")
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate, Phase.shrink],
+    database=None,
+    derandomize=not SOAK,
+)
+@given(drawn=programs())
+def test_random_querysets(drawn: Any, run: Callable) -> None:
+    program, values = drawn
+    expected = [outcome(program.run, each) for each in values]
+
+    async def native() -> list[Any]:
+        run = asyncorm.native(outcome)
+        return [await run(program.run, each) for each in (values[0], values[1], values[0])]
+
+    for one, other in zip([*expected, expected[0]], run(native()), strict=True):
+        assert differences(one, other) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("shop_data")
+@settings(max_examples=EXAMPLES // 5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(drawn=programs())
+def test_with_and_without_the_cache(drawn: Any, run: Callable) -> None:
+    program, values = drawn
+    with override_settings(ASYNCORM={"STATEMENT_CACHE": False}):
+        expected = [outcome(run, asyncorm.native(program.run)(each)) for each in values]
+    for value, one in zip(values, expected, strict=True):
+        assert differences(one, outcome(run, asyncorm.native(program.run)(value))) == []
+
+
+if SOAK:
+    chosen_seed = int(os.environ.get("ASYNCORM_MODEL_SEED", "0"))
+    test_random_querysets = seed(chosen_seed)(test_random_querysets)
+    test_with_and_without_the_cache = seed(chosen_seed)(test_with_and_without_the_cache)
+
+
+def test_the_cache_was_used() -> None:
+    stats = statements.statement_cache_stats()
+    assert stats["hits"] > 100

@@ -1,0 +1,536 @@
+"""The statement cache is used, gives what Django gives, and leaves alone what it does not know."""
+
+import asyncio
+import datetime as dt
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator
+from decimal import Decimal
+from time import thread_time
+from typing import Any
+
+import pytest
+from django.db import DataError, connection, connections, models
+from django.db.models import F, Q, Value
+from django.db.models.signals import post_init
+from django.test import override_settings
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+
+import asyncorm
+from asyncorm import planned, statements
+from asyncorm.driver import Connection
+from tests.compare import differences
+from tests.project.shop.models import (
+    Author,
+    Book,
+    Customer,
+    Document,
+    Event,
+    Order,
+    OrderLine,
+    Person,
+    PrintedBook,
+    Product,
+    Profile,
+    Publisher,
+    Tag,
+    Ticket,
+)
+from tests.project.shop.sample import moment, uid
+from tests.support import database
+
+pytestmark = pytest.mark.usefixtures("shop_data")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache() -> Iterator[None]:
+    statements.clear()
+    yield
+    statements.clear()
+
+
+def hits() -> int:
+    return asyncorm.statement_cache_stats()["hits"]
+
+
+# What must come from the cache from the second time on: functions of a value, and two values.
+HOT: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
+    "get by pk": (lambda v: Book.objects.get(pk=v), 1, 2),
+    "get by keywords": (lambda v: Book.objects.get(pk=v, price__gte=Decimal("0.5")), 1, 2),
+    "get on a filtered queryset": (lambda v: Book.objects.filter(pages__gt=0).get(id=v), 1, 2),
+    "get by a uuid": (lambda v: Product.objects.get(sku=uid(v)), 1, 2),
+    "get by a string": (lambda v: Tag.objects.get(name=v), "crime", "poetry"),
+    "get by a column of another table": (
+        lambda v: Product.objects.get(book__title=v),
+        "Night",
+        "Öl",
+    ),
+    "get with select_related": (
+        lambda v: Book.objects.select_related("publisher__country").get(pk=v),
+        1,
+        2,
+    ),
+    "get of a proxy": (lambda v: PrintedBook.everything.get(pk=v), 1, 2),
+    "get of a child": (lambda v: Author.objects.get(pk=v), 11, 12),
+    "get of an overridden get": (lambda v: Document.objects.get(key=v), "a", "b"),
+    "filter": (lambda v: list(Book.objects.filter(pages__gte=v).order_by("pk")), 1, 100),
+    "exclude": (lambda v: list(Book.objects.exclude(pages__lt=v).order_by("-pk")), 1, 100),
+    "or": (
+        lambda v: list(Book.objects.filter(Q(pk=v) | ~Q(title__contains="e")).order_by("pk")),
+        1,
+        2,
+    ),
+    "in": (lambda v: list(Book.objects.filter(pk__in=[v, v + 1]).order_by("pk")), 1, 2),
+    "range": (lambda v: list(Book.objects.filter(pk__range=(v, 5)).order_by("pk")), 1, 2),
+    "null": (lambda v: list(Book.objects.filter(isbn=None, pk__gt=v).order_by("pk")), 1, 2),
+    "a time": (
+        lambda v: list(Book.objects.filter(created__lt=moment(v)).order_by("pk")),
+        100,
+        200,
+    ),
+    "a date": (
+        lambda v: list(Person.objects.filter(born__gt=dt.date(v, 1, 1)).order_by("pk")),
+        1950,
+        1982,
+    ),
+    "like": (lambda v: list(Book.objects.filter(title__icontains=v).order_by("pk")), "%", "_"),
+    "a page": (lambda v: list(Book.objects.order_by("pk")[v : v + 3]), 1, 4),
+    "the default order": (lambda v: list(Tag.objects.filter(weight__gt=v)), 0, 1),
+    "only": (lambda v: list(Book.objects.only("title").filter(pk__lt=v).order_by("pk")), 3, 4),
+    "defer": (lambda v: list(Book.objects.defer("data").filter(pk__lt=v).order_by("pk")), 3, 4),
+    "select_related backwards": (
+        lambda v: list(Book.objects.select_related("product").filter(pk__lt=v).order_by("pk")),
+        3,
+        6,
+    ),
+    "values": (lambda v: list(Book.objects.filter(pk__lt=v).order_by("pk").values()), 3, 4),
+    "values of columns": (
+        lambda v: list(Book.objects.filter(pk__lt=v).order_by("pk").values("title", "extra")),
+        3,
+        4,
+    ),
+    "values_list": (
+        lambda v: list(Book.objects.filter(pk__lt=v).order_by("pk").values_list("pk", "created")),
+        3,
+        4,
+    ),
+    "values_list flat": (
+        lambda v: list(
+            Book.objects.filter(pk__lt=v).order_by("pk").values_list("price", flat=True)
+        ),
+        3,
+        4,
+    ),
+    "values_list named": (
+        lambda v: list(
+            Book.objects.filter(pk__lt=v).order_by("pk").values_list("pk", "title", named=True)
+        ),
+        3,
+        4,
+    ),
+    "first": (lambda v: Book.objects.filter(pages__gt=v).first(), 1, 100),
+    "last": (lambda v: Book.objects.filter(pages__gt=v).last(), 1, 100),
+    "exists": (lambda v: Book.objects.filter(pk=v).exists(), 1, 10**6),
+    "count": (lambda v: Book.objects.filter(pages__gt=v).count(), 1, 100),
+    "in_bulk": (lambda v: Book.objects.in_bulk([v, v + 1]), 1, 2),
+    "a foreign key": (lambda v: Book.objects.get(pk=v).publisher, 1, 2),
+    "a reverse foreign key": (
+        lambda v: list(Publisher.objects.get(pk=v).books.order_by("pk")),
+        1,
+        2,
+    ),
+    "a many-to-many": (lambda v: list(Book.objects.get(pk=v).tags.order_by("pk")), 1, 2),
+    "prefetch": (
+        lambda v: list(
+            Publisher.objects.filter(pk=v).prefetch_related("books__authors").order_by("pk")
+        ),
+        1,
+        2,
+    ),
+    "no such row": (lambda v: Book.objects.filter(pk=-v).first(), 1, 2),
+}
+
+
+@pytest.mark.parametrize("name", HOT)
+@pytest.mark.parametrize("using", ["default", "other"])
+async def test_hot_shapes(name: str, using: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, first, second = HOT[name]
+    without_cursor = []
+
+    def run(conn: Any, statement: Any) -> Any:
+        without_cursor.append(statement)
+        return original(conn, statement)
+
+    original = Connection.run
+    monkeypatch.setattr(Connection, "run", run)
+
+    def outcome(value: Any) -> Any:
+        try:
+            return function(value)
+        except Exception as exc:
+            return exc
+
+    with override_settings(DATABASE_ROUTERS=[Always(using)]):
+        expected = [await asyncio.to_thread(closing(outcome), value) for value in (first, second)]
+        assert differences(expected[0], await asyncorm.native(outcome)(first)) == []  # cold
+        before = hits()
+        without_cursor.clear()
+        assert differences(expected[1], await asyncorm.native(outcome)(second)) == []
+        assert hits() > before and without_cursor
+        assert differences(expected[0], await asyncorm.native(outcome)(first)) == []
+
+
+class Always:
+    """A router that names one alias."""
+
+    def __init__(self, using: str) -> None:
+        self.using = using
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return self.using
+
+    db_for_write = db_for_read
+
+    def allow_relation(self, *args: Any, **hints: Any) -> bool:
+        return True
+
+
+def closing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For a thread: close its connections afterwards."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args)
+        finally:
+            connections.close_all()
+
+    return call
+
+
+async def test_get_says_what_django_says() -> None:
+    for _ in range(2):
+        with pytest.raises(Book.DoesNotExist, match=r"^Book matching query does not exist\.$"):
+            await Book.objects.native_get(pk=10**6)
+        with pytest.raises(Book.MultipleObjectsReturned, match=r"it returned \d+!$"):
+            await Book.objects.native_get(publisher_id=1)
+    assert hits() > 0
+    for value in ("abc", [], object()):
+        with pytest.raises((ValueError, TypeError), match="expected a number"):
+            await Book.objects.native_get(pk=value)
+    with pytest.raises(DataError, match="NUL"):
+        await Tag.objects.native_get(name="a\x00b")
+    for value in (2**63, -(2**80)):
+        assert not await Book.objects.filter(pk=value).native_exists()
+        with pytest.raises(Book.DoesNotExist):
+            await Book.objects.native_get(pk=value)
+
+
+async def test_values_that_change_the_sql() -> None:
+    """None, booleans, lists of another length, expressions."""
+    querysets: list[Callable[[], Any]] = [
+        lambda: Book.objects.filter(isbn=None),
+        lambda: Book.objects.filter(isbn="9780000000001"),
+        lambda: Book.objects.filter(in_print=True),
+        lambda: Book.objects.filter(in_print=False),
+        lambda: Book.objects.filter(in_print__in=[True, False]),
+        lambda: Book.objects.filter(pk__in=[1, 2]),
+        lambda: Book.objects.filter(pk__in=[1, 2, 3]),
+        lambda: Book.objects.filter(pk__in=[1, None]),
+        lambda: Book.objects.filter(pk__in=[]),
+        lambda: Book.objects.filter(pages=F("sold")),
+        lambda: Book.objects.filter(pages=Value(1)),
+        lambda: Book.objects.filter(data={}),
+        lambda: Book.objects.filter(data=None),
+        lambda: Book.objects.filter(extra=Value(None, models.JSONField())),
+        lambda: Book.objects.filter(publisher=1),
+        lambda: Book.objects.filter(publisher__in=Publisher.objects.filter(pk=1)),
+        lambda: Book.objects.filter(rating__gt=Decimal("1.5")),
+        lambda: Book.objects.filter(pages__gt=1.5),
+        lambda: Book.objects.filter(language=Book.Language.GERMAN),
+        lambda: Book.objects.none(),
+        lambda: OrderLine.objects.filter(pk=(1, 1)),
+    ]
+    for _ in range(2):
+        for queryset in querysets:
+            expected = await asyncio.to_thread(closing(lambda q: list(q())), queryset)
+            assert differences(sorted(expected, key=by_key), await ordered(queryset())) == []
+
+
+def by_key(obj: Any) -> Any:
+    return obj.pk
+
+
+async def ordered(queryset: Any) -> list[Any]:
+    return sorted(await queryset.anative(), key=by_key)
+
+
+async def test_sql_is_djangos() -> None:
+    """Whoever watches sees the statements that Django would have executed."""
+
+    def captured() -> list[str]:
+        with CaptureQueriesContext(connection) as context:
+            Book.objects.get(pk=1)
+            Book.objects.filter(title__startswith="a%b").order_by("-pk")[2:5].exists()
+            list(Book.objects.filter(pages__gt=1).order_by("pk")[2:5])
+            Book.objects.filter(pages__gt=1).count()
+            Book.objects.filter(pk=-1).update(title="x", isbn=None)
+            Book.objects.filter(pk=-1).delete()
+        return [query["sql"] for query in context]
+
+    expected = await asyncio.to_thread(closing(captured))
+    for _ in range(2):
+        assert await asyncorm.native(captured)() == expected
+    assert hits() > 0
+
+
+async def test_execute_wrappers_are_called() -> None:
+    seen: list[str] = []
+
+    def wrapper(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        seen.append(sql)
+        return execute(sql, params, many, context)
+
+    for _ in range(2):
+        with connection.execute_wrapper(wrapper):
+            await Book.objects.native_get(pk=1)
+    assert len(seen) == 2 and seen[0] == seen[1]
+
+
+async def test_receivers_of_init_signals_are_called() -> None:
+    await Book.objects.native_get(pk=1)
+    seen: list[Any] = []
+
+    def receiver(instance: Any, **kwargs: Any) -> None:
+        seen.append(instance)
+
+    post_init.connect(receiver, sender=Book)
+    try:
+        book = await Book.objects.native_get(pk=1)
+        assert seen == [book]
+        (book,) = await Book.objects.filter(pk=1).anative()
+        assert len(seen) == 2
+    finally:
+        post_init.disconnect(receiver, sender=Book)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"USE_TZ": False}, {"TIME_ZONE": "Asia/Kolkata"}, {"USE_TZ": False, "TIME_ZONE": "UTC"}],
+)
+async def test_changed_time_zones(settings: dict[str, Any]) -> None:
+    def times() -> list[Any]:
+        books = Book.objects.order_by("pk").values_list("created", "changed", "published")
+        return [*books, *Book.objects.order_by("pk"), *Event.objects.order_by("pk")]
+
+    before = await asyncorm.native(times)()
+    with override_settings(**settings):
+        # Not Django's synchronous pool, which only notices in the thread of the change.
+        with override_settings(ASYNCORM={"STATEMENT_CACHE": False}):
+            expected = await asyncorm.native(times)()
+        for _ in range(2):
+            assert differences(expected, await asyncorm.native(times)()) == []
+    assert differences(before, await asyncorm.native(times)()) == []
+
+
+async def test_a_session_in_another_zone() -> None:
+    def times() -> Any:
+        with connection.cursor() as cursor:
+            cursor.execute("SET LOCAL TIME ZONE 'Europe/Vienna'")
+        return list(Book.objects.order_by("pk"))
+
+    def synchronous() -> Any:
+        from django.db import transaction
+
+        with transaction.atomic():
+            return times()
+
+    expected = await asyncio.to_thread(closing(synchronous))
+    async with asyncorm.atomic():
+        assert differences(expected, await asyncorm.native(times)()) == []
+
+
+async def test_timestamps_that_python_does_not_know() -> None:
+    def read(value: str) -> Any:
+        from django.db import transaction
+
+        with transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute("UPDATE shop_customer SET joined = %s WHERE id = 1", [value])
+            try:
+                return Customer.objects.get(pk=1)
+            except DataError as exc:
+                return exc
+            finally:
+                transaction.set_rollback(True)
+
+    for value in ("infinity", "-infinity", "0044-03-15 12:00:00+00 BC", "12345-01-01 00:00:00+00"):
+        expected = await asyncio.to_thread(closing(read), value)
+        assert isinstance(expected, DataError)
+        assert differences(expected, await asyncorm.native(read)(value)) == []
+
+
+async def test_it_can_be_switched_off() -> None:
+    with override_settings(ASYNCORM={"STATEMENT_CACHE": False}):
+        before = asyncorm.statement_cache_stats()
+        await Book.objects.native_get(pk=1)
+        await Book.objects.native_get(pk=1)
+        assert asyncorm.statement_cache_stats() == before
+    await Book.objects.native_get(pk=1)
+    assert asyncorm.statement_cache_stats()["misses"] > before["misses"]
+
+
+async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statements, "MAX_PLANS", 5)
+    for length in range(1, 12):
+        await Book.objects.filter(pk__in=range(length)).anative()
+    assert asyncorm.statement_cache_stats()["size"] == 5
+
+
+async def test_pages_share_a_plan() -> None:
+    for offset in range(1, 6):
+        await Book.objects.order_by("pk")[offset : offset + 2].anative()
+    assert asyncorm.statement_cache_stats()["size"] == 1
+
+
+async def test_synchronous_code_does_not_use_it() -> None:
+    before = asyncorm.statement_cache_stats()
+    await asyncio.to_thread(closing(lambda: Book.objects.get(pk=1)))
+    assert asyncorm.statement_cache_stats() == before
+    assert not planned.native_wrapper("default")
+
+
+async def test_a_large_result_lets_other_tasks_run(view: None) -> None:
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        while rows is None:
+            began = thread_time()
+            await asyncio.sleep(0)
+            longest = max(longest, thread_time() - began)
+
+    rows: Any = None
+    task = asyncio.create_task(watch())
+    gc.collect()
+    gc.disable()  # its pauses are its own
+    try:
+        rows = await asyncorm.native(lambda: list(Big.objects.all()))()
+    finally:
+        gc.enable()
+    await task
+    assert len(rows) == 100_000 and rows[-1].number == 100_000
+    assert longest < 0.04  # 0.01; 0.07 in one piece
+
+
+class Big(models.Model):
+    """Rows that a function makes."""
+
+    number = models.IntegerField(primary_key=True)
+
+    class Meta:
+        app_label = "not_installed"
+        managed = False
+        db_table = "tests_big"
+
+
+@pytest.fixture
+async def view(shop_data: None) -> AsyncIterator[None]:
+    async with asyncorm.cursor() as cursor:
+        await cursor.execute(
+            "CREATE VIEW tests_big AS SELECT n AS number FROM generate_series(1, 100000) n"
+        )
+    yield
+    async with asyncorm.cursor() as cursor:
+        await cursor.execute("DROP VIEW tests_big")
+
+
+@pytest.mark.parametrize("threshold", [0, 2, None])
+async def test_prepared_statements(threshold: int | None) -> None:
+    """With and without, parameters mean what literals mean."""
+    with database(OPTIONS={"prepare_threshold": threshold}) as alias:
+        for name, (function, first, second) in HOT.items():
+            with override_settings(DATABASE_ROUTERS=[Always("default")]):
+                expected = await asyncorm.native(tried)(function, first)
+            with override_settings(DATABASE_ROUTERS=[Always(alias)]):
+                for value in (first, second, first, first):
+                    actual = await asyncorm.native(tried)(function, value)
+            assert differences(forget_alias(expected), forget_alias(actual)) == [], name
+        await asyncorm.close_pools(alias)
+
+
+def tried(function: Any, value: Any) -> Any:
+    try:
+        return function(value)
+    except Exception as exc:
+        return exc
+
+
+def forget_alias(found: Any) -> Any:
+    """Take the alias, and what is beside the instances, out of them."""
+    found = list(found.values()) if isinstance(found, dict) else found
+    for obj in found if isinstance(found, list) else [found]:
+        if isinstance(obj, models.Model):
+            obj._state.db = ""
+            obj._state.fields_cache = {}
+            obj.__dict__.pop("_prefetched_objects_cache", None)
+    return found
+
+
+class TestWrites:
+    """INSERT, UPDATE and DELETE from the cache."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self, fresh_shop: Any) -> None:
+        """Put the sample back."""
+
+    async def test_create_save_update_delete(self) -> None:
+        for n in range(3):
+            before = hits()
+            person = await Person.objects.native_create(
+                name=f"New {n}", born=dt.date(2000, 1, n + 1)
+            )
+            assert person.pk and not person._state.adding and person._state.db == "default"
+            person.name = f"Newer {n}"
+            person.email = None if n % 2 else "a@b.c"
+            await person.native_save()
+            again = await Person.objects.native_get(pk=person.pk)
+            assert differences(again, person) == []
+            assert await Person.objects.filter(pk=person.pk).native_update(name="x", born=None) == 1
+            await again.native_refresh_from_db()
+            assert (again.name, again.born, again.email) == ("x", None, person.email)
+            assert await Person.objects.filter(pk=-1).native_update(name="y") == 0
+            await again.native_save(update_fields=["name"])
+            assert n == 0 or hits() >= before + 4
+        author = await Author.objects.native_create(name="Inherited", pen_name="two tables")
+        assert (await Author.objects.native_get(pk=author.pk)).name == "Inherited"
+        await author.native_delete()
+        ticket = await Ticket.objects.native_create(title="made up")
+        ticket = await Ticket.objects.native_get(pk=ticket.pk)
+        assert (ticket.status, ticket.kind, ticket.label) == ("open", "BUG", "MADE UP")
+
+    async def test_values_out_of_range(self) -> None:
+        for _ in range(2):
+            for value in (2**15, 2**40, -(2**70)):
+                with pytest.raises(DataError, match="out of range"):
+                    await Tag.objects.filter(pk=1).native_update(weight=value)
+            with pytest.raises(DataError, match="too long"):
+                await Tag.objects.native_create(name="x" * 51)
+
+    async def test_json_and_times(self) -> None:
+        values: list[Any] = [
+            {"big": 10**30, "float": 1.5, "deep": [[{}]], "text": 'ä\\"\n'},
+            [],
+            "text",
+            3,
+            True,
+            None,
+        ]
+        for value in values:
+            await Book.objects.filter(pk=1).native_update(data=value or [], extra=value)
+            book = await Book.objects.native_get(pk=1)
+            assert book.data == (value or []) and type(book.data) is type(value or [])
+            assert book.extra == value and type(book.extra) is type(value)
+        now = timezone.now()
+        order = await Order.objects.native_create(customer_id=1, placed=now, remark=None)
+        order = await Order.objects.native_get(pk=order.pk)
+        assert order.placed == now and order.remark is None
+        assert await Profile.objects.filter(pk=1).native_update(bio=Value("b")) in (0, 1)
