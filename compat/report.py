@@ -158,7 +158,8 @@ class Outcome:
         for row in self.table().values():
             for key, value in row.items():
                 total[key] = total.get(key, 0) + value
-        total["threads"] = sum(entry.get("threads", 0) for entry in self.native.values())
+        for key in ("threads", "redirected"):
+            total[key] = sum(entry.get(key, 0) for entry in self.native.values())
         total["elsewhere"] = sum(self.not_native.values())
         return total
 
@@ -175,7 +176,8 @@ class Outcome:
             f"\n{NAMES[self.way]} {self.version}, Python {_python()}: "
             f"{totals.get('run', 0)} tests natively, {totals.get('native', 0)} native statements, "
             f"{totals['elsewhere']} on other connections, {totals['threads']} in threads that "
-            f"tests start themselves; {len(self.known)} known differences; {seconds:.0f} s"
+            f"tests start themselves; {totals['redirected']} calls sent through a* twins; "
+            f"{len(self.known)} known differences; {seconds:.0f} s"
         )
         missing = Counter(app_of(t) for t, (_, now, _) in self.unlisted.items() if now == NOT_RUN)
         lines += [f"\nDIFFERS: {n} tests of {app} did not run" for app, n in missing.items()]
