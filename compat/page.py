@@ -42,6 +42,9 @@ It takes two hours or so on two cores; a part of it with
 | `make compat-redirected` | that part, synchronous calls of tests sent through their `a*` twins |
 | `make compat-apps` | other people's suites; `APPS="django-treebeard"` one of them |
 
+The server is a distribution's PostgreSQL if there is one. The embedded one has neither pgcrypto nor
+uuid-ossp nor ICU: on it `db_functions` and `postgres_tests` are left out and counted.
+
 Each makes an environment of its own under `.cache/`, gets the source distributions from the package
 index, and starts a PostgreSQL server of its own unless `DATABASE_URL` names one. With
 `PYTHON=python3.13 VENV=.venv-3.13` they run on another interpreter.

@@ -54,6 +54,7 @@ class Outcome:
         not_native: test: statements that went through a synchronous connection or elsewhere,
             other than in threads that the test started itself.
         versions: of other people's apps.
+        left_out: label: why it could not be run.
         reruns: what was run again after the whole run.
     """
 
@@ -72,6 +73,7 @@ class Outcome:
         self.version = django.__version__
         self.series = ".".join(self.version.split(".")[:2])
         self.versions: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
         self.reruns: list[dict[str, Any]] = []
         self._judge()
 
@@ -179,6 +181,7 @@ class Outcome:
             f"tests start themselves; {totals['redirected']} calls sent through a* twins; "
             f"{len(self.known)} known differences; {seconds:.0f} s"
         )
+        lines += [f"\nLEFT OUT: {label}, {why}" for label, why in self.left_out.items()]
         missing = Counter(app_of(t) for t, (_, now, _) in self.unlisted.items() if now == NOT_RUN)
         lines += [f"\nDIFFERS: {n} tests of {app} did not run" for app, n in missing.items()]
         for test, (was, now, said) in self.unlisted.items():
@@ -225,6 +228,7 @@ class Outcome:
             "unlisted differences": {test: list(said[:2]) for test, said in self.unlisted.items()},
             "unsteady": {test: list(said[:2]) for test, said in self.unsteady.items()},
             "not native": self.not_native,
+            "left out": self.left_out,
             "broken": [text.splitlines()[0] for text in self.broken],
         }
 
@@ -295,6 +299,9 @@ def markdown(facts: dict[str, Any]) -> str:
     ]
     for app, row in [*facts["apps"].items(), ("**all**", totals)]:
         lines.append(f"| {app} | " + " | ".join(str(row.get(key, 0)) for key in COUNTS) + " |")
+    if facts["left out"]:
+        lines += ["", "## Left out", ""]
+        lines += [f"- `{label}`: {why}" for label, why in facts["left out"].items()]
     lines += ["", "## Known differences", ""]
     lines += [f"- `{test}`: {reason}" for test, reason in facts["known differences"].items()]
     if facts["unlisted differences"]:

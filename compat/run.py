@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 from asyncorm.demo.postgres import ServerError, find_bindir, postgres_server
 
 from . import report, suite
@@ -49,6 +51,9 @@ select_for_update select_related select_related_onetoone select_related_regress 
 sessions_tests signals string_lookup test_utils transaction_hooks transactions unmanaged_models
 update update_only_fields
 """.split()
+
+# Extensions without which the databases for a test module cannot be made.
+NEEDS = {"db_functions": "pgcrypto", "postgres_tests": "uuid-ossp"}
 
 SLOW = ("test_hashers", "test_forms")
 
@@ -194,6 +199,22 @@ def fast_labels(tests: Path) -> list[str]:
     return labels
 
 
+def left_out(labels: list[str], tests: Path, database: dict[str, Any]) -> dict[str, str]:
+    """The labels that cannot be run on this server, with what is missing, in words."""
+    keys = ("NAME", "dbname"), ("USER", "user"), ("PASSWORD", "password"), ("HOST", "host")
+    params = {key: database.get(name) for name, key in (*keys, ("PORT", "port"))}
+    found = {}
+    with psycopg.connect(**params) as conn:
+        rows = conn.execute("SELECT name FROM pg_available_extensions").fetchall()
+    for label in labels:
+        app = label.split(".")[0]
+        if (needed := NEEDS.get(app)) and (needed,) not in rows:
+            files = (tests / app).rglob("test*.py")
+            count = sum(file.read_text().count("\n    def test_") for file in files)
+            found[label] = f"{count} tests: the server has no extension {needed}"
+    return found
+
+
 def doubtful(results: dict[str, Any]) -> list[str]:
     """Labels of the tests to run on the baseline too: those that did not simply pass natively."""
     labels = set()
@@ -210,13 +231,13 @@ def workers() -> int:
 
 
 @contextmanager
-def server() -> Iterator[tuple[dict[str, Any], Path | None]]:
+def server(embedded: bool = False) -> Iterator[tuple[dict[str, Any], Path | None]]:
     """The server for the tests: its settings, and where its programs are if it is our own.
 
     A distribution's PostgreSQL, which has pgcrypto and ICU, if there is one; else the embedded one.
     """
     try:
-        bindir: Path | None = find_bindir(wheel=False)
+        bindir = None if embedded else find_bindir(wheel=False)
     except ServerError:
         bindir = None
     settings = {"max_connections": "100", "max_prepared_transactions": "0"}
@@ -239,6 +260,9 @@ def main() -> int:
         "--redirect",
         action="store_true",
         help="natively, and the synchronous ORM calls that tests make sent through their a* twins",
+    )
+    parser.add_argument(
+        "--embedded", action="store_true", help="use the embedded server even if there is another"
     )
     parser.add_argument(
         "--results",
@@ -266,7 +290,9 @@ def main() -> int:
         return 2
     fast = options.fast and not options.results  # what is kept is from full runs
     baseline = options.baseline or ("doubtful" if fast else "all")
-    with server() as (database, bindir):
+    with server(options.embedded) as (database, bindir):
+        missing = left_out(labels, tests, database)
+        labels = [label for label in labels if label not in missing]
         run = Run(database, tests, options.workers)
         groups = split(labels, tests, options.workers * (1 if options.fast else 3))
         if baseline == "all":
@@ -278,6 +304,7 @@ def main() -> int:
                 run.do([("baseline", group) for group in groups])
     seconds = time.monotonic() - began
     outcome = report.Outcome(run.results["baseline"], run.results[way], run.broken, way, when)
+    outcome.left_out = missing
     print(outcome.text(seconds))
     if options.results and options.apps:
         outcome.merge({label.split(".")[0] for label in labels})
