@@ -1,4 +1,4 @@
-"""ASGI: pools opened and closed with the server, ATOMIC_REQUESTS for asynchronous views."""
+"""ASGI: pools opened and closed with the server, limits and ATOMIC_REQUESTS for requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefuncti
 from django.db import OperationalError, connections
 from psycopg_pool import PoolTimeout
 
-from . import bridge, pools, sessions, transactions
+from . import bridge, limits, pools, sessions, transactions
 
 F = TypeVar("F", bound=Callable[..., Any])
 Message = MutableMapping[str, Any]
@@ -75,6 +75,30 @@ def lifespan(
             await send({"type": "lifespan.startup.complete"})
             await receive()
         await send({"type": "lifespan.shutdown.complete"})
+
+    return application
+
+
+def limited(app: Application, parallelism: int, using: str | None = None) -> Application:
+    """Wrap an ASGI application: no request uses more than so many connections at once.
+
+        application = limited(get_asgi_application(), parallelism=4)
+
+    One request that gathers a hundred queries then leaves the rest of the pool to others.
+
+    Args:
+        app: Django's application, or one around it.
+        parallelism: a positive number of connections, for each request (or websocket).
+        using: a database alias; the default one by default.
+    """
+    limits.parallelism(parallelism, using)  # a wrong number is an error now
+
+    async def application(scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await app(scope, receive, send)
+        else:
+            async with limits.parallelism(parallelism, using):
+                await app(scope, receive, send)
 
     return application
 

@@ -12,6 +12,7 @@ from django.test import override_settings
 
 import asyncorm
 from asyncorm import native
+from asyncorm.asgi import limited
 from tests.support import all_given_back, backend_pid, database, sleep, value
 
 pytestmark = pytest.mark.usefixtures("shop_data")
@@ -217,3 +218,19 @@ async def test_a_connection_lost_meanwhile_is_replaced(alias: str) -> None:
             await native(value)("SELECT pg_terminate_backend(pg_backend_pid())", using=alias)
         assert await native(value)("SELECT 1", using=alias) == 1
         await native(sleep)(0.01)
+
+
+async def test_each_request_is_limited(alias: str) -> None:
+    meters = [Meter(alias), Meter(alias)]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.gather(*[scope["meter"].nap(seconds=0.05) for _ in range(6)])
+
+    application = limited(app, parallelism=2, using=alias)
+    await asyncio.gather(*[application({"type": "http", "meter": m}, None, None) for m in meters])
+    assert [meter.most for meter in meters] == [2, 2]
+
+
+def test_a_wrong_limit_is_refused_at_start_up() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        limited(lambda scope, receive, send: asyncio.sleep(0), parallelism=0)
