@@ -23,7 +23,12 @@ DEFAULTS: dict[str, Any] = {
     "PARALLELISM": None,
     # Keep the SQL that querysets of one shape are compiled to, for other values.
     "STATEMENT_CACHE": True,
+    # Run the queries of independent lookups of prefetch_related() at once.
+    "PARALLEL_PREFETCH": True,
 }
+
+
+_SWITCHES = [key for key, value in DEFAULTS.items() if isinstance(value, bool)]
 
 
 def get(name: str) -> Any:
@@ -43,7 +48,7 @@ def problems() -> list[str]:
         for key in value
         if key not in DEFAULTS
     ]
-    for key in ("SWAP_MANAGERS", "RESET_ALWAYS", "MULTIPLEXING", "STATEMENT_CACHE"):
+    for key in _SWITCHES:
         if not isinstance(value.get(key, False), bool):
             found.append(f'ASYNCORM["{key}"] must be True or False.')
     for key in ("LOCK_TIMEOUT", "FILL_DELAY"):

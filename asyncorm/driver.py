@@ -172,7 +172,7 @@ class _Cursor:
             raise psycopg.InterfaceError("the cursor is closed")
         self._reset()
         self._tx = Transformer(self)
-        pgq = self._convert_query(query, params)
+        self._query = pgq = self._convert_query(query, params)  # for the query log
         statement = Statement(pgq.query, result_format=self.format)
         if pgq.types:
             statement.params, statement.types, statement.formats = (
@@ -1058,6 +1058,11 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
     def free(self) -> int:
         """How many connections nobody has."""
         return len(self._pool)
+
+    @property
+    def opened(self) -> int:
+        """How many connections there are, those that are being opened included."""
+        return int(self._nconns)
 
     def some(self) -> PooledConnection | None:
         """An open connection that Django has configured, whoever has it."""

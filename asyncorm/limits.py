@@ -55,6 +55,11 @@ class Limit:
         """How many operations wait for their turn here."""
         return self._turns.statistics().tasks_waiting
 
+    @property
+    def room(self) -> int:
+        """How many connections more are to be had without waiting for anybody."""
+        return min(self._turns.value, len(self._kept) + self.parent.room)
+
     def take(self) -> Connection | None:
         """A connection if one is to be had at once."""
         try:

@@ -127,6 +127,12 @@ class Pool:
         """Whether there is one that nobody has."""
         return self.connections is not None and self.connections.free > 0
 
+    @property
+    def room(self) -> int:
+        """How many connections more are to be had without waiting for anybody."""
+        conns = self.connections
+        return 0 if conns is None or conns.waiting else conns.free + self.size - conns.opened
+
     def take_lazy(self) -> LazyConnection | None:
         """Something that stands for a connection; None if none is open yet."""
         if self.connections is None:

@@ -16,6 +16,10 @@ native code.
 - `asgiref.sync.SyncToAsync.threadlocal` is read: whether a thread works for a coroutine of a test.
 - `django.db.models.fields.files.FieldFile.save`, `.delete`: the storage works in a thread while the
   model is saved natively.
+- `django.db.models.query.prefetch_related_objects`, `.prefetch_one_level`: the queries of several
+  lookups at once (prefetching.py, which also reads `get_prefetcher`, `QuerySet._result_cache`,
+  `._fetch_all` and `._prefetch_related_lookups`, and the methods of `Prefetch`).
+- `QuerySet._batched_insert` of a queryset that copies instead (copying.py).
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import django.db.models.query
 import django.utils.asyncio
 from asgiref.sync import AsyncToSync, SyncToAsync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
@@ -33,7 +38,7 @@ from django.db import connections
 from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
 
-from . import bridge, sessions, transactions
+from . import bridge, prefetching, sessions, transactions
 
 
 class _Storage:
@@ -182,4 +187,7 @@ def install() -> None:
     Atomic.__exit__ = transactions.leave  # type: ignore[method-assign]
     AsyncToSync.__call__ = _call(AsyncToSync.__call__)  # type: ignore[method-assign]
     FieldFile.save = _with_threaded_storage(FieldFile.save)  # type: ignore[method-assign]
+    for module in (django.db.models.query, django.db.models):
+        module.prefetch_related_objects = prefetching.prefetch_related_objects  # type: ignore[attr-defined]
+    django.db.models.query.prefetch_one_level = prefetching.prefetch_one_level
     FieldFile.delete = _with_threaded_storage(FieldFile.delete)  # type: ignore[method-assign]

@@ -155,6 +155,16 @@ def in_block() -> bool:
     return any(scope is not None and scope.block is not None for scope in scopes)
 
 
+def keeps_connection() -> bool:
+    """Whether the current task is inside `connection()`, of whichever alias."""
+    scope = _innermost(current_task_or_none())
+    while scope is not None:
+        if scope.session is not None and scope.block is None and not scope.ended:
+            return True
+        scope = scope.prev
+    return False
+
+
 class Block:
     """A transaction or a savepoint: a node in the tree of blocks of a session.
 

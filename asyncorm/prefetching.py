@@ -1,0 +1,318 @@
+"""Parallel prefetch: the lookups of prefetch_related() that do not depend on each other, at once.
+
+Django's own `prefetch_related_objects()` runs as ever, and decides, checks and assigns everything.
+What it will ask for next can be foreseen, for each level of each lookup: those queries are run
+beside it by `_Plan`'s workers, each on a connection of its own, and when Django comes to a level
+whose rows are there already it takes those. What was foreseen wrongly is not taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import CancelledError, Future, Task, get_running_loop
+from collections import deque
+from collections.abc import Iterable
+from copy import copy
+from operator import is_
+from typing import Any
+
+from django.core.exceptions import ObjectDoesNotExist
+from django.db.models import Prefetch, QuerySet, query
+from django.db.models.constants import LOOKUP_SEP
+from django.db.models.fields.related_descriptors import ReverseManyToOneDescriptor
+
+from . import bridge, conf, limits, pools, sessions
+from .bridge import Runner
+from .driver import CANCEL_TIMEOUT, finish
+from .sessions import Session
+
+# Replaced by seam.py.
+_prefetch_related_objects = query.prefetch_related_objects
+_prefetch_one_level = query.prefetch_one_level
+
+_MOST = 8  # workers inside a transaction block, where they share a connection
+_plans: dict[Runner, _Plan] = {}
+
+
+def prefetch_related_objects(model_instances: Any, *related_lookups: Any) -> None:
+    """Django's, with queries that it will need running beside it."""
+    runner = bridge.current()
+    if runner is None or not model_instances or not conf.get("PARALLEL_PREFETCH"):
+        return _prefetch_related_objects(model_instances, *related_lookups)
+    session = _session(model_instances[0], runner)
+    if session is None:
+        return _prefetch_related_objects(model_instances, *related_lookups)
+    lookups = _as_objects(related_lookups)
+    plan = _Plan(session, lookups)
+    outer = _plans.get(runner)
+    _plans[runner] = plan
+    cancelled = False
+    try:
+        plan.look_ahead("", model_instances, lookups)
+        _prefetch_related_objects(model_instances, *lookups)
+    except CancelledError:
+        cancelled = True
+        raise
+    finally:
+        if outer is None:
+            del _plans[runner]
+        else:
+            _plans[runner] = outer
+        plan.end(runner, cancelled)
+
+
+def prefetch_one_level(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Any:
+    """Django's, with the rows that are there already."""
+    runner = bridge.current()
+    plan = _plans.get(runner) if runner is not None else None
+    if runner is None or plan is None or id(lookup) not in plan.known:
+        return _prefetch_one_level(instances, prefetcher, lookup, level)
+    fetch = plan.take(instances, lookup, level)
+    if fetch is None:
+        objs, nested = _prefetch_one_level(instances, prefetcher, lookup, level)
+        nested = _as_objects(nested)
+        plan.look_ahead(lookup.get_current_prefetch_to(level), objs, plan.lookups, nested)
+    else:
+        if not fetch.future.done():
+            bridge.await_(fetch.future)
+        objs, _ = _prefetch_one_level(instances, fetch, lookup, level)
+        nested = fetch.nested
+    plan.know(nested)
+    return objs, nested
+
+
+def _session(instance: Any, runner: Runner) -> Session | None:
+    """The session of the operation if queries may run beside it."""
+    alias = getattr(getattr(instance, "_state", None), "db", None)
+    if alias is None or sessions.keeps_connection():
+        # asyncorm.connection() keeps a session whose state, say temporary tables, others lack.
+        return None
+    session = sessions.session_for(alias, runner)
+    conn = session.wrapper.connection if session is not None else None
+    if session is None or not (conn is None or conn.autocommit or session.root is not None):
+        return None
+    return session
+
+
+def _as_objects(lookups: Iterable[Any]) -> list[Any]:
+    return [x if isinstance(x, Prefetch) else Prefetch(x) for x in lookups]
+
+
+class _Fetch:
+    """The rows of one level of a lookup, fetched before Django asks for them.
+
+    It is a prefetcher as Django knows them, which hands over what the real one returned or raised.
+    """
+
+    def __init__(self, instances: list[Any], prefetcher: Any, lookup: Any, level: int) -> None:
+        self.instances = instances
+        self.prefetcher = prefetcher
+        self.lookup = lookup
+        self.level = level
+        self.started = False
+        self.future: Future[None] = get_running_loop().create_future()
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.nested: list[Any] = []
+
+    def run(self) -> None:
+        self.started = True
+        try:
+            querysets = self.lookup.get_current_querysets(self.level)
+            self.result = self.prefetcher.get_prefetch_querysets(self.instances, querysets)
+            rows = self.result[0]
+            # Lookups of the queryset itself are Django's to merge into those of the whole.
+            nested = getattr(rows, "_prefetch_related_lookups", ())
+            self.nested = _as_objects(copy(lookup) for lookup in nested)
+            if isinstance(rows, QuerySet) and rows._result_cache is None:
+                rows._prefetch_related_lookups = ()  # type: ignore[attr-defined]
+                rows._fetch_all()
+        except BaseException as exc:
+            self.error = exc
+            if not isinstance(exc, Exception):
+                raise
+        finally:
+            self.prefetcher = None
+            if not self.future.done():
+                self.future.set_result(None)
+
+    def get_prefetch_querysets(self, instances: Any, querysets: Any = None) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class _Plan:
+    """What one call of prefetch_related_objects() will need, as far as can be foreseen.
+
+    Attributes:
+        lookups: all lookups known so far, with their prefixes.
+        known: the id() of each lookup that Django works on for this call.
+    """
+
+    def __init__(self, session: Session, lookups: list[Any]) -> None:
+        self.session = session
+        self.lookups = lookups
+        self.known = set(map(id, lookups))
+        self._kept: list[Any] = []  # or an id() might come again
+        self._fetches: dict[Any, list[_Fetch]] = {}
+        self._waiting: deque[_Fetch] = deque()
+        self._workers: set[Task[None]] = set()
+        self._starting = 0
+        self._ended = False
+        self._block = session.innermost() if session.root is not None else None
+        if self._block is not None:
+            self._block.gathers += 1
+
+    def know(self, lookups: list[Any]) -> None:
+        self._kept += lookups
+        self.known.update(map(id, lookups))
+
+    def look_ahead(
+        self, prefix: str, objs: Any, lookups: list[Any], nested: Iterable[Any] = ()
+    ) -> None:
+        """Foresee what follows the objects that `prefix` led to, and have it fetched."""
+        before = len(self._waiting)
+        inner = []
+        for lookup in nested:
+            within = object.__new__(type(lookup))  # copy() would make another queryset of its own
+            within.__dict__.update(lookup.__dict__)
+            within.add_prefix(prefix)
+            inner.append(within)
+        self.lookups = [*inner, *self.lookups]
+        self._descend(prefix, objs, [*inner, *lookups])
+        if len(self._waiting) > before:
+            self._hire()
+
+    def _descend(self, prefix: str, objs: Any, lookups: list[Any]) -> None:
+        level = prefix.count(LOOKUP_SEP) + 1 if prefix else 0
+        below: dict[str, list[Any]] = {}
+        for lookup in lookups:
+            path = lookup.prefetch_to.split(LOOKUP_SEP)
+            if len(path) > level and LOOKUP_SEP.join(path[:level]) == prefix:
+                below.setdefault(LOOKUP_SEP.join(path[: level + 1]), []).append(lookup)
+        for to, group in below.items():
+            if not objs:
+                return
+            try:
+                found = _examine(objs, group[0], level)
+            except Exception:
+                continue  # Django will meet it too, if it comes so far
+            if isinstance(found, _Fetch):
+                self._fetches.setdefault(_key(found.lookup, level), []).append(found)
+                self._waiting.append(found)
+            elif found is not None:
+                self._descend(to, found, group)
+
+    def take(self, instances: list[Any], lookup: Any, level: int) -> _Fetch | None:
+        """What was fetched, or is being fetched, for this very level of these very objects."""
+        fetches = self._fetches.get(_key(lookup, level), [])
+        for fetch in fetches:
+            if len(fetch.instances) == len(instances) and all(map(is_, fetch.instances, instances)):
+                fetches.remove(fetch)
+                if fetch.started:
+                    return fetch
+                self._waiting.remove(fetch)
+                return None
+        return None
+
+    def _hire(self) -> None:
+        # One of those that wait is for whoever has found them.
+        wanted = len(self._waiting) - 1 - self._starting
+        room = _MOST - len(self._workers) if self._block is not None else _room(self.session)
+        for _ in range(min(wanted, room - self._starting)):
+            self._starting += 1
+            task = get_running_loop().create_task(bridge.run(self._work))
+            self._workers.add(task)
+            task.add_done_callback(self._gone)
+
+    def _gone(self, task: Task[None]) -> None:
+        self._workers.discard(task)
+        if not task.cancelled():
+            task.exception()  # Django's call does itself what a worker could not
+
+    def _work(self) -> None:
+        try:
+            if self._block is None and self._waiting:
+                # Nothing is begun before there is a connection: until then it can be taken back.
+                sessions.require(self.session.alias).wrapper.ensure_connection()
+        finally:
+            self._starting -= 1
+        while self._waiting and not self._ended:
+            fetch = self._waiting.popleft()
+            fetch.run()
+            if fetch.error is None and not self._ended:
+                to = fetch.lookup.get_current_prefetch_to(fetch.level)
+                self.look_ahead(to, list(fetch.result[0]), self.lookups, fetch.nested)
+
+    def end(self, runner: Runner, cancelled: bool) -> None:
+        """Nothing of the call goes on beyond it."""
+        self._ended = True
+        self._waiting.clear()
+        if self._block is not None:
+            self._block.gathers -= 1
+        workers = list(self._workers)
+        if self._block is None or cancelled:  # or a cancelled statement would end the transaction
+            for task in workers:
+                task.cancel()
+        if workers:
+            bridge.wait_for(runner, _all_ended(workers))
+
+
+async def _all_ended(tasks: list[Task[None]]) -> None:
+    try:
+        await asyncio.wait(tasks)
+    except CancelledError:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            await finish(task, 2 * CANCEL_TIMEOUT)
+        raise
+
+
+def _key(lookup: Any, level: int) -> Any:
+    through = lookup.prefetch_through.split(LOOKUP_SEP)[level]
+    queryset = getattr(lookup, "queryset", None) if lookup.get_current_querysets(level) else None
+    return through, lookup.get_current_to_attr(level), id(queryset)
+
+
+def _examine(objs: Any, lookup: Any, level: int) -> _Fetch | list[Any] | None:
+    """What Django will do for a level of a lookup: fetch, or go on with objects that are there.
+
+    None where only doing it would tell.
+    """
+    through = lookup.prefetch_through.split(LOOKUP_SEP)[level]
+    to_attr = lookup.get_current_to_attr(level)[0]
+    for obj in objs:
+        if not hasattr(obj, "_prefetched_objects_cache"):
+            obj._prefetched_objects_cache = {}
+    descriptor = getattr(type(objs[0]), through, None)
+    if not (
+        hasattr(descriptor, "get_prefetch_querysets")
+        or isinstance(descriptor, ReverseManyToOneDescriptor)  # many-to-many ones, too
+    ):
+        return None  # a property, which may rest on what lookups before it have fetched
+    prefetcher, _, _, is_fetched = query.get_prefetcher(objs[0], through, to_attr)
+    missing = [obj for obj in objs if not is_fetched(obj)]  # type: ignore[operator]
+    if missing:
+        return _Fetch(missing, prefetcher, lookup, level)
+    if through != to_attr:
+        return None
+    found: list[Any] = []
+    for obj in objs:
+        if through in obj._prefetched_objects_cache:
+            found += obj._prefetched_objects_cache[through]
+        else:
+            try:
+                value = getattr(obj, through)
+            except ObjectDoesNotExist:
+                continue
+            if value is not None:
+                found.append(value)
+    return found
+
+
+def _room(session: Session) -> int:
+    """How many connections more could be had without waiting for anybody."""
+    pool = pools.find(session.alias)
+    return 0 if pool is None else limits.source(pool).room

@@ -1,0 +1,349 @@
+"""Parallel prefetch: the same queries, results, caches and errors as Django's, sooner."""
+
+import asyncio
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+from django.apps import apps
+from django.contrib.contenttypes.models import ContentType
+from django.db import DataError, connection, models
+from django.db.models import Func, IntegerField, Prefetch, Value, prefetch_related_objects
+from django.test import override_settings
+from django.test.utils import CaptureQueriesContext
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import asyncorm
+from asyncorm import native
+from asyncorm.limits import parallelism
+from tests.project.shop.models import (
+    Author,
+    Book,
+    Country,
+    Note,
+    Person,
+    Product,
+    Publisher,
+    Review,
+    Tag,
+)
+from tests.support import all_given_back, backend_pid, database, in_thread, value
+
+pytestmark = pytest.mark.usefixtures("shop_data")
+
+
+class Slow(Func):
+    """A column that takes its time: the server sleeps before the first row."""
+
+    template = "(SELECT pg_backend_pid() FROM (SELECT pg_sleep(%(expressions)s)) AS s)"
+    output_field = IntegerField()
+
+
+def slow(model: Any, seconds: float = 0.3) -> Any:
+    return model.objects.annotate(pid=Slow(Value(seconds)))
+
+
+def dump(value: Any, depth: int = 0) -> Any:
+    """Everything that prefetching leaves in an instance, caches included."""
+    if isinstance(value, list | models.QuerySet):
+        cached = value if isinstance(value, list) else value._result_cache
+        return [dump(one, depth) for one in cached or []]
+    if not isinstance(value, models.Model) or depth > 6:
+        return repr(value)
+    return (
+        type(value).__name__,
+        value.pk,
+        {
+            name: dump(one, depth + 1)
+            for name, one in sorted(value.__dict__.items())
+            if name not in ("_state", "_prefetched_objects_cache", "pid")
+            and isinstance(one, list | models.Model)
+        },
+        {name: dump(one, depth + 1) for name, one in sorted(value._state.fields_cache.items())},
+        {
+            name: dump(one, depth + 1)
+            for name, one in sorted(getattr(value, "_prefetched_objects_cache", {}).items())
+        },
+    )
+
+
+def evaluate(queryset: Any) -> tuple[Any, Counter[str]]:
+    """What the queryset holds, or the error, and its queries."""
+    with CaptureQueriesContext(connection) as queries:
+        try:
+            found: Any = dump(list(queryset))
+        except Exception as exc:
+            found = type(exc), str(exc)
+    return found, Counter(query["sql"] for query in queries)
+
+
+# At once
+
+
+async def test_lookups_run_at_once_on_several_backends() -> None:
+    books = Book.objects.filter(pk__lte=4).prefetch_related(
+        *(Prefetch(name, slow(model)) for name, model in RELATED.items())
+    )
+    await asyncio.gather(*(native(value)("SELECT 1") for _ in range(6)))
+    began = time.monotonic()
+    found = await books.anative()
+    seconds = time.monotonic() - began
+    pids = {
+        one.pid
+        for book in found
+        for one in (*book.tags.all(), *book.reviews.all(), book.publisher, *book.notes.all())
+        if one is not None
+    }
+    assert len(pids) == len(RELATED)
+    assert seconds < 0.8  # a bit more than 0.3, instead of 1.2
+
+
+RELATED = {"tags": Tag, "reviews": Review, "publisher": Publisher, "notes": Note}
+
+
+async def test_deeper_levels_run_at_once_too() -> None:
+    authors = Author.objects.prefetch_related(
+        Prefetch("books__tags", slow(Tag)),
+        Prefetch("books__reviews", slow(Review)),
+        Prefetch("books__publisher", slow(Publisher).prefetch_related(
+            Prefetch("country", slow(Country)), Prefetch("notes", slow(Note))
+        )),
+        Prefetch("pupils", slow(Author)),
+    )  # fmt: skip
+    await asyncio.gather(*(native(value)("SELECT 1") for _ in range(6)))
+    began = time.monotonic()
+    await authors.anative()
+    # The slowest chain has two slow queries; one after the other all six would take 1.8 s.
+    assert time.monotonic() - began < 1.3
+
+
+async def test_the_setting_turns_it_off() -> None:
+    books = Book.objects.prefetch_related(
+        Prefetch("tags", slow(Tag, 0.1)), Prefetch("reviews", slow(Review, 0.1))
+    )
+    with override_settings(ASYNCORM={"PARALLEL_PREFETCH": False}):
+        began = time.monotonic()
+        found = await books.anative()
+        assert time.monotonic() - began >= 0.2
+    with override_settings(ASYNCORM={"PARALLEL_PREFETCH": True}):
+        assert dump(await books.anative()) == dump(found)
+
+
+async def test_a_cold_pool_grows() -> None:
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 4}}) as alias:
+        books = Book.objects.using(alias).prefetch_related(
+            *(Prefetch(name, slow(model)) for name, model in RELATED.items())
+        )
+        began = time.monotonic()
+        await books.anative()
+        assert time.monotonic() - began < 1.0
+        assert asyncorm.pool_stats(alias)["pool_size"] > 1
+        await asyncorm.close_pools(alias)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+async def test_a_small_pool_that_many_use(size: int) -> None:
+    """Nobody waits for a second connection while holding one."""
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": size, "timeout": 20}}) as alias:
+        books = Book.objects.using(alias).order_by("pk").prefetch_related(
+            "tags", "authors__notes", "publisher__country", "reviews__customer__orders__lines"
+        )  # fmt: skip
+        expected = dump(await in_thread(list, books.all()))
+        async with asyncio.timeout(40):
+            for found in await asyncio.gather(*(books.all().anative() for _ in range(20))):
+                assert dump(found) == expected
+        await all_given_back(alias)
+        assert asyncorm.pool_stats(alias)["pool_size"] <= size
+        await asyncorm.close_pools(alias)
+
+
+async def test_within_parallelism() -> None:
+    books = Book.objects.prefetch_related(
+        *(Prefetch(name, slow(model, 0.1)) for name, model in RELATED.items())
+    )
+    async with parallelism(1):
+        found = await books.anative()
+    pids = {tag.pid for book in found for tag in book.tags.all()}
+    pids |= {review.pid for book in found for review in book.reviews.all()}
+    assert len(pids) == 1
+
+
+# Inside blocks and kept connections
+
+
+async def test_inside_a_block_they_use_its_connection() -> None:
+    async with asyncorm.atomic():
+        pid = await native(backend_pid)()
+        tag = await Tag.objects.native_create(name="inside")
+        book = await Book.objects.native_first()
+        await book.tags.native_add(tag)
+        books = Book.objects.filter(pk=book.pk).prefetch_related(
+            *(Prefetch(name, slow(model, 0.01)) for name, model in RELATED.items())
+        )
+        (found,) = await books.anative()
+        assert tag in found.tags.all()
+        assert {one.pid for one in (*found.tags.all(), *found.reviews.all())} == {pid}
+        asyncorm.set_rollback(True)
+
+
+async def test_inside_connection_they_use_its_session() -> None:
+    async with asyncorm.connection():
+        async with asyncorm.cursor() as cursor:
+            await cursor.execute("CREATE TEMPORARY TABLE shop_tag AS SELECT * FROM shop_tag")
+            await cursor.execute("UPDATE shop_tag SET name = 'x'")
+        books = Book.objects.prefetch_related("reviews", "tags", "publisher", "authors")
+        assert {tag.name for book in await books.anative() for tag in book.tags.all()} == {"x"}
+
+
+# Equal to Django's
+
+
+GRAPH: dict[Any, dict[str, Any]] = {
+    Book: {
+        "tags": Tag, "reviews": Review, "publisher": Publisher, "notes": Note, "authors": Author,
+        "related": Book, "product": Product, "authorship_set": None,
+    },
+    Tag: {"books": Book},
+    Review: {"book": Book, "customer": None},
+    Publisher: {"books": Book, "country": Country, "notes": Note},
+    Country: {"publishers": Publisher},
+    Author: {"books": Book, "mentor": Author, "pupils": Author, "influences": Author, "notes": Note,
+             "friends": Person},
+    Product: {"book": Book, "category": None, "lines": None},
+    Note: {"target": None, "content_type": None},
+    Person: {"friends": Person, "events": None},
+}  # fmt: skip
+
+
+@st.composite
+def lookups(draw: Any, model: Any = Book, depth: int = 2) -> list[Any]:
+    """Lookups that may share prefixes, cross, come twice, and not all be right."""
+    found: list[Any] = []
+    for _ in range(draw(st.integers(0 if depth < 2 else 1, 4 if depth == 2 else 2))):
+        path, at = [], model
+        for _ in range(draw(st.integers(1, 3))):
+            if at not in GRAPH:
+                break
+            name = draw(st.sampled_from(sorted(GRAPH[at])))
+            path.append(name)
+            at = GRAPH[at][name]
+        lookup: Any = "__".join(path)
+        kind = draw(st.integers(0, 5))
+        if kind == 0 and at is not None:
+            queryset = at.objects.order_by("pk")
+            if depth and draw(st.booleans()):
+                queryset = queryset.prefetch_related(*draw(lookups(at, depth - 1)))
+            if draw(st.booleans()):
+                queryset = queryset.filter(pk__lte=12)
+            to_attr = f"x{draw(st.integers(0, 2))}" if draw(st.booleans()) else None
+            lookup = Prefetch(lookup, queryset, to_attr=to_attr)
+        elif kind == 1:
+            lookup = Prefetch(lookup, to_attr=f"x{draw(st.integers(0, 2))}")
+        elif kind == 2 and draw(st.integers(0, 4)) == 0:
+            lookup += draw(st.sampled_from(["__nothing", "__pk", "__title"]))
+        found.append(lookup)
+    return found
+
+
+PROFILE = settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@PROFILE
+@given(trees=lookups(), selected=st.booleans())
+def test_random_trees(inside: bool, run: Any, trees: list[Any], selected: bool) -> None:
+    def queryset() -> Any:
+        books = Book.objects.order_by("pk").filter(pk__lte=9)
+        if selected:
+            books = books.select_related("publisher", "product")
+        try:
+            return books.prefetch_related(*trees)
+        except ValueError:
+            return books
+
+    async def natively() -> Any:
+        if not inside:
+            return await native(evaluate)(queryset())
+        async with asyncorm.atomic():
+            await native(value)("SELECT 1")
+            return await native(evaluate)(queryset())
+
+    ContentType.objects.get_for_models(*apps.get_models())  # or the first needs more queries
+    expected, queries = evaluate(queryset())
+    found, ours = run(natively())
+    assert found == expected
+    if isinstance(expected, list):
+        assert ours == queries
+
+
+async def test_instances_that_are_prefetched_already() -> None:
+    books = await Book.objects.order_by("pk").prefetch_related("tags").anative()
+
+    def again() -> int:
+        with CaptureQueriesContext(connection) as queries:
+            prefetch_related_objects(books, "tags__books", "publisher", "reviews")
+        return len(queries)
+
+    assert await native(again)() == 3
+    assert await native(again)() == 0
+
+
+async def test_errors_of_the_database() -> None:
+    fails = Func(template="1 / (length(name) - length(name))", output_field=IntegerField())
+    bad = Tag.objects.annotate(x=fails)
+    for order in (1, -1):
+        lookups = [Prefetch("reviews", slow(Review, 0.05)), Prefetch("tags", bad), "publisher"]
+        with pytest.raises(DataError, match="division by zero"):
+            await Book.objects.prefetch_related(*lookups[::order]).anative()
+    await all_given_back()
+
+
+async def test_errors_leave_a_block_in_order() -> None:
+    async with asyncorm.atomic():
+        with pytest.raises(AttributeError, match="nothing"):
+            await Book.objects.prefetch_related("nothing", "tags", "reviews", "notes").anative()
+        with pytest.raises(AttributeError, match="nothing"):
+            await Book.objects.prefetch_related("tags", "nothing", "reviews", "notes").anative()
+        assert await Tag.objects.native_count() == 6
+
+
+@pytest.mark.parametrize("inside", [False, True])
+async def test_cancelled(inside: bool) -> None:
+    books = Book.objects.prefetch_related(
+        *(Prefetch(name, slow(model)) for name, model in RELATED.items()),
+        Prefetch("authors__notes", slow(Note)),
+    )
+
+    async def read() -> None:
+        if inside:
+            async with asyncorm.atomic():
+                await books.all().anative()
+        else:
+            await books.all().anative()
+
+    for milliseconds in (0, 3, 10, 30, 60, 90):
+        task = asyncio.create_task(read())
+        await asyncio.sleep(milliseconds / 1000)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not [t for t in asyncio.all_tasks() if "_work" in repr(t)]
+    await all_given_back()
+    busy = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+    assert await native(value)(busy) == 0
+
+
+async def test_a_stream_prefetches_in_parallel() -> None:
+    books = Book.objects.filter(pk__lte=4).prefetch_related(
+        *(Prefetch(name, slow(model)) for name, model in RELATED.items())
+    )
+    began = time.monotonic()
+    assert len([book async for book in books.native_iterator(chunk_size=10)]) == 4
+    assert time.monotonic() - began < 0.9
