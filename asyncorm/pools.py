@@ -137,12 +137,12 @@ class Pool:
         """Something that stands for a connection; None if none is open yet."""
         if self.connections is None:
             return None
+        if self.lazy:
+            lazy = self.lazy.pop()
+            if not lazy.closed:
+                return lazy
         beside = self.connections.some()
-        if beside is None:
-            return None
-        lazy = self.lazy.pop() if self.lazy else LazyConnection.beside(beside)
-        lazy.pgconn = beside.pgconn
-        return lazy
+        return None if beside is None else LazyConnection.beside(beside)
 
     def checkin(self, conn: Connection) -> None:
         """Give a connection back; one that is not idle is rolled back or replaced."""
@@ -239,10 +239,13 @@ class Pool:
     def _deadlocked(self) -> bool:
         """Whether nobody who holds a connection can give it back before getting another."""
         assert self.connections is not None
-        held = [conn.twin.lock for conn in self.connections.live if not conn.closed]
-        return len(held) >= self.size and all(
-            getattr(session, "task", None) in self.asking for session in held
-        )
+        held = 0
+        for conn in self.connections.live:
+            if not conn.closed:
+                if getattr(conn.twin.lock, "task", None) not in self.asking:
+                    return False
+                held += 1
+        return held >= self.size
 
     def _holders(self) -> str:
         assert self.connections is not None
