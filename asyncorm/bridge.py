@@ -43,6 +43,8 @@ class Runner(greenlet):
         resources: what the running operation holds, by key; released when it ends.
         shields: how many `shield()` blocks are open.
         cancelled: a cancellation that arrived while shielded and is still to be delivered.
+        cleaning_until: the operation cleans up after a cancellation, and has until then
+            (time.monotonic()).
         lead: the resource that the operation was started for, before any other of its kind (a
             stream, a block).
     """
@@ -51,6 +53,7 @@ class Runner(greenlet):
     lead: Any
     shields: int
     cancelled: BaseException | None
+    cleaning_until: float | None
     outcome: Any
     failure: BaseException | None
 
@@ -60,6 +63,7 @@ class Runner(greenlet):
         self.lead = None
         self.shields = 0
         self.cancelled = None
+        self.cleaning_until = None
         self.outcome = None
         self.failure = None
 
@@ -127,10 +131,11 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
                 if runner.parent is not (parent := getcurrent()):
                     runner.parent = parent
                 out = runner.switch(value)
+        if runner.cancelled is not None:
+            # Before a failure, as if it had been raised where it arrived, in the clean-up.
+            raise runner.cancelled from runner.failure
         if runner.failure is not None:
             raise runner.failure
-        if runner.cancelled is not None:
-            raise runner.cancelled
         return cast(T, runner.outcome)
     finally:
         runner.failure = runner.outcome = runner.lead = None
@@ -140,7 +145,7 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
             for resource in held:
                 resource.release()
         runner.shields = 0
-        runner.cancelled = None
+        runner.cancelled = runner.cleaning_until = None
         runner.gr_context = None  # do not keep the task's context alive
         if len(runners) < _MAX_IDLE:
             runners.append(runner)

@@ -50,7 +50,7 @@ import select
 import traceback
 from asyncio import CancelledError, get_running_loop
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any
@@ -139,10 +139,12 @@ def _wake(future: asyncio.Future[int], ready: int) -> None:
 
 
 # Statements that leave something behind in the server session. What SQL functions hide is not seen.
+_VALUE = r"(?:'[^']*'|%s|\$\d+)"
 _LEAVES_STATE = re.compile(
     r"(?:^|;)(?:\s|/\*.*?\*/|--[^\n]*\n)*"
     r"(?:SET(?!\s+(?:LOCAL|TRANSACTION|CONSTRAINTS)\b)|RESET|LISTEN|UNLISTEN|PREPARE|LOAD)\b"
-    r"|\bset_config\b(?!\s*\(.*,\s*true\s*\))|\bpg_(?:try_)?advisory_lock"
+    rf"|\bset_config\b(?!\s*\(\s*{_VALUE}\s*,\s*{_VALUE}\s*,\s*true\s*\))"
+    r"|\bpg_(?:try_)?advisory_lock"
     r"|\bTEMP(?:ORARY)?\b|\bWITH\s+HOLD\b",
     re.IGNORECASE | re.DOTALL,
 )
@@ -482,11 +484,16 @@ class Connection(psycopg.Connection[Any]):
         self._yielded = monotonic()
 
     async def _wait(self, runner: Runner, gen: Any, state: int, timeout: float | None) -> Any:
+        cleaning = runner.cleaning_until is not None
+        if cleaning:
+            timeout = max(0.0, runner.cleaning_until - monotonic())  # type: ignore[operator]
         try:
             if timeout is None:
                 return await self._drive(gen, state)
             with anyio.move_on_after(timeout):
                 return await self._drive(gen, state)
+            if cleaning:
+                raise self._given_up(gen)
             raise psycopg.errors._WaitTimeout("wait timeout expired")
         except CancelledError as exc:
             if not runner.shields:
@@ -496,15 +503,17 @@ class Connection(psycopg.Connection[Any]):
             runner.cancelled = exc
             task = get_running_loop().create_task(self._drive(gen, self._state))
             if not await finish(task, CANCEL_TIMEOUT):
-                gen.close()
-                self.terminate()
-                raise psycopg.OperationalError(
-                    "The task was cancelled and the server did not answer within "
-                    f"{CANCEL_TIMEOUT:g} s; the connection "
-                    "is closed. If this was a COMMIT, the transaction may or may not have been "
-                    "committed."
-                ) from exc
+                raise self._given_up(gen) from exc
             return task.result()
+
+    def _given_up(self, gen: Any) -> psycopg.OperationalError:
+        gen.close()
+        self.terminate()
+        return psycopg.OperationalError(
+            f"The task was cancelled and the server did not answer within {CANCEL_TIMEOUT:g} s; "
+            "the connection is closed. If this was a COMMIT, the transaction may or may not have "
+            "been committed."
+        )
 
     async def _drive(self, gen: Any, state: int) -> Any:
         loop = get_running_loop()
@@ -589,6 +598,16 @@ class Connection(psycopg.Connection[Any]):
         # harmless to hit.
         self.pgconn.send_query(b"SELECT 1")
         await self._drain()
+
+    async def stop_others(self, turn: Callable[[], Awaitable[Any]]) -> None:
+        """Cancel the statement that another task waits for, then wait for `turn()`: for the
+        connection to be the caller's."""
+        stopped = self.waiting
+        if stopped:
+            await self._cancel()
+        await turn()
+        if stopped:
+            await self._absorb_cancel()
 
     async def _drain(self) -> None:
         results = await self._complete(generators.execute(self.pgconn))

@@ -14,6 +14,9 @@ native code.
 - `asgiref.sync.AsyncToSync.__call__`: refuses on a running loop's thread; native code awaits
   instead (asynchronous signal receivers).
 - `asgiref.sync.SyncToAsync.threadlocal` is read: whether a thread works for a coroutine of a test.
+- `django.dispatch.dispatcher._run_parallel` (Django 6.1): runs asynchronous receivers in tasks that
+  share one Context; the block that one of them is in must not be that of a task that another
+  starts.
 - `django.db.models.fields.files.FieldFile.save`, `.delete`: the storage works in a thread while the
   model is saved natively.
 - `django.db.models.query.prefetch_related_objects`, `.prefetch_one_level`: the queries of several
@@ -37,6 +40,7 @@ from django.core.exceptions import SynchronousOnlyOperation
 from django.db import connections
 from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
+from django.dispatch import dispatcher
 
 from . import bridge, prefetching, sessions, transactions
 
@@ -142,6 +146,14 @@ def _call(original: Callable[..., Any]) -> Callable[..., Any]:
     return __call__
 
 
+def _in_own_scopes(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def run_parallel(*coros: Any) -> Any:
+        return await original(*map(sessions.in_own_scope, coros))
+
+    return run_parallel
+
+
 class _ThreadedStorage:
     """A storage whose methods run in Django's thread while native code waits."""
 
@@ -186,6 +198,8 @@ def install() -> None:
     Atomic.__enter__ = transactions.enter  # type: ignore[method-assign]
     Atomic.__exit__ = transactions.leave  # type: ignore[method-assign]
     AsyncToSync.__call__ = _call(AsyncToSync.__call__)  # type: ignore[method-assign]
+    if run_parallel := getattr(dispatcher, "_run_parallel", None):
+        dispatcher._run_parallel = _in_own_scopes(run_parallel)  # type: ignore[attr-defined]
     FieldFile.save = _with_threaded_storage(FieldFile.save)  # type: ignore[method-assign]
     for module in (django.db.models.query, django.db.models):
         module.prefetch_related_objects = prefetching.prefetch_related_objects  # type: ignore[attr-defined]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import types
 from asyncio import CancelledError, Task, TimerHandle, current_task, get_running_loop
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import Context, ContextVar, copy_context
 from time import monotonic
@@ -30,7 +31,7 @@ from psycopg.pq import TransactionStatus
 
 from . import bridge, conf, limits, pools
 from .bridge import Runner
-from .driver import NO_LOCK, Connection, LazyConnection
+from .driver import CANCEL_TIMEOUT, NO_LOCK, Connection, LazyConnection, finish
 from .multiplexing import Queue, is_read, is_single, slow
 
 T = TypeVar("T")
@@ -97,6 +98,33 @@ _scope: ContextVar[Scope | None] = ContextVar("asyncorm_scope", default=None)
 # would lose it: tasks that share a Context set it in turns, and asgiref and Django's Signal copy
 # the variables of a Context into another.
 _entered: WeakKeyDictionary[Task[Any], Scope] = WeakKeyDictionary()
+
+
+@types.coroutine
+def in_own_scope(coro: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Await `coro` in a task that shares its Context with others.
+
+    While it runs, and not while it waits, the context variable has this task's value: a task that
+    it starts copies that and not a sibling's.
+    """
+    mine = _scope.get()
+    step: Callable[[Any], Any] = coro.send
+    value: Any = None
+    while True:
+        outside = _scope.get()
+        _scope.set(mine)
+        try:
+            future = step(value)
+        except StopIteration as stop:
+            return cast(T, stop.value)
+        finally:
+            mine = _scope.get()
+            _scope.set(outside)
+        try:
+            value = yield future
+            step = coro.send
+        except BaseException as exc:
+            value, step = exc, coro.throw
 
 
 def _innermost(task: Task[Any] | None) -> Scope | None:
@@ -174,6 +202,7 @@ class Block:
     Attributes:
         sids: the savepoints that a callback registered here depends on (`on_commit`).
         needs_rollback, rollback_exc: Django's flag, for this block alone.
+        inherited: the flag as it was in the block outside.
         cancelled: what aborted the transaction, or the savepoint, by cancelling a statement.
         of_test_case: it is the transaction that a test runs in (testcase.py).
         inner: the nested block that holds the lock now.
@@ -192,7 +221,8 @@ class Block:
         self.scope = Scope(session.alias, session, self)
         self.lock = anyio.Semaphore(1, max_value=1, fast_acquire=True)
         self.sids: frozenset[Any] = frozenset()
-        self.needs_rollback: bool = parent is not None and parent.needs_rollback
+        self.inherited: bool = parent is not None and parent.needs_rollback
+        self.needs_rollback: bool = self.inherited
         self.rollback_exc: BaseException | None = parent.rollback_exc if parent else None
         self.cancelled: BaseException | None = None
         self.inner: Block | None = None
@@ -248,6 +278,8 @@ class Block:
 
     def outlived_error(self) -> TransactionManagementError:
         """For a task that was started in the block and goes on after its end."""
+        if self.parent is not None and self.parent.ended:
+            return self.parent.outlived_error()
         return TransactionManagementError(
             f"The transaction block that began at {self.origin} has ended, but a task started "
             "inside it still uses database "
@@ -269,26 +301,57 @@ class Block:
             assert runner is not None
             if self.queue is not None:
                 self.queue.seal()
-            while True:
-                try:
-                    bridge.wait_for(runner, self._acquire(runner))
-                    break
-                except CancelledError as exc:
-                    if not runner.shields or (self.parent is None and not self.of_test_case):
-                        raise
-                    # A savepoint must come to its end: the cancellation is delivered after that.
-                    runner.cancelled = exc
+            bridge.wait_for(runner, self._acquire())
         if self.ended:
             self.lock.release()
             raise self.outlived_error()
 
-    async def _acquire(self, runner: Runner) -> None:
+    def acquire_to_leave(self, runner: Runner, cancelled: BaseException | None) -> None:
+        """Take the lock for the end of the block, as `acquire()`.
+
+        If the task is cancelled, before or while it waits for statements of the block's other
+        tasks, those are cancelled too, and the block is rolled back.
+        """
+        if cancelled is not None and not self.lock.value:
+            if not bridge.wait_for(runner, self._take_over(cancelled)):
+                raise cancelled
+            return
+        try:
+            self.acquire()
+        except CancelledError as exc:
+            if not bridge.wait_for(runner, self._take_over(exc)):
+                raise
+            runner.cancelled = exc
+
+    async def _take_over(self, exc: BaseException) -> bool:
+        block: Block | None = self
+        while block is not None:  # its tasks begin nothing more
+            block.needs_rollback = True
+            block.rollback_exc = block.cancelled = exc
+            block = block.inner
+        conn = self.session.wrapper.connection
+        turn = self.lock.acquire() if conn is None else conn.stop_others(self.lock.acquire)
+        task = get_running_loop().create_task(turn, context=Context())
+        return await finish(task, CANCEL_TIMEOUT) and task.exception() is None
+
+    def force_end(self) -> None:
+        """Have it end, with the blocks of other tasks in it: the connection is closed."""
+        self.session.terminate()
+        block: Block | None = self
+        while block is not None:
+            block.ended = block.scope.ended = True
+            inner, block.inner = block.inner, None
+            if inner is not None:
+                block.lock.release()
+            block = inner
+
+    async def _acquire(self) -> None:
         timeout = conf.get("LOCK_TIMEOUT")
         loop = get_running_loop()
         session = self.session
         began = monotonic()
         handle: TimerHandle
-        with anyio.CancelScope(shield=bool(runner.shields)) as scope:
+        with anyio.CancelScope() as scope:
 
             def look() -> None:
                 nonlocal handle
@@ -387,6 +450,11 @@ class Session:
         self.active = 0.0
         self._depth = 0
         self._held: Block | None = None
+
+    @property
+    def on_this_loop(self) -> bool:
+        """Whether its connection is one of the running loop."""
+        return self.pool.loop is get_running_loop()
 
     @property
     def task(self) -> Task[Any] | None:
@@ -506,13 +574,24 @@ class Session:
     @property
     def aborted(self) -> bool:
         """Whether the server refuses all but a rollback."""
-        conn = self.wrapper.connection
+        conn = self.wrapper.connection if self.wrapper is not None else None
         return conn is not None and conn.pgconn.transaction_status == TransactionStatus.INERROR
 
     @property
     def kept(self) -> bool:
         """Whether something other than an operation keeps the connection."""
         return self.root is not None or self.pinned or self.streaming
+
+    @property
+    def busy(self) -> bool:
+        """Whether a statement of the current task would have to wait for another task's."""
+        block = self.innermost()
+        return block is not None and self.holder is not getcurrent() and not block.lock.value
+
+    def transaction_ended(self) -> None:
+        """Its server-side cursors are gone, and do not keep the connection."""
+        for cursor in self.cursors or ():
+            cursor.transaction_ended()
 
     @property
     def streaming(self) -> bool:
@@ -539,7 +618,7 @@ class Session:
         self.wrapper = None
         wrapper.session = None
         wrapper.forget()
-        if not self.pool.outdated:
+        if not self.pool.outdated and self.holder is None:  # or a statement is still to fail
             self.pool.wrappers.append(wrapper)
 
     def serves(self, runner: Runner | None) -> bool:
@@ -547,12 +626,12 @@ class Session:
         if runner is None:
             return False
         held = runner.resources
-        return (
-            runner.lead is self
-            or held.get(self.alias) is self
-            or self._key in held
-            or self.innermost() is not None
-        )
+        if runner.lead is self or held.get(self.alias) is self or self._key in held:
+            return True
+        try:
+            return self.innermost() is not None
+        except TransactionManagementError:  # it outlived the block
+            return False
 
     @property
     def _key(self) -> str:
@@ -731,6 +810,14 @@ def session_for(alias: str, runner: Runner) -> Session | None:
     if lead is not None and lead.alias == alias:
         return cast(Session, lead)
     if (scope := find_scope(alias)) is not None:
+        assert scope.session is not None
+        if not scope.session.on_this_loop:
+            raise TransactionManagementError(
+                f"Database {alias!r} was used on another event loop inside the transaction block "
+                f"that began at {scope.block and scope.block.origin}: it would not be part of the "
+                "transaction. Await the coroutine on the block's own loop, or use "
+                "asyncorm.detached() to work outside the block."
+            )
         return scope.session
     session: Session | None
     if test_sessions and (session := test_sessions.get(alias)) is not None:
@@ -884,10 +971,32 @@ def _discard_all(session: Session) -> None:
         session.wrapper.connection = conn.pooled.twin
 
 
+async def clean_up(func: Callable[[], Any], session: Session | None = None) -> None:
+    """Run `func` natively, to close or to reset something, on `session` if there is one.
+
+    If the task is cancelled or the generator is closed, it has CANCEL_TIMEOUT seconds for that, and
+    an error says nothing new.
+    """
+    ending = isinstance(sys.exc_info()[1], CancelledError | GeneratorExit)
+
+    def clean() -> None:
+        runner = bridge.current()
+        assert runner is not None
+        if ending:
+            runner.cleaning_until = monotonic() + CANCEL_TIMEOUT
+        try:
+            func()
+        except Exception:
+            if not ending:
+                raise
+
+    await (bridge.run(clean) if session is None else run_in(session, clean))
+
+
 async def let_go(session: Session, clean: Callable[[Session], None] | None = None) -> None:
     """End what `hold()` began: clean the session and give its connection back, or close it."""
 
-    def finish() -> None:
+    def end() -> None:
         runner = bridge.current()
         assert runner is not None
         conn = session.wrapper.connection
@@ -907,7 +1016,7 @@ async def let_go(session: Session, clean: Callable[[Session], None] | None = Non
             runner.lead = None
             session.release()
 
-    await run_in(session, finish)
+    await clean_up(end, session)
 
 
 @asynccontextmanager

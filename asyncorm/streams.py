@@ -55,9 +55,14 @@ async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterat
                 if new:
                     await sessions.let_go(session, lambda session: rows.close())
                 else:
-                    await bridge.run(rows.close)
+                    await sessions.clean_up(rows.close)
     except (Error, InvalidCursorName) as exc:
-        if new and isinstance(exc.__cause__ or exc, InvalidCursorName):
+        if isinstance(exc.__cause__, InvalidCursorName) and not new:
+            raise OperationalError(
+                "The server-side cursor of a stream is gone: the transaction block that it began "
+                "in was rolled back or has ended."
+            ) from exc
+        if isinstance(exc.__cause__ or exc, InvalidCursorName):
             raise OperationalError(
                 f"The server-side cursor of a stream outside a transaction is gone: database "
                 f"{using!r} is probably behind a pooler such as PgBouncer, which changed the "

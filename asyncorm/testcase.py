@@ -213,6 +213,10 @@ class TestSession(Session):
         return self._native.waiting
 
     @property
+    def on_this_loop(self) -> bool:
+        return True  # tasks of all loops share it
+
+    @property
     def root(self) -> Block | None:  # type: ignore[override]
         """The test case's transaction, as the block that operations outside any other are in."""
         try:

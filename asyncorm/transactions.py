@@ -9,21 +9,25 @@ import warnings
 from asyncio import CancelledError, ensure_future, sleep
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
 import anyio
-from django.db import DEFAULT_DB_ALIAS
+from django.db import DEFAULT_DB_ALIAS, DatabaseError
 from django.db.transaction import Atomic as DjangoAtomic
 from django.db.transaction import TransactionManagementError, get_connection
 from psycopg import IsolationLevel
 
 from . import bridge, sessions, testcase
 from .bridge import Runner
+from .driver import CANCEL_TIMEOUT
 from .sessions import Block, Session
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 logger = logging.getLogger("asyncorm")
+
+_LONGEST = 2_147_483  # seconds: the server counts milliseconds in 32 bits
 
 _enter_django = DjangoAtomic.__enter__
 _exit_django = DjangoAtomic.__exit__
@@ -101,7 +105,13 @@ def _is_outermost(atomic: DjangoAtomic) -> bool:
     return blocks[:1] == [atomic]
 
 
-def enter_block(runner: Runner, session: Session, atomic: DjangoAtomic, origin: str) -> Block:
+def enter_block(
+    runner: Runner,
+    session: Session,
+    atomic: DjangoAtomic,
+    origin: str,
+    characteristics: _Characteristics | None = None,
+) -> Block:
     """Begin a transaction or a savepoint, the current task's innermost block."""
     parent = session.innermost()
     if parent is None and session.root is not None:
@@ -112,6 +122,7 @@ def enter_block(runner: Runner, session: Session, atomic: DjangoAtomic, origin: 
     if parent is not None:
         parent.acquire()
     block = Block(session, parent, origin)
+    block.characteristics = characteristics
     if parent is not None:
         parent.inner = block
     else:
@@ -119,7 +130,15 @@ def enter_block(runner: Runner, session: Session, atomic: DjangoAtomic, origin: 
     block.scope.push()
     try:
         with bridge.shield(runner), session.acting_for(runner, block):
+            if characteristics is not None:
+                characteristics.before()
             _enter_django(atomic)
+            if characteristics is not None:
+                try:
+                    characteristics.after(block)
+                except BaseException as exc:
+                    _exit_django(atomic, type(exc), exc, exc.__traceback__)
+                    raise
         block.sids = frozenset(session.wrapper.savepoint_ids)
     except BaseException:
         _close_block(runner, block)
@@ -138,31 +157,29 @@ def leave_block(
     """Commit or roll back; running statements of child tasks are waited for, later ones refused."""
     session = block.session
     wrapper = session.wrapper
+    cancelled = exc if isinstance(exc, CancelledError) else None
+    if cancelled is not None:  # no further one will come and interrupt a ROLLBACK
+        runner.cleaning_until = monotonic() + CANCEL_TIMEOUT
+    acquired = False
     try:
         with bridge.shield(runner):
             if block.queue is not None and block.queue.announced:
                 block.queue.seal()
                 try:
                     bridge.wait_for(runner, sleep(0))  # they stand in line then
-                except CancelledError as cancelled:
-                    runner.cancelled = cancelled
-            block.acquire()
-            block.ended = True
+                except CancelledError as arrived:
+                    cancelled = runner.cancelled = arrived
+            block.acquire_to_leave(runner, cancelled)
+            acquired = block.ended = True
             with session.acting_for(runner, block):
                 lost = exc_type is None and _lost(block)
                 if lost:
                     block.needs_rollback = True
-                _exit_django(atomic, exc_type, exc, traceback)
+                _exit_django_well(block, atomic, exc_type, exc, traceback)
     finally:
-        acquired = block.ended
+        runner.cleaning_until = None
         if not acquired:  # a statement still holds the lock: the transaction cannot go on
-            session.terminate()
-            block.ended = True
-        parent = block.parent
-        if parent is not None:
-            parent.needs_rollback = block.needs_rollback
-            if block.needs_rollback:
-                parent.rollback_exc, parent.cancelled = block.rollback_exc, block.cancelled
+            block.force_end()
         _close_block(runner, block)
         if acquired:
             block.lock.release()
@@ -175,7 +192,7 @@ def leave_block(
         ) from (block.cancelled or block.rollback_exc)
     if wrapper.hooks_due:
         _run_commit_hooks(runner, wrapper)
-    if exc is None:
+    if not isinstance(exc, CancelledError):
         bridge.deliver(runner)
 
 
@@ -201,6 +218,16 @@ def reserved(session: Session, origin: str) -> Iterator[None]:
             parent.needs_rollback = True
             parent.rollback_exc, parent.cancelled = block.rollback_exc, block.cancelled
         _close_block(runner, block)
+
+
+def _exit_django_well(block: Block, atomic: DjangoAtomic, *exc: Any) -> None:
+    if block.characteristics is not None and exc[0] is None and not block.needs_rollback:
+        try:
+            block.characteristics.restore()
+        except DatabaseError as error:
+            _exit_django(atomic, type(error), error, error.__traceback__)
+            raise
+    _exit_django(atomic, *exc)
 
 
 def _run_commit_hooks(runner: Runner, wrapper: Any) -> None:
@@ -232,13 +259,19 @@ def _close_block(runner: Runner, block: Block) -> None:
     block.ended = True
     block.scope.pop()
     session = block.session
-    if block.parent is not None:
-        block.parent.inner = None
-        block.parent.lock.release()
+    if block.characteristics is not None:
+        block.characteristics.forget()
+    parent = block.parent
+    if parent is not None:
+        if block.needs_rollback != block.inherited:  # another task may have set the parent's
+            parent.needs_rollback = block.needs_rollback
+            parent.rollback_exc, parent.cancelled = block.rollback_exc, block.cancelled
+        if parent.inner is block:
+            parent.inner = None
+            parent.lock.release()
     else:
         session.root = None
-        for cursor in session.cursors or ():
-            cursor.transaction_ended()
+        session.transaction_ended()
         # The session is this operation's again, which gives it back when it ends.
         runner.resources[session._key] = session
 
@@ -269,16 +302,8 @@ class Atomic:
         django = DjangoAtomic(session.alias, options.pop("savepoint"), options.pop("durable"))
         characteristics = _Characteristics(session, **options)
         characteristics.check(session.innermost())
-        characteristics.before()
-        block = enter_block(runner, session, django, origin)
+        block = enter_block(runner, session, django, origin, characteristics)
         self._entered.append((block, django))
-        try:
-            characteristics.after(block)
-        except BaseException as exc:
-            self._entered.pop()
-            leave_block(runner, block, django, type(exc), exc, exc.__traceback__)
-            raise
-        block.characteristics = characteristics
 
     async def __aexit__(
         self,
@@ -294,14 +319,17 @@ class Atomic:
         def exit_() -> None:
             runner = bridge.current()
             assert runner is not None
-            characteristics = block.characteristics
             try:
-                characteristics.restore(block, exc_type)
                 leave_block(runner, block, django, exc_type, exc, traceback)
             finally:
                 runner.lead = None
 
-        await sessions.run_in(block.session, exit_)
+        if block.ended:  # with the block around it, by force
+            block.scope.pop()
+            if exc_type is None:
+                raise block.outlived_error()
+        else:
+            await sessions.run_in(block.session, exit_)
 
     def __call__(self, func: F) -> F:
         if not inspect.iscoroutinefunction(func):
@@ -330,14 +358,12 @@ class _Characteristics:
         statement_timeout: float | None,
     ) -> None:
         self.session = session
-        self.transaction = {
-            "isolation_level": None if isolation_level is None else IsolationLevel(isolation_level),
+        options = {
+            "isolation_level": isolation_level,
             "read_only": read_only,
             "deferrable": deferrable,
         }
-        self.transaction = {
-            name: value for name, value in self.transaction.items() if value is not None
-        }
+        self.transaction = {name: value for name, value in options.items() if value is not None}
         self.statement_timeout = statement_timeout
         self.saved: dict[str, Any] = {}
         self.saved_timeout: str | None = None
@@ -365,29 +391,31 @@ class _Characteristics:
                 setattr(conn, name, value)
 
     def after(self, block: Block) -> None:
+        """In the block: the time limit of its statements."""
         if self.statement_timeout is not None:
+            milliseconds = f"{max(1, round(self.statement_timeout * 1000))}ms"
             with self.session.wrapper.cursor() as cursor:
-                if block.parent is not None:
-                    cursor.execute("SELECT current_setting('statement_timeout')")
-                    self.saved_timeout = cursor.fetchone()[0]
-                milliseconds = f"{max(1, round(self.statement_timeout * 1000))}ms"
-                cursor.execute("SELECT set_config('statement_timeout', %s, true)", [milliseconds])
+                cursor.execute(
+                    "SELECT current_setting('statement_timeout'),"
+                    " set_config('statement_timeout', %s, true)",
+                    [milliseconds],
+                )
+                before = cursor.fetchone()[0]
+            if block.parent is not None:  # else the end of the transaction puts it back
+                self.saved_timeout = before
 
-    def restore(self, block: Block, exc_type: type[BaseException] | None) -> None:
-        conn = self.session.wrapper.connection
-        if (
-            self.saved_timeout is not None
-            and exc_type is None
-            and not self.session.wrapper.needs_rollback
-            and conn is not None
-        ):
+    def restore(self) -> None:
+        """At the end of a nested block; a rollback puts it back by itself."""
+        if self.saved_timeout is not None:
             with self.session.wrapper.cursor() as cursor:
                 cursor.execute(
                     "SELECT set_config('statement_timeout', %s, true)", [self.saved_timeout]
                 )
-        if self.saved and conn is not None:
-            # Read by psycopg at the next BEGIN only; the setters would refuse inside the
-            # transaction.
+
+    def forget(self) -> None:
+        """After the outermost block, however it ended."""
+        if self.saved and (conn := self.session.wrapper.connection) is not None:
+            # Read by psycopg at the next BEGIN only; the setters would refuse inside a transaction.
             for name, value in self.saved.items():
                 setattr(conn, f"_{name}", value)
             conn._begin_statement = b""
@@ -449,8 +477,12 @@ def atomic(
     }
     if callable(using):
         return Atomic(None, **options)(using)
-    if statement_timeout is not None and not statement_timeout > 0:
-        raise ValueError("statement_timeout must be a positive number of seconds.")
+    if statement_timeout is not None and not 0 < statement_timeout < _LONGEST:
+        raise ValueError(f"statement_timeout must be a positive number of seconds to {_LONGEST}.")
+    if isolation_level is not None and not isinstance(isolation_level, IsolationLevel):
+        raise ValueError(
+            f"isolation_level must be a psycopg.IsolationLevel or None, not {isolation_level!r}."
+        )
     return Atomic(using, **options)
 
 
@@ -511,4 +543,6 @@ def set_rollback(rollback: bool, using: str | None = None) -> None:
         raise TransactionManagementError(
             "The rollback flag doesn't work outside of an 'atomic' block."
         )
+    if block.ended:  # it is being committed or rolled back
+        raise block.outlived_error()
     block.session.wrapper.needs_rollback = rollback

@@ -18,7 +18,7 @@ from django.test import override_settings
 from django.urls import path
 
 import asyncorm
-from asyncorm import pools
+from asyncorm import driver, pools, sessions, transactions
 from asyncorm.demo.postgres import postgres_server
 from tests.chaos import Proxy
 from tests.project.myapp.models import Item
@@ -679,6 +679,249 @@ async def test_a_storm_of_cancellations(alias: str, watch: Watch) -> None:
     await healthy(alias, watch)
 
 
+# Cancelled while the block is being left
+
+
+LEAVING = ["outermost", "nested", "native"]
+
+
+async def leave_while_a_child_works(alias: str, kind: str, child: Any) -> None:
+    """Leave a block while a task that was started in it is not done."""
+    if kind == "native":
+
+        def work() -> None:
+            with transaction.atomic(using=alias):
+                Item.objects.using(alias).create(remote_id=next(ids), name="lost")
+                asyncorm.await_(start())
+
+        async def start() -> None:
+            asyncio.ensure_future(child)  # noqa: RUF006
+            await asyncio.sleep(0.1)
+
+        await asyncorm.native(work)()
+        return
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(asyncorm.atomic(alias))
+        await add(alias, "lost")
+        if kind == "nested":
+            await stack.enter_async_context(asyncorm.atomic(alias))
+        asyncio.ensure_future(child)  # noqa: RUF006
+        await asyncio.sleep(0.1)
+
+
+@pytest.mark.parametrize("kind", LEAVING)
+@pytest.mark.parametrize("times", [1, 2])
+async def test_statements_of_children_are_cancelled_when_their_block_is_cancelled_while_leaving(
+    alias: str, watch: Watch, kind: str, times: int
+) -> None:
+    child = asyncio.get_running_loop().create_future()
+
+    async def work() -> None:
+        try:
+            await sleep_on_server(alias)
+        except BaseException as exc:
+            child.set_result(exc)
+
+    leaving = asyncio.create_task(leave_while_a_child_works(alias, kind, work()))
+    await watch.until(watch.sleeping)
+    await asyncio.sleep(0.2)
+    assert not leaving.done()
+    before = watch.states()
+    began = time.monotonic()
+    for _ in range(times):
+        leaving.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert time.monotonic() - began < 2
+    assert not watch.sleeping()
+    error = await child
+    assert isinstance(error, OperationalError)
+    assert isinstance(error.__cause__, psycopg.errors.QueryCanceled)
+    assert watch.rows() == []
+    assert {pid for pid, _ in before} <= {pid for pid, _ in watch.states()}  # it was kept
+    await healthy(alias, watch)
+
+
+@pytest.mark.parametrize("how", ["timeout", "fail_after"])
+async def test_a_deadline_while_a_block_is_being_left(alias: str, watch: Watch, how: str) -> None:
+    """Caught in the outer block, which goes on."""
+    async with asyncio.timeout(PATIENCE), asyncorm.atomic(alias):
+        await add(alias, "a")
+        with pytest.raises(TimeoutError):
+            if how == "timeout":
+                async with asyncio.timeout(0.3):
+                    async with asyncorm.atomic(alias):
+                        await add(alias, "lost")
+                        child = asyncio.create_task(sleep_on_server(alias))
+                        await asyncio.sleep(0.1)
+            else:
+                with anyio.fail_after(0.3):
+                    async with asyncorm.atomic(alias):
+                        await add(alias, "lost")
+                        child = asyncio.create_task(sleep_on_server(alias))
+                        await asyncio.sleep(0.1)
+        with pytest.raises(OperationalError):
+            await child
+        await add(alias, "b")
+    assert watch.rows() == ["a", "b"]
+    await healthy(alias, watch)
+
+
+async def test_a_block_that_is_cancelled_does_not_wait_for_a_childs_statement(
+    alias: str, watch: Watch
+) -> None:
+    child = None
+
+    async def block() -> None:
+        nonlocal child
+        async with asyncorm.atomic(alias):
+            await add(alias, "lost")
+            child = asyncio.create_task(sleep_on_server(alias))
+            await asyncio.sleep(600)
+
+    task = asyncio.create_task(block())
+    await watch.until(watch.sleeping)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(2):
+            await task
+    assert child is not None
+    with pytest.raises(OperationalError):
+        await child
+    assert watch.rows() == []
+    await healthy(alias, watch)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "LOCK_TIMEOUT"])
+@pytest.mark.parametrize("kind", ["asyncorm", "empty", "native"])
+async def test_a_childs_block_that_does_not_end_is_ended_by_force(
+    alias: str, watch: Watch, kind: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "CANCEL_TIMEOUT", 0.3)
+    go = asyncio.Event()
+
+    async def nested() -> None:
+        async with asyncorm.atomic(alias):
+            await add(alias, "lost")
+            await go.wait()
+            if kind == "asyncorm":
+                await add(alias, "late")
+
+    def native() -> None:
+        with transaction.atomic(using=alias):
+            Item.objects.using(alias).create(remote_id=next(ids), name="lost")
+            asyncorm.await_(go.wait())
+            Item.objects.using(alias).create(remote_id=next(ids), name="late")
+
+    async def waits() -> None:  # for the lock that the nested block has
+        await add(alias, "late")
+
+    async def block() -> None:
+        nonlocal child, waiting
+        async with asyncorm.atomic(alias):
+            await add(alias, "lost")
+            child = asyncio.create_task(asyncorm.native(native)() if kind == "native" else nested())
+            await asyncio.sleep(0.1)
+            waiting = asyncio.create_task(waits())
+            await asyncio.sleep(0)
+
+    child = waiting = None
+    if how == "cancelled":
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await block()
+    else:
+        with override_settings(ASYNCORM={"LOCK_TIMEOUT": 0.3}):
+            with pytest.raises(transaction.TransactionManagementError) as caught:
+                await block()
+        assert str(caught.value).count(__file__) == 2  # both places are named
+    go.set()
+    assert child is not None
+    assert waiting is not None
+    for task in (child, waiting):
+        with pytest.raises(transaction.TransactionManagementError, match=r"has ended|^Waited"):
+            await task
+    assert watch.rows() == []
+    await healthy(alias, watch)
+
+
+async def test_a_cancellation_while_an_error_leaves_a_block_is_not_lost(
+    alias: str, watch: Watch
+) -> None:
+    """In native code too, where the error would be caught and the deadline forgotten."""
+
+    def work() -> None:
+        with transaction.atomic(using=alias):
+            Item.objects.using(alias).create(remote_id=next(ids), name="lost")
+            asyncorm.await_(start())
+            raise ZeroDivisionError
+
+    async def start() -> None:
+        nonlocal child
+        child = asyncio.create_task(sleep_on_server(alias, 0.5))
+        await asyncio.sleep(0.1)
+
+    child = None
+    reached = False
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            with contextlib.suppress(ZeroDivisionError):
+                await asyncorm.native(work)()
+            reached = True
+    assert not reached
+    assert child is not None
+    await asyncio.wait([child])
+    child.exception()
+    await healthy(alias, watch)
+
+
+@ways
+async def test_options_of_a_block_cancelled_at_every_await(
+    cancelled: Any, alias: str, watch: Watch
+) -> None:
+    """Whatever they changed on the connection is as before."""
+
+    async def block() -> None:
+        async with asyncorm.atomic(
+            alias, isolation_level=psycopg.IsolationLevel.SERIALIZABLE, statement_timeout=9
+        ):
+            async with asyncorm.atomic(alias, statement_timeout=5):
+                await add(alias, "a")
+            await add(alias, "b")
+
+    def check() -> None:
+        pool = pools.find(alias).connections  # type: ignore[union-attr]
+        for conn in pool.live if pool is not None else ():
+            assert conn.twin.isolation_level in (None, psycopg.IsolationLevel.READ_COMMITTED)
+
+    await at_every_await(cancelled, block, alias, watch, check)
+    await healthy(alias, watch)
+
+
+async def test_callbacks_cancelled_in_the_middle(alias: str, watch: Watch) -> None:
+    """As if one had raised: those before it have run, the commit stays."""
+    called: list[Any] = []
+
+    async def slow() -> None:
+        called.append("slow")
+        await sleep_on_server(alias)
+
+    async with asyncorm.connection(alias):  # the next transaction is on the same wrapper
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3), asyncorm.atomic(alias):
+                await add(alias, "a")
+                asyncorm.on_commit(lambda: called.append(1), alias)
+                asyncorm.on_commit(slow, alias, robust=True)
+                asyncorm.on_commit(lambda: called.append(2), alias)
+        assert not watch.sleeping()
+        async with asyncorm.atomic(alias):
+            await add(alias, "b")
+    assert called == [1, "slow"]
+    assert watch.rows() == ["a", "b"]
+    await healthy(alias, watch)
+
+
 # Timeouts of the server's
 
 
@@ -707,22 +950,64 @@ async def test_a_statement_timeout_in_options(alias: str, watch: Watch) -> None:
 # A server that does not answer
 
 
-async def test_a_cancelled_statement_of_a_server_that_does_not_answer(
-    server: Any, watch: Watch, django_db_blocker: Any
+async def asleep_in_a_block(alias: str) -> None:
+    async with asyncorm.atomic(alias):
+        await add(alias, "lost")
+        async with asyncorm.atomic(alias):
+            await add(alias, "lost")
+            await asyncio.sleep(600)
+
+
+async def asleep_in_a_kept_connection(alias: str) -> None:
+    async with asyncorm.connection(alias):
+        await sleep_on_server(alias, 0)
+        await asyncio.sleep(600)
+
+
+async def asleep_in_a_stream(alias: str) -> None:
+    async with contextlib.aclosing(Item.objects.using(alias).native_iterator(1)) as rows:  # type: ignore[type-var]
+        async for _ in rows:
+            await asyncio.sleep(600)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [in_a_block, asleep_in_a_block, asleep_in_a_kept_connection, asleep_in_a_stream],
+    ids=lambda place: place.__name__,
+)
+@pytest.mark.parametrize("times", [1, 2])
+async def test_cancelled_when_the_server_does_not_answer(
+    server: Any,
+    watch: Watch,
+    django_db_blocker: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Any,
+    times: int,
 ) -> None:
     """The task ends within the time for cancelling; the connection is replaced."""
+    for module in (driver, sessions, transactions):
+        monkeypatch.setattr(module, "CANCEL_TIMEOUT", 0.5)
+    server.observer.execute("TRUNCATE myapp_item")
+    server.observer.execute("INSERT INTO myapp_item VALUES (DEFAULT, 1, 'a'), (DEFAULT, 2, 'b')")
     with django_db_blocker.unblock():
         async with Proxy(server.settings["HOST"], int(server.settings["PORT"])) as proxy:
             settings = {**connections.settings["tcp"], "PORT": str(proxy.port)}  # type: ignore[attr-defined]
             add_alias("proxied", settings)
             try:
-                task = asyncio.create_task(in_a_block("proxied"))
-                await watch.until(watch.sleeping)
+                task = asyncio.create_task(place("proxied"))
+                if place is in_a_block:
+                    await watch.until(watch.sleeping)
+                else:
+                    await asyncio.sleep(0.2)
                 proxy.hold()
-                task.cancel()
+                began = time.monotonic()
+                for _ in range(times):
+                    task.cancel()
+                    await asyncio.sleep(0)
                 done, _ = await asyncio.wait([task], timeout=PATIENCE)
                 assert done
                 assert task.cancelled()
+                assert time.monotonic() - began < 1.5
                 proxy.reset()
                 # The request to cancel was lost: the server goes on until it writes to the client.
                 watch.observer.execute(

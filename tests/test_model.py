@@ -15,10 +15,11 @@ from itertools import count
 from typing import Any
 
 import pytest
-from django.db import IntegrityError, connection
+from django.db import IntegrityError, connection, transaction
 from django.db.transaction import TransactionManagementError
-from hypothesis import HealthCheck, Phase, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from psycopg.errors import QueryCanceled
 
 import asyncorm
 from tests.project.myapp.models import Item
@@ -51,7 +52,9 @@ class Boom(Exception):
 
 @dataclass
 class Do:
-    """A step: add, look (count rows), violate (a constraint), boom, hook (on_commit)."""
+    """A step: add, look (count rows), stream (the same, from a server-side cursor), violate (a
+    constraint), boom, hook (on_commit), rollback (set_rollback), detached (add outside the block).
+    """
 
     what: str
     pauses: int
@@ -67,43 +70,56 @@ class Nested:
     body: list[Any]
     caught: bool
     savepoint: bool
+    native: bool = False  # Django's own atomic(), in native code
 
 
 @dataclass
 class Children:
-    """Child tasks; `escapes` says whether an error of one of them is raised again."""
+    """Child tasks.
+
+    `escapes` says whether an error of one of them is raised again: never, when all are done, or at
+    once, while the others go on.
+    """
 
     tasks: list["Child"]
-    escapes: bool
+    escapes: str
 
 
 @dataclass
 class Child:
     body: list[Any]
-    # Passes of the loop after which the task is cancelled. It then has a block of its own around
-    # all it does, so that what a cancelled statement did is rolled back.
-    cancel_after: int | None
+    # Passes of the loop after which the task is cancelled, once or more often. It then has a block
+    # of its own around all it does, so that what a cancelled statement did is rolled back.
+    cancels: tuple[int, ...]
     # It is awaited only after the end of the block that it was started in.
     outlives: bool = False
+    # It keeps a connection(), in which its transaction runs.
+    keeps: bool = False
 
 
 pauses = st.integers(0, 3)
-leaf = st.builds(
-    Do, st.sampled_from(["add", "add", "add", "look", "violate", "boom", "hook", "hook"]), pauses
+STEPS = "add add add add look look stream violate boom hook hook rollback detached"
+leaf = st.builds(Do, st.sampled_from(STEPS.split()), pauses)
+cancels = (
+    st.just(()) | st.tuples(st.integers(0, 40)) | st.tuples(st.integers(0, 40), st.integers(0, 2))
 )
-cancels = st.none() | st.integers(0, 40)
+seldom = st.sampled_from([False, False, False, True])
 
 
 def compound(inner: Any) -> Any:
     body = st.lists(inner, min_size=1, max_size=4)
-    child = st.builds(Child, body, cancels, st.sampled_from([False, False, False, True]))
+    child = st.builds(Child, body, cancels, seldom)
     return st.builds(
-        Nested, body, st.booleans(), st.sampled_from([True, True, True, False])
-    ) | st.builds(Children, st.lists(child, min_size=1, max_size=4), st.booleans())
+        Nested, body, st.booleans(), seldom.map(lambda seldom: not seldom), seldom
+    ) | st.builds(
+        Children,
+        st.lists(child, min_size=1, max_size=4),
+        st.sampled_from(["never", "when all are done", "at once"]),
+    )
 
 
 step = st.recursive(leaf, lambda inner: leaf | compound(inner), max_leaves=12)
-root = st.builds(Child, st.lists(step, min_size=1, max_size=5), cancels)
+root = st.builds(Child, st.lists(step, min_size=1, max_size=5), cancels, st.just(False), seldom)
 programs = st.lists(root, min_size=1, max_size=3)
 
 
@@ -117,12 +133,18 @@ class Block:
     number: int
     parent: "Block | None"
     savepoint: bool = True
+    over: bool = False
     # The model's part.
     rows: list[int] = field(default_factory=list)
     hooks: list[int] = field(default_factory=list)
     poisoned: bool = False
     real: bool = True  # has a savepoint of its own, or is the transaction
+    # By set_rollback(), or since a block around it is to be rolled back: that waits for nobody. A
+    # statement that runs at that time is well done, and a block that is being entered has its
+    # savepoint.
+    marked: bool = False
     leaving: bool = False
+    rolled_back: bool = False  # cancelled while it was being left
     ended: bool = False
     late: list[asyncio.Task[None]] = field(default_factory=list)  # tasks that outlive it
 
@@ -148,32 +170,51 @@ class Run:
 
     def start(self, child: Child, block: Block | None) -> asyncio.Task[None]:
         task = asyncio.create_task(self.child(child, block))
-        if child.cancel_after is not None:
-            task_cancelling = asyncio.create_task(self.cancel(task, child.cancel_after))
-            task.add_done_callback(lambda _: task_cancelling.cancel())
+        if child.cancels:
+            cancelling = asyncio.create_task(self.cancel(task, child.cancels))
+            task.add_done_callback(lambda _: cancelling.cancel())
         return task
 
-    async def cancel(self, task: asyncio.Task[None], after: int) -> None:
-        for _ in range(after):
-            await asyncio.sleep(0)
-        task.cancel()
+    async def cancel(self, task: asyncio.Task[None], cancels: tuple[int, ...]) -> None:
+        for after in cancels:
+            for _ in range(after):
+                await asyncio.sleep(0)
+            task.cancel()
 
     async def child(self, child: Child, block: Block | None) -> None:
-        if block is None or child.cancel_after is not None:
+        if child.keeps:
+            async with asyncorm.connection():
+                await self.block(Nested(child.body, caught=False, savepoint=True), block)
+        elif block is None or child.cancels:
             await self.block(Nested(child.body, caught=False, savepoint=True), block)
         else:
             await self.steps(child.body, block)
 
     async def block(self, nested: Nested, parent: Block | None) -> None:
         block = Block(next(self.numbers), parent, nested.savepoint)
+        try:
+            if nested.native:
+                await asyncorm.native(self.native_block)(nested, block)
+            else:
+                await self.asyncorm_block(nested, block)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            if not nested.caught or not block.over:  # or it was not even entered
+                raise
+        finally:
+            while block.late:
+                await asyncio.gather(block.late.pop(), return_exceptions=True)
+
+    async def asyncorm_block(self, nested: Nested, block: Block) -> None:
         atomic = asyncorm.atomic(savepoint=nested.savepoint)
         try:
             await atomic.__aenter__()
         except BaseException as exc:
-            if not isinstance(exc, asyncio.CancelledError):
-                self.log.append(("enter", block, None, self.name(exc)))
+            self.not_entered(block, exc)
             raise
         self.log.append(("enter", block, None, "ok"))
+        real = atomic._entered[-1][0]
         error: BaseException | None = None
         try:
             await self.steps(nested.body, block)
@@ -182,21 +223,51 @@ class Run:
         self.log.append(("leaving", block, None, "ok"))
         try:
             await atomic.__aexit__(type(error) if error else None, error, None)
-        except asyncio.CancelledError as exc:
-            # It came while the block was being left. A savepoint is left first. A transaction gives
-            # up if it still waits for its tasks' statements, or commits first.
-            self.log.append(("exit", block, error is None, "cancelled"))
-            error = exc
         except BaseException as exc:
-            self.log.append(("exit", block, error is None, self.name(exc)))
+            self.left(block, real, error, exc)
             raise
-        else:
-            self.log.append(("exit", block, error is None, "ok"))
-        finally:
-            while block.late:
-                await asyncio.gather(block.late.pop(), return_exceptions=True)
-        if error is not None and (not nested.caught or isinstance(error, asyncio.CancelledError)):
+        self.left(block, real, error, None)
+        if error is not None:
             raise error
+
+    def native_block(self, nested: Nested, block: Block) -> None:
+        atomic = transaction.atomic(savepoint=nested.savepoint)
+        try:
+            atomic.__enter__()
+        except BaseException as exc:
+            self.not_entered(block, exc)
+            raise
+        self.log.append(("enter", block, None, "ok"))
+        real = transaction.get_connection().session.innermost()  # type: ignore[attr-defined]
+        error: BaseException | None = None
+        try:
+            asyncorm.await_(self.steps(nested.body, block))
+        except BaseException as exc:
+            error = exc
+        self.log.append(("leaving", block, None, "ok"))
+        try:
+            atomic.__exit__(type(error) if error else None, error, None)
+        except BaseException as exc:
+            self.left(block, real, error, exc)
+            raise
+        self.left(block, real, error, None)
+        if error is not None:
+            raise error
+
+    def not_entered(self, block: Block, exc: BaseException) -> None:
+        if not isinstance(exc, asyncio.CancelledError):
+            self.log.append(("enter", block, None, self.name(exc)))
+
+    def left(self, block: Block, real: Any, error: Any, exc: BaseException | None) -> None:
+        """A cancellation that comes while a block is being left is raised after its end.
+
+        If the block still waited for statements of its tasks, it was rolled back.
+        """
+        outcome = "ok" if exc is None else self.name(exc)
+        if outcome == "cancelled" and real.cancelled is not None:
+            outcome = "rolled back"
+        block.over = True
+        self.log.append(("exit", block, error is None, outcome))
 
     async def steps(self, body: list[Any], block: Block) -> None:
         for step in body:
@@ -210,9 +281,14 @@ class Run:
                 now = [child for child in step.tasks if not child.outlives]
                 late = [child for child in step.tasks if child.outlives]
                 block.late += [self.start(child, block) for child in late]
+                if step.escapes == "at once":
+                    tasks = [self.start(child, block) for child in now]
+                    block.late += tasks
+                    await asyncio.gather(*tasks)
+                    continue
                 results = await self.all(now, block)
                 errors = [r for r in results if isinstance(r, Exception)]
-                if errors and step.escapes:
+                if errors and step.escapes == "when all are done":
                     raise errors[0]
 
     async def do(self, what: str, block: Block) -> None:
@@ -228,13 +304,34 @@ class Run:
             else:
                 self.log.append(("hook", block, number, "ok"))
             return
+        if what == "rollback":
+            try:
+                asyncorm.set_rollback(True)
+            except Exception as exc:
+                self.log.append(("rollback", block, None, self.name(exc)))
+            else:
+                self.log.append(("rollback", block, None, "ok"))
+            return
         value: Any = number
+        rows = Item.objects.filter(name=f"{root}")
         try:
             if what == "look":
-                value = await Item.objects.filter(name=f"{root}").native_count()
+                value = await rows.native_count()
+            elif what == "stream":
+                began = len(self.log)
+                value = len([row async for row in rows.native_iterator(chunk_size=2)])
+                if len(self.log) > began:  # others may have added rows in the meantime
+                    return
+            elif what == "detached":
+                async with asyncorm.detached():
+                    await Item.objects.native_create(remote_id=number, name="detached")
             else:
                 remote_id = number if what == "add" else TAKEN
                 await Item.objects.native_create(remote_id=remote_id, name=f"{root}")
+        except asyncio.CancelledError:
+            if what == "detached":
+                self.log.append((what, block, value, "cancelled"))
+            raise
         except Exception as exc:
             self.log.append((what, block, value, self.name(exc)))
         else:
@@ -242,8 +339,12 @@ class Run:
 
     @staticmethod
     def name(exc: BaseException) -> str:
+        if isinstance(exc, asyncio.CancelledError):
+            return "cancelled"
         if isinstance(exc, IntegrityError):
             return "integrity"
+        if isinstance(exc.__cause__, QueryCanceled):
+            return "stopped"
         if isinstance(exc, TransactionManagementError):
             return "ended" if "has ended" in str(exc) else "broken"
         return repr(exc)
@@ -259,6 +360,8 @@ class Model:
         self.rows: list[int] = []
         self.called: dict[int, list[int]] = defaultdict(list)
         self.either: list[Block] = []  # transactions that were committed as a whole, or not at all
+        self.perhaps: set[int] = set()  # rows that were committed or not
+        self.stopped: list[Block] = []  # their statements were refused, to roll a block back
         self.open: dict[int, list[Block]] = defaultdict(list)  # by transaction, innermost last
 
     def step(self, what: str, block: Block, value: Any, outcome: str) -> None:
@@ -270,8 +373,11 @@ class Model:
             assert outcome == "ended"
         elif outcome == "ended":
             assert block.leaving
-        elif block.poisoned:
+        elif block.poisoned and not (block.marked and outcome != "broken"):
             assert outcome == "broken"
+        elif outcome in ("broken", "stopped"):
+            block.poisoned = block.marked = True
+            self.stopped.append(block)
         else:
             assert self.open[block.root.number][-1] is block, "slipped into another block"
             return True
@@ -284,12 +390,18 @@ class Model:
             assert parent.leaving
             block.ended = True
             return
+        if outcome == "stopped":
+            assert parent is not None
+            self.stopped.append(parent)
+            block.ended = True
+            return
         assert outcome == "ok"
         stack = self.open[block.root.number]
         assert (stack[-1] if stack else None) is parent
         if parent is not None:
             block.poisoned = parent.poisoned
             block.real = block.savepoint and not parent.poisoned
+            block.marked = parent.marked
         stack.append(block)
 
     def add(self, block: Block, value: Any, outcome: str) -> None:
@@ -307,6 +419,23 @@ class Model:
             assert outcome == "integrity"
             block.poisoned = True
 
+    stream = look
+
+    def detached(self, block: Block, value: Any, outcome: str) -> None:
+        if outcome == "cancelled":
+            self.perhaps.add(value)
+        else:
+            assert outcome == "ok"
+            self.rows.append(value)
+
+    def rollback(self, block: Block, value: Any, outcome: str) -> None:
+        if block.ended or outcome == "ended":
+            assert outcome == "ended"
+            assert block.leaving
+        else:
+            assert outcome == "ok"
+            block.poisoned = block.marked = True
+
     def hook(self, block: Block, value: Any, outcome: str) -> None:
         if block.ended or outcome == "ended":
             assert outcome == "ended"
@@ -319,10 +448,16 @@ class Model:
         block.leaving = True
 
     def exit(self, block: Block, well: bool, outcome: str) -> None:
-        assert outcome in ("ok", "cancelled")
+        assert outcome in ("ok", "cancelled", "rolled back", "broken")
         assert self.open[block.root.number].pop() is block
         block.ended = True
         parent = block.parent
+        if outcome == "rolled back" or not well:
+            block.rolled_back = block.poisoned = True
+        if outcome == "broken":
+            assert well
+            block.poisoned = True
+            self.stopped.append(block)
         kept = well and not block.poisoned
         if kept or not block.real:
             if parent is None and outcome == "cancelled":
@@ -336,6 +471,15 @@ class Model:
         if not kept and not block.real:
             assert parent is not None
             parent.poisoned = True
+            parent.rolled_back |= block.rolled_back
+
+    def end(self) -> None:
+        """Statements are stopped only when a block around them is rolled back."""
+        for block in self.stopped:
+            around: Block | None = block
+            while around is not None and not around.rolled_back:
+                around = around.parent
+            assert around is not None
 
 
 # The comparison
@@ -363,9 +507,19 @@ async def compare(roots: list[Child]) -> None:
     run, model = Run(), Model()
     async with asyncio.timeout(PATIENCE):
         await run.program(roots)
-    for number, step in enumerate(run.log):
-        note(f"{number}: {step[0]} {step[2]} in block {step[1].number}: {step[3]}")
+    try:
+        await check(run, model)
+    except AssertionError as exc:
+        for what, block, value, outcome in run.log:
+            exc.add_note(f"{what} {value} in block {block.number}: {outcome}")
+        raise
+    await all_given_back()
+
+
+async def check(run: Run, model: Model) -> None:
+    for step in run.log:
         model.step(*step)
+    model.end()
     rows = await Item.objects.exclude(remote_id=TAKEN).values_list("remote_id", flat=True).anative()
     called: dict[int, list[int]] = defaultdict(list)
     for root, number in run.called:
@@ -374,14 +528,13 @@ async def compare(roots: list[Child]) -> None:
         if set(block.rows) & set(rows) or called[block.number]:
             model.rows += block.rows
             model.called[block.number] += block.hooks
-    assert sorted(rows) == sorted(model.rows)
+    assert sorted(set(rows) - model.perhaps) == sorted(model.rows)
     called = {root: numbers for root, numbers in called.items() if numbers}
     # In the order in which they were registered, whichever of the blocks ended first.
     registered = [step[2] for step in run.log if step[0] == "hook"]
     for numbers in model.called.values():
         numbers.sort(key=registered.index)
     assert called == {root: numbers for root, numbers in model.called.items() if numbers}
-    await all_given_back()
 
 
 def test_random_programs_do_what_the_model_says(runner: asyncio.Runner) -> None:

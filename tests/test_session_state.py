@@ -1,12 +1,14 @@
 """What one task leaves in a server session is not seen by the next holder of the connection."""
 
 import asyncio
+import contextlib
 import copy
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from django.conf import settings
+from django.contrib.auth.models import Permission
 from django.db import OperationalError, connections
 from django.test import override_settings
 
@@ -61,6 +63,13 @@ async def settled() -> None:
         ("LISTEN news", "SELECT count(*) FROM pg_listening_channels()", 0),
         ("PREPARE left_behind AS SELECT 1", "SELECT count(*) FROM pg_prepared_statements", 0),
         ("SET TIME ZONE 'Asia/Tokyo'", "SHOW timezone", "UTC"),
+        ("/* a /* b */ c */ SET work_mem = '77MB'", "SHOW work_mem", "4MB"),
+        (
+            "SELECT set_config('work_mem', '77MB', false), coalesce(NULL, true)",
+            "SHOW work_mem",
+            "4MB",
+        ),
+        ("SELECT set_config('work_mem', '77MB', 'a,true)' = '')", "SHOW work_mem", "4MB"),
     ],
 )
 async def test_state_is_reset_before_the_next_holder(leave: str, look: str, clean: Any) -> None:
@@ -109,6 +118,8 @@ async def test_what_functions_hide_needs_the_setting() -> None:
         "SET LOCAL statement_timeout = 5",
         "SELECT set_config('statement_timeout', %s, true)",
         "SELECT pg_advisory_xact_lock(1)",
+        "UPDATE a SET b = 1 /* traceparent='00-SET-01' */",
+        "SELECT set_config('a.b', 'c d', true), set_config(%s, %s, true)",
     ],
 )
 def test_ordinary_statements_leave_nothing(statement: str) -> None:
@@ -127,6 +138,29 @@ async def test_deadlock_on_the_pool_is_told_at_once() -> None:
         assert __file__ in str(caught.value)
         assert await value("SELECT 2") == 2, "the block goes on"
     assert loop.time() - began < settings.DATABASES["default"]["OPTIONS"]["pool"]["timeout"]
+
+
+async def test_streams_that_need_a_second_connection_are_told_who_holds_them() -> None:
+    """One fails and gives its connection to the other."""
+    pool = connections.settings["default"]["OPTIONS"]["pool"]
+    pool.update(max_size=2, timeout=20)
+    both = asyncio.Barrier(2)
+
+    async def stream() -> int:
+        rows = Permission.objects.native_iterator(chunk_size=1)
+        async with contextlib.aclosing(rows):  # type: ignore[type-var]
+            async for _ in rows:
+                await both.wait()
+                return await value("SELECT 7")  # type: ignore[no-any-return]
+        raise AssertionError
+
+    async with asyncio.timeout(10):
+        results = await asyncio.gather(stream(), stream(), return_exceptions=True)
+    failed = [result for result in results if result != 7]
+    assert len(failed) == 1
+    assert isinstance(failed[0], OperationalError)
+    assert "2 x a stream or connection() that began at" in str(failed[0])
+    assert __file__ in str(failed[0])
 
 
 async def test_exhausted_pool_names_the_holders() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
@@ -14,6 +15,7 @@ from asgiref.sync import sync_to_async
 from django.db import (
     DatabaseError,
     IntegrityError,
+    InterfaceError,
     InternalError,
     NotSupportedError,
     OperationalError,
@@ -415,6 +417,33 @@ async def test_an_aborted_transaction_is_not_taken_for_committed() -> None:
     assert origin in str(caught.value)
     assert await committed() == []
     assert called == []
+
+
+async def test_gather_that_raises_while_its_other_tasks_go_on() -> None:
+    async def fails() -> None:
+        raise ZeroDivisionError
+
+    for n in range(10):
+        tasks = [asyncio.ensure_future(add("lost")) for _ in range(3)]
+        with pytest.raises(ZeroDivisionError):
+            async with asyncorm.atomic():
+                tasks += [
+                    asyncio.ensure_future(job)
+                    for job in (sleep_on_server(0.03), add("lost"), nothing(n), add("lost"))
+                ]
+                await asyncio.gather(fails(), *tasks)
+        await asyncio.wait(tasks)
+        for task in tasks[3:]:
+            assert task.exception() is None or isinstance(
+                task.exception(), TransactionManagementError
+            )
+    await all_given_back()
+    assert await committed() == ["lost"] * 30  # those that began before the blocks
+
+
+async def nothing(turns: int) -> None:
+    for _ in range(turns):
+        await asyncio.sleep(0)
 
 
 # The end of a block
@@ -918,6 +947,79 @@ async def test_native_code_sees_the_blocks_connection() -> None:
         assert await asyncorm.native(look)() == (True, await backend())
 
 
+async def test_a_receivers_task_is_not_in_another_receivers_block() -> None:
+    """The receivers may share a Context (Django 6.1), which a task that one starts copies."""
+    signal = Signal()
+    entered, looked = asyncio.Event(), asyncio.Event()
+    pids = {}
+
+    async def one(**kwargs: Any) -> None:
+        async with asyncorm.atomic():
+            pids["block"] = await backend()
+            pids["its task"] = await asyncio.create_task(backend())
+            entered.set()
+            await looked.wait()
+
+    async def two(**kwargs: Any) -> None:
+        await entered.wait()
+        pids["another's task"] = await asyncio.create_task(backend())
+        looked.set()
+
+    signal.connect(one)
+    signal.connect(two)
+    async with asyncio.timeout(30):
+        await signal.asend(sender=None)
+    assert pids["block"] == pids["its task"] != pids["another's task"]
+
+
+async def test_another_loop_inside_a_block_is_refused() -> None:
+    """asyncio.to_thread() copies the Context, with the block in it."""
+
+    async def slip() -> None:
+        await add("slipped")
+
+    async def work_outside() -> None:
+        async with asyncorm.detached():
+            await add("detached")
+
+    origin = here()
+    async with asyncorm.atomic():
+        await add("a")
+        with pytest.raises(TransactionManagementError, match="event loop") as caught:
+            await asyncio.to_thread(asyncio.run, slip())
+        assert origin in str(caught.value)
+        await asyncio.to_thread(asyncio.run, work_outside())
+    assert await committed() == ["a", "detached"]
+
+
+async def test_a_kept_connection_with_blocks_and_tasks() -> None:
+    ended = asyncio.Event()
+
+    async def late() -> int:
+        await ended.wait()
+        return await backend()
+
+    async def fails() -> None:
+        async with asyncorm.atomic():
+            await asyncio.gather(add("lost"), add("lost"))
+            raise ZeroDivisionError
+
+    async with asyncorm.connection():
+        mine = await backend()
+        assert mine not in await asyncio.gather(backend(), backend())
+        async with asyncorm.atomic():
+            assert await asyncio.gather(backend(), backend()) == [mine, mine]
+            await asyncio.gather(fails(), add("a"), fails(), return_exceptions=True)
+            outlives = asyncio.create_task(late())
+        ended.set()
+        with pytest.raises(TransactionManagementError):
+            await outlives
+        assert await backend() == mine
+        assert mine not in await asyncio.gather(backend(), backend())
+    assert await committed() == ["a"]
+    await all_given_back()
+
+
 # Fixtures: entered and left in different tasks
 
 
@@ -1089,6 +1191,68 @@ async def test_set_rollback_of_a_task_concerns_its_own_block() -> None:
     assert await committed() == ["a", "b", "c"]
 
 
+async def test_set_rollback_while_another_tasks_savepoint_is_open() -> None:
+    inside, marked = asyncio.Event(), asyncio.Event()
+
+    async def nested() -> None:
+        async with asyncorm.atomic():
+            await add("lost")
+            inside.set()
+            await marked.wait()
+
+    async with asyncorm.atomic():
+        task = asyncio.create_task(nested())
+        await inside.wait()
+        asyncorm.set_rollback(True)
+        marked.set()
+        await task
+        with pytest.raises(TransactionManagementError):
+            await add("lost")
+    assert await committed() == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"statement_timeout": value}
+        for value in (0, -1, float("nan"), float("inf"), 1e12, "1; DROP TABLE myapp_item")
+    ]
+    + [
+        {"isolation_level": value}
+        for value in ("SERIALIZABLE", "serializable; DROP TABLE myapp_item", 2, 99)
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        asyncorm.atomic(**options)
+
+
+async def test_native_code_works_with_djangos_functions_for_transactions() -> None:
+    def work() -> None:
+        with transaction.atomic():
+            assert not transaction.get_rollback()
+            with transaction.atomic():
+                Item.objects.create(remote_id=next(ids), name="lost")
+                transaction.set_rollback(True)
+                assert transaction.get_rollback()
+            assert not transaction.get_rollback()
+            sid = transaction.savepoint()
+            Item.objects.create(remote_id=next(ids), name="a")
+            transaction.savepoint_commit(sid)
+            with contextlib.suppress(ZeroDivisionError):
+                with transaction.mark_for_rollback_on_error():
+                    raise ZeroDivisionError
+            assert transaction.get_rollback()
+            transaction.set_rollback(False)
+            transaction.clean_savepoints()
+
+    await asyncorm.native(work)()
+    assert await committed() == ["a"]
+    with pytest.raises(TransactionManagementError):
+        await asyncorm.native(transaction.get_rollback)()
+
+
 async def test_an_engine_of_another_kind_is_refused() -> None:
     with pytest.raises(NotSupportedError):
         async with asyncorm.atomic("legacy"):
@@ -1200,6 +1364,128 @@ async def test_a_stream_that_is_left_early(inside: bool, how: str) -> None:
             assert await cursor.fetchone() == (0,)
     assert len(await committed()) == 51
     await all_given_back()
+
+
+async def test_nested_blocks_rolled_back_between_the_chunks_of_a_stream() -> None:
+    await fill(50)
+    async with asyncorm.atomic():
+        seen = []
+        async for item in Item.objects.order_by("name").native_iterator(chunk_size=7):
+            seen.append(item.name)
+            with contextlib.suppress(ZeroDivisionError):
+                async with asyncorm.atomic():
+                    await item.native_delete()
+                    await asyncio.gather(add("lost"), add("lost"))
+                    raise ZeroDivisionError
+    assert seen == await committed() == [f"{n:03}" for n in range(50)]
+
+
+async def test_a_stream_whose_block_is_over() -> None:
+    await fill(20)
+    async with asyncorm.atomic():
+        with contextlib.suppress(ZeroDivisionError):
+            async with asyncorm.atomic():
+                rolled_back = Item.objects.native_iterator(chunk_size=5)
+                await anext(rolled_back)
+                raise ZeroDivisionError
+        with pytest.raises(OperationalError, match="rolled back or has ended"):
+            async with asyncorm.atomic():
+                async for _ in rolled_back:
+                    pass
+        await add("a")
+        ended = Item.objects.native_iterator(chunk_size=5)
+        await anext(ended)
+    with pytest.raises(InterfaceError, match="has ended"):
+        async for _ in ended:
+            pass
+    await all_given_back()
+    assert "a" in await committed()
+
+
+async def test_a_task_that_begins_a_stream_while_its_block_ends() -> None:
+    async def read() -> list[Any]:
+        return [row async for row in Item.objects.native_iterator()]
+
+    for turns in range(8):
+        async with asyncorm.atomic():
+            await add("a")
+            late = asyncio.create_task(read())
+            await nothing(turns)
+        with contextlib.suppress(TransactionManagementError):
+            assert len(await late) == turns + 1
+        await all_given_back()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("kind", ["stream", "iterator"])
+async def test_a_stream_finalised_by_another_thread(inside: bool, kind: str) -> None:
+    await fill(20)
+    held: list[Any] = []
+
+    def begin() -> None:
+        held.append(Item.objects.iterator(chunk_size=5))
+        next(held[0])
+
+    async with contextlib.AsyncExitStack() as stack:
+        if inside:
+            await stack.enter_async_context(asyncorm.atomic())
+        if kind == "stream":
+            held.append(Item.objects.native_iterator(chunk_size=5))
+            await anext(held[0])
+        else:
+            await asyncorm.native(begin)()
+        await asyncio.to_thread(held.clear)
+        await add("a")
+    await all_given_back()
+    assert "a" in await committed()
+
+
+def test_a_loop_that_ends_with_open_blocks_and_streams() -> None:
+    async def nest(depth: int) -> None:
+        async with asyncorm.atomic():
+            await add("lost")
+            await (nest(depth - 1) if depth else sleep_on_server(60))
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(nest(2)) for _ in range(3)]
+        await asyncorm.atomic().__aenter__()
+        await add("lost")
+        await anext(Item.objects.native_iterator())
+        await asyncio.wait(tasks, timeout=0.2)
+
+    for _ in range(2):
+        asyncio.run(main())
+    asyncio.run(asyncio.wait_for(no_statement_runs(), 10))
+
+
+async def no_statement_runs() -> None:
+    while True:
+        async with asyncorm.cursor() as cursor:
+            await cursor.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' OR"
+                " state LIKE 'idle in%' AND datname = current_database()"
+            )
+            if await cursor.fetchone() == (0,):
+                assert await names() == []
+                return
+        await asyncio.sleep(0.02)
+
+
+def test_blocks_on_several_loops_in_several_threads() -> None:
+    async def block(name: str) -> None:
+        async with asyncorm.atomic():
+            await asyncio.gather(*(add(name) for _ in range(3)))
+            with contextlib.suppress(ZeroDivisionError):
+                async with asyncorm.atomic():
+                    await add("lost")
+                    raise ZeroDivisionError
+
+    async def main(name: str) -> None:
+        await asyncio.gather(*(block(name) for _ in range(4)))
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda name: asyncio.run(main(name)), "abc"))
+    assert asyncio.run(names()) == sorted("abc" * 12)
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -31,7 +31,6 @@ import asyncio
 import inspect
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache, cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +40,7 @@ import psycopg
 from django.db import connections
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
 from django.db.transaction import TransactionManagementError
-from django.db.utils import InterfaceError, OperationalError
+from django.db.utils import DatabaseError, InterfaceError, OperationalError
 from psycopg.pq import ConnStatus
 
 from .. import bridge, pools, sessions
@@ -466,10 +465,17 @@ class _Stream:
             cursor._closed = True  # with the session that it belonged to
         elif session.serves(runner := bridge.current()):
             try:
-                with nullcontext() if runner is None else bridge.shield(runner):
+                # A cancelled task does not wait for others: the transaction's end closes it, too.
+                if runner is None:
                     super().close()  # type: ignore[misc]
+                elif runner.cleaning_until is None or not session.busy:
+                    with session.wrapper.wrap_database_errors, bridge.shield(runner):
+                        super().close()  # type: ignore[misc]
             except TransactionManagementError:
                 pass  # the transaction has ended or is aborted, and the cursor goes with it
+            except DatabaseError:
+                if runner is None or runner.cleaning_until is None:  # else the connection is closed
+                    raise
             finally:
                 cursor._closed = True  # or it would keep the connection
         elif not cursor._closed:
