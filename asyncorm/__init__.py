@@ -13,6 +13,7 @@ from .pools import close_pools, pool_stats
 from .retry import retrying
 from .sessions import connection, detached, detached_task
 from .statements import statement_cache_stats
+from .timeline import timeline
 from .transactions import atomic, on_commit, set_rollback
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "retrying",
     "set_rollback",
     "statement_cache_stats",
+    "timeline",
 ]
 
 

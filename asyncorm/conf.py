@@ -17,6 +17,8 @@ DEFAULTS: dict[str, Any] = {
     "RESET_ALWAYS": False,
     # Seconds after which a loop is taken to live on, and its pools are filled to min_size.
     "FILL_DELAY": 1.0,
+    # Seconds of waiting for a connection after which a warning names who holds them; None: never.
+    "SLOW_CHECKOUT": 5.0,
     # When all connections are in use, send statements of several operations together.
     "MULTIPLEXING": True,
     # The most connections of a pool that are used at once; None: its size.
@@ -55,6 +57,11 @@ def problems() -> list[str]:
         seconds = value.get(key, DEFAULTS[key])
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:
             found.append(f'ASYNCORM["{key}"] must be a positive number of seconds.')
+    seconds = value.get("SLOW_CHECKOUT")
+    if seconds is not None and (
+        isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0
+    ):
+        found.append('ASYNCORM["SLOW_CHECKOUT"] must be a positive number of seconds, or None.')
     most = value.get("PARALLELISM")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         found.append('ASYNCORM["PARALLELISM"] must be a positive number of connections, or None.')

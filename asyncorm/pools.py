@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from asyncio import AbstractEventLoop, get_running_loop
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
@@ -20,6 +21,8 @@ from .driver import Connection, ConnectionPool, LazyConnection, OwnLock, PooledC
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
+
+logger = logging.getLogger("asyncorm")
 
 # Options of Django's own "pool" key that this pool sets itself.
 _IGNORED = ("open", "close_returns", "connection_class", "kwargs", "reconnect_timeout")
@@ -171,7 +174,8 @@ class Pool:
             with self.asked(admitted=wrapper.session.flying):
                 task = asyncio.current_task()
                 cancels = task.cancelling() if task is not None else 0
-                conn = await self.connections.getconn()
+                with self._warning_if_slow():
+                    conn = await self.connections.getconn()
                 if task is not None and task.cancelling() > cancels:
                     # Python 3.11's wait_for() forgets a cancellation that comes with the
                     # connection.
@@ -235,6 +239,26 @@ class Pool:
             yield
         finally:
             self.asking.discard(task)
+
+    @contextmanager
+    def _warning_if_slow(self) -> Iterator[None]:
+        seconds = conf.get("SLOW_CHECKOUT")
+        if seconds is None:
+            yield
+            return
+
+        def warn() -> None:
+            logger.warning(
+                "A task has waited %g s for one of the %d connections of database %r, and %d more "
+                "wait. Held by: %s.", seconds, self.size, self.alias,
+                self.connections.waiting - 1 if self.connections else 0, self._holders(),
+            )  # fmt: skip
+
+        handle = self.loop.call_later(seconds, warn)
+        try:
+            yield
+        finally:
+            handle.cancel()
 
     def _deadlocked(self) -> bool:
         """Whether nobody who holds a connection can give it back before getting another."""

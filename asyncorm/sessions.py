@@ -14,7 +14,7 @@ from asyncio import CancelledError, Task, TimerHandle, current_task, get_running
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import Context, ContextVar, copy_context
-from time import monotonic
+from time import monotonic, perf_counter
 from types import FrameType
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -301,7 +301,9 @@ class Block:
             assert runner is not None
             if self.queue is not None:
                 self.queue.seal()
+            since = perf_counter()
             bridge.wait_for(runner, self._acquire())
+            _waited(f"for the block that began at {self.origin}", self.session, since)
         if self.ended:
             self.lock.release()
             raise self.outlived_error()
@@ -497,7 +499,10 @@ class Session:
             return conn
         if not self.flying and self.source.queue is not None:
             self.source.queue.seal()
-        return self.source.get(self.wrapper)
+        since = perf_counter()
+        conn = self.source.get(self.wrapper)
+        _waited("for a connection", self, since)
+        return conn
 
     def queue_for(self, text: str) -> Queue | None:
         """Where a statement waits that needs no connection of its own; None if it runs now."""
@@ -800,6 +805,16 @@ def _pool(alias: str, cls: Any) -> pools.Pool:
 # Execute wrappers of native code in every task (testing.py).
 everywhere: list[Any] = []
 
+# Told of each wait for a connection or for a block (timeline.py): what for, the session, since when
+# (time.perf_counter()).
+waits: list[Callable[[str, Session, float], None]] = []
+
+
+def _waited(what: str, session: Session, since: float) -> None:
+    for tell in waits:
+        tell(what, session, since)
+
+
 # Sessions of test cases, by alias (testcase.py): native code in a test's transaction uses them.
 test_sessions: dict[str, Any] = {}
 
@@ -873,10 +888,16 @@ _OWN = ("asyncorm.", "django.db.", "contextlib", "asyncio.", "greenlet")
 def caller() -> str:
     """File and line of the nearest frame that is not ours nor Django's, for messages."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_OWN):
-        frame = frame.f_back
-    if frame is None:
-        return "an unknown place"
+    runner: Any = getcurrent()
+    while frame is None or (name := frame.f_globals.get("__name__", "")).startswith(_OWN):
+        if frame is None:
+            # Native code was called by the greenlet around it, which waits: whatever awaits it.
+            if (runner := runner.parent) is None or (frame := runner.gr_frame) is None:
+                return "an unknown place"
+        elif name == "asyncio.events":  # what runs the loop is of no interest
+            return "an unknown place"
+        else:
+            frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+from ..timeline import Timeline
 from .figures import Statement
 
 P = ParamSpec("P")
@@ -32,31 +32,27 @@ def named(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
     return run
 
 
-class Recorder:
-    """An execute_wrapper for Django's connection; both halves use the same one."""
-
-    def __init__(self) -> None:
-        self.statements: list[Statement] = []
-        self.threads: set[int] = set()
-        self._began = 0.0
+class Recorder(Timeline):
+    """The timeline that `asyncorm.timeline()` records, with names for the queries; both halves have
+    it among their connection's execute_wrappers.
+    """
 
     def begin(self) -> None:
         """Forget what was recorded, and start the clock; called in the event loop's thread."""
-        self.statements = []
+        super().begin()
+        self.names: list[str] = []
         self.threads = {threading.get_ident()}
-        self._began = time.perf_counter()
 
-    def elapsed(self) -> float:
-        return time.perf_counter() - self._began
-
-    def __call__(
-        self, execute: Callable[..., T], sql: str, params: Any, many: bool, context: dict[str, Any]
-    ) -> T:
-        start = self.elapsed()
+    def __call__(self, execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
         try:
-            return execute(sql, params, many, context)
+            return super().__call__(execute, sql, params, many, context)
         finally:
-            end = self.elapsed()
-            server = context["connection"].connection.info.backend_pid
+            self.names.append(_query.get())
             self.threads.add(threading.get_ident())
-            self.statements.append(Statement(_query.get(), server, start, end))
+
+    @property
+    def statements(self) -> list[Statement]:
+        return [
+            Statement(name, span.connection, span.began, span.ended)
+            for name, span in zip(self.names, self.spans, strict=True)
+        ]

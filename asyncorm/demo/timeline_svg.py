@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from ..drawing import ticks
+from ..svg import document, line, rect, slivers, text
 from .figures import Comparison, Run, Statement, milliseconds, number
-from .svg import document, line, rect, slivers, text
-from .timeline import Lane, Mark, crowded, lanes, marks, span, ticks
+from .timeline import Lane, Mark, crowded, lanes, marks, span
 
 WIDTH = 1200
 MARGIN = 36

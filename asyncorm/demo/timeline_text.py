@@ -7,8 +7,9 @@ from math import ceil
 
 from rich.text import Text
 
+from ..drawing import ticks
 from .figures import Comparison, milliseconds
-from .timeline import Lane, Mark, crowded, lanes, marks, span, ticks
+from .timeline import Lane, Mark, crowded, lanes, marks, span
 
 NAME = 15
 ROOM = 10  # at the right, for the end's label

@@ -1,4 +1,4 @@
-"""The few SVG elements that the picture of the timeline is made of, as strings."""
+"""The few SVG elements that pictures of timelines are made of, as strings."""
 
 from __future__ import annotations
 

@@ -1,0 +1,269 @@
+"""`timeline()`: which task ran which query when, on which connection, and what it waited for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any, TypeVar
+
+from . import drawing, sessions
+
+T = TypeVar("T")
+
+SHARED = -1
+REPEATED = 5  # times one statement of one place in one task is taken to be an N+1 problem
+_IN_TURN = 3  # queries in a row in one task that might run at once
+
+
+@dataclass(frozen=True)
+class Span:
+    """A query, or a wait before one.
+
+    Attributes:
+        task: the name of the asyncio task, or of the thread.
+        what: the SQL with its placeholders; of a wait, what was waited for.
+        alias: the database alias.
+        connection: the process id of the server's end; 0 of a wait, SHARED of a statement that
+            was sent with those of other operations.
+        place: file and line that caused it.
+        began, ended: seconds since the recording began.
+        in_block: whether it ran in a transaction.
+    """
+
+    task: str
+    what: str
+    alias: str
+    connection: int
+    place: str
+    began: float
+    ended: float
+    in_block: bool = False
+
+    @property
+    def is_wait(self) -> bool:
+        """Whether it is a wait for a connection or for a transaction block."""
+        return not self.connection
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.ended - self.began
+
+
+class Timeline:
+    """What `timeline()` records; `print()` shows it.
+
+    It can be put among a connection's `execute_wrappers` by hand, to record what synchronous code
+    runs there.
+
+    Attributes:
+        spans: queries and waits, in the order in which they ended.
+    """
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self._start = perf_counter()
+
+    def begin(self) -> None:
+        """Forget what was recorded, and start the clock."""
+        self.spans = []
+        self._start = perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds since the recording began."""
+        return perf_counter() - self._start
+
+    # Recording
+
+    def __call__(
+        self, execute: Callable[..., T], sql: Any, params: Any, many: bool, context: dict[str, Any]
+    ) -> T:
+        before = len(self.spans)
+        began = self.elapsed()
+        place = sessions.caller()
+        wrapper = context["connection"]
+        try:
+            return execute(sql, params, many, context)
+        finally:
+            task = _task()
+            for span in self.spans[before:]:  # waits for a block are inside
+                if span.task == task and span.is_wait and span.ended > began:
+                    began = span.ended
+            conn = wrapper.connection
+            pid = conn.pgconn.backend_pid if conn is not None else SHARED
+            if getattr(conn, "unsettled", False):
+                pid = SHARED
+            ended = self.elapsed()
+            self.spans.append(
+                Span(
+                    task, str(sql), wrapper.alias, pid, place, began, ended, wrapper.in_atomic_block
+                )
+            )
+
+    def _wait(self, what: str, session: sessions.Session, since: float) -> None:
+        began = since - self._start
+        self.spans.append(
+            Span(_task(), what, session.alias, 0, sessions.caller(), began, self.elapsed())
+        )
+
+    def __enter__(self) -> Timeline:
+        self.begin()
+        sessions.everywhere.append(self)
+        for session in sessions.test_sessions.values():
+            session.wrapper.execute_wrappers.append(self)
+        sessions.waits.append(self._wait)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        sessions.waits.remove(self._wait)
+        for session in sessions.test_sessions.values():
+            session.wrapper.execute_wrappers.remove(self)
+        sessions.everywhere.remove(self)
+
+    async def __aenter__(self) -> Timeline:
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.__exit__(exc_type, exc, traceback)
+
+    # Reading
+
+    @property
+    def queries(self) -> list[Span]:
+        """Without the waits."""
+        return [span for span in self.spans if not span.is_wait]
+
+    @property
+    def waits(self) -> list[Span]:
+        """Only the waits."""
+        return [span for span in self.spans if span.is_wait]
+
+    @property
+    def by_task(self) -> dict[str, list[Span]]:
+        """For each task its spans in order of time."""
+        found: dict[str, list[Span]] = {}
+        for span in sorted(self.spans, key=lambda span: span.began):
+            found.setdefault(span.task, []).append(span)
+        return found
+
+    def findings(self) -> list[str]:
+        """What looks like N+1 queries and like needless serialisation, in words."""
+        return [*self._repeated(), *self._in_turn(), *self._waited()]
+
+    def _repeated(self) -> list[str]:
+        groups: dict[tuple[str, str, str], list[Span]] = defaultdict(list)
+        for span in self.queries:
+            groups[span.task, span.what, span.place].append(span)
+        return [
+            f"N+1: {len(spans)} times the same query in {task} at {place}, "
+            f"{_ms(sum(span.seconds for span in spans))} together: {drawing.shortened(what)} "
+            "Would select_related(), prefetch_related() or a filter with __in fetch all at once?"
+            for (task, what, place), spans in groups.items()
+            if len(spans) >= REPEATED
+        ]
+
+    def _in_turn(self) -> list[str]:
+        found = []
+        for task, spans in self.by_task.items():
+            run: list[Span] = []
+            for span in [*spans, None]:
+                if (
+                    span is not None
+                    and not span.is_wait
+                    and not span.in_block
+                    and span.what.lstrip("( ").upper().startswith("SELECT")
+                    and span.what not in (other.what for other in run)
+                    and (not run or _file(span) == _file(run[0]))
+                ):
+                    run.append(span)
+                    continue
+                if span is not None and span.is_wait:
+                    continue
+                places = list(dict.fromkeys(other.place for other in run))
+                if len(places) >= _IN_TURN:
+                    found.append(
+                        f"In turn: {len(run)} queries of {task} ran one after the other for "
+                        f"{_ms(sum(other.seconds for other in run))}, at {', '.join(places)}. If "
+                        "they do not need each other's results, gather() or batch() runs them at "
+                        "once."
+                    )
+                run = [] if span is None or span.is_wait or span.in_block else [span]
+        return found
+
+    def _waited(self) -> list[str]:
+        groups: dict[str, list[Span]] = defaultdict(list)
+        for span in self.waits:
+            groups[span.what].append(span)
+        return [
+            f"Waiting: {len({span.task for span in spans})} tasks waited {what}, {len(spans)} "
+            f"times, {_ms(sum(span.seconds for span in spans))} together."
+            for what, spans in groups.items()
+            if len(spans) > 1
+        ]
+
+    def __str__(self) -> str:
+        return drawing.as_text(self)
+
+    def svg(self) -> str:
+        """The timeline as an SVG picture: a row for each task, a colour for each connection."""
+        return drawing.as_svg(self)
+
+    def html(self) -> str:
+        """A page with the picture, what was found, and every query."""
+        return drawing.as_html(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the picture, or with a name in .html the page.
+
+        Raises:
+            ValueError: the name ends otherwise than in .svg or .html.
+        """
+        path = Path(path)
+        if path.suffix not in (".svg", ".html"):
+            raise ValueError(f"A timeline is saved as .svg or .html, not as {path.name!r}.")
+        path.write_text(self.svg() if path.suffix == ".svg" else self.html(), encoding="utf-8")
+
+
+def _task() -> str:
+    task = sessions.current_task_or_none()
+    return threading.current_thread().name if task is None else task.get_name()
+
+
+def _file(span: Span) -> str:
+    return span.place.rpartition(":")[0]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
+
+
+def timeline() -> Timeline:
+    """Record the native queries of every task, and what they waited for, while a block runs.
+
+        async with asyncorm.timeline() as seen:
+            await view(request)
+        print(seen)
+        seen.save("request.html")
+
+    `seen.findings()` names queries that are repeated as N+1 problems are, queries that ran one
+    after the other though they might run at once, and waits. In a test's transaction synchronous
+    queries are recorded, too. Rows that a stream fetches after the first, and COMMIT and the like,
+    are not.
+    """
+    return Timeline()

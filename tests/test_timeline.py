@@ -1,0 +1,167 @@
+"""timeline(): which task ran which query when, on which connection, and what it waited for."""
+
+import asyncio
+import logging
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.test import TestCase
+
+import asyncorm
+from asyncorm import native
+from asyncorm.timeline import SHARED, Timeline
+from tests.project.shop.models import Author, Book, Publisher, Tag
+from tests.support import backend_pid, database, sleep
+
+pytestmark = pytest.mark.usefixtures("shop_data")
+
+
+async def warm() -> None:
+    """Connections are there, and configured."""
+    await asyncio.gather(*(native(sleep)(0.02) for _ in range(4)))
+
+
+async def test_it_records_who_ran_what_where() -> None:
+    await warm()
+    async with asyncorm.timeline() as seen:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(Tag.objects.native_count(), name="first")
+            group.create_task(native(sleep)(0.1), name="second")
+        pid = await native(backend_pid)()
+    await Tag.objects.native_count()  # not recorded any more
+    assert len(seen.queries) == 3
+    (first,) = [span for span in seen.by_task["first"] if not span.is_wait]
+    (second,) = [span for span in seen.by_task["second"] if not span.is_wait]
+    assert first.what.startswith("SELECT COUNT(*)") and first.alias == "default"
+    assert first.connection != second.connection
+    assert 0.1 <= second.seconds < 1
+    assert first.began < second.ended and second.began < first.ended + 0.1
+    assert seen.queries[-1].connection in (pid, SHARED)
+    assert not seen.queries[-1].in_block
+    assert first.place == "an unknown place"  # the task is the native call itself
+    assert "support.py" in second.place
+
+
+async def test_waits_for_a_connection_and_for_a_block() -> None:
+    await warm()
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 1}}) as alias:
+
+        async def hold() -> None:
+            async with asyncorm.atomic(alias), asyncorm.cursor(alias) as cursor:
+                await cursor.execute("SELECT pg_sleep(0.1)")
+
+        async with asyncorm.timeline() as seen:
+            await asyncio.gather(hold(), hold(), hold())
+        waits = [span for span in seen.waits if span.seconds > 0.05]
+        assert len(waits) >= 2
+        assert {span.what for span in waits} == {"for a connection"}
+        assert any(text.startswith("Waiting: ") for text in seen.findings())
+        await asyncorm.close_pools(alias)
+
+    async with asyncorm.timeline() as seen, asyncorm.atomic():
+        await asyncio.gather(*(native(sleep)(0.05) for _ in range(3)))
+    assert len(seen.waits) >= 2
+    assert all("for the block that began at" in span.what for span in seen.waits)
+    for span in seen.queries:  # a query does not include its wait
+        assert span.seconds < 0.5 and span.in_block
+    ordered = sorted(span.began for span in seen.queries if "pg_sleep" in span.what)
+    assert ordered[1] - ordered[0] > 0.04
+
+
+async def test_n_plus_1_is_found() -> None:
+    def names() -> list[Any]:
+        return [book.publisher and book.publisher.name for book in Book.objects.order_by("pk")]
+
+    async with asyncorm.timeline() as seen:
+        await native(names)()
+    (finding,) = [text for text in seen.findings() if text.startswith("N+1")]
+    assert "test_timeline.py" in finding and "shop_publisher" in finding
+    async with asyncorm.timeline() as seen:
+        await Book.objects.select_related("publisher").anative()
+        await Book.objects.prefetch_related("tags", "publisher").anative()
+    assert not [text for text in seen.findings() if text.startswith("N+1")]
+
+
+async def test_needless_serialisation_is_found() -> None:
+    async def dashboard() -> None:
+        await Book.objects.native_count()
+        await Author.objects.native_count()
+        await Publisher.objects.native_count()
+
+    async with asyncorm.timeline() as seen:
+        await dashboard()
+    (finding,) = seen.findings()
+    assert finding.startswith("In turn: 3 queries") and "gather()" in finding
+    assert finding.count("test_timeline.py") == 3
+
+    async with asyncorm.timeline() as seen:
+        await asyncio.gather(
+            Book.objects.native_count(), Author.objects.native_count(), Tag.objects.native_count()
+        )
+    assert not [text for text in seen.findings() if text.startswith("In turn")]
+    async with asyncorm.timeline() as seen, asyncorm.atomic():
+        await dashboard()
+    assert seen.findings() == []
+
+
+async def test_text_picture_and_page(tmp_path: Path) -> None:
+    async with asyncorm.timeline() as seen:
+        async with asyncio.TaskGroup() as group:
+            for n in range(3):
+                group.create_task(Tag.objects.filter(name="<&>").native_count(), name=f"<{n}>")
+    lines = str(seen).splitlines()
+    assert lines[0].startswith("3 queries of 3 tasks on ")
+    assert sum("SELECT COUNT(*)" in line for line in lines) == 3
+    seen.save(tmp_path / "seen.svg")
+    seen.save(str(tmp_path / "seen.html"))
+    root = ET.parse(tmp_path / "seen.svg").getroot()
+    assert root.tag.endswith("svg")
+    assert "<0>" in "".join(root.itertext())
+    page = (tmp_path / "seen.html").read_text()
+    assert page.count("<tr>") >= 4 and "&lt;0&gt;" in page and "<svg" in page
+    with pytest.raises(ValueError, match=r"seen\.png"):
+        seen.save(tmp_path / "seen.png")
+    assert str(Timeline()).startswith("0 queries")
+    assert Timeline().svg().startswith("<?xml")
+
+
+async def test_failed_queries_are_recorded() -> None:
+    async with asyncorm.timeline() as seen:
+        with pytest.raises(Exception, match="nothing"):
+            async with asyncorm.cursor() as cursor:
+                await cursor.execute("SELECT nothing")
+    assert [span.what for span in seen.queries] == ["SELECT nothing"]
+
+
+class InATest(TestCase):
+    async def test_synchronous_queries_are_recorded_in_a_tests_transaction(self) -> None:
+        from asgiref.sync import sync_to_async
+
+        with asyncorm.timeline() as seen:
+            await Tag.objects.native_count()
+            await sync_to_async(Tag.objects.count)()
+        assert len(seen.queries) == 2
+
+
+async def test_a_slow_checkout_is_warned_of(
+    caplog: pytest.LogCaptureFixture, settings: Any
+) -> None:
+    settings.ASYNCORM = {"SLOW_CHECKOUT": 0.05}
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 1}}) as alias:
+        with caplog.at_level(logging.WARNING, "asyncorm"):
+            async with asyncorm.atomic(alias):
+                waiting = asyncio.create_task(native(backend_pid)(alias))
+                other = asyncio.create_task(_begin(alias))
+                await asyncio.sleep(0.3)
+            await asyncio.gather(waiting, other)
+        (message, *_) = [r.getMessage() for r in caplog.records if r.name == "asyncorm"]
+        assert "waited 0.05 s" in message and f"'{alias}'" in message
+        assert "the transaction block that began at" in message and "test_timeline.py" in message
+        await asyncorm.close_pools(alias)
+
+
+async def _begin(alias: str) -> None:
+    async with asyncorm.detached(), asyncorm.atomic(alias):
+        pass
