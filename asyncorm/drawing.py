@@ -36,7 +36,7 @@ def shortened(sql: str, most: int = 120) -> str:
 
 
 def _who(connection: int, name: str = "") -> str:
-    return f"{name}{connection}" if connection > 0 else "shared" if connection else ""
+    return f"{name}{connection}" if connection else ""
 
 
 def _total(timeline: Timeline) -> float:

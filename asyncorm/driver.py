@@ -185,6 +185,7 @@ class _Cursor:
         else:  # none, or the cursor has bound them on the client: the text has their values
             statement.prepare = False
         results = queue.run(statement, text)
+        conn.served_by = queue.served_by
         self._check_results(results)
         self._set_results(results)
         return self
@@ -339,9 +340,11 @@ class Connection(psycopg.Connection[Any]):
         touched: whether a statement left something in the server session that nobody else may see.
         pooled: the pool's connection underneath, None when there is none.
         unsettled: it is a `LazyConnection` and has no server connection yet.
+        served_by: the server process that ran the last statement of an unsettled one.
     """
 
     unsettled = False
+    served_by = 0
     lock: Any
     configured: bool
     touched: bool
@@ -439,7 +442,9 @@ class Connection(psycopg.Connection[Any]):
         """
         queue = self.lock.queue_for(statement.text)
         if queue is not None:
-            return checked(queue.run(statement, statement.text), self.info.encoding)
+            results = queue.run(statement, statement.text)
+            self.served_by = queue.served_by
+            return checked(results, self.info.encoding)
         if self.unsettled:
             self.settle()  # type: ignore[attr-defined]
         try:

@@ -109,13 +109,14 @@ class _Passenger:
         flight: those that it travels with, from take-off on.
     """
 
-    __slots__ = ("flight", "future", "since", "statement", "text")
+    __slots__ = ("flight", "future", "pid", "since", "statement", "text")
 
     def __init__(self, statement: Statement, text: str) -> None:
         self.statement = statement
         self.text = text
         self.future: Future[list[Any]] = get_running_loop().create_future()
         self.since = monotonic()
+        self.pid = 0
         self.flight: _Flight | None = None
 
 
@@ -174,7 +175,9 @@ class Queue:
             passenger = _Passenger(statement, text)
             self._join(passenger)
             try:
-                return bridge.wait_for(runner, passenger.future)
+                results = bridge.wait_for(runner, passenger.future)
+                self.served_by = passenger.pid
+                return results
             except CancelledError as exc:
                 self._drop(runner, passenger, exc)
                 raise
@@ -265,6 +268,8 @@ class Queue:
                     slow.add(passenger.text)
 
         flight = _Flight(passengers)
+        for passenger in passengers:
+            passenger.pid = conn.pgconn.backend_pid
         handle = get_running_loop().call_later(SLOW, look)
         try:
             results = bridge.wait_for(

@@ -16,7 +16,6 @@ from . import drawing, sessions
 
 T = TypeVar("T")
 
-SHARED = -1
 REPEATED = 5  # times one statement of one place in one task is taken to be an N+1 problem
 _IN_TURN = 3  # queries in a row in one task that might run at once
 
@@ -29,11 +28,11 @@ class Span:
         task: the name of the asyncio task, or of the thread.
         what: the SQL with its placeholders; of a wait, what was waited for.
         alias: the database alias.
-        connection: the process id of the server's end; 0 of a wait, SHARED of a statement that
-            was sent with those of other operations.
+        connection: the process id of the server's end; 0 of a wait, or if there was none.
         place: file and line that caused it.
         began, ended: seconds since the recording began.
         in_block: whether it ran in a transaction.
+        is_wait: it is a wait for a connection or for a transaction block.
     """
 
     task: str
@@ -44,11 +43,7 @@ class Span:
     began: float
     ended: float
     in_block: bool = False
-
-    @property
-    def is_wait(self) -> bool:
-        """Whether it is a wait for a connection or for a transaction block."""
-        return not self.connection
+    is_wait: bool = False
 
     @property
     def seconds(self) -> float:
@@ -96,9 +91,8 @@ class Timeline:
                 if span.task == task and span.is_wait and span.ended > began:
                     began = span.ended
             conn = wrapper.connection
-            pid = conn.pgconn.backend_pid if conn is not None else SHARED
-            if getattr(conn, "unsettled", False):
-                pid = SHARED
+            unsettled = getattr(conn, "unsettled", False)  # not psycopg's own connection
+            pid = 0 if conn is None else conn.served_by if unsettled else conn.pgconn.backend_pid
             ended = self.elapsed()
             self.spans.append(
                 Span(
@@ -109,7 +103,16 @@ class Timeline:
     def _wait(self, what: str, session: sessions.Session, since: float) -> None:
         began = since - self._start
         self.spans.append(
-            Span(_task(), what, session.alias, 0, sessions.caller(), began, self.elapsed())
+            Span(
+                _task(),
+                what,
+                session.alias,
+                0,
+                sessions.caller(),
+                began,
+                self.elapsed(),
+                is_wait=True,
+            )
         )
 
     def __enter__(self) -> Timeline:

@@ -83,14 +83,15 @@ def test_slow_queries_overlap_only_with_asyncorm(result: Result) -> None:
     assert figures["factor"] == figures["django"]["seconds"] / figures["asyncorm"]["seconds"]
 
 
-def test_statements_lie_within_their_run_and_never_overlap_on_a_connection(result: Result) -> None:
+def test_statements_lie_within_their_run(result: Result) -> None:
     for scenario in result.figures["scenarios"].values():
         for half in ("django", "asyncorm"):
             figures = scenario[half]
             last_end: dict[int, float] = {}
             for _, connection, start, end in sorted(figures["statements"], key=lambda s: s[2]):
                 assert 0 <= start < end <= figures["seconds"]
-                assert start >= last_end.get(connection, 0)
+                if half == "django":  # natively, several may travel together
+                    assert start >= last_end.get(connection, 0)
                 last_end[connection] = end
             assert len(last_end) == figures["connections"]
 

@@ -11,7 +11,7 @@ from django.test import TestCase
 
 import asyncorm
 from asyncorm import native
-from asyncorm.timeline import SHARED, Timeline
+from asyncorm.timeline import Timeline
 from tests.project.shop.models import Author, Book, Publisher, Tag
 from tests.support import backend_pid, database, sleep
 
@@ -38,7 +38,7 @@ async def test_it_records_who_ran_what_where() -> None:
     assert first.connection != second.connection
     assert 0.1 <= second.seconds < 1
     assert first.began < second.ended and second.began < first.ended + 0.1
-    assert seen.queries[-1].connection in (pid, SHARED)
+    assert seen.queries[-1].connection == pid
     assert not seen.queries[-1].in_block
     assert first.place == "an unknown place"  # the task is the native call itself
     assert "support.py" in second.place
@@ -68,6 +68,15 @@ async def test_waits_for_a_connection_and_for_a_block() -> None:
         assert span.seconds < 0.5 and span.in_block
     ordered = sorted(span.began for span in seen.queries if "pg_sleep" in span.what)
     assert ordered[1] - ordered[0] > 0.04
+
+
+async def test_statements_that_travel_together_name_their_connection() -> None:
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 1}}) as alias:
+        pid = await native(backend_pid)(alias)
+        async with asyncorm.timeline() as seen:
+            pids = await asyncio.gather(*(native(backend_pid)(alias) for _ in range(20)))
+        assert set(pids) == {span.connection for span in seen.queries} == {pid}
+        await asyncorm.close_pools(alias)
 
 
 async def test_n_plus_1_is_found() -> None:
