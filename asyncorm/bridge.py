@@ -14,7 +14,7 @@ import threading
 from asyncio import CancelledError, get_running_loop
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from greenlet import getcurrent, greenlet
@@ -160,7 +160,7 @@ def _unwind(runner: Runner, out: Any) -> Any:
     return out
 
 
-class native:
+class native(Generic[P, T]):
     """Run synchronous ORM code on the event loop, without a thread.
 
     `await native(fn)(*args, **kwargs)` calls `fn` on the loop's own thread. The calls of the ORM
@@ -175,7 +175,7 @@ class native:
         django.core.exceptions.ImproperlyConfigured: "asyncorm" is not in INSTALLED_APPS.
     """
 
-    def __init__(self, func: Callable[..., Any]) -> None:
+    def __init__(self, func: Callable[P, T]) -> None:
         if not callable(func) or iscoroutinefunction(func):
             raise TypeError(
                 f"native() takes a synchronous callable, not {func!r}; "
@@ -185,7 +185,7 @@ class native:
         functools.update_wrapper(self, func)
         markcoroutinefunction(self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
         return run(self.func, *args, **kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
