@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import django
 from django.core.signals import setting_changed
 from django.db import connections
 from django.db.models import DateField, DateTimeField, Field, Model, TimeField, query
@@ -136,6 +137,10 @@ _ITERABLES: dict[Any, Callable[[Any], Any]] = {
 }
 
 
+# Before Django 6.1 a deferred foreign key is fetched for that.
+_FETCHES_TO_RELATE = django.VERSION < (6, 1)
+
+
 def _relate(queryset: Any, made: list[Any]) -> None:
     """Put the instance that a related manager belongs to into what it found."""
     for field, objects in queryset._known_related_objects.items():
@@ -144,7 +149,9 @@ def _relate(queryset: Any, made: list[Any]) -> None:
             for name in field.from_fields
         ]
         for obj in made:
-            if not field.is_cached(obj):
+            if not field.is_cached(obj) and (
+                _FETCHES_TO_RELATE or all(name in obj.__dict__ for name in names)
+            ):
                 values = tuple([getattr(obj, name) for name in names])
                 related = objects.get(values[0] if len(values) == 1 else values)
                 if related is not None:
@@ -512,7 +519,7 @@ def _insert_plan(
         return None
     if plan is UNPLANNED:
         try:
-            plan = _plan_insert(compiler, wrapper, fields, returning, params)
+            plan, params = _plan_insert(compiler, wrapper, fields, returning, params)
         except Exception:
             plan = None
         counts["misses"] += 1
@@ -524,10 +531,10 @@ def _insert_plan(
 
 def _plan_insert(
     compiler: Any, wrapper: Any, fields: Any, returning: tuple[Any, ...], params: list[Any]
-) -> Plan:
+) -> tuple[Plan, list[Any]]:
     compiler.returning_fields = list(returning)
     ((sql, found),) = compiler.as_sql()
-    # A time of pre_save() is another one by now.
+    # A time of pre_save() is another one by now, and the object has that.
     if [type(value) for value in found] != [type(value) for value in params] or any(
         hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
         for field in fields
@@ -541,7 +548,7 @@ def _plan_insert(
         maker = rows.RowMaker(len(columns), compiler.get_converters(columns))
         maker.item = rows.tuple_of(len(columns))
     kinds = [family(field, wrapper) for field in fields]
-    return Plan(sql, kinds, maker, (fields, returning))
+    return Plan(sql, kinds, maker, (fields, returning)), list(found)
 
 
 def install() -> None:

@@ -216,7 +216,9 @@ def _plan(shape: Shape, compiled: Compiled, fixed: tuple[Any, ...]) -> Plan:
 
 def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:
     """The result without a cursor and None, or else None and Django's cursor."""
-    if not wrapper.execute_wrappers and not wrapper.queries_logged:
+    watched = wrapper.execute_wrappers or wrapper.queries_logged
+    # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
+    if not watched and "cursor" not in wrapper.__dict__:
         wrapper.ensure_connection()
         conn = wrapper.connection
         if (

@@ -109,14 +109,18 @@ def _share_serialized_contents() -> None:
     """Django keeps what `serialized_rollback` restores on the wrapper that made the database."""
     from asyncorm.backends.mixin import NativeWrapper
 
+    def kept(wrapper: Any) -> dict[str, Any]:
+        # A wrapper that a test makes itself keeps its own.
+        return wrapper.__dict__.setdefault("_contents", {}) if wrapper.unpooled else _contents
+
     def get(wrapper: Any) -> Any:
         try:
-            return _contents[wrapper.alias]
+            return kept(wrapper)[wrapper.alias]
         except KeyError:
             raise AttributeError("_test_serialized_contents") from None
 
     def put(wrapper: Any, value: Any) -> None:
-        _contents[wrapper.alias] = value
+        kept(wrapper)[wrapper.alias] = value
 
     NativeWrapper._test_serialized_contents = property(get, put)  # type: ignore[attr-defined]
 

@@ -124,10 +124,8 @@ def text() -> str:
             reasons.setdefault((test, reason), set()).add(facts["version"])
     for (test, reason), versions in sorted(reasons.items()):
         out += f"- `{test}` ({', '.join(sorted(versions))}): {reason}\n"
-    out += (
-        "\nNot compared, because they measure time and fail on a busy machine on either side:\n\n"
-    )
-    out += "".join(f"- `{test}`\n" for test in sorted(unsteady()))
+    out += "\nNot compared, because the outcome depends on what else goes on:\n\n"
+    out += "".join(f"- `{test}`: {reason}\n" for test, reason in sorted(unsteady().items()))
     unlisted = {
         (test, f"Django {facts['version']}, Python {facts['python']}"): outcomes
         for facts in runs

@@ -39,9 +39,10 @@ def known_differences(series: str, way: str) -> dict[str, str]:
     return known
 
 
-def unsteady() -> set[str]:
-    """Tests whose outcome depends on how busy the machine is."""
-    return {entry["test"] for entry in tomllib.loads(KNOWN.read_text()).get("unsteady", [])}
+def unsteady() -> dict[str, str]:
+    """Reason by test, for tests whose outcome depends on what else goes on."""
+    entries = tomllib.loads(KNOWN.read_text()).get("unsteady", [])
+    return {entry["test"]: entry["reason"] for entry in entries}
 
 
 class Outcome:
@@ -50,7 +51,7 @@ class Outcome:
     Attributes:
         differences: test: (outcome on the baseline, outcome natively, what it said).
         unlisted, stale: differences that are not listed; listed tests that pass natively.
-        unsteady: differences of tests whose outcome depends on how busy the machine is.
+        unsteady: differences of tests whose outcome depends on what else goes on.
         not_native: test: statements that went through a synchronous connection or elsewhere,
             other than in threads that the test started itself.
         versions: of other people's apps.

@@ -534,3 +534,31 @@ class TestWrites:
         order = await Order.objects.native_get(pk=order.pk)
         assert order.placed == now and order.remark is None
         assert await Profile.objects.filter(pk=1).native_update(bio=Value("b")) in (0, 1)
+
+
+async def test_a_time_that_the_field_sets_is_the_same_in_the_row_and_in_the_object(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Customer._meta.get_field("joined"), "auto_now_add", True)
+    for _ in range(2):  # compiled, then from the cache
+        customer = await Customer.objects.native_create(name="New")
+        again = await Customer.objects.native_get(pk=customer.pk)
+        assert again.joined == customer.joined
+
+
+async def test_a_cursor_put_on_the_wrapper_is_asked() -> None:
+    """As Django's test cases do to forbid queries."""
+
+    def read() -> None:
+        list(Tag.objects.all())
+        connection.cursor = forbidden
+        try:
+            with pytest.raises(ZeroDivisionError):
+                list(Tag.objects.all())
+        finally:
+            del connection.cursor
+
+    def forbidden(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError
+
+    await asyncorm.native(read)()
