@@ -28,9 +28,10 @@ test: $(VENV)/.installed  ## run the tests
 test-lowest: $(LOWEST)/.installed  ## run the tests on the lowest versions of what we depend on
 	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS)
 
-soak: $(VENV)/.installed  ## compare 10,000 random programs with the model (SEED=... repeats a run)
+soak: $(VENV)/.installed  ## 10,000 random programs against the model, 20,000 random querysets (SEED=...)
 	ASYNCORM_MODEL_PROFILE=soak ASYNCORM_MODEL_SEED=$(or $(SEED),$(shell date +%s)) \
-		$(VENV)/bin/python -m pytest -s -o faulthandler_timeout=0 tests/test_model.py $(PYTEST_ARGS)
+		$(VENV)/bin/python -m pytest -s -o faulthandler_timeout=0 tests/test_model.py \
+		tests/test_random_queries.py $(PYTEST_ARGS)
 
 chaos: $(VENV)/.installed  ## have a bank survive faults for minutes, write docs/reliability.md
 	$(VENV)/bin/python -m tests.chaos $(ARGS)

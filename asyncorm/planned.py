@@ -26,7 +26,6 @@ from typing import Any
 
 import django
 from django.core.signals import setting_changed
-from django.db import connections
 from django.db.models import DateField, DateTimeField, Field, Model, TimeField, query
 from django.db.models.sql import compiler
 from django.db.models.sql.constants import ROW_COUNT
@@ -35,7 +34,7 @@ from django.db.models.sql.subqueries import InsertQuery, UpdateQuery
 from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 
-from . import conf, rows
+from . import conf, rows, sessions
 from .bridge import Runner
 from .rows import RowMaker
 from .shapes import Shape, Unfit, family
@@ -59,11 +58,10 @@ _Iterate = Callable[[Any], Iterator[Any]]
 
 
 def native_wrapper(using: str) -> Any:
-    """The running operation's wrapper of an alias; None outside native code."""
-    if _enabled and type(getcurrent()) is Runner:
-        wrapper: Any = connections[using]
-        if getattr(wrapper, "session", None) is not None:
-            return wrapper
+    """The running operation's wrapper of an alias of ours; None outside native code."""
+    if _enabled and type(runner := getcurrent()) is Runner:
+        session = sessions.session_for(using, runner)
+        return None if session is None else session.wrapper
     return None
 
 

@@ -115,7 +115,17 @@ class Shape:
         self.leaves: list[tuple[Any, int]] = []
         self.values: list[tuple[Any, Any]] = []
         self.kept: list[Any] = [columns]
-        for name, value in query.__dict__.items():
+        state = query.__dict__
+        if len(state) == _NEW and not (
+            state["alias_map"]
+            or state["where"].children
+            or state["annotations"]
+            or state["extra"]
+            or state["_filtered_relations"]
+        ):
+            self.key.append("new")  # nobody has done anything to it
+            state = {}
+        for name, value in state.items():
             part = _PARTS.get(name, _unknown)
             if part is not None:
                 self.key.append(name)
@@ -310,6 +320,7 @@ def _updated(shape: Shape, value: Any) -> None:
 
 
 _QUERIES = {Query, UpdateQuery, DeleteQuery}
+_NEW = len(vars(Query(None)))
 _PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "model": _value,
     "alias_refcount": _items,

@@ -6,6 +6,7 @@ comparison is `tests.compare`'s: values, types, `_state`, deferred fields, cache
 
 import datetime as dt
 import os
+import types
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -51,6 +52,7 @@ from tests.project.shop.sample import uid
 from tests.ways import outcome
 
 SOAK = os.environ.get("ASYNCORM_MODEL_PROFILE") == "soak"
+SEED = int(os.environ.get("ASYNCORM_MODEL_SEED", "0"))
 EXAMPLES = 20_000 if SOAK else 500
 
 # Values by kind
@@ -304,17 +306,11 @@ ANNOTATIONS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.usefixtures("shop_data")
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate, Phase.shrink],
-    database=None,
-    derandomize=not SOAK,
-)
-@given(drawn=programs())
-def test_random_querysets(drawn: Any, run: Callable) -> None:
+def copied(test: Any) -> Any:
+    return types.FunctionType(test.__code__, test.__globals__, test.__name__)
+
+
+def random_querysets(drawn: Any, run: Callable) -> None:
     program, values = drawn
     expected = [outcome(program.run, each) for each in values]
 
@@ -326,11 +322,7 @@ def test_random_querysets(drawn: Any, run: Callable) -> None:
         assert differences(one, other) == []
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("shop_data")
-@settings(max_examples=EXAMPLES // 5, deadline=None, suppress_health_check=list(HealthCheck))
-@given(drawn=programs())
-def test_with_and_without_the_cache(drawn: Any, run: Callable) -> None:
+def with_and_without_the_cache(drawn: Any, run: Callable) -> None:
     program, values = drawn
     with override_settings(ASYNCORM={"STATEMENT_CACHE": False}):
         expected = [outcome(run, asyncorm.native(program.run)(each)) for each in values]
@@ -338,12 +330,28 @@ def test_with_and_without_the_cache(drawn: Any, run: Callable) -> None:
         assert differences(one, outcome(run, asyncorm.native(program.run)(value))) == []
 
 
-if SOAK:
-    chosen_seed = int(os.environ.get("ASYNCORM_MODEL_SEED", "0"))
-    test_random_querysets = seed(chosen_seed)(test_random_querysets)
-    test_with_and_without_the_cache = seed(chosen_seed)(test_with_and_without_the_cache)
+def examples(test: Callable[..., None], part: int, count: int) -> Any:
+    """A part of the examples as a test of its own, so that none of them takes long."""
+    test = given(drawn=programs())(test)
+    test = settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )(test)
+    return pytest.mark.usefixtures("shop_data")(seed(SEED * PARTS + part)(test))
+
+
+PARTS = 10
+for part in range(PARTS):
+    globals()[f"test_random_querysets_{part}"] = examples(
+        copied(random_querysets), part, EXAMPLES // PARTS
+    )
+    globals()[f"test_with_and_without_the_cache_{part}"] = pytest.mark.slow(
+        examples(copied(with_and_without_the_cache), part, EXAMPLES // PARTS // 5)
+    )
 
 
 def test_the_cache_was_used() -> None:
-    stats = statements.statement_cache_stats()
-    assert stats["hits"] > 100
+    assert statements.statement_cache_stats()["hits"] > 100
