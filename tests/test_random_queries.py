@@ -205,9 +205,12 @@ class Program:
 
 
 @st.composite
-def conditions(draw: Any, model: Any, values: list[list[Any]]) -> tuple[str, Callable[[Any], Q]]:
+def conditions(
+    draw: Any, model: Any, values: list[list[Any]], depth: int = 2
+) -> tuple[str, Callable[[Any], Q]]:
     """A Q tree as text and as a function of the values left."""
-    kind = draw(st.sampled_from(["leaf", "leaf", "leaf", "and", "or", "not", "xor"]))
+    kinds = ["leaf", "leaf", "leaf", "and", "or", "not", "xor"]
+    kind = draw(st.sampled_from(kinds)) if depth else "leaf"
     if kind == "leaf":
         path = draw(st.sampled_from(sorted(MODELS[model])))
         what = MODELS[model][path]
@@ -224,10 +227,10 @@ def conditions(draw: Any, model: Any, values: list[list[Any]]) -> tuple[str, Cal
             each.append(draw(strategy))
         lookup = f"{path}__{name}" if name != "exact" or draw(st.booleans()) else path
         return f"{lookup}=?", lambda left: Q(**{lookup: next(left)})
-    one, first = draw(conditions(model, values))
+    one, first = draw(conditions(model, values, depth - 1))
     if kind == "not":
         return f"~({one})", lambda left: ~first(left)
-    two, second = draw(conditions(model, values))
+    two, second = draw(conditions(model, values, depth - 1))
     if kind == "and":
         return f"({one} & {two})", lambda left: first(left) & second(left)
     if kind == "or":
