@@ -69,8 +69,9 @@ compat-apps: $(VENV)/.installed  ## run the test suites of other people's apps (
 compat-matrix: $(VENV)/.installed  ## run all that for each Django on its oldest and newest Python here
 	$(VENV)/bin/python -m compat.matrix
 
-docs:  ## where the documentation is
-	@echo "make docs: the documentation is in docs/ (Markdown); a later issue makes a site of it."
+docs: $(VENV)/.installed  ## make a site of docs/ in build/docs, any warning being an error
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "Open build/docs/index.html"
 
 build: $(VENV)/.installed  ## build wheel and source distribution into dist/
 	$(VENV)/bin/python -m build

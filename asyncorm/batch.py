@@ -21,7 +21,7 @@ from .limits import Parallelism
 async def batch(
     *operations: Any, using: str | None = None, return_exceptions: bool = False
 ) -> list[Any]:
-    """Run operations at once, on one connection; their results, in order.
+    """Run operations at once, on one connection; their results, in order::
 
         authors, total, newest = await asyncorm.batch(
             Author.objects.filter(active=True),

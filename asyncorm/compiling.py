@@ -66,7 +66,7 @@ class _Bound:
 
 
 class compiled:
-    """Make a query of a function from values to a queryset: built and compiled once, then only run.
+    """Make a query of a function from values to a queryset: built and compiled once, then run::
 
         by_author = asyncorm.compiled(
             lambda author, since: Book.objects.filter(author_id=author, published__gte=since)

@@ -222,7 +222,7 @@ def _within(pool: Pool, entered: _Entered | None) -> Source:
 
 
 def parallelism(n: int, using: str | None = None) -> Parallelism:
-    """Let the operations of the tasks started inside use at most `n` connections at once.
+    """Let the operations of the tasks started inside use at most `n` connections at once::
 
         async with asyncorm.parallelism(2):
             await asyncio.gather(*(book.asave() for book in books))

@@ -257,7 +257,7 @@ def _ms(seconds: float) -> str:
 
 
 def timeline() -> Timeline:
-    """Record the native queries of every task, and what they waited for, while a block runs.
+    """Record the native queries of every task, and what they waited for, while a block runs::
 
         async with asyncorm.timeline() as seen:
             await view(request)

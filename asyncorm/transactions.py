@@ -448,9 +448,8 @@ def atomic(
     coroutine functions.
 
     Means what django.db.transaction.atomic() means ("Database transactions" in Django's
-    documentation), for the task and the tasks it starts
-    inside: they share the block's connection and take turns, statement by statement. A nested block
-        keeps others out for its life.
+    documentation), for the task and the tasks it starts inside: they share the block's connection
+    and take turns, statement by statement. A nested block keeps others out for its life.
 
     Args:
         using: a database alias; the default one by default.

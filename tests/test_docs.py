@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import asyncorm
 from tests.project.shop import models
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +35,19 @@ from django.db.models import Sum
 from django.utils import timezone
 from psycopg import IsolationLevel
 """
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    result = subprocess.run(
+        [*command, "docs", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode == 0, result.stderr
+    reference = (tmp_path / "reference.html").read_text()
+    for name in asyncorm.__all__:
+        assert f'id="asyncorm.{name}"' in reference, f"{name} is not in the reference"
 
 
 def blocks(page: Path) -> list[str]:
