@@ -435,6 +435,8 @@ class Session:
     flying = False
     settling = False
 
+    over = False  # the test case that it belonged to has ended (testcase.py)
+
     def __init__(self, alias: str, pool: pools.Pool, source: limits.Source) -> None:
         self.alias = alias
         self.pool = pool
@@ -833,6 +835,8 @@ def session_for(alias: str, runner: Runner) -> Session | None:
                 "transaction. Await the coroutine on the block's own loop, or use "
                 "asyncorm.detached() to work outside the block."
             )
+        if scope.session.over and scope.block is not None:
+            raise scope.block.outlived_error()
         return scope.session
     session: Session | None
     if test_sessions and (session := test_sessions.get(alias)) is not None:

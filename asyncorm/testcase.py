@@ -32,10 +32,13 @@ from asgiref.sync import async_to_sync
 from django.db import InterfaceError, connections
 from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
+from psycopg.pq import TransactionStatus
 
 from . import bridge, conf, driver, sessions
 from .bridge import Runner
 from .sessions import Block, Session
+
+_ACTIVE = TransactionStatus.ACTIVE
 
 
 class _Lock:
@@ -50,6 +53,7 @@ class _Lock:
         self._mutex = threading.Lock()
         self._holder: int | None = None  # the thread that took it, for itself or for a task
         self._depth = 0  # how often a thread took it for itself
+        self._lent = 0  # to synchronous code, while the holder's loop is not running
         self._waiting: deque[tuple[Callable[[], None], int, int]] = deque()
 
     def _take(self, wake: Callable[[], None] | None, depth: int) -> bool:
@@ -62,6 +66,10 @@ class _Lock:
                 self._depth += 1
                 return True
             if depth and self._holder == thread:
+                if self._session.root is None:  # the loop is not running: between two tests
+                    self._session.stop_statement()
+                    self._lent += 1
+                    return True
                 raise InterfaceError(
                     "Synchronous code used the test's connection on the event loop's thread "
                     "while a native statement or block has it."
@@ -117,6 +125,9 @@ class _Lock:
     def release(self) -> None:
         """Give it back, to the one who has waited longest."""
         with self._mutex:
+            if self._lent and self._holder == threading.get_ident() and self._session.root is None:
+                self._lent -= 1
+                return
             if self._depth > 1:
                 self._depth -= 1
                 return
@@ -153,7 +164,8 @@ class _CaseBlock(Block):
 
     @needs_rollback.setter
     def needs_rollback(self, value: bool) -> None:
-        self.session.wrapper.__dict__["_plain_needs_rollback"] = value
+        if not self.session.over:
+            self.session.wrapper.__dict__["_plain_needs_rollback"] = value
 
 
 # The blocks that synchronous code around this has entered, by alias.
@@ -187,7 +199,16 @@ class TestSession(Session):
         wrapper.inc_thread_sharing()
 
     def end(self) -> None:
-        """Give the connection back to synchronous code alone."""
+        """Give the connection back to synchronous code alone.
+
+        Tasks that the test left running cannot use it any more, nor get into the next test.
+        """
+        self.stop_statement()
+        self.over = True
+        block = self._base
+        while block is not None:
+            block.ended = True
+            block = block.inner
         self.wrapper.session = None
         for everywhere in sessions.everywhere:
             self.wrapper.execute_wrappers.remove(everywhere)
@@ -203,14 +224,20 @@ class TestSession(Session):
 
     def terminate(self) -> None:
         """Close the connection at once; the transaction is lost, as at the test's end."""
-        self._native.terminate()
+        if not self.over:
+            self._native.terminate()
 
     async def interrupt(self) -> None:
         await self._native.interrupt()
 
+    def stop_statement(self) -> None:
+        """Close the connection if a native statement runs on it whose loop does not."""
+        if self._native.waiting:
+            self.terminate()
+
     @property
     def waits_for_server(self) -> bool:
-        return self._native.waiting
+        return self._native.waiting or self._conn.pgconn.transaction_status == _ACTIVE
 
     @property
     def on_this_loop(self) -> bool:

@@ -228,6 +228,18 @@ class Rollback(TestCase):
         self.assertEqual(asyncio.run(create("two")).title, "two")
 
     @override_settings(ASYNCORM={"SWAP_MANAGERS": True, "LOCK_TIMEOUT": 0.1})
+    async def test_9_a_slow_thread_is_waited_for(self):
+        def thread():
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_sleep(0.4)")
+
+        running = asyncio.ensure_future(sync_to_async(thread)())
+        await asyncio.sleep(0.05)
+        await create("one")
+        self.assertTrue(running.done())
+        self.assertEqual(await Book.objects.acount(), 3)
+
+    @override_settings(ASYNCORM={"SWAP_MANAGERS": True, "LOCK_TIMEOUT": 0.1})
     async def test_9_a_block_that_waits_for_a_thread(self):
         done = asyncio.Event()
 
