@@ -541,11 +541,8 @@ class Connection(psycopg.Connection[Any]):
                     try:
                         ready = await future
                     finally:
-                        self._waiter = None
-                        if state & _WAIT_R:
-                            loop.remove_reader(fileno)
-                        if state & _WAIT_W:
-                            loop.remove_writer(fileno)
+                        if self._waiter is future:
+                            self._unwatch(fileno)
                         self._yielded = monotonic()
                 if self.pgconn.pgconn_ptr is None:  # type: ignore[attr-defined]
                     # Closed meanwhile. psycopg's generators keep a pointer into memory that is free
@@ -629,9 +626,21 @@ class Connection(psycopg.Connection[Any]):
 
     def terminate(self) -> None:
         """Close the socket at once; a task waiting for it gets OperationalError."""
+        waiter = self._waiter
+        if waiter is not None and self.pgconn.pgconn_ptr is not None:  # type: ignore[attr-defined]
+            # Now: the next connection's socket may get the same number.
+            self._unwatch(self.pgconn.socket)
         self.pgconn.finish()
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(psycopg.OperationalError(CLOSED))
+        if waiter is not None and not waiter.done():
+            waiter.set_exception(psycopg.OperationalError(CLOSED))
+
+    def _unwatch(self, fileno: int) -> None:
+        assert self._waiter is not None
+        loop = self._waiter.get_loop()
+        self._waiter = None
+        if not loop.is_closed():
+            loop.remove_reader(fileno)
+            loop.remove_writer(fileno)
 
     async def run_together(self, statements: Sequence[Statement]) -> list[list[Any]]:
         """Send statements in one network round trip; the results of each.

@@ -22,6 +22,7 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from time import monotonic
 from typing import Any
@@ -39,6 +40,7 @@ from .bridge import Runner
 from .sessions import Block, Session
 
 _ACTIVE = TransactionStatus.ACTIVE
+_CANCEL_TIMEOUT = 2.0
 
 
 class _Lock:
@@ -209,6 +211,9 @@ class TestSession(Session):
         while block is not None:
             block.ended = True
             block = block.inner
+        # Django pops the last of these: what is left open goes with the outermost, which is left.
+        del self.wrapper.atomic_blocks[1:]
+        self.wrapper.savepoint_ids.clear()
         self.wrapper.session = None
         for everywhere in sessions.everywhere:
             self.wrapper.execute_wrappers.remove(everywhere)
@@ -231,8 +236,10 @@ class TestSession(Session):
         await self._native.interrupt()
 
     def stop_statement(self) -> None:
-        """Close the connection if a native statement runs on it whose loop does not."""
+        """Cancel a native statement whose loop does not run, and close the connection."""
         if self._native.waiting:
+            with suppress(psycopg.Error):  # or the server would go on, and keep its locks
+                self._conn.cancel_safe(timeout=_CANCEL_TIMEOUT)
             self.terminate()
 
     @property

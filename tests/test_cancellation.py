@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -1121,4 +1122,37 @@ async def test_closed_at_the_moment_when_the_answer_is_there(
         await task
     if what == "reset":
         pool.give(twin.pooled)  # type: ignore[arg-type]
+    await healthy(alias, watch)
+
+
+async def test_the_next_socket_may_get_the_number_of_a_closed_one(alias: str, watch: Watch) -> None:
+    """Before the task that waited for the closed one runs again."""
+    task = asyncio.create_task(sleep_on_server(alias))
+    await watch.until(watch.sleeping)
+    pool = pools.find(alias).connections  # type: ignore[union-attr]
+    twin = next(conn.twin for conn in pool.live if conn.twin.waiting)  # type: ignore[union-attr]
+    number = twin.pgconn.socket
+    twin.cancel_safe()
+    twin.terminate()
+    with contextlib.ExitStack() as opened:
+        for _ in range(10):
+            mine, other = socket.socketpair()
+            opened.callback(mine.close)
+            opened.callback(other.close)
+            if number in (mine.fileno(), other.fileno()):
+                break
+        else:
+            pytest.skip("the number went elsewhere")
+        if other.fileno() == number:
+            mine, other = other, mine
+        arrived = asyncio.Event()
+        asyncio.get_running_loop().add_reader(number, arrived.set)
+        try:
+            with pytest.raises(OperationalError, match="closed"):
+                await task
+            other.send(b"x")
+            async with asyncio.timeout(5):
+                await arrived.wait()
+        finally:
+            asyncio.get_running_loop().remove_reader(number)
     await healthy(alias, watch)

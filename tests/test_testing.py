@@ -80,5 +80,5 @@ def test_suite_of_a_project(runs: dict[str, Any], name: str) -> None:
         assert re.search(r"Ran (3[3-9]|[4-9]\d) tests", output), output
     else:
         passed = int(re.search(r"(\d+) passed", output)[1])  # type: ignore[index]
-        assert passed >= {"strict": 42, "auto": 23, "auto, one loop": 14}[name], output
+        assert passed >= {"strict": 46, "auto": 23, "auto, one loop": 14}[name], output
         assert "warnings summary" not in output, output
