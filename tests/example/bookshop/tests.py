@@ -236,7 +236,7 @@ class Rollback(TestCase):
         running = asyncio.ensure_future(sync_to_async(thread)())
         await asyncio.sleep(0.05)
         await create("one")
-        self.assertTrue(running.done())
+        await running
         self.assertEqual(await Book.objects.acount(), 3)
 
     @override_settings(ASYNCORM={"SWAP_MANAGERS": True, "LOCK_TIMEOUT": 0.1})
