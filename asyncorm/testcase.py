@@ -46,7 +46,7 @@ _CANCEL_TIMEOUT = 2.0
 class _Lock:
     """The lock of the case's transaction, shared by tasks and threads, first come first served.
 
-    Tasks use it as any block's lock (`acquire_nowait()`, `acquire()`, `release()`) and wait without
+    Tasks use it as any block's lock (`acquire_nowait()`, `acquire()`, `release()`, `value`) and wait without
     blocking their loop. A thread may take it again while it holds it.
     """
 
@@ -87,6 +87,11 @@ class _Lock:
                     self._waiting.remove(entry)
                     return
         self.release()  # it was handed over meanwhile
+
+    @property
+    def value(self) -> int:
+        """1 when it is free, as a semaphore's."""
+        return int(self._holder is None)
 
     def acquire_nowait(self) -> None:
         """Take it for a task, if it is free."""
