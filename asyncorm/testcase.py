@@ -46,8 +46,8 @@ _CANCEL_TIMEOUT = 2.0
 class _Lock:
     """The lock of the case's transaction, shared by tasks and threads, first come first served.
 
-    Tasks use it as any block's lock (`acquire_nowait()`, `acquire()`, `release()`, `value`) and wait without
-    blocking their loop. A thread may take it again while it holds it.
+    Tasks use it as any block's lock (`acquire_nowait()`, `acquire()`, `release()`, `value`) and
+    wait without blocking their loop. A thread may take it again while it holds it.
     """
 
     def __init__(self, session: TestSession) -> None:
@@ -215,7 +215,10 @@ class TestSession(Session):
         block = self._base
         while block is not None:
             block.ended = True
-            block = block.inner
+            inner, block.inner = block.inner, None
+            if inner is not None:
+                block.lock.release()
+            block = inner
         # Django pops the last of these: what is left open goes with the outermost, which is left.
         del self.wrapper.atomic_blocks[1:]
         self.wrapper.savepoint_ids.clear()
