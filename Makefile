@@ -11,7 +11,7 @@ LOWEST := .venv-lowest
 BENCH ?= .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest soak chaos lint format bench bench-profile compat compat-fast compat-redirected compat-apps compat-matrix docs build clean FORCE
+.PHONY: help install demo test test-lowest soak chaos lint format bench bench-distance bench-profile compat compat-fast compat-redirected compat-apps compat-matrix docs build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -47,6 +47,9 @@ format: $(VENV)/.installed  ## put the code into shape
 
 bench: $(BENCH)/.installed  ## measure beside bare drivers and other ORMs (ARGS=--quick: 2 minutes)
 	$(BENCH)/bin/python -m compat.bench $(ARGS)
+
+bench-distance: $(VENV)/.installed  ## measure multiplexing, batch() and COPY, near and 2 ms away
+	$(VENV)/bin/python -m compat.bench.distance $(ARGS)
 
 bench-profile: $(BENCH)/.installed  ## show where the microseconds of a native get go
 	$(BENCH)/bin/python -m compat.bench --profile
