@@ -200,7 +200,8 @@ class _Cursor:
 
     def stream(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
         self._watch(_text(query))
-        return super().stream(query, *args, **kwargs)  # type: ignore[misc]
+        with self._conn.lock:  # or psycopg may see that others' statements are in a pipeline now
+            yield from super().stream(query, *args, **kwargs)  # type: ignore[misc]
 
     def _watch(self: Any, text: str) -> None:
         """What follows needs the connection to itself."""
@@ -210,6 +211,23 @@ class _Cursor:
         self._pgconn = conn.pgconn
         if leaves_state(text):
             conn.touched = True
+
+
+class InTurn:
+    """A server-side cursor's part that waits for its turn before it looks whether a pipeline is under
+    way.
+    """
+
+    __slots__ = ()
+
+    def execute(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._conn.lock:
+            return super().execute(*args, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def _in_turn(cls: Any) -> Any:
+    return type(cls.__name__, (InTurn, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
 def _text(query: Any) -> str:
@@ -375,6 +393,13 @@ class Connection(psycopg.Connection[Any]):
         conn._adapters = _Adapters(psycopg.adapters if context is None else context.adapters)
         conn.prepare_threshold = options.get("prepare_threshold", 5)
         return conn
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+        """As psycopg's."""
+        cursor: Any = super().cursor(*args, **kwargs)
+        if args or kwargs.get("name"):
+            cursor.__class__ = _in_turn(type(cursor))  # type: ignore[arg-type]
+        return cursor
 
     @property
     def waiting(self) -> bool:

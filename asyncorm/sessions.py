@@ -233,7 +233,8 @@ class Block:
 
     def queue_for(self, text: str) -> Queue | None:
         """Where a statement of a child task waits if the lock is taken, to go with others."""
-        if self.gathers and is_single(text):
+        waits = self.gathers or (not self.lock.value and conf.get("MULTIPLEXING"))
+        if waits and is_single(text):
             if self.queue is None:
                 self.queue = Queue(self)
             return self.queue
@@ -249,6 +250,8 @@ class Block:
         """Keep the lock and the connection (multiplexing.Source)."""
         runner = bridge.current()
         assert runner is not None
+        if self.ended:
+            raise self.outlived_error()
         runner.lead = self.session
         _scope.set(self.scope)  # the flight's task belongs to the block
         with self.session:

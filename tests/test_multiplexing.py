@@ -17,6 +17,7 @@ from django.db import (
     connections,
     transaction,
 )
+from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
@@ -386,6 +387,91 @@ async def test_no_one_waits_for_ever(few: str) -> None:
                 assert "exhausted" in str(result)
         assert await native(value)("SELECT 3", using=alias) == 3
         await asyncorm.close_pools(alias)
+
+
+async def test_child_tasks_of_a_block_share_its_round_trips(grown: str) -> None:
+    async with asyncorm.atomic(grown):
+        pid = await query("SELECT pg_backend_pid()")
+        before = asyncorm.pool_stats(grown)["pipelines"]
+        results = await asyncio.gather(*[query("SELECT %s::int", [n]) for n in range(50)])
+        pids = await asyncio.gather(*[query("SELECT pg_backend_pid()") for _ in range(5)])
+        stats = asyncorm.pool_stats(grown)
+    assert results == list(range(50))
+    assert set(pids) == {pid}
+    assert 0 < stats["pipelines"] - before <= 4
+    assert stats["statements_pipelined"] >= 48
+
+
+async def test_a_stream_beside_statements_of_a_block(grown: str) -> None:
+    numbers = Item.objects.using(grown).order_by("pk")
+    async with asyncorm.atomic(grown):
+        for turn in range(20):
+            adding = [
+                asyncio.create_task(
+                    Item.objects.using(grown).native_create(remote_id=100 * turn + n, name="x")
+                )
+                for n in range(3)
+            ]
+            for _ in range(turn % 5):
+                await asyncio.sleep(0)
+            async for _ in numbers.native_iterator(chunk_size=2):
+                pass
+            await asyncio.gather(*adding)
+    assert await numbers.native_count() == 60
+
+
+async def test_a_statement_after_one_that_failed_is_refused(grown: str) -> None:
+    add = Item.objects.using(grown).native_create
+    async with asyncorm.atomic(grown):
+        await add(remote_id=1, name="x")
+        results = await asyncio.gather(
+            query("SELECT 1"),
+            query("SELECT 2"),
+            add(remote_id=1, name="x"),
+            query("SELECT 3"),
+            return_exceptions=True,
+        )
+        asyncorm.set_rollback(True, using=grown)
+    assert results[:2] == [1, 2]
+    assert isinstance(results[2], IntegrityError)
+    assert isinstance(results[3], TransactionManagementError)
+
+
+async def test_a_task_cancelled_in_a_block_breaks_it(grown: str) -> None:
+    """Its statement may have been executed, with those of others."""
+    with pytest.raises(TransactionManagementError, match="cancelled"):
+        async with asyncorm.atomic(grown):
+            first = asyncio.create_task(query("SELECT pg_sleep(0.3)"))
+            await asyncio.sleep(0.05)
+            gone = asyncio.create_task(
+                Item.objects.using(grown).native_create(remote_id=1, name="gone")
+            )
+            beside = asyncio.create_task(query("SELECT pg_sleep(0.3), 1"))
+            await first
+            await asyncio.sleep(0.1)  # both are under way
+            gone.cancel()
+            with pytest.raises(TransactionManagementError):
+                await beside
+            with pytest.raises(TransactionManagementError):
+                await query("SELECT 1")
+    assert gone.cancelled()
+    assert not await Item.objects.using(grown).native_exists()
+    await all_given_back(grown)
+
+
+async def test_the_block_waits_for_statements_that_travel(grown: str) -> None:
+    async with asyncorm.atomic(grown):
+        await query("SELECT 1")
+        tasks = [
+            asyncio.create_task(
+                Item.objects.using(grown).native_create(remote_id=n, name="in time")
+            )
+            for n in range(20)
+        ]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+    assert await Item.objects.using(grown).native_count() == 20
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from django.db.utils import DatabaseError, InterfaceError, OperationalError
 from psycopg.pq import ConnStatus
 
 from .. import bridge, pools, sessions
-from ..driver import ENDED, Connection, PooledConnection
+from ..driver import ENDED, Connection, InTurn, PooledConnection
 
 
 class _OfBlock:
@@ -438,7 +438,7 @@ def _stream_class(cls: Any) -> Any:
     return type(cls.__name__, (_Stream, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
-class _Stream:
+class _Stream(InTurn):
     """A server-side cursor that may be finalised by the garbage collector, outside native code."""
 
     __slots__ = ()
@@ -446,7 +446,7 @@ class _Stream:
     def execute(self, *args: Any, **kwargs: Any) -> Any:
         """psycopg's; a cancelled one closes the cursor, which Django does after errors only."""
         try:
-            return super().execute(*args, **kwargs)  # type: ignore[misc]
+            return super().execute(*args, **kwargs)
         except asyncio.CancelledError:
             self.close()
             raise

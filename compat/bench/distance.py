@@ -1,5 +1,4 @@
-"""Many operations, few round trips: the raw psycopg pool beside multiplexing, batch() and COPY, near
-and far away.
+"""Many operations, few round trips: raw psycopg beside multiplexing, batch() and COPY, near and far.
 
 `python -m compat.bench.distance`: what `make bench-distance` runs. "Far" is a proxy on loopback, in
 a process of its own, that delays each way by 2 ms.
@@ -168,7 +167,7 @@ class Bench:
                 p(self.ours_in_block, "far"),
             ),
             (
-                "prefetch_related() of three lookups, 2 ms each way (against PARALLEL_PREFETCH off)",
+                "prefetch_related() of three lookups, 2 ms each way (beside it turned off)",
                 p(self.prefetch, "far", False),
                 p(self.prefetch, "far", True),
             ),
@@ -257,7 +256,7 @@ def main() -> None:
         f"# Round trips, Python {version}",
         "",
         args.remark or "Both in turns in one run; the median time and ratio, and its spread.",
-        f"{platform.machine()}, {multiprocessing.cpu_count()} CPUs. `make bench-distance` repeats it.",
+        f"{platform.machine()}, {multiprocessing.cpu_count()} CPUs; `make bench-distance` repeats it.",
         "",
         "| | raw psycopg pool [ms] | asyncorm [ms] | ratio |",
         "|---|---:|---:|---:|",
