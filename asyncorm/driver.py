@@ -214,9 +214,7 @@ class _Cursor:
 
 
 class InTurn:
-    """A server-side cursor's part that waits for its turn before it looks whether a pipeline is under
-    way.
-    """
+    """A server-side cursor's part that waits for its turn before psycopg looks for pipelines."""
 
     __slots__ = ()
 

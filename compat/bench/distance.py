@@ -1,4 +1,4 @@
-"""Many operations, few round trips: raw psycopg beside multiplexing, batch() and COPY, near and far.
+"""Many operations, few round trips: raw psycopg beside multiplexing, batch() and COPY.
 
 `python -m compat.bench.distance`: what `make bench-distance` runs. "Far" is a proxy on loopback, in
 a process of its own, that delays each way by 2 ms.
@@ -256,7 +256,7 @@ def main() -> None:
         f"# Round trips, Python {version}",
         "",
         args.remark or "Both in turns in one run; the median time and ratio, and its spread.",
-        f"{platform.machine()}, {multiprocessing.cpu_count()} CPUs; `make bench-distance` repeats it.",
+        f"{platform.machine()}, {multiprocessing.cpu_count()} CPUs. Repeat: `make bench-distance`.",
         "",
         "| | raw psycopg pool [ms] | asyncorm [ms] | ratio |",
         "|---|---:|---:|---:|",
