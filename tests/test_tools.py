@@ -1,0 +1,157 @@
+"""django-debug-toolbar and OpenTelemetry see native queries: real requests, in a process."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+import asyncorm
+from tests.project.shop.models import Tag
+from tests.support import run_script
+
+PROJECT = """
+import asyncio, json, django
+from django.conf import settings
+import tests.project.settings as base
+names = {name: getattr(base, name) for name in dir(base) if name.isupper()}
+names["INSTALLED_APPS"] = [*names["INSTALLED_APPS"], "django.contrib.staticfiles", *EXTRA_APPS]
+names["MIDDLEWARE"] = [*EXTRA_MIDDLEWARE, *names["MIDDLEWARE"]]
+names.update(DEBUG=True, ROOT_URLCONF="__main__", ASYNCORM={"SWAP_MANAGERS": True}, **EXTRA)
+settings.configure(**names)
+django.setup()
+from django.db import connection
+from django.http import HttpResponse
+from django.test import AsyncClient
+from django.urls import include, path
+import asyncorm
+from tests.project.shop.models import Book, Tag
+
+async def view(request):
+    await asyncio.gather(Tag.objects.acount(), Book.objects.acount())
+    async with asyncorm.atomic():
+        await Tag.objects.filter(name="%s' x").afirst()
+    return HttpResponse("<html><body>done</body></html>")
+
+async def quiet(request):
+    return HttpResponse("<html><body>done</body></html>")
+
+urlpatterns = [path("", view), path("quiet", quiet), *EXTRA_URLS()]
+"""
+
+
+def run(before: str, after: str) -> Any:
+    result = run_script(f"{before}\n{PROJECT}\n{after}", "-W", "ignore", timeout=120)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_debug_toolbars_sql_panel(shop_data: Any) -> None:
+    pytest.importorskip("debug_toolbar")
+    before = """
+EXTRA_APPS = ["debug_toolbar"]
+EXTRA_MIDDLEWARE = ["debug_toolbar.middleware.DebugToolbarMiddleware"]
+EXTRA = {"INTERNAL_IPS": ["127.0.0.1"], "DEBUG_TOOLBAR_PANELS": ["asyncorm.debug_toolbar.SQLPanel"],
+         "DEBUG_TOOLBAR_CONFIG": {"SHOW_TOOLBAR_CALLBACK": lambda request: True}}
+def EXTRA_URLS():
+    return [path("__debug__/", include("debug_toolbar.urls"))]
+"""
+    after = """
+from debug_toolbar.store import get_store
+async def main():
+    client = AsyncClient()
+    first, *_ = await asyncio.gather(*(client.get(url) for url in ("/", "/quiet", "/")))
+    assert b"djDebug" in first.content
+    found = []
+    for number in get_store().request_ids():
+        queries = get_store().panel(number, "SQLPanel")["queries"]
+        # Django looks up types whenever a connection is new.
+        queries = [q for q in queries if "pg_type" not in q["sql"]]
+        found.append([[q["sql"], q["duration"], q["trans_id"] is not None] for q in queries])
+    print(json.dumps(found))
+asyncio.run(main())
+"""
+    requests = run(before, after)
+    assert sorted(map(len, requests)) == [0, 3, 3]
+    for queries in requests:
+        if queries:
+            texts = [sql for sql, _, _ in queries]
+            assert sum("COUNT(*)" in sql for sql in texts) == 2
+            assert any("'%s'' x'" in sql for sql in texts)
+            assert all(duration > 0 for _, duration, _ in queries)
+            assert [in_transaction for *_, in_transaction in queries].count(True) == 1
+
+
+@pytest.mark.slow
+def test_opentelemetrys_spans_of_requests(shop_data: Any) -> None:
+    for name in ("django", "asgi", "psycopg"):
+        pytest.importorskip(f"opentelemetry.instrumentation.{name}")
+    before = """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+exporter = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+import os
+os.environ["DJANGO_SETTINGS_MODULE"] = "tests.project.settings"
+from opentelemetry.instrumentation.psycopg import PsycopgInstrumentor
+PsycopgInstrumentor().instrument()  # it must at least do no harm
+EXTRA_APPS, EXTRA_MIDDLEWARE, EXTRA = [], [], {}
+EXTRA_URLS = list
+"""
+    after = """
+from opentelemetry.instrumentation.django import DjangoInstrumentor
+DjangoInstrumentor().instrument()
+from asyncorm.opentelemetry import instrument
+instrument()
+async def main():
+    client = AsyncClient()
+    await asyncio.gather(client.get("/"), client.get("/quiet"), client.get("/"))
+    spans = exporter.get_finished_spans()
+    print(json.dumps([[s.context.span_id, s.parent and s.parent.span_id, s.name, s.kind.name,
+                       dict(s.attributes)] for s in spans]))
+asyncio.run(main())
+"""
+    spans = run(before, after)
+    requests = {number for number, _, _, kind, _ in spans if kind == "SERVER"}
+    queries = [span for span in spans if span[3] == "CLIENT" and "db.query.text" in span[4]]
+    assert len(requests) >= 3
+    texts = [span[4]["db.query.text"] for span in queries]
+    assert sum("COUNT(*)" in text for text in texts) == 4
+    assert {span[1] for span in queries} <= requests
+    assert len({span[1] for span in queries}) == 2
+
+
+async def test_a_span_for_each_query(shop_data: Any) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from asyncorm.opentelemetry import instrument, uninstrument
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    instrument(provider)
+    try:
+        with trace.get_tracer("test", tracer_provider=provider).start_as_current_span("outer"):
+            await asyncio.gather(*(Tag.objects.native_count() for _ in range(3)))
+            with pytest.raises(Exception, match="nothing"):
+                async with asyncorm.cursor() as cursor:
+                    await cursor.execute("SELECT nothing")
+    finally:
+        uninstrument()
+    await Tag.objects.native_count()
+    *queries, outer = [s for s in exporter.get_finished_spans() if "pg_type" not in s.name]
+    counts = [s for s in queries if "COUNT(*)" in s.attributes["db.query.text"]]
+    assert len(counts) == 3
+    assert {s.parent.span_id for s in queries} == {outer.context.span_id}
+    assert {s.attributes["db.operation.name"] for s in counts} == {"SELECT"}
+    (failed,) = [s for s in queries if s.attributes["db.query.text"] == "SELECT nothing"]
+    assert failed.status.status_code is trace.StatusCode.ERROR
