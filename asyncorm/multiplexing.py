@@ -12,6 +12,7 @@ import functools
 import re
 from asyncio import CancelledError, Future, Task, current_task, get_running_loop, sleep
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import Context
 from copy import copy
@@ -78,12 +79,26 @@ class _Slow:
 slow = _Slow()
 
 
+# Told of waits (timeline.py): the alias, for what, from when to when (time.monotonic()).
+waits: list[Callable[[str, str, float, float], None]] = []
+
+
+def waited(alias: str, what: str, since: float, until: float | None = None) -> None:
+    """The current task has waited for a connection or a block."""
+    for tell in waits:
+        tell(alias, what, since, monotonic() if until is None else until)
+
+
 class Source(Protocol):
     """Where a flight gets its connection: a pool, a part of one, or a transaction block."""
 
     @property
     def pool(self) -> Any:
         """The pool, which keeps statistics."""
+
+    @property
+    def awaited(self) -> str:
+        """What its statements wait for, in words."""
 
     @property
     def size(self) -> int:
@@ -109,7 +124,7 @@ class _Passenger:
         flight: those that it travels with, from take-off on.
     """
 
-    __slots__ = ("flight", "future", "pid", "since", "statement", "text")
+    __slots__ = ("flight", "future", "pid", "sent", "since", "statement", "text")
 
     def __init__(self, statement: Statement, text: str) -> None:
         self.statement = statement
@@ -117,6 +132,7 @@ class _Passenger:
         self.future: Future[list[Any]] = get_running_loop().create_future()
         self.since = monotonic()
         self.pid = 0
+        self.sent = self.since
         self.flight: _Flight | None = None
 
 
@@ -177,6 +193,9 @@ class Queue:
             try:
                 results = bridge.wait_for(runner, passenger.future)
                 self.served_by = passenger.pid
+                if waits and passenger.sent - passenger.since > 0.001:
+                    source = self._source
+                    waited(source.pool.alias, source.awaited, passenger.since, passenger.sent)
                 return results
             except CancelledError as exc:
                 self._drop(runner, passenger, exc)
@@ -270,6 +289,7 @@ class Queue:
         flight = _Flight(passengers)
         for passenger in passengers:
             passenger.pid = conn.pgconn.backend_pid
+            passenger.sent = monotonic()
         handle = get_running_loop().call_later(SLOW, look)
         try:
             results = bridge.wait_for(

@@ -14,7 +14,7 @@ from asyncio import CancelledError, Task, TimerHandle, current_task, get_running
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import Context, ContextVar, copy_context
-from time import monotonic, perf_counter
+from time import monotonic
 from types import FrameType
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -32,7 +32,7 @@ from psycopg.pq import TransactionStatus
 from . import bridge, conf, limits, pools
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, NO_LOCK, Connection, LazyConnection, finish
-from .multiplexing import Queue, is_read, is_single, slow
+from .multiplexing import Queue, is_read, is_single, slow, waited
 
 T = TypeVar("T")
 _IDLE = TransactionStatus.IDLE
@@ -214,6 +214,11 @@ class Block:
     of_test_case = False
     size = 1  # pipelines under way at once
 
+    @property
+    def awaited(self) -> str:
+        """What its statements wait for (multiplexing.Source)."""
+        return f"for the block that began at {self.origin}"
+
     def __init__(self, session: Session, parent: Block | None, origin: str) -> None:
         self.session = session
         self.parent = parent
@@ -304,9 +309,9 @@ class Block:
             assert runner is not None
             if self.queue is not None:
                 self.queue.seal()
-            since = perf_counter()
+            since = monotonic()
             bridge.wait_for(runner, self._acquire())
-            _waited(f"for the block that began at {self.origin}", self.session, since)
+            waited(self.session.alias, self.awaited, since)
         if self.ended:
             self.lock.release()
             raise self.outlived_error()
@@ -386,6 +391,8 @@ UNKNOWN: Any = object()
 
 class _Flights:
     """The source of connections for statements outside transactions (multiplexing.Source)."""
+
+    awaited = "for a connection"
 
     def __init__(self, source: limits.Source, pool: pools.Pool) -> None:
         self.source = source
@@ -504,9 +511,9 @@ class Session:
             return conn
         if not self.flying and self.source.queue is not None:
             self.source.queue.seal()
-        since = perf_counter()
+        since = monotonic()
         conn = self.source.get(self.wrapper)
-        _waited("for a connection", self, since)
+        waited(self.alias, "for a connection", since)
         return conn
 
     def queue_for(self, text: str) -> Queue | None:
@@ -809,15 +816,6 @@ def _pool(alias: str, cls: Any) -> pools.Pool:
 
 # Execute wrappers of native code in every task (testing.py).
 everywhere: list[Any] = []
-
-# Told of each wait for a connection or for a block (timeline.py): what for, the session, since when
-# (time.perf_counter()).
-waits: list[Callable[[str, Session, float], None]] = []
-
-
-def _waited(what: str, session: Session, since: float) -> None:
-    for tell in waits:
-        tell(what, session, since)
 
 
 # Sessions of test cases, by alias (testcase.py): native code in a test's transaction uses them.

@@ -8,11 +8,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import monotonic
 from types import TracebackType
 from typing import Any, TypeVar
 
-from . import drawing, sessions
+from . import drawing, multiplexing, sessions
 
 T = TypeVar("T")
 
@@ -63,16 +63,16 @@ class Timeline:
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
-        self._start = perf_counter()
+        self._start = monotonic()
 
     def begin(self) -> None:
         """Forget what was recorded, and start the clock."""
         self.spans = []
-        self._start = perf_counter()
+        self._start = monotonic()
 
     def elapsed(self) -> float:
         """Seconds since the recording began."""
-        return perf_counter() - self._start
+        return monotonic() - self._start
 
     # Recording
 
@@ -100,27 +100,17 @@ class Timeline:
                 )
             )
 
-    def _wait(self, what: str, session: sessions.Session, since: float) -> None:
-        began = since - self._start
-        self.spans.append(
-            Span(
-                _task(),
-                what,
-                session.alias,
-                0,
-                sessions.caller(),
-                began,
-                self.elapsed(),
-                is_wait=True,
-            )
-        )
+    def _wait(self, alias: str, what: str, since: float, until: float) -> None:
+        place = sessions.caller()
+        began, ended = since - self._start, until - self._start
+        self.spans.append(Span(_task(), what, alias, 0, place, began, ended, is_wait=True))
 
     def __enter__(self) -> Timeline:
         self.begin()
         sessions.everywhere.append(self)
         for session in sessions.test_sessions.values():
             session.wrapper.execute_wrappers.append(self)
-        sessions.waits.append(self._wait)
+        multiplexing.waits.append(self._wait)
         return self
 
     def __exit__(
@@ -129,7 +119,7 @@ class Timeline:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        sessions.waits.remove(self._wait)
+        multiplexing.waits.remove(self._wait)
         for session in sessions.test_sessions.values():
             session.wrapper.execute_wrappers.remove(self)
         sessions.everywhere.remove(self)
