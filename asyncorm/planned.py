@@ -96,8 +96,12 @@ def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> tuple[Plan, lis
     mode = getattr(queryset, "_fetch_mode", None)
     if mode is not None and mode.track_peers:
         return None
+    asked = queryset.query
     make = _ITERABLES[iterable]
-    return plan_for(queryset.query, wrapper, make(queryset), iterable, queryset._fields)
+    found = plan_for(asked, wrapper, make(queryset), iterable, queryset._fields)
+    if found is not None and not asked.alias_map:  # it has its table once it is compiled
+        asked.unref_alias(asked.get_initial_alias())
+    return found
 
 
 def _compiling(make: Callable[[Any], RowMaker]) -> Callable[[Any, Any], Compiled]:

@@ -391,6 +391,15 @@ async def test_pages_share_a_plan() -> None:
     assert asyncorm.statement_cache_stats()["size"] == 1
 
 
+async def test_an_evaluated_query_has_its_table() -> None:
+    for _ in range(2):
+        books = Book.objects.order_by("pk")
+        await books.anative()
+        assert list(books.query.alias_map) == ["shop_book"]
+        assert list(books.query.alias_refcount.values()) == [0]
+        assert len(await books.filter(pk=1).anative()) == 1
+
+
 async def test_synchronous_code_does_not_use_it() -> None:
     before = asyncorm.statement_cache_stats()
     await asyncio.to_thread(closing(lambda: Book.objects.get(pk=1)))
