@@ -8,6 +8,8 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 - `ModelIterable.__iter__` and those of its siblings, `QuerySet.get`, `Model._do_update`,
   `Query.has_results`,
   `Query.get_count`, `execute_sql` of the compilers: replaced.
+- `create_reverse_many_to_one_manager`, `RelatedManager._apply_rel_filters`: replaced for managers
+  made from now on.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
   the other flags in `_got()`: what the iteration and `get()` depend on.
 - `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
@@ -27,7 +29,9 @@ from typing import Any
 import django
 from django.core.signals import setting_changed
 from django.db.models import DateField, DateTimeField, Field, Model, TimeField, query
+from django.db.models.fields import related_descriptors
 from django.db.models.sql import compiler
+from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
 from django.db.models.sql.constants import ROW_COUNT
 from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import InsertQuery, UpdateQuery
@@ -42,6 +46,7 @@ from .statements import (
     UNPLANNED,
     Compiled,
     Plan,
+    chunks,
     clear,
     count_of,
     counts,
@@ -75,20 +80,33 @@ def _planned(cls: Any) -> _Iterate:
     original: _Iterate = cls.__iter__
 
     def __iter__(self: Any) -> Iterator[Any]:
-        if type(getcurrent()) is Runner and not self.chunked_fetch:
+        # iterator() without a server-side cursor makes its items one by one.
+        whole = not self.chunked_fetch
+        if type(getcurrent()) is Runner and not (whole and self.chunk_size != _WHOLE):
             queryset = self.queryset
             wrapper = native_wrapper(queryset.db)
             if wrapper is not None:
                 found = queryset_plan(queryset, wrapper, cls)
                 models = found[0].maker.models if found is not None else ()  # type: ignore[union-attr]
                 if found is not None and not rows.is_watched(models):
-                    made = items(*found, wrapper, getattr(queryset, "_fetch_mode", None))
-                    if models and queryset._known_related_objects:
-                        _relate(queryset, made)
-                    return iter(made)
+                    mode = getattr(queryset, "_fetch_mode", None)
+                    relate = models and queryset._known_related_objects
+                    if whole:
+                        made = items(*found, wrapper, mode)
+                        return iter(_relate(queryset, made) if relate else made)
+                    parts = chunks(*found, wrapper, mode, self.chunk_size)
+                    return _each(parts, queryset if relate else None)
         return original(self)
 
     return __iter__
+
+
+def _each(parts: Any, queryset: Any) -> Iterator[Any]:
+    try:
+        for part in parts:
+            yield from part if queryset is None else _relate(queryset, part)
+    finally:
+        parts.close()  # the cursor, now
 
 
 def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> tuple[Plan, list[Any], int] | None:
@@ -143,7 +161,7 @@ _ITERABLES: dict[Any, Callable[[Any], Any]] = {
 _FETCHES_TO_RELATE = django.VERSION < (6, 1)
 
 
-def _relate(queryset: Any, made: list[Any]) -> None:
+def _relate(queryset: Any, made: list[Any]) -> list[Any]:
     """Put the instance that a related manager belongs to into what it found."""
     for field, objects in queryset._known_related_objects.items():
         names = [
@@ -158,6 +176,48 @@ def _relate(queryset: Any, made: list[Any]) -> None:
                 related = objects.get(values[0] if len(values) == 1 else values)
                 if related is not None:
                     setattr(obj, field.name, related)
+    return made
+
+
+def _related_manager(factory: Any) -> Any:
+    """The managers of reverse foreign keys: one queryset for each instance instead of two or three.
+
+    prefetch_related() makes one for each instance that it fills.
+    """
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        cls = factory(*args, **kwargs)
+        cls._apply_rel_filters = _apply_rel_filters(cls._apply_rel_filters)
+        return cls
+
+    return make
+
+
+def _apply_rel_filters(original: Any) -> Any:
+    @functools.wraps(original)
+    def apply(self: Any, queryset: Any) -> Any:
+        field = self.field
+        targets = field.foreign_related_fields
+        if (
+            type(getcurrent()) is Runner
+            and field.many_to_one
+            and len(targets) == 1
+            and _filters_as_django(type(queryset))  # type: ignore[arg-type]
+            and not (queryset._sticky_filter or queryset._deferred_filter)
+            and not queryset._query.is_sliced
+        ):
+            value = getattr(self.instance, targets[0].attname)
+            if value is not None and value != "":
+                # Nobody else has the queryset: what filter() would give a copy is put on itself.
+                queryset._add_hints(instance=self.instance)
+                queryset._db = self._db or queryset._db
+                queryset._deferred_filter = False, (), self.core_filters
+                queryset._known_related_objects = {field: {value: self.instance}}
+                return queryset
+        return original(self, queryset)
+
+    return apply
 
 
 # The types of values that a filter treats alike, whatever their value.
@@ -186,7 +246,7 @@ def _filters_as_django(cls: Any) -> bool:
         getattr(cls, name) is getattr(query.QuerySet, name)
         for name in (
             "filter", "_filter_or_exclude", "_filter_or_exclude_inplace", "_chain", "_clone",
-            "order_by", "__len__", "_fetch_all", "db", "query",
+            "order_by", "__len__", "_fetch_all", "db", "query", "using", "_add_hints",
         )
     )  # fmt: skip
 
@@ -561,6 +621,11 @@ def install() -> None:
         (cls, "__iter__", _planned(cls)) for cls in _ITERABLES
     ]
     replacements += [
+        (
+            related_descriptors,
+            "create_reverse_many_to_one_manager",
+            _related_manager(related_descriptors.create_reverse_many_to_one_manager),
+        ),
         (Model, "_do_update", _do_update(Model._do_update)),
         (query.QuerySet, "get", _get(query.QuerySet.get)),
         (Query, "has_results", _has_results(Query.has_results)),

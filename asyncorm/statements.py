@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from psycopg.adapt import PyFormat
@@ -233,12 +233,16 @@ def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any,
                     return conn.run(statement), None
     cursor = wrapper.cursor()
     try:
-        sql = f"{plan.sql} OFFSET {offset}" if offset else plan.sql
-        cursor.execute(sql, (*plan.fixed, *params))
+        cursor.execute(*_djangos(plan, params, offset))
     except BaseException:
         cursor.close()
         raise
     return None, cursor
+
+
+def _djangos(plan: Plan, params: list[Any], offset: int) -> tuple[str, tuple[Any, ...]]:
+    """The SQL and the parameters that Django would have a cursor execute."""
+    return f"{plan.sql} OFFSET {offset}" if offset else plan.sql, (*plan.fixed, *params)
 
 
 @functools.cache
@@ -274,6 +278,21 @@ def items(plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any = 
     with cursor:
         loaded = cursor.fetchall()
     return maker.make_loaded(loaded, wrapper.alias, wrapper, mode)
+
+
+def chunks(
+    plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any, size: int
+) -> Iterator[list[Any]]:
+    """The same from a server-side cursor of Django's, `size` rows at a time."""
+    maker = plan.maker
+    assert maker is not None
+    cursor = wrapper.chunked_cursor()
+    try:
+        cursor.execute(*_djangos(plan, params, offset))
+        while loaded := cursor.fetchmany(size):
+            yield maker.make_loaded(loaded, wrapper.alias, wrapper, mode)
+    finally:
+        cursor.close()
 
 
 def count_of(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> int:

@@ -147,6 +147,11 @@ HOT: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
         1,
         2,
     ),
+    "a reverse foreign key, twice": (
+        lambda v: [list(p.books.order_by("pk").all()) for p in Publisher.objects.filter(pk=v)],
+        1,
+        2,
+    ),
     "no such row": (lambda v: Book.objects.filter(pk=-v).first(), 1, 2),
 }
 
@@ -205,6 +210,26 @@ def closing(function: Callable[..., Any]) -> Callable[..., Any]:
             connections.close_all()
 
     return call
+
+
+async def test_streams() -> None:
+    def stream(low: int) -> Any:
+        publisher = Publisher.objects.get(pk=1)
+        return [
+            list(Book.objects.filter(pk__gt=low).order_by("pk").iterator(chunk_size=2)),
+            list(Book.objects.filter(pk__gt=low).order_by("pk")[1:5].iterator(chunk_size=2)),
+            list(Book.objects.order_by("pk").values("pk", "created").iterator(chunk_size=3)),
+            list(publisher.books.order_by("pk").iterator(chunk_size=1)),
+        ]
+
+    expected = await asyncio.to_thread(closing(stream), 2)
+    for _ in range(2):
+        assert differences(expected, await asyncorm.native(stream)(2)) == []
+    assert hits() > 4
+    async with asyncorm.atomic():
+        assert differences(expected, await asyncorm.native(stream)(2)) == []
+    streamed = [book async for book in Book.objects.order_by("pk").native_iterator(chunk_size=2)]
+    assert [book.pk for book in streamed] == sorted(book.pk for book in streamed)
 
 
 async def test_get_says_what_django_says() -> None:
