@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from operator import length_hint
 from types import TracebackType
 from typing import Any
 
 from django.db import InterfaceError
+from psycopg.pq import ExecStatus
+from psycopg.rows import tuple_row
 
 from . import bridge, sessions
+from .multiplexing import is_single
+from .statements import direct
+
+TUPLES_OK = ExecStatus.TUPLES_OK
 
 
 class AsyncCursor:
@@ -22,12 +30,38 @@ class AsyncCursor:
     def __init__(self, using: str | None) -> None:
         self._using = using
         self._cursor: Any = None
+        # What is left of a statement without a cursor, and how to make one for the rest.
+        self._rows: Iterator[tuple[Any, ...]] | None = None
+        self._make: Callable[[], Any] | None = None
 
     def _run(self, method: str, args: tuple[Any, ...]) -> Any:
-        if self._cursor is not None:
-            self._cursor.close()
+        self._close()
         self._cursor = sessions.require(self._using).wrapper.cursor()
         return getattr(self._cursor, method)(*args)
+
+    def _execute(self, text: Any, params: Any) -> None:
+        """Execute a statement, without a cursor if nobody would notice."""
+        wrapper = sessions.require(self._using).wrapper
+        conn = direct(wrapper) if type(text) is str and is_single(text) else None
+        if conn is None or conn.row_factory is not tuple_row:
+            self._run("execute", (text, params))
+            return
+        self._close()
+        wrapper.validate_no_broken_transaction()
+        with wrapper.wrap_database_errors:
+            result = conn.run(conn.bound(text, params))
+            rows = iter(conn.rows(result)) if result.status == TUPLES_OK else None
+
+        def make() -> Any:
+            read = 0 if rows is None else result.ntuples - length_hint(rows)
+            return wrapper.make_cursor(conn.cursor_on(result, read))
+
+        self._rows, self._make = rows, make
+
+    def _close(self) -> None:
+        if self._cursor is not None:
+            self._cursor.close()
+        self._cursor = self._rows = self._make = None
 
     async def execute(
         self, sql: Any, params: Sequence[Any] | Mapping[str, Any] | None = None
@@ -37,7 +71,7 @@ class AsyncCursor:
         Raises:
             django.db.Error: as Django's cursor does.
         """
-        await bridge.run(self._run, "execute", (sql, params))
+        await bridge.run(self._execute, sql, params)
         return self
 
     async def executemany(self, sql: Any, param_list: Sequence[Any]) -> AsyncCursor:
@@ -51,21 +85,30 @@ class AsyncCursor:
 
     async def fetchone(self) -> tuple[Any, ...] | None:
         """The next row, None at the end."""
+        if self._rows is not None:
+            return next(self._rows, None)
         return self._executed().fetchone()  # type: ignore[no-any-return]
 
     async def fetchmany(self, size: int = 1) -> list[tuple[Any, ...]]:
         """The next `size` rows."""
+        if self._rows is not None:
+            return list(islice(self._rows, size))
         return self._executed().fetchmany(size)  # type: ignore[no-any-return]
 
     async def fetchall(self) -> list[tuple[Any, ...]]:
         """The rows that are left."""
+        if self._rows is not None:
+            return list(self._rows)
         return self._executed().fetchall()  # type: ignore[no-any-return]
 
     async def __aiter__(self) -> AsyncIterator[tuple[Any, ...]]:
-        for row in self._executed():
+        for row in self._executed() if self._rows is None else self._rows:
             yield row
 
     def _executed(self) -> Any:
+        if self._make is not None:
+            self._cursor = self._make()
+            self._rows = self._make = None
         if self._cursor is None:
             raise InterfaceError("Nothing was executed on this cursor yet.")
         return self._cursor
@@ -84,7 +127,7 @@ class AsyncCursor:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._cursor = None
+        self._cursor = self._rows = self._make = None
 
 
 def cursor(using: str | None = None) -> AsyncCursor:

@@ -23,9 +23,9 @@ Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not docume
 - `psycopg.generators.copy_from`, `.copy_to`, `.copy_end`, `BaseCursor._start_copy_gen`: psycopg's
   own `Copy` waits for each row, and ends a COPY that failed by a request that blocks.
 - `psycopg.generators.pipeline_communicate`, `.fetch_many`: send a pipeline and read its results.
-- `BaseCursor._conn`, `._pgconn`, `._tx`, `._reset`, `._convert_query`, `._check_results`,
-  `._set_results`: what `Cursor.execute()` does around sending, for a statement that travels with
-  others.
+- `BaseCursor._conn`, `._pgconn`, `._tx`, `._pos`, `._query_cls`, `._reset`, `._convert_query`,
+  `._check_results`, `._set_results`: what `Cursor.execute()` does around sending, for a statement
+  that travels with others or has no cursor at first.
 - `psycopg.waiting.wait_conn_async`: drives the cancel request.
 - `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`,
   `._expire_at`, `._stats`: the state that `getconn()` and `putconn()` work on, for the fast paths.
@@ -175,15 +175,7 @@ class _Cursor:
         self._reset()
         self._tx = Transformer(self)
         self._query = pgq = self._convert_query(query, params)  # for the query log
-        statement = Statement(pgq.query, result_format=self.format)
-        if pgq.types:
-            statement.params, statement.types, statement.formats = (
-                pgq.params,
-                pgq.types,
-                pgq.formats,
-            )
-        else:  # none, or the cursor has bound them on the client: the text has their values
-            statement.prepare = False
+        statement = _sent(pgq, text)
         results = queue.run(statement, text)
         conn.served_by = queue.served_by
         self._check_results(results)
@@ -293,6 +285,17 @@ class Statement:
     def send_prepared(self, pgconn: Any, name: bytes) -> None:
         """Have libpq send the order to execute it, prepared before."""
         pgconn.send_query_prepared(name, self.params, self.formats, self.result_format)
+
+
+def _sent(query: Any, text: str) -> Statement:
+    """The statement that a psycopg query object stands for once it has its parameters."""
+    statement = Statement(query.query, text=text)
+    if query.types:
+        statement.params, statement.types = query.params, query.types
+        statement.formats = query.formats
+    else:  # none, or bound on the client: the text has their values
+        statement.prepare = False
+    return statement
 
 
 def checked(results: Sequence[Any], encoding: str) -> Any:
@@ -447,6 +450,26 @@ class Connection(psycopg.Connection[Any]):
             transformer = make(self)
             self._transformers[make] = current, transformer
         return transformer
+
+    def bound(self, text: str, params: Any) -> Statement:
+        """The statement that a cursor of the connection would send for SQL and parameters."""
+        query = self.cursor_factory._query_cls(self.transformer)
+        query.convert(text, params)
+        return _sent(query, text)
+
+    def rows(self, result: Any) -> list[tuple[Any, ...]]:
+        """The rows of a result as tuples."""
+        transformer = self.transformer
+        transformer.set_pgresult(result)
+        return transformer.load_rows(0, result.ntuples, tuple)  # type: ignore[no-any-return]
+
+    def cursor_on(self, result: Any, read: int) -> Any:
+        """A cursor that has executed the statement of a result, and has read so many rows."""
+        cursor: Any = self.cursor()
+        cursor._tx = Transformer(cursor)
+        cursor._set_results([result])
+        cursor._pos = read
+        return cursor
 
     def give_turn(self) -> None:
         """Let other tasks run if this one has kept them waiting."""

@@ -214,23 +214,31 @@ def _plan(shape: Shape, compiled: Compiled, fixed: tuple[Any, ...]) -> Plan:
     )
 
 
+def direct(wrapper: Any) -> Connection | None:
+    """The connection, if nobody would notice that a statement is sent without Django's cursor."""
+    # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
+    if wrapper.execute_wrappers or wrapper.queries_logged or "cursor" in wrapper.__dict__:
+        return None
+    wrapper.ensure_connection()
+    conn = wrapper.connection
+    if (
+        isinstance(conn, Connection)
+        and _are_djangos_cursors(type(wrapper), conn.cursor_factory)  # type: ignore[arg-type]
+        and _same_zone(conn, wrapper)
+    ):
+        return conn
+    return None
+
+
 def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:
     """The result without a cursor and None, or else None and Django's cursor."""
-    watched = wrapper.execute_wrappers or wrapper.queries_logged
-    # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
-    if not watched and "cursor" not in wrapper.__dict__:
-        wrapper.ensure_connection()
-        conn = wrapper.connection
-        if (
-            isinstance(conn, Connection)
-            and _are_djangos_cursors(type(wrapper), conn.cursor_factory)  # type: ignore[arg-type]
-            and _same_zone(conn, wrapper)
-        ):
-            wrapper.validate_no_broken_transaction()
-            with wrapper.wrap_database_errors:
-                statement = plan.bound(conn, [*params, offset] if offset else params)
-                if statement is not None:
-                    return conn.run(statement), None
+    conn = direct(wrapper)
+    if conn is not None:
+        wrapper.validate_no_broken_transaction()
+        with wrapper.wrap_database_errors:
+            statement = plan.bound(conn, [*params, offset] if offset else params)
+            if statement is not None:
+                return conn.run(statement), None
     cursor = wrapper.cursor()
     try:
         cursor.execute(*_djangos(plan, params, offset))

@@ -374,6 +374,22 @@ async def test_cursor() -> None:
     await all_given_back()
 
 
+async def test_cursor_attributes_beside_rows() -> None:
+    async with asyncorm.cursor() as cursor:
+        await cursor.execute("SELECT generate_series(1, 5) AS n")
+        assert await cursor.fetchmany(2) == [(1,), (2,)]
+        assert (cursor.rownumber, cursor.rowcount, cursor.statusmessage) == (2, 5, "SELECT 5")
+        assert cursor.description[0].name == "n"
+        assert await cursor.fetchone() == (3,)
+        assert await cursor.fetchall() == [(4,), (5,)]
+        await cursor.execute("UPDATE shop_tag SET weight = weight RETURNING id")
+        assert cursor.rowcount == len(await cursor.fetchall()) == 6
+        await cursor.execute("SELECT 1; SELECT 2")
+        assert await cursor.fetchall() == [(1,)]
+        await cursor.execute("SELECT %s::text, '%%', %s::jsonb", ["it's", '{"a": 1}'])
+        assert await cursor.fetchall() == [("it's", "%", '{"a": 1}')]
+
+
 async def test_cursor_of_another_alias() -> None:
     async with asyncorm.cursor(using="other") as cursor:
         await cursor.execute("SELECT current_database(), current_setting('TimeZone')")
