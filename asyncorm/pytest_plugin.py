@@ -57,9 +57,9 @@ def native_only() -> Iterator[None]:
 
 
 @pytest.fixture
-def asyncorm_queries() -> Iterator[Any]:
-    """The queries of the test so far, by task: asyncorm.testing.Queries."""
-    from . import testing
+def asyncorm_timeline() -> Iterator[Any]:
+    """The queries of the test so far: what `asyncorm.timeline()` records."""
+    from .timeline import timeline
 
-    with testing.count_queries() as queries:
-        yield queries
+    with timeline() as seen:
+        yield seen

@@ -9,12 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import threading
-import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from functools import wraps
 from inspect import isawaitable
 from typing import Any
@@ -24,9 +22,10 @@ from asgiref.sync import SyncToAsync
 from django.db import DEFAULT_DB_ALIAS, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from . import bridge, sessions
+from . import bridge
+from .timeline import timeline
 
-__all__ = ["Queries", "Query", "count_queries", "native_only", "on_commit_callbacks"]
+__all__ = ["count_queries", "native_only", "on_commit_callbacks", "timeline_on_failure"]
 
 logger = logging.getLogger("asyncorm")
 
@@ -103,112 +102,32 @@ def _on_a_loop() -> bool:
     return True
 
 
-# Queries by task
-
-
-@dataclass(frozen=True)
-class Query:
-    """One statement of native code, or of synchronous code in a test's transaction.
-
-    Attributes:
-        sql: with its placeholders.
-        task: the name of the asyncio task, or of the thread.
-        connection: the process id of the server's end.
-        began: seconds since `count_queries()` began.
-        seconds: how long it took.
-    """
-
-    sql: str
-    task: str
-    connection: int
-    began: float
-    seconds: float
-
-
-class Queries(list[Query]):
-    """What was recorded, in the order in which statements ended; str() draws the timeline."""
-
-    @property
-    def by_task(self) -> dict[str, list[Query]]:
-        """The same for each task, by its name."""
-        found: dict[str, list[Query]] = {}
-        for query in self:
-            found.setdefault(query.task, []).append(query)
-        return found
-
-    def __str__(self) -> str:
-        ordered = sorted(self, key=lambda query: query.began)
-        total = max((query.began + query.seconds for query in self), default=0.0)
-        lines = [
-            f"{len(self)} queries of {len(self.by_task)} tasks on "
-            f"{len({query.connection for query in self})} connections, {total * 1000:.1f} ms"
-        ]
-        if len(ordered) > _SHOWN:
-            lines.append(f"(the last {_SHOWN} of them)")
-        width = max((len(query.task) for query in ordered), default=0)
-        for query in ordered[-_SHOWN:]:
-            place = round(query.began / total * _BAR)
-            length = max(1, round(query.seconds / total * _BAR))
-            bar = " " * min(place, _BAR - 1) + "#" * length
-            sql = " ".join(query.sql.split())
-            lines.append(
-                f"|{bar[:_BAR]:<{_BAR}}| {query.seconds * 1000:8.1f} ms  {query.task:<{width}}  "
-                f"{query.connection}  {sql if len(sql) <= 120 else sql[:117] + '...'}"
-            )
-        return "\n".join(lines)
-
-
-_BAR = 30  # characters
-_SHOWN = 200  # queries in a timeline
+# Queries
 
 
 @contextmanager
-def count_queries() -> Iterator[Queries]:
-    """Record the queries of every task: `len(queries)`, `queries.by_task`, `print(queries)`.
+def count_queries() -> Iterator[Counter[str]]:
+    """How many queries each task made: at the end, by the task's name.
 
     Native queries on all aliases, and in a test's transaction those of synchronous code, too.
+    `asyncorm.timeline()` has the queries themselves.
     """
-    queries = Queries()
-    start = time.perf_counter()
-
-    def record(execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
-        began = time.perf_counter()
+    counts: Counter[str] = Counter()
+    with timeline() as seen:
         try:
-            return execute(sql, params, many, context)
+            yield counts
         finally:
-            task = sessions.current_task_or_none()
-            conn = context["connection"].connection
-            queries.append(
-                Query(
-                    str(sql),
-                    threading.current_thread().name if task is None else task.get_name(),
-                    0 if conn is None else conn.pgconn.backend_pid,
-                    began - start,
-                    time.perf_counter() - began,
-                )
-            )
-
-    def everywhere() -> list[list[Any]]:
-        cases = sessions.test_sessions.values()
-        return [sessions.everywhere, *(session.wrapper.execute_wrappers for session in cases)]
-
-    for wrappers in everywhere():
-        wrappers.append(record)
-    try:
-        yield queries
-    finally:
-        for wrappers in everywhere():
-            wrappers.remove(record)
+            counts.update(span.task for span in seen.queries)
 
 
 @contextmanager
 def timeline_on_failure() -> Iterator[None]:
     """Add the timeline of the queries to an exception, where test runners show it."""
-    with count_queries() as queries:
+    with timeline() as seen:
         try:
             yield
         except Exception as exc:
-            exc.add_note(f"asyncorm: {queries}")
+            exc.add_note(f"asyncorm:\n{seen}")
             raise
 
 
