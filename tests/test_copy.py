@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 import pytest
+from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.contrib.postgres.fields import ArrayField
 from django.db import (
@@ -27,6 +28,7 @@ from django.db import (
 from django.db.backends.postgresql.psycopg_any import DateTimeTZRange, NumericRange
 from django.db.models import F, JSONField, Q, Value
 from django.db.models.functions import Now, Upper
+from django.test import TestCase
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -675,3 +677,21 @@ async def test_when_every_connection_is_in_use(fresh: Any) -> None:
         assert len({file.getvalue() for file in files}) == 1
         assert await Tag.objects.using(alias).native_count() == 256
         await asyncorm.close_pools(alias)
+
+
+class InATestsTransaction(TestCase):
+    async def test_rows_are_seen_and_rolled_back(self) -> None:
+        await Tag.objects.native_bulk_create([Tag(name="x"), Tag(name="y")], method="copy")
+        assert await sync_to_async(Tag.objects.filter(name__in="xy").count)() == 2
+        file = io.StringIO()
+        assert await asyncorm.copy_to(Tag.objects.filter(name__in="xy").values("name"), file) == 2
+        assert sorted(file.getvalue().split()) == ["x", "y"]
+        with pytest.raises(IntegrityError):
+            async with asyncorm.atomic():
+                await Tag.objects.native_bulk_create([Tag(name="x")], method="copy")
+        writer = Slow()
+        writer.fail_after = 10
+        with pytest.raises(ZeroDivisionError):
+            async with asyncorm.atomic():
+                await asyncorm.copy_to(many(), writer)
+        assert await Tag.objects.filter(name__in="xy").native_count() == 2

@@ -207,6 +207,18 @@ async def test_inside_a_block_they_use_its_connection() -> None:
         asyncorm.set_rollback(True)
 
 
+async def test_inside_a_block_they_travel_together() -> None:
+    books = Book.objects.prefetch_related("tags", "reviews", "notes", "authors__notes", "publisher")
+    async with asyncorm.atomic():
+        await books.all().anative()  # the connection is there, content types are known
+        before = asyncorm.pool_stats()
+        await books.all().anative()
+        after = asyncorm.pool_stats()
+    together = after["statements_pipelined"] - before["statements_pipelined"]
+    assert together >= 4
+    assert after["pipelines"] - before["pipelines"] <= together / 2
+
+
 async def test_inside_connection_they_use_its_session() -> None:
     async with asyncorm.connection():
         async with asyncorm.cursor() as cursor:
