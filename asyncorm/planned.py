@@ -52,7 +52,7 @@ from .statements import (
     counts,
     items,
     plan_for,
-    plans,
+    recall,
     remember,
     same,
 )
@@ -309,7 +309,7 @@ def _got(queryset: Any, kwargs: dict[str, Any]) -> list[Any] | None:
         if base.distinct_fields or base.low_mark or base.high_mark is not None:
             return None
         key = tuple(shape.key)
-        known: Any = plans.get(key, UNPLANNED)
+        known: Any = recall(key)
         if known is None:
             return None
         if known is UNPLANNED:
@@ -494,7 +494,7 @@ def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, 
             key += (id(field), value is None)
             params.append(value)
         whole = tuple(key)
-        known: Any = plans.get(whole, UNPLANNED)
+        known: Any = recall(whole)
         if known is None:
             return None
         if known is UNPLANNED:
@@ -561,7 +561,7 @@ def _insert_plan(
         wrapper.alias, InsertQuery, query.model, query.get_meta().db_table, query.raw,
         tuple(map(id, fields)), tuple(map(id, returning)),
     )  # fmt: skip
-    plan = plans.get(key, UNPLANNED)
+    plan = recall(key)
     if plan is None or not all(type(field).pre_save in _PRE_SAVES for field in fields):
         counts["unfit"] += 1
         return None

@@ -137,6 +137,14 @@ def clear() -> None:
     plain_orders.clear()
 
 
+def recall(key: tuple[Any, ...]) -> Any:
+    """A plan, None where there is to be none, UNPLANNED if the shape is new."""
+    plan = plans.get(key, UNPLANNED)
+    if plan is not UNPLANNED and len(plans) >= MAX_PLANS:
+        plans[key] = plans.pop(key, plan)  # those used least recently go first
+    return plan
+
+
 def remember(key: tuple[Any, ...], plan: Any) -> None:
     while len(plans) >= MAX_PLANS:
         try:
@@ -170,7 +178,7 @@ def plan_for(
     try:
         shape = Shape(query, wrapper, *kind)
         key = tuple(shape.key)
-        plan = plans.get(key, UNPLANNED)
+        plan = recall(key)
     except Exception:  # whatever is wrong with the query, Django will say
         counts["unfit"] += 1
         return None

@@ -405,7 +405,11 @@ async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statements, "MAX_PLANS", 5)
     for length in range(1, 12):
         await Book.objects.filter(pk__in=range(length)).anative()
+        await Book.objects.filter(pk=1).anative()
     assert asyncorm.statement_cache_stats()["size"] == 5
+    before = hits()
+    await Book.objects.filter(pk=2).anative()  # used again and again, it has stayed
+    assert hits() == before + 1
 
 
 async def test_pages_share_a_plan() -> None:
