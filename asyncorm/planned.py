@@ -458,10 +458,11 @@ def _do_update(original: Any) -> Any:
 
     def do_update(
         self: Any, base_qs: Any, using: str, pk_val: Any, values: Any, update_fields: Any,
-        forced_update: Any, *returning: Any,
+        forced_update: Any, *returning: Any, **named: Any,
     ) -> Any:  # fmt: skip
         if (
             values
+            and not named
             and type(getcurrent()) is Runner
             and type(base_qs) is query.QuerySet
             and not (returning and returning[0])  # fields, from Django 6 on
@@ -473,7 +474,7 @@ def _do_update(original: Any) -> Any:
                 count = count_of(*found, 0, wrapper)
                 return [()] * count if returning else count > 0
         return original(
-            self, base_qs, using, pk_val, values, update_fields, forced_update, *returning
+            self, base_qs, using, pk_val, values, update_fields, forced_update, *returning, **named
         )
 
     return do_update

@@ -34,6 +34,7 @@ from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
 MAX_ORDERS = 1024
+MAX_PARAMS = 2000  # in a list; one for each object of a chunk of iterator()'s is usual
 
 
 class Unfit(Exception):
@@ -155,6 +156,8 @@ class Shape:
                     key.append(rhs)
                     continue
                 sql, params = child.process_rhs(None, self.wrapper)
+                if len(params) > MAX_PARAMS:
+                    raise Unfit
                 key.append(tuple(sql) if type(sql) is list else sql)
                 self.params += params
                 self.leaves.append((child, len(params)))

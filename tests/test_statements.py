@@ -412,6 +412,12 @@ async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hits() == before + 1
 
 
+async def test_long_lists_are_left_to_django() -> None:
+    for _ in range(2):
+        assert len(await Book.objects.filter(pk__in=range(3000)).anative()) > 1
+    assert asyncorm.statement_cache_stats()["size"] == 0
+
+
 async def test_pages_share_a_plan() -> None:
     for offset in range(1, 6):
         await Book.objects.order_by("pk")[offset : offset + 2].anative()
