@@ -8,8 +8,6 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 - `ModelIterable.__iter__` and those of its siblings, `QuerySet.get`, `Model._do_update`,
   `Query.has_results`,
   `Query.get_count`, `execute_sql` of the compilers: replaced.
-- `create_reverse_many_to_one_manager`, `RelatedManager._apply_rel_filters`: replaced for managers
-  made from now on.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
   the other flags in `_got()`: what the iteration and `get()` depend on.
 - `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
@@ -29,7 +27,6 @@ from typing import Any
 import django
 from django.core.signals import setting_changed
 from django.db.models import DateField, DateTimeField, Field, Model, TimeField, query
-from django.db.models.fields import related_descriptors
 from django.db.models.sql import compiler
 from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
 from django.db.models.sql.constants import ROW_COUNT
@@ -177,47 +174,6 @@ def _relate(queryset: Any, made: list[Any]) -> list[Any]:
                 if related is not None:
                     setattr(obj, field.name, related)
     return made
-
-
-def _related_manager(factory: Any) -> Any:
-    """The managers of reverse foreign keys: one queryset for each instance instead of two or three.
-
-    prefetch_related() makes one for each instance that it fills.
-    """
-
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> Any:
-        cls = factory(*args, **kwargs)
-        cls._apply_rel_filters = _apply_rel_filters(cls._apply_rel_filters)
-        return cls
-
-    return make
-
-
-def _apply_rel_filters(original: Any) -> Any:
-    @functools.wraps(original)
-    def apply(self: Any, queryset: Any) -> Any:
-        field = self.field
-        targets = field.foreign_related_fields
-        if (
-            type(getcurrent()) is Runner
-            and field.many_to_one
-            and len(targets) == 1
-            and _filters_as_django(type(queryset))  # type: ignore[arg-type]
-            and not (queryset._sticky_filter or queryset._deferred_filter)
-            and not queryset._query.is_sliced
-        ):
-            value = getattr(self.instance, targets[0].attname)
-            if value is not None and value != "":
-                # Nobody else has the queryset: what filter() would give a copy is put on itself.
-                queryset._add_hints(instance=self.instance)
-                queryset._db = self._db or queryset._db
-                queryset._deferred_filter = False, (), self.core_filters
-                queryset._known_related_objects = {field: {value: self.instance}}
-                return queryset
-        return original(self, queryset)
-
-    return apply
 
 
 # The types of values that a filter treats alike, whatever their value.
@@ -622,11 +578,6 @@ def install() -> None:
         (cls, "__iter__", _planned(cls)) for cls in _ITERABLES
     ]
     replacements += [
-        (
-            related_descriptors,
-            "create_reverse_many_to_one_manager",
-            _related_manager(related_descriptors.create_reverse_many_to_one_manager),
-        ),
         (Model, "_do_update", _do_update(Model._do_update)),
         (query.QuerySet, "get", _get(query.QuerySet.get)),
         (Query, "has_results", _has_results(Query.has_results)),
