@@ -74,6 +74,8 @@ CONTESTANTS = [
                _with(prepare_threshold=None), variant=True),
     Contestant("native-default", "asyncorm native_*, threshold None", "asyncorm_native",
                _with(**_ASYNCORM, prepare_threshold=None), variant=True),
+    Contestant("native-compiled", "asyncorm compiled()", "asyncorm_compiled", _with(**_ASYNCORM),
+               variant=True),
     Contestant("native-bound", "asyncorm native_*, server_side_binding", "asyncorm_native",
                _with(**_ASYNCORM, **BOUND), variant=True),
     Contestant("django-async-default", "Django a*, threshold None", "django_async",
