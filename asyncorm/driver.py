@@ -25,7 +25,7 @@ Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not docume
 - `psycopg.generators.pipeline_communicate`, `.fetch_many`: send a pipeline and read its results.
 - `BaseCursor._conn`, `._pgconn`, `._tx`, `._pos`, `._query_cls`, `._reset`, `._convert_query`,
   `._check_results`, `._set_results`: what `Cursor.execute()` does around sending, for a statement
-  that travels with others or has no cursor at first.
+  that is sent with others or has no cursor at first.
 - `psycopg.waiting.wait_conn_async`: drives the cancel request.
 - `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`,
   `._expire_at`, `._stats`: the state that `getconn()` and `putconn()` work on, for the fast paths.

@@ -2,8 +2,8 @@
 
 An operation that needs no session of its own, only the result of a single statement, does not have
 to wait until it has a connection to itself. Its statement joins a `Queue`; when a connection comes
-free, a *flight* takes several of those that wait and sends them as one pipeline. Each keeps its own
-result, its own error and, outside a transaction block, its own implicit transaction.
+free, several of those that wait are sent on it as one pipeline. Each keeps its own result, its own
+error and, outside a transaction block, its own implicit transaction.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from . import bridge
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, Connection, Statement, finish, leaves_state
 
-MOST = 64  # statements that travel together
-SLOW = 0.2  # seconds without an answer after which a flight's statements are taken to be slow ones
+MOST = 64  # statements in one pipeline
+SLOW = 0.2  # seconds without an answer after which a pipeline's statements count as slow
 _REMEMBERED = 1000  # slow statements
 _REMEMBERED_FOR = 60.0  # seconds
 
@@ -51,7 +51,7 @@ def is_read(text: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def is_single(text: str) -> bool:
-    """Whether a statement may travel with others: one command, no session state, no COPY."""
+    """Whether a statement may be in a pipeline: one command, no session state, no COPY."""
     return (
         ";" not in text.rstrip("; \n\t")
         and not leaves_state(text)
@@ -60,7 +60,7 @@ def is_single(text: str) -> bool:
 
 
 class _Slow:
-    """Texts of statements that took long lately: they travel alone."""
+    """Texts of statements that took long lately: they go alone."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[str, float] = OrderedDict()
@@ -90,7 +90,7 @@ def waited(alias: str, what: str, since: float, until: float | None = None) -> N
 
 
 class Source(Protocol):
-    """Where a flight gets its connection: a pool, a part of one, or a transaction block."""
+    """Where a pipeline gets its connection: a pool, a part of one, or a transaction block."""
 
     @property
     def pool(self) -> Any:
@@ -102,9 +102,9 @@ class Source(Protocol):
 
     @property
     def size(self) -> int:
-        """How many flights may wait for a connection at once."""
+        """How many pipelines may wait for a connection at once."""
 
-    def flight(self) -> AbstractContextManager[Connection]:
+    def connection(self) -> AbstractContextManager[Connection]:
         """Wait for a connection and have it to oneself inside; called natively."""
 
     def asked(self) -> AbstractContextManager[None]:
@@ -117,14 +117,14 @@ class Source(Protocol):
         """Why a statement after one that failed is refused, if it is not the server that says."""
 
 
-class _Passenger:
+class _Request:
     """One operation's statement.
 
     Attributes:
-        flight: those that it travels with, from take-off on.
+        pipeline: those that it was sent with, once it is.
     """
 
-    __slots__ = ("flight", "future", "pid", "sent", "since", "statement", "text")
+    __slots__ = ("future", "pid", "pipeline", "sent", "since", "statement", "text")
 
     def __init__(self, statement: Statement, text: str) -> None:
         self.statement = statement
@@ -133,25 +133,26 @@ class _Passenger:
         self.since = monotonic()
         self.pid = 0
         self.sent = self.since
-        self.flight: _Flight | None = None
+        self.pipeline: _Pipeline | None = None
 
 
-class _Flight:
+class _Pipeline:
     """Statements under way together, and the task that waits for their results."""
 
-    def __init__(self, passengers: list[_Passenger]) -> None:
-        self.passengers = passengers
+    def __init__(self, requests: list[_Request]) -> None:
+        self.requests = requests
         self.task = current_task()
-        for passenger in passengers:
-            passenger.flight = self
+        for request in requests:
+            request.pipeline = self
 
 
 class _Segment:
-    """Statements that wait, nobody else between them, and how many flights are to take them."""
+    """Statements that wait, nobody else between them, and how many pipelines are to take
+    them."""
 
     def __init__(self) -> None:
-        self.waiting: deque[_Passenger] = deque()
-        self.flights = 0
+        self.waiting: deque[_Request] = deque()
+        self.pipelines = 0
 
 
 class Queue:
@@ -159,7 +160,7 @@ class Queue:
 
     Attributes:
         waiting: how many wait now.
-        pending: how many flights wait for a connection.
+        pending: how many pipelines wait for a connection.
     """
 
     def __init__(self, source: Source) -> None:
@@ -174,8 +175,8 @@ class Queue:
         self._open = None
 
     @property
-    def announced(self) -> bool:
-        """Whether flights are under way or about to wait for their connection."""
+    def active(self) -> bool:
+        """Whether pipelines are under way or about to wait for their connection."""
         return bool(self._tasks)
 
     def run(self, statement: Statement, text: str) -> list[Any]:
@@ -188,127 +189,127 @@ class Queue:
         assert runner is not None
         bridge.deliver(runner)
         with self._source.asked():
-            passenger = _Passenger(statement, text)
-            self._join(passenger)
+            request = _Request(statement, text)
+            self._join(request)
             try:
-                results = bridge.wait_for(runner, passenger.future)
-                self.served_by = passenger.pid
-                if waits and passenger.sent - passenger.since > 0.001:
+                results = bridge.wait_for(runner, request.future)
+                self.served_by = request.pid
+                if waits and request.sent - request.since > 0.001:
                     source = self._source
-                    waited(source.pool.alias, source.awaited, passenger.since, passenger.sent)
+                    waited(source.pool.alias, source.awaited, request.since, request.sent)
                 return results
             except CancelledError as exc:
-                self._drop(runner, passenger, exc)
+                self._drop(runner, request, exc)
                 raise
 
-    def _join(self, passenger: _Passenger) -> None:
+    def _join(self, request: _Request) -> None:
         segment = self._open
         if segment is None:
             segment = self._open = _Segment()
-        segment.waiting.append(passenger)
+        segment.waiting.append(request)
         self.waiting += 1
-        if segment.flights < min(len(segment.waiting), self._source.size):
-            self._announce(segment)
+        if segment.pipelines < min(len(segment.waiting), self._source.size):
+            self._start(segment)
 
-    def _announce(self, segment: _Segment) -> None:
-        segment.flights += 1
+    def _start(self, segment: _Segment) -> None:
+        segment.pipelines += 1
         self.pending += 1
         task = get_running_loop().create_task(
-            bridge.run(self._fly, segment, monotonic()), context=Context()
+            bridge.run(self._run_pipeline, segment, monotonic()), context=Context()
         )
         self._tasks.add(task)
-        task.add_done_callback(self._landed)
+        task.add_done_callback(self._ended)
 
-    def _landed(self, task: Task[None]) -> None:
+    def _ended(self, task: Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # the passengers have been told
+            task.exception()  # the requests have been told
 
-    def _drop(self, runner: Runner, passenger: _Passenger, exc: BaseException) -> None:
-        flight = passenger.flight
-        if flight is None or (task := flight.task) is None:
-            return  # it will not board, or has landed
+    def _drop(self, runner: Runner, request: _Request, exc: BaseException) -> None:
+        pipeline = request.pipeline
+        if pipeline is None or (task := pipeline.task) is None:
+            return  # it will not be sent, or has its result
         self._source.dropped(exc)
-        if all(other.future.done() for other in flight.passengers):
+        if all(other.future.done() for other in pipeline.requests):
             # Nobody else's statement is under way: the server stops before the caller goes on.
             task.cancel()
             bridge.wait_for(runner, finish(task, 2 * CANCEL_TIMEOUT))
 
-    def _fly(self, segment: _Segment, announced: float) -> None:
+    def _run_pipeline(self, segment: _Segment, started: float) -> None:
         runner = bridge.current()
         assert runner is not None
-        passengers: list[_Passenger] | None = None
+        requests: list[_Request] | None = None
         try:
-            with self._source.flight() as conn:
-                while passengers := self._board(segment, first=passengers is None):
-                    self._send(runner, conn, passengers)
+            with self._source.connection() as conn:
+                while requests := self._take(segment, first=requests is None):
+                    self._send(runner, conn, requests)
                     if self._source.size > 1:
                         break
         except BaseException as exc:
-            if passengers is None:
-                passengers = self._stranded(segment, announced)
-            for passenger in passengers:
-                _fail(passenger.future, exc)
+            if requests is None:
+                requests = self._unserved(segment, started)
+            for request in requests:
+                _fail(request.future, exc)
             if not isinstance(exc, Exception):
                 raise
 
-    def _board(self, segment: _Segment, first: bool) -> list[_Passenger]:
-        share = -(-len(segment.waiting) // max(segment.flights, 1))
+    def _take(self, segment: _Segment, first: bool) -> list[_Request]:
+        share = -(-len(segment.waiting) // max(segment.pipelines, 1))
         if first:
-            segment.flights -= 1
+            segment.pipelines -= 1
             self.pending -= 1
-        passengers: list[_Passenger] = []
-        while segment.waiting and len(passengers) < min(share, MOST):
-            passenger = segment.waiting.popleft()
+        requests: list[_Request] = []
+        while segment.waiting and len(requests) < min(share, MOST):
+            request = segment.waiting.popleft()
             self.waiting -= 1
-            if not passenger.future.done():
-                passengers.append(passenger)
-        if segment.waiting and not segment.flights and self._source.size > 1:
-            self._announce(segment)
-        return passengers
+            if not request.future.done():
+                requests.append(request)
+        if segment.waiting and not segment.pipelines and self._source.size > 1:
+            self._start(segment)
+        return requests
 
-    def _stranded(self, segment: _Segment, announced: float) -> list[_Passenger]:
-        """Those who waited for a flight in vain; who came much later gets another one."""
-        segment.flights -= 1
+    def _unserved(self, segment: _Segment, started: float) -> list[_Request]:
+        """Those that waited in vain; what came much later gets another pipeline."""
+        segment.pipelines -= 1
         self.pending -= 1
-        waited = monotonic() - announced
-        stranded: list[_Passenger] = []
+        waited = monotonic() - started
+        unserved: list[_Request] = []
         while segment.waiting and monotonic() - segment.waiting[0].since >= 0.9 * waited:
-            stranded.append(segment.waiting.popleft())
+            unserved.append(segment.waiting.popleft())
             self.waiting -= 1
-        if segment.waiting and not segment.flights:
-            self._announce(segment)
-        return stranded
+        if segment.waiting and not segment.pipelines:
+            self._start(segment)
+        return unserved
 
-    def _send(self, runner: Runner, conn: Connection, passengers: list[_Passenger]) -> None:
+    def _send(self, runner: Runner, conn: Connection, requests: list[_Request]) -> None:
         def look() -> None:
             if conn.waiting:
-                for passenger in passengers:
-                    slow.add(passenger.text)
+                for request in requests:
+                    slow.add(request.text)
 
-        flight = _Flight(passengers)
-        for passenger in passengers:
-            passenger.pid = conn.pgconn.backend_pid
-            passenger.sent = monotonic()
+        pipeline = _Pipeline(requests)
+        for request in requests:
+            request.pid = conn.pgconn.backend_pid
+            request.sent = monotonic()
         handle = get_running_loop().call_later(SLOW, look)
         try:
             results = bridge.wait_for(
-                runner, conn.run_together([passenger.statement for passenger in passengers])
+                runner, conn.run_together([request.statement for request in requests])
             )
         finally:
             handle.cancel()
-            flight.task = None
-        if len(passengers) > 1:
+            pipeline.task = None
+        if len(requests) > 1:
             self._source.pool.pipelines += 1
-            self._source.pool.statements_pipelined += len(passengers)
+            self._source.pool.statements_pipelined += len(requests)
         broken = False  # a statement before this one failed, or its operation was cancelled
-        for number, (passenger, result) in enumerate(zip(passengers, results, strict=True), 1):
+        for number, (request, result) in enumerate(zip(requests, results, strict=True), 1):
             if broken and (exc := self._source.refusal()) is not None:
-                _fail(passenger.future, exc)
-            elif not passenger.future.done():
-                passenger.future.set_result(result)
-            if not broken and number < len(passengers):
-                broken = passenger.future.cancelled() or result[0].status == _FATAL_ERROR
+                _fail(request.future, exc)
+            elif not request.future.done():
+                request.future.set_result(result)
+            if not broken and number < len(requests):
+                broken = request.future.cancelled() or result[0].status == _FATAL_ERROR
                 if broken:  # whose operation hears of it first: Django's code may mark the block
                     bridge.wait_for(runner, sleep(0))
 

@@ -171,7 +171,7 @@ class Pool:
             await self._open(wrapper)
         assert self.connections is not None
         try:
-            with self.asked(admitted=wrapper.session.flying):
+            with self.asked(admitted=wrapper.session.pipelining):
                 task = asyncio.current_task()
                 cancels = task.cancelling() if task is not None else 0
                 with self._warning_if_slow():

@@ -251,14 +251,14 @@ class Block:
         return self.session.pool
 
     @contextmanager
-    def flight(self) -> Iterator[Connection]:
+    def connection(self) -> Iterator[Connection]:
         """Keep the lock and the connection (multiplexing.Source)."""
         runner = bridge.current()
         assert runner is not None
         if self.ended:
             raise self.outlived_error()
         runner.lead = self.session
-        _scope.set(self.scope)  # the flight's task belongs to the block
+        _scope.set(self.scope)  # the pipeline's task belongs to the block
         with self.session:
             yield self.session.wrapper.connection
 
@@ -389,7 +389,7 @@ class Block:
 UNKNOWN: Any = object()
 
 
-class _Flights:
+class _PoolSource:
     """The source of connections for statements outside transactions (multiplexing.Source)."""
 
     awaited = "for a connection"
@@ -403,11 +403,11 @@ class _Flights:
         return self.source.size
 
     @contextmanager
-    def flight(self) -> Iterator[Connection]:
+    def connection(self) -> Iterator[Connection]:
         runner = bridge.current()
         assert runner is not None
         session = Session(self.pool.alias, self.pool, self.source)
-        session.flying = True
+        session.pipelining = True
         runner.resources[self.pool.alias] = session
         session.wrapper.ensure_connection()
         with session:
@@ -431,7 +431,7 @@ class Session:
     Attributes:
         alias, pool, wrapper: what they say.
         source: where connections come from: the pool, or a limit on it.
-        flying: it is for statements of several operations, sent together.
+        pipelining: it is for statements of several operations, sent together.
         root: the outermost transaction block that is open, if any.
         keeper, origin: the task that pinned the session, and where.
         pinned: kept by `asyncorm.connection()` or by a stream, whatever operations come and go.
@@ -442,7 +442,7 @@ class Session:
         active: when the last statement began or ended (time.monotonic()).
     """
 
-    flying = False
+    pipelining = False
     settling = False
 
     over = False  # the test case that it belonged to has ended (testcase.py)
@@ -498,7 +498,7 @@ class Session:
 
     def _lazy(self) -> LazyConnection | None:
         """What serves an operation of single statements while every connection is in use."""
-        if self.kept or self.flying or self.settling or self.acting is not None:
+        if self.kept or self.pipelining or self.settling or self.acting is not None:
             return None
         if self.source.gathers:
             return self.pool.take_lazy()
@@ -509,7 +509,7 @@ class Session:
     def _checkout(self) -> Connection:
         if self.source.gathers and (conn := self.source.take()) is not None:
             return conn
-        if not self.flying and self.source.queue is not None:
+        if not self.pipelining and self.source.queue is not None:
             self.source.queue.seal()
         since = monotonic()
         conn = self.source.get(self.wrapper)
@@ -534,7 +534,7 @@ class Session:
             return None
         self._entitled(getcurrent())
         if source.queue is None:
-            source.queue = Queue(_Flights(source, self.pool))
+            source.queue = Queue(_PoolSource(source, self.pool))
         return cast(Queue, source.queue)
 
     def settle(self) -> Connection:

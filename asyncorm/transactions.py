@@ -163,7 +163,7 @@ def leave_block(
     acquired = False
     try:
         with bridge.shield(runner):
-            if block.queue is not None and block.queue.announced:
+            if block.queue is not None and block.queue.active:
                 block.queue.seal()
                 try:
                     bridge.wait_for(runner, sleep(0))  # they stand in line then
