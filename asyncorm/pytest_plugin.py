@@ -6,6 +6,7 @@ Tests with pytest-django's `db` roll back without it (testcase.py); it offers te
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import wait
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ def pytest_runtest_teardown(nextitem: Any) -> None:
         from django.db import connections
 
         if settings.configured:
-            SyncToAsync.single_thread_executor.submit(connections.close_all).result()
+            closing = SyncToAsync.single_thread_executor.submit(connections.close_all)
+            wait([closing], timeout=5)  # no longer: a test may have left something running there
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
