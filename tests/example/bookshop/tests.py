@@ -8,6 +8,7 @@ import asyncio
 import gc
 import time
 
+import psycopg
 from asgiref.sync import async_to_sync, sync_to_async
 from django.contrib.auth.models import User
 from django.db import IntegrityError, connection, connections, transaction
@@ -126,40 +127,41 @@ class Rollback(TestCase):
 
     async def test_8_many_threads_and_tasks(self):
         await self.start()
-        ticks = 0
-
-        async def watch():
-            nonlocal ticks
-            while True:
-                await asyncio.sleep(0.001)
-                ticks += sleeping
 
         def create(number):
             for part in range(5):
                 with transaction.atomic():
                     Book.objects.create(title=f"thread {number} {part}")
 
-        sleeping = False
+        def slow():
+            with connections["default"].cursor() as cursor:
+                cursor.execute("SET LOCAL statement_timeout = '20s'")
+                cursor.execute("SELECT pg_advisory_xact_lock(8)")
 
-        def sleep():
-            nonlocal sleeping
-            with connection.cursor() as cursor:
-                sleeping = True
-                cursor.execute("SELECT pg_sleep(0.5)")
-                sleeping = False
-
-        watching = asyncio.ensure_future(watch())
-        slow = asyncio.ensure_future(asyncio.to_thread(sleep_on, connections["default"], sleep))
-        await asyncio.sleep(0.1)
-        ticks = 0
-        await asyncio.gather(
-            *[sync_to_async(create)(n) for n in range(4)],
-            *[Book.objects.acreate(title=f"task {n}") for n in range(20)],
-        )
-        await slow
-        watching.cancel()
+        # A thread's statement that ends only when the loop, which waits for it, lets it.
+        params = connection.get_connection_params()
+        address = {key: params[key] for key in ("dbname", "user", "host", "port") if key in params}
+        with psycopg.connect(**address, password=params.get("password"), autocommit=True) as other:
+            other.execute("SELECT pg_advisory_lock(8)")
+            shared = connections["default"]
+            running = asyncio.ensure_future(asyncio.to_thread(sleep_on, shared, slow))
+            waits = (
+                "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database"
+                " WHERE locktype = 'advisory' AND NOT granted AND datname = current_database()"
+            )
+            while other.execute(waits).fetchone() == (0,):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            everybody = asyncio.gather(
+                *[sync_to_async(create)(n) for n in range(4)],
+                *[Book.objects.acreate(title=f"task {n}") for n in range(20)],
+            )
+            for _ in range(100):
+                await asyncio.sleep(0)
+            self.assertFalse(everybody.done())
+            other.execute("SELECT pg_advisory_unlock(8)")
+            await everybody
+            await running
         self.assertEqual(await Book.objects.acount(), 42)
-        self.assertGreater(ticks, 5, "a thread's statement stopped the loop")
 
     async def test_9_blocks_of_threads_and_tasks(self):
         await self.start()
