@@ -104,29 +104,32 @@ def _writer(destination: Any) -> Callable[[bytes], Any]:
 
 async def _to_path(queryset: Any, path: str, format: str, header: bool) -> int:
     """Write beside the path and rename: a file there is whole, or the one from before."""
-    file, path = await anyio.to_thread.run_sync(_open, path)
+    path = await anyio.to_thread.run_sync(os.path.realpath, path)
+    opened: list[Any] = []  # a cancellation may come when the thread has opened the file
     try:
-        with file:
+        await anyio.to_thread.run_sync(_open, path, opened)
+        with opened[0] as file:
             rows = await bridge.run(_copy_to, queryset, _threaded(file), format, header)
         if file.name != path:
             os.replace(file.name, path)
     except BaseException:
-        if file.name != path:
-            os.unlink(file.name)
+        for file in opened:
+            file.close()
+            if file.name != path:
+                os.unlink(file.name)
         raise
     return rows
 
 
-def _open(path: str) -> tuple[Any, str]:
-    path = os.path.realpath(path)
+def _open(path: str, opened: list[Any]) -> None:
     exists = os.path.exists(path)
     if exists and not os.path.isfile(path):  # a pipe or a device
-        return open(path, "wb"), path
+        opened.append(open(path, "wb"))  # noqa: SIM115
+        return
     part = f"{path}.{secrets.token_hex(4)}.part"
-    file = open(part, "xb")  # noqa: SIM115
+    opened.append(open(part, "xb"))  # noqa: SIM115
     if exists:
         shutil.copymode(path, part)
-    return file, path
 
 
 def _threaded(file: Any) -> Callable[[bytes], Any]:

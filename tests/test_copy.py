@@ -561,6 +561,17 @@ async def test_a_path_is_whole_or_not_there(tmp_path: Path) -> None:
     await all_given_back()
 
 
+async def test_a_cancelled_copy_to_a_path(tmp_path: Path) -> None:
+    for milliseconds in (0, 1, 2, 4, 8, 16, 32, 64):
+        task = asyncio.create_task(asyncorm.copy_to(many(1_000_000), tmp_path / "x"))
+        await asyncio.sleep(milliseconds / 1000)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert os.listdir(tmp_path) == []
+    await all_given_back()
+
+
 async def test_wrong_arguments() -> None:
     for wrong in (Tag, [Tag()], "shop_tag", Tag.objects.raw("SELECT 1")):
         with pytest.raises(TypeError, match="copy_to"):
