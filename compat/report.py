@@ -56,6 +56,7 @@ class Outcome:
             other than in threads that the test started itself.
         versions: of other people's apps.
         left_out: label: why it could not be run.
+        stock: date and commit of the run on the stock backend.
         reruns: what was run again after the whole run.
     """
 
@@ -70,7 +71,7 @@ class Outcome:
         import django
 
         self.baseline, self.native, self.broken = baseline, native, broken
-        self.way, self.began = way, began
+        self.way, self.began, self.stock = way, began, began
         self.version = django.__version__
         self.series = ".".join(self.version.split(".")[:2])
         self.versions: dict[str, str] = {}
@@ -99,7 +100,7 @@ class Outcome:
         """Put this run of some apps in the place of theirs in the last whole run."""
         before = json.loads(whole_run(self.way).read_text())
         self.reruns = [*before["reruns"], {**self.began, "apps": sorted(apps)}]
-        self.began = before["began"]
+        self.began, self.stock = before["began"], before["stock"]
         for name in ("baseline", "native"):
             old = {t: entry for t, entry in before[name].items() if app_of(t) not in apps}
             setattr(self, name, {**old, **getattr(self, name)})
@@ -219,6 +220,7 @@ class Outcome:
             "good": self.good,
             "totals": self.totals(),
             "baseline": {
+                **self.stock,
                 "run": len(baseline),
                 "passed": sum(outcome in FINE for outcome in baseline),
                 "failed": sum(outcome in BAD for outcome in baseline),
@@ -242,7 +244,7 @@ class Outcome:
         plain = re.sub(r"(?m)^\s*File \".*\n?", "", self.text(seconds))
         (RESULTS / f"{path.stem}.txt").write_text(plain + "\n")
         (RESULTS / f"{path.stem}.md").write_text(markdown(facts))
-        names = ("baseline", "native", "broken", "reruns", "began")
+        names = ("baseline", "native", "broken", "reruns", "began", "stock")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({name: getattr(self, name) for name in names}))
 
@@ -271,11 +273,27 @@ def when() -> dict[str, str]:
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit + (" and changes" * bool(changed))}
 
 
-def app_of(test: str) -> str | None:
-    """The app of "app.tests.Class.test", "setUpClass (app.tests.Class)", "(after app.tests...)"."""
+def name_of(test: str) -> str:
+    """The dotted name in "app.tests.C.test", "setUpClass (app.tests.C)", "(after app.tests...)"."""
     found = re.fullmatch(r"(?:\w+(?:Class|Module) )?\((?:after )?(.+)\)", test)
-    name = (found[1] if found else test).split(".")[0]
+    return found[1] if found else test
+
+
+def app_of(test: str) -> str | None:
+    """The app that a test, or what went wrong around tests, is of."""
+    name = name_of(test).split(".")[0]
     return None if name == "outside tests" else name
+
+
+def kept_baseline(labels: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The outcomes on the stock backend in the last whole run with these versions, and its date.
+
+    They do not depend on asyncorm.
+    """
+    kept = json.loads(whole_run("native").read_text())
+    starts = tuple(f"{label}." for label in labels)
+    tests = {t: e for t, e in kept["baseline"].items() if f"{name_of(t)}.".startswith(starts)}
+    return tests, kept["stock"]
 
 
 def markdown(facts: dict[str, Any]) -> str:
@@ -290,9 +308,9 @@ def markdown(facts: dict[str, Any]) -> str:
             for run in facts["reruns"]
         ),
         "",
-        f"On the stock backend {baseline['run']} tests ran, {baseline['passed']} passed, "
-        f"{baseline['failed']} failed, {baseline['skipped']} were skipped. Natively "
-        f"{totals.get('run', 0)} ran, {totals.get('passed', 0)} passed, "
+        f"On the stock backend ({baseline['date']}) {baseline['run']} tests ran, "
+        f"{baseline['passed']} passed, {baseline['failed']} failed, {baseline['skipped']} were "
+        f"skipped. Natively {totals.get('run', 0)} ran, {totals.get('passed', 0)} passed, "
         f"{totals.get('failed', 0)} failed, {totals.get('skipped', 0)} were skipped.",
         "",
         "| App | Run | Passed | Failed | Skipped | Differing | Native statements |",

@@ -251,8 +251,9 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="the modules about the ORM alone")
     parser.add_argument(
         "--baseline",
-        choices=("all", "doubtful"),
-        help="what to run on the stock backend: all, or what does not pass natively "
+        choices=("all", "doubtful", "kept"),
+        help="what to run on the stock backend: all, or what does not pass natively, or nothing "
+        "because the outcomes of the last whole run with these versions are kept "
         "(default: doubtful with --fast and without --results, else all)",
     )
     parser.add_argument("--workers", type=int, default=workers())
@@ -271,6 +272,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     way = "async" if options.redirect else "native"
+    if options.baseline == "kept" and not report.whole_run("native").exists():
+        parser.error("there are no results of a whole run to take the stock backend's from")
     if options.results and options.apps:
         if any("." in app for app in options.apps):
             parser.error("--results takes whole test modules")
@@ -278,6 +281,7 @@ def main() -> int:
             parser.error("there are no results of a whole run to put these into")
 
     began, when = time.monotonic(), report.when()
+    stock = when
     try:
         tests = suite.django_tests()
     except suite.SuiteError as exc:
@@ -295,7 +299,10 @@ def main() -> int:
         labels = [label for label in labels if label not in missing]
         run = Run(database, tests, options.workers)
         groups = split(labels, tests, options.workers * (1 if options.fast else 3))
-        if baseline == "all":
+        if baseline == "kept":
+            run.do([(way, group) for group in groups])
+            run.results["baseline"], stock = report.kept_baseline(labels)
+        elif baseline == "all":
             run.do([(mode, group) for group in groups for mode in ("baseline", way)])
         else:
             run.do([(way, group) for group in groups])
@@ -304,7 +311,7 @@ def main() -> int:
                 run.do([("baseline", group) for group in groups])
     seconds = time.monotonic() - began
     outcome = report.Outcome(run.results["baseline"], run.results[way], run.broken, way, when)
-    outcome.left_out = missing
+    outcome.left_out, outcome.stock = missing, stock
     print(outcome.text(seconds))
     if options.results and options.apps:
         outcome.merge({label.split(".")[0] for label in labels})
