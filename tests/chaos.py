@@ -7,6 +7,7 @@ runs the same faults for seconds.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import itertools
 import os
 import random
@@ -30,13 +31,14 @@ from django.db import DatabaseError, connections, models
 
 import asyncorm
 from asyncorm.demo.postgres import Server, postgres_server
+from asyncorm.driver import CANCEL_TIMEOUT
 
 ACCOUNTS = 20
 BALANCE = 1000
 WORKERS = 12
 POOL = 8
 DEADLINE = 3.0  # seconds for a transfer
-GRACE = 15.0  # for the server to be told of a cancellation, or not to answer, on a slow machine
+GRACE = CANCEL_TIMEOUT + 1.0  # for the server to be told of a cancellation, or not to answer
 
 
 class Account(models.Model):
@@ -128,6 +130,35 @@ class Proxy:
         writer.transport.abort()
 
 
+class Pulse:
+    """How long the loop was too busy to give everybody a turn, which no task can be blamed for."""
+
+    BEAT = 0.01
+
+    def __init__(self) -> None:
+        self._beats = [(time.monotonic(), 0.0)]  # when, and how late all beats were so far
+
+    async def beat(self) -> None:
+        while True:
+            before, late = time.monotonic(), self._beats[-1][1]
+            await asyncio.sleep(self.BEAT)
+            now = time.monotonic()
+            self._beats.append((now, late + max(0.0, now - before - self.BEAT)))
+
+    def busy_since(self, moment: float) -> float:
+        """Seconds of that time in which the loop did not come round."""
+        last, late = self._beats[-1]
+        late += max(0.0, time.monotonic() - max(last, moment) - self.BEAT)
+        place = bisect.bisect(self._beats, (moment,))
+        if place < len(self._beats):
+            after, late_after = self._beats[place]
+            own = late_after - self._beats[place - 1][1] if place else 0.0
+            late -= late_after - min(own, after - moment)
+        else:
+            late -= self._beats[-1][1]
+        return late
+
+
 @dataclass
 class Fates:
     """What the transfers of one phase were told. Each holds the transfers' keys."""
@@ -138,6 +169,7 @@ class Fates:
     cancelled: set[int] = field(default_factory=set)  # by a deadline or a cancellation
     called_back: set[int] = field(default_factory=set)  # the on_commit callback ran
     latest: float = 0.0  # seconds by which a transfer outlived its deadline
+    waited: float = 0.0  # the same without those in which the loop was busy with other tasks
     last_success: float = 0.0
     errors: dict[str, int] = field(default_factory=dict)
 
@@ -151,6 +183,7 @@ class Bank:
         self.keys = itertools.count(1)
         self.choose = random.Random(4)
         self.fates = Fates()
+        self.pulse = Pulse()
         self.address = {
             name: server.settings[key]
             for name, key in zip(
@@ -188,10 +221,15 @@ class Bank:
             reason = str(exc).strip().partition("\n")[0][:60]
             fates.errors[reason] = fates.errors.get(reason, 0) + 1
         finally:
-            fates.latest = max(fates.latest, time.monotonic() - began - deadline)
+            over = time.monotonic() - began - deadline
+            if over > 0:
+                fates.latest = max(fates.latest, over)
+                fates.waited = max(fates.waited, over - self.pulse.busy_since(began + deadline))
 
     async def _transfer(self, key: int, source: int, target: int, amount: int) -> None:
         accounts = Account.objects.using("bank")
+        # While all connections are in use, such statements travel together (MULTIPLEXING).
+        await asyncio.gather(accounts.native_get(pk=source), accounts.native_get(pk=target))
         async with asyncorm.atomic("bank"):
             asyncorm.on_commit(lambda: self.fates.called_back.add(key), "bank")
             locked = accounts.select_for_update().filter(pk__in=(source, target)).order_by("pk")
@@ -216,12 +254,14 @@ class Bank:
                     await asyncio.sleep(0.05)
 
         over = asyncio.Event()
+        pulse = asyncio.create_task(self.pulse.beat())
         workers = [asyncio.create_task(work()) for _ in range(WORKERS)]
         try:
             yield
         finally:
             over.set()
             await asyncio.gather(*workers)
+            pulse.cancel()
 
     async def recovery(self, limit: float = 60.0) -> float:
         """Seconds until transfers succeed again."""
@@ -331,6 +371,7 @@ class Report:
     unknown_committed: int
     recovery: float
     latest: float
+    waited: float
     errors: dict[str, int]
 
 
@@ -380,7 +421,7 @@ async def run(bank: Bank, name: str, seconds: float) -> Report:
     assert not fates.called_back - done, "a callback ran for a transfer that was not committed"
     half = done - fates.called_back - fates.unknown
     assert not half, f"committed without its callback, and nobody was told: {half}"
-    assert fates.latest < GRACE, f"a task outlived its deadline by {fates.latest:.1f} s"
+    assert fates.waited < GRACE, f"a task outlived its deadline by {fates.waited:.1f} s"
     await at_rest(bank)
     return Report(
         fault=(FAULTS[name].__doc__ or name).strip(),
@@ -391,7 +432,8 @@ async def run(bank: Bank, name: str, seconds: float) -> Report:
         unknown=len(fates.unknown),
         unknown_committed=len(fates.unknown & done),
         recovery=recovery,
-        latest=max(fates.latest, 0.0),
+        latest=fates.latest,
+        waited=fates.waited,
         errors=fates.errors,
     )
 
@@ -434,7 +476,7 @@ HEADER = (
     "cancelled",
     "fate unknown (committed)",
     "recovered after",
-    "latest",
+    "latest (loop busy)",
 )
 
 
@@ -447,7 +489,7 @@ def cells(report: Report) -> list[str]:
         f"{report.cancelled:,}",
         f"{report.unknown:,} ({report.unknown_committed:,})",
         f"{report.recovery:.2f} s",
-        f"{report.latest:.1f} s",
+        f"{report.latest:.1f} s ({report.latest - report.waited:.1f} s)",
     ]
 
 
@@ -463,13 +505,14 @@ over TCP. Meanwhile one fault after another is injected. After each, these hold,
 - a commit whose fate is unknown raised an error that says so;
 - the `on_commit` callback ran if, and only if, the transfer was committed (except where its fate is
   unknown);
-- no task outlived its deadline by more than the time that asyncorm gives the server to confirm a
-  cancellation (5 s, and as much as the machine is slow);
+- no task outlived its deadline by more than the {grace:g} s that asyncorm gives the server to
+  confirm a cancellation or to roll back, and one second; the time in which the event loop was busy
+  with other tasks (10,000 that time out at once, say) does not count;
 - nothing is lent from the pool, no session is active or in a transaction on the server, and the
   pool has as many connections as the server.
 
 "Recovered after" is the time from the end of the fault to the next acknowledged transfer, "latest"
-by how much the slowest task outlived its deadline.
+by how much the slowest task outlived its deadline, and for how much of that the loop was busy.
 
 What the last run saw (Python {python}, Django {django}, psycopg {psycopg}):
 
@@ -488,6 +531,7 @@ def write(reports: list[Report], path: Path) -> None:
         accounts=ACCOUNTS,
         deadline=DEADLINE,
         pool=POOL,
+        grace=CANCEL_TIMEOUT,
         python=sys.version.split()[0],
         django=django.get_version(),
         psycopg=psycopg.__version__,

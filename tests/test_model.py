@@ -426,7 +426,10 @@ class Model:
             assert outcome == "integrity"
             block.poisoned = True
 
-    stream = look
+    def stream(self, block: Block, value: Any, outcome: str) -> None:
+        # Written down when it has been closed, which may be after the end of its block.
+        if not (block.ended and block.poisoned and outcome in ("broken", "stopped")):
+            self.look(block, value, outcome)
 
     def detached(self, block: Block, value: Any, outcome: str) -> None:
         if outcome == "cancelled":
