@@ -506,6 +506,8 @@ def on_commit(callback: Callable[[], Any], using: str | None = None, robust: boo
         raise TypeError("on_commit()'s callback must be a callable.")
     block = _block(using)
     if block is not None:
+        if block.ended:  # it is being committed or rolled back, and what it registered is known
+            raise block.outlived_error()
         hook = block.session.hook(callback)
         block.session.wrapper.run_on_commit.append((set(block.sids), hook, robust))
         return
@@ -542,6 +544,6 @@ def set_rollback(rollback: bool, using: str | None = None) -> None:
         raise TransactionManagementError(
             "The rollback flag doesn't work outside of an 'atomic' block."
         )
-    if block.ended:  # it is being committed or rolled back
+    if block.ended:
         raise block.outlived_error()
     block.session.wrapper.needs_rollback = rollback

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from django.test import override_settings
 
 from asyncorm.demo.postgres import postgres_server
 from tests import chaos
@@ -16,13 +17,16 @@ def server() -> Iterator[Any]:
         yield server
 
 
+@pytest.mark.parametrize("multiplexing", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", chaos.FAULTS)
-def test_the_bank_survives(fault: str, server: Any, django_db_blocker: Any) -> None:
+def test_the_bank_survives(
+    fault: str, multiplexing: bool, server: Any, django_db_blocker: Any
+) -> None:
     async def main() -> chaos.Report:
         async with chaos.bank_at(server) as bank:
-            return await chaos.run(bank, fault, chaos.SHORT[fault])
+            return await chaos.run(bank, fault, chaos.SHORT[fault] / (1 if multiplexing else 2))
 
-    with django_db_blocker.unblock():
+    with override_settings(ASYNCORM={"MULTIPLEXING": multiplexing}), django_db_blocker.unblock():
         report = asyncio.run(main())
     assert report.acknowledged
     # A fault that nobody noticed shows nothing.

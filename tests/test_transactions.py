@@ -719,6 +719,25 @@ async def test_a_rolled_back_savepoint_drops_its_tasks_callbacks_alone() -> None
     assert called == ["before", "sibling", "after"]
 
 
+async def test_a_callback_registered_while_its_block_is_rolled_back_is_never_called() -> None:
+    called: list[int] = []
+
+    async def register() -> None:
+        while True:
+            asyncorm.on_commit(lambda: called.append(1))
+            await asyncio.sleep(0)
+
+    async with asyncorm.atomic():
+        with contextlib.suppress(ZeroDivisionError):
+            async with asyncorm.atomic():
+                task = asyncio.create_task(register())
+                await add("lost")
+                raise ZeroDivisionError
+        with pytest.raises(TransactionManagementError):
+            await task
+    assert called == []
+
+
 async def test_native_code_registers_callbacks_with_its_own_block() -> None:
     called: list[str] = []
 

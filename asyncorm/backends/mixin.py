@@ -355,6 +355,8 @@ class NativeWrapper:
         block = self.session.innermost() if self.session is not None else None
         if block is None or not callable(func):
             super().on_commit(func, robust)  # type: ignore[misc]
+        elif block.ended:
+            raise block.outlived_error()
         else:
             self.run_on_commit.append((set(block.sids), func, robust))
 
