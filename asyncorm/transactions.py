@@ -140,8 +140,10 @@ def enter_block(
                     _exit_django(atomic, type(exc), exc, exc.__traceback__)
                     raise
         block.sids = frozenset(session.wrapper.savepoint_ids)
-    except BaseException:
+    except BaseException as exc:
         _close_block(runner, block)
+        if parent is not None and parent.ended and isinstance(exc, Exception):
+            raise parent.outlived_error() from exc  # by force, in the meantime
         raise
     return block
 
