@@ -655,6 +655,41 @@ async def test_commit_is_not_half_done(alias: str, watch: Watch, times: int) -> 
     await healthy(alias, watch)
 
 
+async def test_a_cancelled_task_is_told_that_the_fate_of_its_commit_is_unknown(
+    alias: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A COMMIT that takes longer than a cancelled task waits for it."""
+    monkeypatch.setattr(driver, "CANCEL_TIMEOUT", 0.1)
+    watch.observer.execute(
+        """
+        CREATE OR REPLACE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END$$;
+        CREATE CONSTRAINT TRIGGER linger AFTER INSERT ON myapp_item
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION linger();
+        """
+    )
+
+    async def block() -> None:
+        async with asyncorm.atomic(alias):
+            await add(alias, "a")
+
+    def native() -> None:
+        with transaction.atomic(using=alias):
+            Item.objects.using(alias).create(remote_id=next(ids), name="a")
+
+    try:
+        for work in (block(), asyncorm.native(native)()):
+            task = asyncio.create_task(work)
+            await watch.until(watch.sleeping)
+            task.cancel()
+            with pytest.raises(OperationalError, match="may or may not have been committed"):
+                await task
+            await watch.until(lambda: not watch.sleeping())
+    finally:
+        watch.observer.execute("DROP TRIGGER linger ON myapp_item")
+    await healthy(alias, watch)
+
+
 async def test_a_storm_of_cancellations(alias: str, watch: Watch) -> None:
     async def block(n: int) -> None:
         async with asyncorm.atomic(alias):

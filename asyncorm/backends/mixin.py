@@ -344,6 +344,8 @@ class NativeWrapper:
             super()._commit()  # type: ignore[misc]
         except OperationalError as exc:
             if self.connection is not None and self.connection.pgconn.status != ConnStatus.OK:
+                if (runner := bridge.current()) is not None:
+                    runner.cancelled = None  # or it would be raised in place of this error
                 raise OperationalError(
                     "The connection was lost during COMMIT: the transaction may or may not have "
                     f"been committed. {exc}"
