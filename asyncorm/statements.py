@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from django.db.models.sql import compiler
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 from psycopg.types.json import Jsonb
@@ -305,10 +306,15 @@ def chunks(
     cursor = wrapper.chunked_cursor()
     try:
         cursor.execute(*_djangos(plan, params, offset))
-        while loaded := cursor.fetchmany(size):
+    except BaseException:
+        cursor.close()
+        raise
+    parts: Any = compiler.cursor_iter(cursor, wrapper.features.empty_fetchmany_value, None, size)
+    try:
+        for loaded in parts:
             yield maker.make_loaded(loaded, wrapper.alias, wrapper, mode)
     finally:
-        cursor.close()
+        parts.close()  # and with it the cursor
 
 
 def count_of(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> int:
