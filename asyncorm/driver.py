@@ -44,6 +44,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import inspect
 import logging
 import re
 import select
@@ -72,6 +73,12 @@ logger = logging.getLogger("psycopg.pool")
 
 # Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
 CANCEL_TIMEOUT = 5.0
+# psycopg 3.2 is to be told, 3.3 leaves it to the caller.
+_CANCEL: dict[str, Any] = (
+    {"timeout": CANCEL_TIMEOUT}
+    if "timeout" in inspect.signature(psycopg.Connection._cancel_gen).parameters
+    else {}
+)
 _BUSY = 0.005  # seconds of input that needs no waiting before other tasks get a turn
 
 _WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
@@ -785,7 +792,7 @@ class Connection(psycopg.Connection[Any]):
 
     async def _cancel(self) -> None:
         if psycopg.capabilities.has_cancel_safe():
-            await waiting.wait_conn_async(self._cancel_gen(), 0.1)
+            await waiting.wait_conn_async(self._cancel_gen(**_CANCEL), 0.1)
         else:
             await asyncio.to_thread(self.cancel)
 
