@@ -106,6 +106,9 @@ CLOSED = "The connection was closed."
 
 
 class _NoLock:
+    def __str__(self) -> str:  # among the holders of a pool's connections
+        return "nobody, on its way to the next"
+
     def __enter__(self) -> None:
         raise psycopg.InterfaceError(ENDED)
 

@@ -88,6 +88,7 @@ class Pool:
         self._opening: asyncio.Lock | None = None
         self._closer: AsyncGenerator[None, None] | None = None
         self.asking: set[asyncio.Task[Any] | None] = set()
+        self._warned = float("-inf")
         self.lazy: list[LazyConnection] = []
         self.pipelines = 0
         self.statements_pipelined = 0
@@ -248,10 +249,14 @@ class Pool:
             return
 
         def warn() -> None:
+            if self.loop.time() < self._warned + seconds:
+                return  # one of many that wait: a line for each would make it worse
+            self._warned = self.loop.time()
             logger.warning(
                 "A task has waited %g s for one of the %d connections of database %r, and %d more "
                 "wait. Held by: %s.", seconds, self.size, self.alias,
-                self.connections.waiting - 1 if self.connections else 0, self._holders(),
+                self.connections.waiting - 1 if self.connections else 0,
+                self._holders() or "nobody, there is none",
             )  # fmt: skip
 
         handle = self.loop.call_later(seconds, warn)

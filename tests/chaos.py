@@ -611,5 +611,6 @@ async def main() -> None:
 if __name__ == "__main__":
     import logging
 
-    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # it tells of every lost connection
+    for name in ("psycopg.pool", "asyncorm"):  # of every lost connection, of waiting tasks
+        logging.getLogger(name).setLevel(logging.ERROR)
     asyncio.run(main())
