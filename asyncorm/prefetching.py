@@ -44,6 +44,7 @@ def prefetch_related_objects(model_instances: Any, *related_lookups: Any) -> Non
         return _prefetch_related_objects(model_instances, *related_lookups)
     lookups = _as_objects(related_lookups)
     plan = _Plan(session, lookups)
+    plan.follow(type(model_instances[0]))
     outer = _plans.get(runner)
     _plans[runner] = plan
     cancelled = False
@@ -160,9 +161,28 @@ class _Plan:
         self._workers: set[Task[None]] = set()
         self._starting = 0
         self._ended = False
+        # Where each relation of each model is followed first. The same one elsewhere may lead back
+        # to the same objects, and is fetched already when Django comes there: it is not foreseen.
+        self._first: dict[Any, str] = {}
         self._block = session.innermost() if session.root is not None else None
         if self._block is not None:
             self._block.gathers += 1
+
+    def follow(self, model: Any) -> None:
+        """Note the relations that the lookups will follow from a model, in Django's order."""
+        for lookup in self.lookups:
+            at, prefix = model, ""
+            path = zip(
+                lookup.prefetch_through.split(LOOKUP_SEP),
+                lookup.prefetch_to.split(LOOKUP_SEP),
+                strict=True,
+            )
+            for through, to in path:
+                if at is None:
+                    break
+                self._first.setdefault((at._meta.concrete_model, through), prefix)
+                at = _related(at, through)
+                prefix = f"{prefix}{LOOKUP_SEP}{to}" if prefix else to
 
     def know(self, lookups: list[Any]) -> None:
         self._kept += lookups
@@ -198,6 +218,10 @@ class _Plan:
                 found = _examine(objs, group[0], level)
             except Exception:
                 continue  # Django will meet it too, if it comes so far
+            through = group[0].prefetch_through.split(LOOKUP_SEP)[level]
+            relation = type(objs[0])._meta.concrete_model, through
+            if self._first.setdefault(relation, prefix) != prefix:
+                continue
             if isinstance(found, _Fetch):
                 self._fetches.setdefault(_key(found.lookup, level), []).append(found)
                 self._waiting.append(found)
@@ -268,6 +292,15 @@ async def _all_ended(tasks: list[Task[None]]) -> None:
         for task in tasks:
             await finish(task, 2 * CANCEL_TIMEOUT)
         raise
+
+
+def _related(model: Any, name: str) -> Any:
+    """The model that an attribute of a model leads to, None if that cannot be told."""
+    for field in model._meta.get_fields():
+        accessor = getattr(field, "get_accessor_name", None)  # of relations to the model
+        if name == (accessor() if accessor is not None else field.name):
+            return field.related_model
+    return None
 
 
 def _key(lookup: Any, level: int) -> Any:

@@ -1,6 +1,7 @@
 """Parallel prefetch: the same queries, results, caches and errors as Django's, sooner."""
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from typing import Any
@@ -312,6 +313,26 @@ def test_random_trees(inside: bool, run: Any, trees: list[Any], selected: bool) 
     assert found == expected
     if isinstance(expected, list):
         assert ours == queries
+
+
+@pytest.mark.parametrize(
+    "trees",
+    [
+        ["authors", "authorship_set", "product__book__authorship_set"],
+        ["product__book__authorship_set", "authorship_set", "authors"],
+        ["tags", "reviews__book__tags", "reviews"],
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+async def test_lookups_that_lead_back_to_the_same_objects(trees: Any, inside: bool) -> None:
+    books = Book.objects.order_by("pk").filter(pk__lte=9).prefetch_related(*trees)
+    expected, queries = await in_thread(evaluate, books.all())
+    async with contextlib.AsyncExitStack() as stack:
+        if inside:
+            await stack.enter_async_context(asyncorm.atomic())
+        await native(value)("SELECT 1")
+        found, ours = await native(evaluate)(books.all())
+    assert (found, ours) == (expected, queries)
 
 
 async def test_instances_that_are_prefetched_already() -> None:
