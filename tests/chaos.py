@@ -570,8 +570,10 @@ def write(reports: list[Report], waits: list[str], path: Path) -> None:
     )
     limit = f"""
 Overload: of 10,000 tasks that came at once, with a statement each, on a pool of 20 (one process on
-the same machine as the server), {waits[0]}. They were served in order of arrival. With
-`MULTIPLEXING`, {waits[1]}.
+the same machine as the server), {waits[0]}.
+They were served in order of arrival. With `MULTIPLEXING`, {waits[1]}.
+
+What these show is that the invariants hold, not how fast it is: see the benchmarks for that.
 
 One thing asyncorm cannot do: if the network swallows the request to cancel, too, the server goes on
 with the statement until it writes to the client. Set `client_connection_check_interval` on the
