@@ -37,7 +37,12 @@ _plans: dict[Runner, _Plan] = {}
 def prefetch_related_objects(model_instances: Any, *related_lookups: Any) -> None:
     """Django's, with queries that it will need running beside it."""
     runner = bridge.current()
-    if runner is None or not model_instances or not conf.get("PARALLEL_PREFETCH"):
+    if (
+        runner is None
+        or not isinstance(model_instances, list)  # any iterable, as from Django 6.1 on
+        or not model_instances
+        or not conf.get("PARALLEL_PREFETCH")
+    ):
         return _prefetch_related_objects(model_instances, *related_lookups)
     session = _session(model_instances[0], runner)
     if session is None:

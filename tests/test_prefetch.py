@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import django
 import pytest
 from django.apps import apps
 from django.contrib.contenttypes.models import ContentType
@@ -398,3 +399,15 @@ async def test_a_stream_prefetches_in_parallel() -> None:
     )
     found = related([book async for book in books.native_iterator(chunk_size=10)])
     assert overlap(found)
+
+
+@pytest.mark.skipif(django.VERSION < (6, 1), reason="Django 6.1 takes any iterable")
+async def test_instances_that_are_no_list() -> None:
+    def fetch() -> list[int]:
+        found = {book.pk: book for book in Book.objects.order_by("pk")[:3]}
+        prefetch_related_objects(found.values(), "tags", "publisher")
+        with CaptureQueriesContext(connection) as queries:
+            [tag for book in found.values() for tag in book.tags.all()]
+        return [len(found), len(queries)]
+
+    assert await native(fetch)() == [3, 0]
