@@ -31,6 +31,8 @@ _REMEMBERED = 1000  # slow statements
 _REMEMBERED_FOR = 60.0  # seconds
 
 _FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
+_SQLSTATE = pq.DiagnosticField.SQLSTATE
+_ABORTED = b"25P02"  # a statement in a transaction in which one has failed
 
 _READS = re.compile(r"\s*\(*\s*(?:SELECT|VALUES|TABLE)\b", re.IGNORECASE)
 _COMMANDS = re.compile(
@@ -304,7 +306,8 @@ class Queue:
             self._source.pool.statements_pipelined += len(requests)
         broken = False  # a statement before this one failed, or its operation was cancelled
         for number, (request, result) in enumerate(zip(requests, results, strict=True), 1):
-            if broken and (exc := self._source.refusal()) is not None:
+            aborted = broken or result[0].error_field(_SQLSTATE) == _ABORTED
+            if aborted and (exc := self._source.refusal()) is not None:
                 _fail(request.future, exc)
             elif not request.future.done():
                 request.future.set_result(result)

@@ -64,7 +64,8 @@ class _OfBlock:
         block = self._block(wrapper.session)
         if block is None:
             wrapper.__dict__[self.plain] = value
-        else:
+        elif not block.ended or wrapper.session.holder is bridge.current():
+            # Not by a task that outlives the block, while that is being left.
             setattr(block, self.name, value)
 
     @staticmethod
