@@ -485,8 +485,11 @@ class Model:
             block.rolled_back = block.poisoned = True
         if outcome == "broken":
             assert well
+            # After an error of another task's statement Django is silent, unless that statement was
+            # sent with others and the server's state is known before the task has its answer.
+            if not (block.poisoned and conf.get("MULTIPLEXING")):
+                self.stopped.append(block)
             block.poisoned = True
-            self.stopped.append(block)
         kept = well and not block.poisoned
         if kept or not block.real:
             if parent is None and outcome == "cancelled":
