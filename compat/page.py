@@ -79,7 +79,6 @@ def _table(first: str, rows: list[tuple[str, dict[str, Any], dict[str, int]]]) -
         "| --- | --- | --- |" + " ---: |" * 7 + " --- |",
     ]
     for name, facts, counts in rows:
-        again = facts["reruns"][-1] if facts["reruns"] else facts
         cells = (
             name,
             facts["python"],
@@ -87,10 +86,19 @@ def _table(first: str, rows: list[tuple[str, dict[str, Any], dict[str, int]]]) -
             *(counts[key] for key in ("run", "passed", "failed on both", "skipped", "differing")),
             counts["native"],
             counts.get("elsewhere", 0),
-            f"{again['date']}, {again['commit']}",
+            _when(name, facts),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def _when(name: str, facts: dict[str, Any]) -> str:
+    """Date and commit of a row, and of what was run again later."""
+    again = facts["reruns"]
+    if name.split(" ")[0] in facts["versions"]:  # an app of its own
+        again = [run for run in again if name.split(" ")[0] in run["apps"]]
+    later = (f"{', '.join(r['apps'])} again {r['date']}, {r['commit']}" for r in again)
+    return "; ".join((f"{facts['date']}, {facts['commit']}", *later))
 
 
 def _of(runs: list[dict[str, Any]], suite: str) -> list[dict[str, Any]]:
