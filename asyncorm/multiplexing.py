@@ -305,15 +305,17 @@ class Queue:
             self._source.pool.pipelines += 1
             self._source.pool.statements_pipelined += len(requests)
         broken = False  # a statement before this one failed, or its operation was cancelled
-        for number, (request, result) in enumerate(zip(requests, results, strict=True), 1):
+        for request, result in zip(requests, results, strict=True):
             aborted = broken or result[0].error_field(_SQLSTATE) == _ABORTED
             if aborted and (exc := self._source.refusal()) is not None:
                 _fail(request.future, exc)
             elif not request.future.done():
                 request.future.set_result(result)
-            if not broken and number < len(requests):
+            if not broken:
                 broken = request.future.cancelled() or result[0].status == _FATAL_ERROR
-                if broken:  # whose operation hears of it first: Django's code may mark the block
+                if broken:
+                    # Its operation hears of it while the connection is still taken: Django's code
+                    # may mark the block, for the statements behind it and for those of others.
                     bridge.wait_for(runner, sleep(0))
 
 
