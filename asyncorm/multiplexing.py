@@ -103,6 +103,10 @@ class Source(Protocol):
         """What its statements wait for, in words."""
 
     @property
+    def in_order(self) -> bool:
+        """Whether one statement's operation has to go on before the next one's begins."""
+
+    @property
     def size(self) -> int:
         """How many pipelines may wait for a connection at once."""
 
@@ -313,10 +317,11 @@ class Queue:
                 request.future.set_result(result)
             if not broken:
                 broken = request.future.cancelled() or result[0].status == _FATAL_ERROR
-                if broken:
-                    # Its operation hears of it while the connection is still taken: Django's code
-                    # may mark the block, for the statements behind it and for those of others.
+                if broken:  # whose operation hears of it first: Django's code may mark the block
                     bridge.wait_for(runner, sleep(0))
+        if self._source.in_order:
+            # Who waited goes on before the connection is given to anybody else.
+            bridge.wait_for(runner, sleep(0))
 
 
 def _fail(future: Future[Any], exc: BaseException) -> None:

@@ -213,6 +213,7 @@ class Block:
 
     of_test_case = False
     size = 1  # pipelines under way at once
+    in_order = True
 
     @property
     def awaited(self) -> str:
@@ -393,6 +394,8 @@ class _PoolSource:
     """The source of connections for statements outside transactions (multiplexing.Source)."""
 
     awaited = "for a connection"
+
+    in_order = False
 
     def __init__(self, source: limits.Source, pool: pools.Pool) -> None:
         self.source = source

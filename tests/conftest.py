@@ -1,12 +1,14 @@
 """Starts PostgreSQL for the session, creates the test databases, and offers the sample data."""
 
 import asyncio
+import gc
 import json
 import os
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import psycopg
 import pytest
 
 SESSION = ExitStack()
@@ -53,8 +55,19 @@ def django_db_setup(django_test_environment: None, django_db_blocker: Any) -> It
         stock = Stock()
     yield stock
     stock.close()
+    _close_djangos_own()
     with django_db_blocker.unblock():
         teardown_databases(databases, verbosity=0)
+
+
+def _close_djangos_own() -> None:
+    """Close synchronous connections that a context keeps, such as that of a loop's fixtures.
+
+    Django closes those of the main context only. Native ones must be closed already.
+    """
+    for connection in gc.get_objects():
+        if type(connection) is psycopg.Connection:
+            connection.close()
 
 
 @pytest.fixture(scope="session")
