@@ -267,10 +267,10 @@ def main() -> None:
         ),
     ]
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"python{version}-distance"
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"Written: {stem}.md")
+    stem = f"python{version}-distance"
+    (args.out / f"{stem}.md").write_text("\n".join(lines) + "\n")
+    (args.out / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"Written: {args.out / stem}.md")
 
 
 if __name__ == "__main__":
