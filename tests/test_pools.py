@@ -667,12 +667,12 @@ def test_threads_with_loops_leave_nothing_behind() -> None:
 
 async def test_idle_connections_that_the_server_closed_are_replaced() -> None:
     with database() as alias, administrator() as ask:
-        before = await nap_at_once(alias, 3)
+        before = await nap_at_once(alias, 3, 0.5)
         assert len(before) == 3
         for pid in before:
             ask("SELECT pg_terminate_backend(%s)", pid)
         await eventually(lambda: server_connections(ask, alias) == 0)
-        after = await nap_at_once(alias, 3)
+        after = await nap_at_once(alias, 3, 0.5)
         assert len(after) == 3
         assert not before & after
 
