@@ -120,6 +120,15 @@ class NativeBackendMixin:
             func = self.session.hook(func)
         super().on_commit(func, robust)  # type: ignore[misc]
 
+    def close_if_unusable_or_obsolete(self) -> None:
+        """Django's, but a request does not end the test that it belongs to.
+
+        Django's test clients disconnect close_old_connections(), which gathered requests of
+        AsyncClient undo for each other; and threads of a test have its connection here.
+        """
+        if self.session is None:
+            super().close_if_unusable_or_obsolete()  # type: ignore[misc]
+
     def ensure_timezone(self) -> bool:
         """Django's, and new native connections (the settings TIME_ZONE or USE_TZ changed)."""
         pools.discard_pools(self.alias)  # type: ignore[attr-defined]

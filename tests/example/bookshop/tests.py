@@ -11,7 +11,7 @@ import time
 import psycopg
 from asgiref.sync import async_to_sync, sync_to_async
 from django.contrib.auth.models import User
-from django.db import IntegrityError, connection, connections, transaction
+from django.db import IntegrityError, close_old_connections, connection, connections, transaction
 from django.test import (
     AsyncClient,
     SimpleTestCase,
@@ -377,6 +377,13 @@ class Views(TestCase):
         both = await asyncio.gather(*[AsyncClient().get("/books/") for _ in range(4)])
         self.assertEqual({response.json()["number"] for response in both}, {2})
         self.assertEqual(await Book.objects.acount(), 2)
+
+    async def test_gathered_requests(self):
+        for sensitive in True, False:
+            await sync_to_async(close_old_connections, thread_sensitive=sensitive)()
+        for _ in range(10):
+            await asyncio.gather(*[AsyncClient().get("/books/") for _ in range(8)])
+        self.assertEqual(await Book.objects.acount(), 1)
 
     async def test_logged_in(self):
         await self.async_client.alogin(username="admin", password="secret")
