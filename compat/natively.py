@@ -110,8 +110,10 @@ def _share_serialized_contents() -> None:
     from asyncorm.backends.mixin import NativeWrapper
 
     def kept(wrapper: Any) -> dict[str, Any]:
-        # A wrapper that a test makes itself keeps its own.
-        return wrapper.__dict__.setdefault("_contents", {}) if wrapper.unpooled else _contents
+        # A wrapper that a test makes itself, or copies, keeps its own.
+        session = wrapper.session
+        own = wrapper.unpooled or (session is not None and session.wrapper is not wrapper)
+        return wrapper.__dict__.setdefault("_contents", {}) if own else _contents
 
     def get(wrapper: Any) -> Any:
         try:
