@@ -18,7 +18,7 @@ from django.db import DEFAULT_DB_ALIAS
 
 from . import bridge, conf
 from .driver import Connection
-from .pools import Pool, PoolDeadlock, holders
+from .pools import Pool, PoolDeadlock, deadlocked, holders
 
 Source: TypeAlias = "Pool | Limit"
 
@@ -136,9 +136,7 @@ class Limit:
         self.asking.add(task)
         try:
             sessions = [conn.lock for conn in self._out]
-            if len(sessions) >= self.size and all(
-                getattr(session, "task", None) in self.asking for session in sessions
-            ):
+            if deadlocked(sessions, self.size, self.asking):
                 raise PoolDeadlock(
                     f"Deadlock on database {self.alias!r}: each of the {self.size} connections "
                     "that asyncorm.parallelism() allows here is held by a task that waits for "

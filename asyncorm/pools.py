@@ -6,7 +6,7 @@ import asyncio
 import logging
 from asyncio import AbstractEventLoop, get_running_loop
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,22 @@ def pool_options(settings_dict: dict[str, Any]) -> dict[str, Any]:
 def holders(sessions: Iterable[Any]) -> str:
     """Who holds connections, for messages."""
     return "; ".join(f"{n} x {text}" for text, n in Counter(map(str, sessions)).most_common(5))
+
+
+def deadlocked(sessions: Iterable[Any], size: int, asking: Container[Any]) -> bool:
+    """Whether nobody who holds a connection can give it back before getting another.
+
+    Args:
+        sessions: that hold connections.
+        size: how many connections there are to hold.
+        asking: tasks that wait for a connection.
+    """
+    held = 0
+    for session in sessions:
+        if getattr(session, "task", None) not in asking:
+            return False
+        held += 1
+    return held >= size
 
 
 class PoolDeadlock(psycopg.OperationalError):
@@ -230,12 +246,12 @@ class Pool:
         task = asyncio.current_task()
         self.asking.add(task)
         try:
-            if self._deadlocked():
+            if deadlocked(self._sessions(), self.size, self.asking):
                 raise PoolDeadlock(
                     f"Deadlock on the native pool of database {self.alias!r}: each of its "
                     f"{self.size} connections is held by a task that waits for another one: "
-                    f"{self._holders()}. Raise OPTIONS['pool']['max_size'], or do not use a second "
-                    "connection while holding one."
+                    f"{holders(self._sessions())}. Raise OPTIONS['pool']['max_size'], or do not "
+                    "use a second connection while holding one."
                 )
             yield
         finally:
@@ -256,7 +272,7 @@ class Pool:
                 "A task has waited %g s for one of the %d connections of database %r, and %d more "
                 "wait. Held by: %s.", seconds, self.size, self.alias,
                 self.connections.waiting - 1 if self.connections else 0,
-                self._holders() or "nobody, there is none",
+                holders(self._sessions()) or "nobody, there is none",
             )  # fmt: skip
 
         handle = self.loop.call_later(seconds, warn)
@@ -265,20 +281,9 @@ class Pool:
         finally:
             handle.cancel()
 
-    def _deadlocked(self) -> bool:
-        """Whether nobody who holds a connection can give it back before getting another."""
+    def _sessions(self) -> Iterator[Any]:
         assert self.connections is not None
-        held = 0
-        for conn in self.connections.live:
-            if not conn.closed:
-                if getattr(conn.twin.lock, "task", None) not in self.asking:
-                    return False
-                held += 1
-        return held >= self.size
-
-    def _holders(self) -> str:
-        assert self.connections is not None
-        return holders(conn.twin.lock for conn in self.connections.live if not conn.closed)
+        return (conn.twin.lock for conn in self.connections.live if not conn.closed)
 
     def _exhausted(self) -> psycopg.OperationalError:
         assert self.connections is not None
@@ -292,7 +297,7 @@ class Pool:
         return psycopg.OperationalError(
             f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
             f"connections were in use for {seconds:g} s and {self.waiting} more tasks "
-            f"wait. Held by: {self._holders()}. Raise OPTIONS['pool']['max_size'] in "
+            f"wait. Held by: {holders(self._sessions())}. Raise OPTIONS['pool']['max_size'] in "
             f"DATABASES[{self.alias!r}], or hold connections for less time."
         )
 
