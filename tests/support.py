@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -82,6 +83,13 @@ def run_script(source: str, *flags: str, timeout: float = 60, **environment: str
         text=True,
         timeout=timeout,
     )
+
+
+def free_port() -> int:
+    """A TCP port on this machine that nothing listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 @contextmanager

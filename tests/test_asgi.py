@@ -22,7 +22,7 @@ import pytest
 from django.db import connections
 from psycopg import sql
 
-from tests.support import address
+from tests.support import address, free_port
 
 EXAMPLE = Path(__file__).parent / "example"
 DATABASE = "example_live"
@@ -53,12 +53,6 @@ def environment(**changes: str) -> dict[str, str]:
         "EXAMPLE_LIVE": "1",
         **changes,
     }
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 class Server:

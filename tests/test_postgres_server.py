@@ -383,3 +383,29 @@ def test_a_wrong_database_url(monkeypatch: pytest.MonkeyPatch, url: str, message
     with pytest.raises(ServerError, match=message) as info, postgres_server():
         pytest.fail("taken")
     assert "secret" not in str(info.value)
+
+
+def test_a_command_with_a_server(tmp_path: Path) -> None:
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "asyncorm.demo.server", *command],
+            cwd=MODULE.parents[2],
+            env={
+                **os.environ,
+                "DATABASE_URL": "postgresql://not@this/one",
+                "TMPDIR": str(tmp_path),
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    # libpq reads the variables.
+    code = "import psycopg; print(*psycopg.connect().execute('SELECT 6 * 7').fetchone()); exit(7)"
+    done = run(sys.executable, "-c", code)
+    assert (done.stdout, done.returncode) == ("42\n", 7), done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert "usage:" in run().stderr
+    missing = run("no-such-command")
+    assert missing.returncode == 1 and "no-such-command" in missing.stderr
+    assert "Traceback" not in missing.stderr and list(tmp_path.iterdir()) == []
