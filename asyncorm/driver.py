@@ -722,6 +722,7 @@ class Connection(psycopg.Connection[Any]):
         return results
 
     def _pipelined(self, statements: Sequence[Statement], results: list[list[Any]]) -> Any:
+        yield from self._start_query()
         pgconn = self.pgconn
         book: Any = self._prepared
         alone = pgconn.transaction_status == _IDLE

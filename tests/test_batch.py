@@ -11,6 +11,7 @@ from django.db import DataError, IntegrityError, NotSupportedError, connection, 
 from django.db.transaction import TransactionManagementError
 from django.db.utils import ConnectionDoesNotExist
 from django.test.utils import CaptureQueriesContext
+from psycopg import IsolationLevel
 
 import asyncorm
 from tests.project.myapp.models import Item
@@ -154,6 +155,23 @@ async def test_session_state_of_operations() -> None:
     assert results[0] == results[2] == "batch"
     assert len(results[1]) == results[3]
     await all_given_back()
+
+
+async def test_a_block_whose_first_statements_travel_together(items: None) -> None:
+    create = functools.partial(Item.objects.create, name="x")
+    async with asyncorm.atomic():
+        await asyncorm.batch(
+            functools.partial(create, remote_id=1), functools.partial(create, remote_id=2)
+        )
+        asyncorm.set_rollback(True)
+    assert not await Item.objects.native_exists()
+    async with asyncorm.atomic(isolation_level=IsolationLevel.SERIALIZABLE):
+        levels = await asyncorm.batch(*[lambda: value("SHOW transaction_isolation")] * 2)
+        await asyncorm.batch(
+            functools.partial(create, remote_id=1), functools.partial(create, remote_id=2)
+        )
+    assert levels == ["serializable"] * 2
+    assert await Item.objects.native_count() == 2
 
 
 async def test_inside_a_block(items: None) -> None:
