@@ -53,7 +53,7 @@ def _summary(timeline: Timeline) -> str:
 
 
 def as_text(timeline: Timeline) -> str:
-    """A line for each query and each wait, then what was found."""
+    """A line for each query, command and wait, then what was found."""
     spans = sorted(timeline.spans, key=lambda span: span.began)
     total = _total(timeline)
     width = max((len(span.task) for span in spans), default=0)
@@ -75,10 +75,10 @@ def as_text(timeline: Timeline) -> str:
 
 
 def as_svg(timeline: Timeline) -> str:
-    """A row for each task, a colour for each connection, waits in grey."""
+    """A row for each task, a colour for each connection, waits in grey, commands narrow."""
     total = _total(timeline)
     scale = (_WIDTH - _LEFT - 30) / total
-    connections = list(dict.fromkeys(span.connection for span in timeline.queries))
+    connections = list(dict.fromkeys(s.connection for s in timeline.spans if not s.is_wait))
     colours = {pid: PALETTE[n % len(PALETTE)] for n, pid in enumerate(connections)}
     tasks = list(timeline.by_task.items())
     elements = [text(20, 30, _summary(timeline), size=16, weight=600)]
@@ -111,9 +111,10 @@ def _bar(span: Span, colours: dict[int, str], y: float, scale: float) -> str:
             f"waited {span.what}: {when}",
         )  # fmt: skip
     title = f"{shortened(span.what, 400)}\n{when} on {_who(span.connection, 'pid ')}, {span.place}"
+    inset = 5 if span.is_command else 0
     return rect(
-        _LEFT + span.began * scale, y, max(span.seconds * scale - 0.5, 0.75), 18,
-        colours[span.connection], 2, title,
+        _LEFT + span.began * scale, y + inset, max(span.seconds * scale - 0.5, 0.75),
+        18 - 2 * inset, colours[span.connection], 2, title,
     )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not docume
 - `BaseConnection._adapters`, `._autocommit`, `._cancel_gen`, `._pool`, `._closed`: what
   `connect()`, `cancel_safe()` and the pool set on a connection that they make; we make one around a
   connection that is already open.
+- `psycopg.Connection._exec_command`: sends BEGIN, COMMIT, ROLLBACK, FETCH and CLOSE; replaced while
+  somebody is told of them.
 - `psycopg.generators.execute`: sends what libpq holds and reads the results of a `Statement`, and
   what is left of a cancelled one.
 - `BaseConnection._start_query`, `._prepared` (`get`, `maybe_add_to_cache`, `validate`,
@@ -831,6 +833,35 @@ def copy_read(cursor: Any, size: int) -> Steps:
             return data, row.command_tuples
         data += row
     return data, None
+
+
+# Told of each command that psycopg sends by itself for a session (timeline.py): called with the
+# connection and the text when it begins; what they return is called when it has ended.
+_told: list[Callable[[Any, str], Callable[[], None]]] = []
+_exec_command: Any = psycopg.Connection._exec_command
+
+
+def _telling(self: Any, command: Any, *args: Any, **kwargs: Any) -> Any:
+    of_session = hasattr(self.lock, "alias")
+    ends = [begin(self, _text(command)) for begin in _told] if of_session else []
+    try:
+        return (yield from _exec_command(self, command, *args, **kwargs))
+    finally:
+        for end in ends:
+            end()
+
+
+def watch_commands(begin: Callable[[Any, str], Callable[[], None]]) -> None:
+    """Tell `begin` of commands from now on."""
+    _told.append(begin)
+    psycopg.Connection._exec_command = _telling  # type: ignore[method-assign]
+
+
+def unwatch_commands(begin: Callable[[Any, str], Callable[[], None]]) -> None:
+    """Tell it no more."""
+    _told.remove(begin)
+    if not _told:
+        psycopg.Connection._exec_command = _exec_command  # type: ignore[method-assign]
 
 
 class LazyConnection(Connection):

@@ -890,7 +890,10 @@ def refuse_beside_block(alias: str) -> None:
             )
 
 
-_OWN = ("asyncorm.", "django.db.", "contextlib", "asyncio.", "greenlet")
+_OWN = (
+    "asyncorm.", "django.db.", "django.utils.asyncio", "psycopg.", "contextlib", "asyncio.",
+    "greenlet",
+)  # fmt: skip
 
 
 def caller() -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Any, TypeVar
 
-from . import drawing, multiplexing, sessions
+from . import drawing, driver, multiplexing, sessions
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ _IN_TURN = 3  # queries in a row in one task that might run at once
 
 @dataclass(frozen=True)
 class Span:
-    """A query, or a wait before one.
+    """A query, a wait before one, or a command of a transaction or stream.
 
     Attributes:
         task: the name of the asyncio task, or of the thread.
@@ -33,6 +33,7 @@ class Span:
         began, ended: seconds since the recording began.
         in_block: whether it ran in a transaction.
         is_wait: it is a wait for a connection or for a transaction block.
+        is_command: it is a BEGIN, COMMIT or ROLLBACK, or a FETCH or CLOSE of a stream.
     """
 
     task: str
@@ -44,6 +45,7 @@ class Span:
     ended: float
     in_block: bool = False
     is_wait: bool = False
+    is_command: bool = False
 
     @property
     def seconds(self) -> float:
@@ -58,7 +60,7 @@ class Timeline:
     runs there.
 
     Attributes:
-        spans: queries and waits, in the order in which they ended.
+        spans: queries, commands and waits, in the order in which they ended.
     """
 
     def __init__(self) -> None:
@@ -87,8 +89,9 @@ class Timeline:
             return execute(sql, params, many, context)
         finally:
             task = _task()
-            for span in self.spans[before:]:  # waits for a block are inside
-                if span.task == task and span.is_wait and span.ended > began:
+            for span in self.spans[before:]:  # waits for a block, and BEGIN, are inside
+                inside = span.is_wait or span.what.startswith("BEGIN")
+                if span.task == task and inside and span.ended > began:
                     began = span.ended
             conn = wrapper.connection
             unsettled = getattr(conn, "unsettled", False)  # not psycopg's own connection
@@ -99,6 +102,19 @@ class Timeline:
                     task, str(sql), wrapper.alias, pid, place, began, ended, wrapper.in_atomic_block
                 )
             )
+
+    def _command(self, conn: Any, what: str) -> Callable[[], None]:
+        # A shielded COMMIT may end in another task than it began in.
+        began, task, place, session = self.elapsed(), _task(), sessions.caller(), conn.lock
+        alias, in_block, pid = session.alias, session.root is not None, conn.pgconn.backend_pid
+
+        def end() -> None:
+            ended = self.elapsed()
+            self.spans.append(
+                Span(task, what, alias, pid, place, began, ended, in_block, is_command=True)
+            )
+
+        return end
 
     def _wait(self, alias: str, what: str, since: float, until: float) -> None:
         place = sessions.caller()
@@ -111,6 +127,7 @@ class Timeline:
         for session in sessions.test_sessions.values():
             session.wrapper.execute_wrappers.append(self)
         multiplexing.waits.append(self._wait)
+        driver.watch_commands(self._command)
         return self
 
     def __exit__(
@@ -119,6 +136,7 @@ class Timeline:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        driver.unwatch_commands(self._command)
         multiplexing.waits.remove(self._wait)
         for session in sessions.test_sessions.values():
             session.wrapper.execute_wrappers.remove(self)
@@ -139,13 +157,18 @@ class Timeline:
 
     @property
     def queries(self) -> list[Span]:
-        """Without the waits."""
-        return [span for span in self.spans if not span.is_wait]
+        """The queries alone."""
+        return [span for span in self.spans if not span.is_wait and not span.is_command]
 
     @property
     def waits(self) -> list[Span]:
-        """Only the waits."""
+        """The waits alone."""
         return [span for span in self.spans if span.is_wait]
+
+    @property
+    def commands(self) -> list[Span]:
+        """The commands alone: BEGIN, COMMIT, ROLLBACK, and FETCH and CLOSE of streams."""
+        return [span for span in self.spans if span.is_command]
 
     @property
     def by_task(self) -> dict[str, list[Span]]:
@@ -174,29 +197,15 @@ class Timeline:
     def _in_turn(self) -> list[str]:
         found = []
         for task, spans in self.by_task.items():
-            run: list[Span] = []
-            for span in [*spans, None]:
-                if (
-                    span is not None
-                    and not span.is_wait
-                    and not span.in_block
-                    and span.what.lstrip("( ").upper().startswith("SELECT")
-                    and span.what not in (other.what for other in run)
-                    and (not run or _file(span) == _file(run[0]))
-                ):
-                    run.append(span)
-                    continue
-                if span is not None and span.is_wait:
-                    continue
-                places = list(dict.fromkeys(other.place for other in run))
+            for run in _runs(spans):
+                places = list(dict.fromkeys(span.place for span in run))
                 if len(places) >= _IN_TURN:
                     found.append(
                         f"In turn: {len(run)} queries of {task} ran one after the other for "
-                        f"{_ms(sum(other.seconds for other in run))}, at {', '.join(places)}. If "
+                        f"{_ms(sum(span.seconds for span in run))}, at {', '.join(places)}. If "
                         "they do not need each other's results, gather() or batch() runs them at "
                         "once."
                     )
-                run = [] if span is None or span.is_wait or span.in_block else [span]
         return found
 
     def _waited(self) -> list[str]:
@@ -238,6 +247,24 @@ def _task() -> str:
     return threading.current_thread().name if task is None else task.get_name()
 
 
+def _runs(spans: list[Span]) -> Iterator[list[Span]]:
+    """Different reads of one file that follow each other, outside transactions."""
+    run: list[Span] = []
+    for span in spans:
+        if span.is_wait:
+            continue
+        read = span.what.lstrip("( ").upper().startswith("SELECT")
+        read = read and not span.is_command and not span.in_block
+        if run and not (
+            read and span.what not in (other.what for other in run) and _file(span) == _file(run[0])
+        ):
+            yield run
+            run = []
+        if read:
+            run.append(span)
+    yield run
+
+
 def _file(span: Span) -> str:
     return span.place.rpartition(":")[0]
 
@@ -256,7 +283,6 @@ def timeline() -> Timeline:
 
     `seen.findings()` names queries that are repeated as N+1 problems are, queries that ran one
     after the other though they might run at once, and waits. In a test's transaction synchronous
-    queries are recorded, too. Rows that a stream fetches after the first, and COMMIT and the like,
-    are not.
+    queries are recorded, too.
     """
     return Timeline()

@@ -1,11 +1,13 @@
 """timeline(): which task ran which query when, on which connection, and what it waited for."""
 
 import asyncio
+import contextlib
 import logging
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from django.test import TestCase
 
@@ -79,6 +81,73 @@ async def test_statements_that_travel_together_name_their_connection() -> None:
         await asyncorm.close_pools(alias)
 
 
+async def test_begin_commit_and_rollback() -> None:
+    await warm()
+    async with asyncorm.timeline() as seen:
+        async with asyncorm.atomic():
+            await Tag.objects.native_count()
+            pid = await native(backend_pid)()
+        async with asyncorm.atomic():
+            await Tag.objects.native_count()
+            asyncorm.set_rollback(True)
+    assert [span.what for span in seen.commands] == ["BEGIN", "COMMIT", "BEGIN", "ROLLBACK"]
+    assert len(seen.queries) == 3  # as assertNumQueries() counts them
+    begin, commit, *_ = seen.commands
+    assert begin.connection == commit.connection == pid
+    assert "test_timeline.py" in commit.place and commit.in_block
+    first = seen.queries[0]
+    assert begin.ended <= first.began < first.ended <= commit.began
+    assert seen.findings() == []
+    assert sum("COMMIT" in line for line in str(seen).splitlines()) == 1
+    assert "COMMIT" in seen.svg() and "COMMIT" in seen.html()
+
+
+async def test_a_commit_is_its_tasks_also_when_that_is_cancelled() -> None:
+    with database(OPTIONS={"application_name": "cancelled"}) as alias:
+
+        async def work() -> None:
+            async with asyncorm.atomic(alias):
+                await Tag.objects.using(alias).native_count()
+                asyncio.get_running_loop().call_soon(task.cancel)
+
+        async with asyncorm.timeline() as seen:
+            task = asyncio.create_task(work(), name="cancelled one")
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert seen.commands[-1].what in ("COMMIT", "ROLLBACK")
+        assert {span.task for span in seen.commands} == {"cancelled one"}
+        await asyncorm.close_pools(alias)
+
+
+@pytest.mark.parametrize("block", [False, True])
+async def test_each_fetch_of_a_stream(block: bool) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        if block:
+            await stack.enter_async_context(asyncorm.atomic())
+        async with asyncorm.timeline() as seen:
+            rows = [book async for book in Book.objects.native_iterator(chunk_size=12)]
+    assert len(rows) == 30 and len(seen.queries) == 1
+    fetches = [span for span in seen.commands if span.what.startswith("FETCH FORWARD 12 ")]
+    assert len(fetches) == 4  # Django asks until no row comes
+    assert {span.connection for span in fetches} == {seen.queries[0].connection}
+    assert {span.in_block for span in fetches} == {block}
+    assert seen.commands[-1].what.startswith("CLOSE ")
+    assert seen.findings() == []
+
+
+async def test_nothing_is_replaced_without_a_timeline() -> None:
+    original = psycopg.Connection._exec_command
+    async with asyncorm.timeline() as outer:
+        async with asyncorm.timeline() as inner, asyncorm.atomic():
+            await Tag.objects.native_count()
+        assert psycopg.Connection._exec_command is not original
+    assert psycopg.Connection._exec_command is original
+    assert len(inner.commands) == len(outer.commands) == 2
+    async with asyncorm.atomic():
+        await Tag.objects.native_count()
+    assert len(inner.commands) == len(outer.commands) == 2
+
+
 async def test_n_plus_1_is_found() -> None:
     def names() -> list[Any]:
         return [book.publisher and book.publisher.name for book in Book.objects.order_by("pk")]
@@ -112,6 +181,11 @@ async def test_needless_serialisation_is_found() -> None:
     assert not [text for text in seen.findings() if text.startswith("In turn")]
     async with asyncorm.timeline() as seen, asyncorm.atomic():
         await dashboard()
+    assert seen.findings() == []
+    async with asyncorm.timeline() as seen:  # a write is none of those that might run at once
+        await Tag.objects.filter(pk=-1).native_update(name="x")
+        await Book.objects.native_count()
+        await Author.objects.native_count()
     assert seen.findings() == []
 
 
@@ -152,6 +226,13 @@ class InATest(TestCase):
             await Tag.objects.native_count()
             await sync_to_async(Tag.objects.count)()
         assert len(seen.queries) == 2
+
+    async def test_fetches_are_recorded_in_a_tests_transaction(self) -> None:
+        await Tag.objects.native_bulk_create([Tag(name=f"tag {n}") for n in range(5)])
+        with asyncorm.timeline() as seen:
+            new = Tag.objects.filter(name__startswith="tag ")
+            assert len([tag async for tag in new.native_iterator(chunk_size=2)]) == 5
+        assert sum(span.what.startswith("FETCH") for span in seen.commands) == 4
 
 
 async def test_a_slow_checkout_is_warned_of(
