@@ -5,9 +5,9 @@ outside native code, they are Django's.
 
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
-- `ModelIterable.__iter__` and those of its siblings, `QuerySet.get`, `Model._do_update`,
-  `Query.has_results`,
-  `Query.get_count`, `execute_sql` of the compilers: replaced.
+- `ModelIterable.__iter__` and those of its siblings, `QuerySet.get`,
+  `QuerySet._prepare_for_bulk_create`, `Model._do_update`, `Query.has_results`, `Query.get_count`,
+  `execute_sql` of the compilers: replaced.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
   the other flags in `_got()`: what the iteration and `get()` depend on.
 - `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
@@ -22,11 +22,12 @@ import decimal
 import functools
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import django
 from django.core.signals import setting_changed
-from django.db.models import DateField, DateTimeField, Field, Model, TimeField, query
+from django.db.models import Model, query
 from django.db.models.sql import compiler
 from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
 from django.db.models.sql.constants import ROW_COUNT
@@ -35,7 +36,7 @@ from django.db.models.sql.subqueries import InsertQuery, UpdateQuery
 from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 
-from . import conf, rows, sessions
+from . import bulk, conf, rows, sessions
 from .bridge import Runner
 from .rows import RowMaker
 from .shapes import Shape, Unfit, family
@@ -484,17 +485,19 @@ def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> _Save | None
     return _Save(found[0], (type(leaf), leaf.lhs), [field for field, _, _ in values])
 
 
-# They do nothing but give the value, or the time now, which they set.
-_PRE_SAVES = {cls.pre_save for cls in (Field, DateField, DateTimeField, TimeField)}
-
-
 def _execute_insert(original: Any) -> Any:
-    """`execute_sql()` of the compiler of INSERT: one row of values."""
+    """`execute_sql()` of the compiler of INSERT."""
 
     def execute_sql(self: Any, returning_fields: Any = None) -> Any:
-        if self.using is not None and len(self.query.objs) == 1:
+        if self.using is not None:
             wrapper = native_wrapper(self.using)
-            if wrapper is not None and wrapper is self.connection:
+            if wrapper is None or wrapper is not self.connection:
+                pass
+            elif len(self.query.objs) > 1:
+                inserted = bulk.insert(self, wrapper, tuple(returning_fields or ()))
+                if inserted is not None:
+                    return inserted
+            else:
                 found = _insert_plan(self, wrapper, tuple(returning_fields or ()))
                 if found is not None:
                     plan, params = found
@@ -519,7 +522,7 @@ def _insert_plan(
         tuple(map(id, fields)), tuple(map(id, returning)),
     )  # fmt: skip
     plan = recall(key)
-    if plan is None or not all(type(field).pre_save in _PRE_SAVES for field in fields):
+    if plan is None or not all(type(field).pre_save in bulk.PRE_SAVES for field in fields):
         counts["unfit"] += 1
         return None
     obj = query.objs[0]
@@ -559,15 +562,21 @@ def _plan_insert(
         for field in fields
     ):
         raise Unfit
-    maker = None
-    if returning:
-        columns = [field.get_col(compiler.query.get_meta().db_table) for field in returning]
-        if any(wrapper.ops.get_db_converters(column) for column in columns):
-            raise Unfit
-        maker = rows.RowMaker(len(columns), compiler.get_converters(columns))
-        maker.item = rows.tuple_of(len(columns))
+    maker = bulk.maker_of_returned(compiler, wrapper, returning)
     kinds = [family(field, wrapper) for field in fields]
     return Plan(sql, kinds, maker, (fields, returning)), list(found)
+
+
+def _prepare_for_bulk_create(original: Any) -> Any:
+    """What `bulk_create()` does with each object at first."""
+
+    def prepare(self: Any, objs: list[Any]) -> Any:
+        if native_wrapper(self.db) is not None:
+            with suppress(Unfit):
+                return bulk.prepare(self, objs)
+        return original(self, objs)
+
+    return prepare
 
 
 def install() -> None:
@@ -580,6 +589,11 @@ def install() -> None:
     replacements += [
         (Model, "_do_update", _do_update(Model._do_update)),
         (query.QuerySet, "get", _get(query.QuerySet.get)),
+        (
+            query.QuerySet,
+            "_prepare_for_bulk_create",
+            _prepare_for_bulk_create(query.QuerySet._prepare_for_bulk_create),  # type: ignore[attr-defined]
+        ),
         (Query, "has_results", _has_results(Query.has_results)),
         (Query, "get_count", _get_count(Query.get_count)),
         (
