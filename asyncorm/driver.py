@@ -6,7 +6,7 @@ psycopg builds its synchronous and its asynchronous connection on the same gener
 psycopg_pool's, plus what it does not offer: a checkout and a return that need no task switch, the
 reason of a failed connection told to those who wait, an immediate close.
 
-Names used that psycopg (3.2 to 3.3) and psycopg_pool (3.2 to 3.3) do not document, and why:
+Names used that psycopg (3.3.6 to 3.3.9) and psycopg_pool (3.3) do not document, and why:
 
 - `psycopg.Connection.wait`, `.lock`: the two methods through which every statement goes; replaced.
 - `BaseConnection._adapters`, `._autocommit`, `._cancel_gen`, `._pool`, `._closed`: what
@@ -46,7 +46,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
-import inspect
 import logging
 import re
 import select
@@ -75,12 +74,6 @@ logger = logging.getLogger("psycopg.pool")
 
 # Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
 CANCEL_TIMEOUT = 5.0
-# psycopg 3.2 is to be told, 3.3 leaves it to the caller.
-_CANCEL: dict[str, Any] = (
-    {"timeout": CANCEL_TIMEOUT}
-    if "timeout" in inspect.signature(psycopg.Connection._cancel_gen).parameters
-    else {}
-)
 _BUSY = 0.005  # seconds of input that needs no waiting before other tasks get a turn
 
 _WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
@@ -798,7 +791,7 @@ class Connection(psycopg.Connection[Any]):
 
     async def _cancel(self) -> None:
         if psycopg.capabilities.has_cancel_safe():
-            await waiting.wait_conn_async(self._cancel_gen(**_CANCEL), 0.1)
+            await waiting.wait_conn_async(self._cancel_gen(), 0.1)
         else:
             await asyncio.to_thread(self.cancel)
 
