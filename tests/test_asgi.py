@@ -14,15 +14,18 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 import pytest
 from django.db import connections
 from psycopg import sql
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import AcceptConnection, Request, TextMessage
 
-from tests.support import address, free_port
+from tests.support import address, eventually, free_port
 
 EXAMPLE = Path(__file__).parent / "example"
 DATABASE = "example_live"
@@ -134,6 +137,42 @@ class Server:
             raise ConnectionError("not answered") from exc
         finally:
             writer.close()
+
+
+class Socket:
+    """A WebSocket to a server, for messages of JSON."""
+
+    def __init__(self, server: Server) -> None:
+        self.port = server.port
+        self.protocol = WSConnection(ConnectionType.CLIENT)
+        self.events: list[Any] = []
+
+    async def __aenter__(self) -> Self:
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self._send(Request(host="127.0.0.1", target="/log/"))
+        assert isinstance(await self._receive(), AcceptConnection)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.writer.close()
+
+    def send(self, **content: Any) -> None:
+        self._send(TextMessage(json.dumps(content)))
+
+    async def receive(self) -> Any:
+        message = await self._receive()
+        assert isinstance(message, TextMessage) and message.message_finished, message
+        return json.loads(message.data)
+
+    def _send(self, event: Any) -> None:
+        self.writer.write(self.protocol.send(event))
+
+    async def _receive(self) -> Any:
+        async with asyncio.timeout(20):
+            while not self.events:
+                self.protocol.receive_data(await self.reader.read(4096) or None)
+                self.events += self.protocol.events()
+        return self.events.pop(0)
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +298,32 @@ def test_a_client_that_goes_away_frees_its_connection(server: Server, ask: Any) 
         " AND datname = current_database() AND pid <> pg_backend_pid()"
     )
     assert running == [(0,)]
+
+
+async def test_websockets(server: Server, ask: Any) -> None:
+    async with AsyncExitStack() as stack:
+        sockets = [await stack.enter_async_context(Socket(server)) for _ in range(20)]
+
+        async def talk(number: int, socket: Socket) -> None:
+            token = f"{server.name} socket {number}"
+            for count in range(1, 4):
+                socket.send(token=token, seconds=0.01)
+                assert await socket.receive() == {"token": token, "count": count}
+            socket.send(token=token, seconds=0, forget=True)
+            assert await socket.receive() == {"token": token, "count": 3}
+
+        # More than the pool has connections, which none of them holds between messages.
+        await asyncio.gather(*map(talk, range(20), sockets))
+        stats = await asyncio.to_thread(server.json, "/pool/")
+        assert stats["pool_available"] == stats["pool_size"] <= 8
+        sockets[0].send(token=f"{server.name} gone", seconds=0.2)
+        await asyncio.sleep(0.1)
+    # Who goes away in the middle of a message: Channels lets that come to its end.
+    gone = f"SELECT count(*) FROM bookshop_visit WHERE token = '{server.name} gone'"
+    await eventually(lambda: ask(gone) == [(1,)])
+    await eventually(
+        lambda: (stats := server.json("/pool/"))["pool_available"] == stats["pool_size"]
+    )
 
 
 async def test_a_graceful_stop_loses_no_request(server: Server, ask: Any) -> None:

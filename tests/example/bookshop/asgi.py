@@ -2,9 +2,18 @@
 
 import os
 
+from channels.routing import ProtocolTypeRouter, URLRouter
 from django.core.asgi import get_asgi_application
+from django.urls import path
 
 from asyncorm.asgi import lifespan
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "bookshop.settings")
-application = lifespan(get_asgi_application(), wait=float(os.environ.get("EXAMPLE_WAIT", "0")))
+views = get_asgi_application()
+
+from bookshop.consumers import Log  # noqa: E402
+
+protocols = {"http": views, "websocket": URLRouter([path("log/", Log.as_asgi())])}
+application = lifespan(
+    ProtocolTypeRouter(protocols), wait=float(os.environ.get("EXAMPLE_WAIT", "0"))
+)
