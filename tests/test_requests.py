@@ -9,6 +9,7 @@ from django.core.asgi import get_asgi_application
 from django.core.signals import request_finished, request_started
 from django.db import connection
 from django.http import HttpResponse, StreamingHttpResponse
+from django.test import AsyncClient
 from django.urls import path
 
 import asyncorm
@@ -23,6 +24,14 @@ async def queries(request: Any) -> HttpResponse:
     """How many queries this request made natively, this one included."""
     await Item.objects.native_count()
     await Item.objects.native_count()
+    return HttpResponse(str(len(connection.queries)))
+
+
+async def queries_of_tasks(request: Any) -> HttpResponse:
+    """The same, when tasks that the view starts make the first ones."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(Item.objects.native_count())
+        tasks.create_task(asyncorm.batch(Item.objects.count, Item.objects.exists))
     return HttpResponse(str(len(connection.queries)))
 
 
@@ -53,6 +62,7 @@ async def in_a_block(request: Any) -> HttpResponse:
 
 urlpatterns = [
     path("queries/", queries),
+    path("queries/of/tasks/", queries_of_tasks),
     path("stream/", stream),
     path("endless/", endless),
     path("block/", in_a_block),
@@ -125,6 +135,10 @@ async def test_in_debug_mode_each_request_has_its_own_queries(settings: Any) -> 
     app = get_asgi_application()
     assert [await get(app, "/queries/") for _ in range(3)] == ["2"] * 3
     assert set(await asyncio.gather(*[get(app, "/queries/") for _ in range(5)])) == {"2"}
+    paths = ["/queries/of/tasks/", "/queries/"] * 3
+    assert await asyncio.gather(*[get(app, path) for path in paths]) == ["3", "2"] * 3
+    response = await AsyncClient().get("/queries/of/tasks/")
+    assert response.content == b"3"
 
 
 async def test_a_stream_holds_a_connection_to_its_end_only() -> None:
