@@ -17,6 +17,7 @@ import anyio
 from django.db import DEFAULT_DB_ALIAS
 
 from . import bridge, conf
+from .contexts import EitherWay
 from .driver import Connection
 from .pools import Pool, PoolDeadlock, deadlocked, holders
 
@@ -148,7 +149,7 @@ class Limit:
             self.asking.discard(task)
 
 
-class Parallelism:
+class Parallelism(EitherWay[None]):
     """What `parallelism()` returns: a context manager, synchronous and asynchronous.
 
     One that is entered in several tasks is one limit for all of them.
@@ -183,17 +184,6 @@ class Parallelism:
         entered = _current.get()
         assert entered is not None and entered.parallelism is self
         _current.set(entered.outer)
-
-    async def __aenter__(self) -> None:
-        self.__enter__()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.__exit__(exc_type, exc, traceback)
 
 
 class _Entered(NamedTuple):

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from . import drawing, driver, multiplexing, sessions
+from .contexts import EitherWay
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class Span:
         return self.ended - self.began
 
 
-class Timeline:
+class Timeline(EitherWay["Timeline"]):
     """What `timeline()` records; `print()` shows it.
 
     It can be put among a connection's `execute_wrappers` by hand, to record what synchronous code
@@ -141,17 +142,6 @@ class Timeline:
         for session in sessions.test_sessions.values():
             session.wrapper.execute_wrappers.remove(self)
         sessions.everywhere.remove(self)
-
-    async def __aenter__(self) -> Timeline:
-        return self.__enter__()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.__exit__(exc_type, exc, traceback)
 
     # Reading
 

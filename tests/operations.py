@@ -54,6 +54,7 @@ from tests.project.shop.models import (
     Ticket,
 )
 from tests.project.shop.sample import moment, uid
+from tests.ways import books
 
 
 class Do:
@@ -141,10 +142,6 @@ def unchanged(function: Operation) -> Operation:
 
 def reads(table: dict[str, Operation]) -> None:
     READS.update(table)
-
-
-def books(*args: Any, **kwargs: Any) -> QuerySet:
-    return Book.objects.filter(*args, **kwargs).order_by("pk")
 
 
 # --- Reading --------------------------------------------------------------------------------------

@@ -53,7 +53,6 @@ from django.db.models import (
     OuterRef,
     Prefetch,
     Q,
-    QuerySet,
     StdDev,
     Subquery,
     Sum,
@@ -129,6 +128,7 @@ from tests.project.shop.models import (
     Ticket,
 )
 from tests.project.shop.sample import moment, uid
+from tests.ways import books
 
 Shape = Callable[[], Any]
 SHAPES: dict[str, Shape] = {}
@@ -150,10 +150,6 @@ def topic(
         SHAPES[f"{name}: {label}"] = shape
     EMPTY.update(f"{name}: {label}" for label in empty)
     RAISES.update(f"{name}: {label}" for label in raises)
-
-
-def books(*args: Any, **kwargs: Any) -> QuerySet:
-    return Book.objects.filter(*args, **kwargs).order_by("pk")
 
 
 def rounded(statistic: Any) -> Cast:

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from django.db import DataError, connection, connections, models
+from django.db import DataError, connection, models
 from django.db.models import F, Q, Value
 from django.db.models.signals import post_init
 from django.test import override_settings
@@ -35,7 +35,8 @@ from tests.project.shop.models import (
     Ticket,
 )
 from tests.project.shop.sample import moment, uid
-from tests.support import database
+from tests.support import database, in_thread
+from tests.ways import outcome
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 
@@ -167,20 +168,16 @@ async def test_hot_shapes(name: str, using: str, monkeypatch: pytest.MonkeyPatch
     original = Connection.run
     monkeypatch.setattr(Connection, "run", run)
 
-    def outcome(value: Any) -> Any:
-        try:
-            return function(value)
-        except Exception as exc:
-            return exc
-
     with override_settings(DATABASE_ROUTERS=[Always(using)]):
-        expected = [await asyncio.to_thread(closing(outcome), value) for value in (first, second)]
-        assert differences(expected[0], await asyncorm.native(outcome)(first)) == []  # cold
+        expected = [await in_thread(outcome, function, value) for value in (first, second)]
+        assert (
+            differences(expected[0], await asyncorm.native(outcome)(function, first)) == []
+        )  # cold
         before = hits()
         without_cursor.clear()
-        assert differences(expected[1], await asyncorm.native(outcome)(second)) == []
+        assert differences(expected[1], await asyncorm.native(outcome)(function, second)) == []
         assert hits() > before and without_cursor
-        assert differences(expected[0], await asyncorm.native(outcome)(first)) == []
+        assert differences(expected[0], await asyncorm.native(outcome)(function, first)) == []
 
 
 class Always:
@@ -198,18 +195,6 @@ class Always:
         return True
 
 
-def closing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For a thread: close its connections afterwards."""
-
-    def call(*args: Any) -> Any:
-        try:
-            return function(*args)
-        finally:
-            connections.close_all()
-
-    return call
-
-
 async def test_streams() -> None:
     def stream(low: int) -> Any:
         publisher = Publisher.objects.get(pk=1)
@@ -220,7 +205,7 @@ async def test_streams() -> None:
             list(publisher.books.order_by("pk").iterator(chunk_size=1)),
         ]
 
-    expected = await asyncio.to_thread(closing(stream), 2)
+    expected = await in_thread(stream, 2)
     for _ in range(2):
         assert differences(expected, await asyncorm.native(stream)(2)) == []
     assert hits() > 4
@@ -275,7 +260,7 @@ async def test_values_that_change_the_sql() -> None:
     ]
     for _ in range(2):
         for queryset in querysets:
-            expected = await asyncio.to_thread(closing(lambda q: list(q())), queryset)
+            expected = await in_thread(lambda q: list(q()), queryset)
             assert differences(sorted(expected, key=by_key), await ordered(queryset())) == []
 
 
@@ -300,7 +285,7 @@ async def test_sql_is_djangos() -> None:
             Book.objects.filter(pk=-1).delete()
         return [query["sql"] for query in context]
 
-    expected = await asyncio.to_thread(closing(captured))
+    expected = await in_thread(captured)
     for _ in range(2):
         assert await asyncorm.native(captured)() == expected
     assert hits() > 0
@@ -367,7 +352,7 @@ async def test_a_session_in_another_zone() -> None:
         with transaction.atomic():
             return times()
 
-    expected = await asyncio.to_thread(closing(synchronous))
+    expected = await in_thread(synchronous)
     async with asyncorm.atomic():
         assert differences(expected, await asyncorm.native(times)()) == []
 
@@ -386,7 +371,7 @@ async def test_timestamps_that_python_does_not_know() -> None:
                 transaction.set_rollback(True)
 
     for value in ("infinity", "-infinity", "0044-03-15 12:00:00+00 BC", "12345-01-01 00:00:00+00"):
-        expected = await asyncio.to_thread(closing(read), value)
+        expected = await in_thread(read, value)
         assert isinstance(expected, DataError)
         assert differences(expected, await asyncorm.native(read)(value)) == []
 
@@ -435,7 +420,7 @@ async def test_an_evaluated_query_has_its_table() -> None:
 
 async def test_synchronous_code_does_not_use_it() -> None:
     before = asyncorm.statement_cache_stats()
-    await asyncio.to_thread(closing(lambda: Book.objects.get(pk=1)))
+    await in_thread(lambda: Book.objects.get(pk=1))
     assert asyncorm.statement_cache_stats() == before
     assert not planned.native_wrapper("default")
 
@@ -495,19 +480,12 @@ async def test_prepared_statements(threshold: int | None) -> None:
     with database(OPTIONS={"prepare_threshold": threshold}) as alias:
         for name, (function, first, second) in HOT.items():
             with override_settings(DATABASE_ROUTERS=[Always("default")]):
-                expected = await asyncorm.native(tried)(function, first)
+                expected = await asyncorm.native(outcome)(function, first)
             with override_settings(DATABASE_ROUTERS=[Always(alias)]):
                 for value in (first, second, first, first):
-                    actual = await asyncorm.native(tried)(function, value)
+                    actual = await asyncorm.native(outcome)(function, value)
             assert differences(forget_alias(expected), forget_alias(actual)) == [], name
         await asyncorm.close_pools(alias)
-
-
-def tried(function: Any, value: Any) -> Any:
-    try:
-        return function(value)
-    except Exception as exc:
-        return exc
 
 
 def forget_alias(found: Any) -> Any:

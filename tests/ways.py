@@ -1,7 +1,16 @@
-"""Running one operation synchronously, and keeping what came of it."""
+"""What the tables of operations and of querysets share: books, and running one synchronously."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
+
+from django.db.models import QuerySet
+
+from tests.project.shop.models import Book
+
+
+def books(*args: Any, **kwargs: Any) -> QuerySet:
+    """In an order, so that two evaluations give the same."""
+    return Book.objects.filter(*args, **kwargs).order_by("pk")
 
 
 def synchronously(coroutine: Coroutine[Any, Any, Any]) -> Any:
