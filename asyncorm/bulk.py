@@ -116,8 +116,10 @@ def _texts(field: Any, values: list[Any], style: Style) -> list[str] | None:
         texts = []
     else:
         texts = escaped(_json(field, there) if ready is _JSON else _joined(there), style)
-    if there is values:
-        return texts
+    return texts if there is values else _with_nulls(texts, values, style)
+
+
+def _with_nulls(texts: list[str], values: list[Any], style: Style) -> list[str]:
     rest = iter(texts)
     return [style.null if value is None else next(rest) for value in values]
 
@@ -182,7 +184,7 @@ PRE_SAVES = {
 }
 
 
-def _getter(field: Any) -> Callable[[Any], Any]:
+def getter(field: Any) -> Callable[[Any], Any]:
     """What gives an object's value to be saved."""
     if type(field).pre_save in PRE_SAVES and not (
         getattr(field, "auto_now", False) or getattr(field, "auto_now_add", False)
@@ -191,7 +193,7 @@ def _getter(field: Any) -> Callable[[Any], Any]:
     return lambda obj: field.pre_save(obj, True)
 
 
-def _slices(objs: list[Any], turn: Callable[[], None]) -> Iterator[list[Any]]:
+def slices(objs: list[Any], turn: Callable[[], None]) -> Iterator[list[Any]]:
     for start in range(0, len(objs), SLICE):
         yield objs[start : start + SLICE]
         turn()
@@ -287,9 +289,9 @@ def maker_of_returned(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -
 
 def _array(field: Any, objs: list[Any], wrapper: Any, conn: Any) -> tuple[Any, int]:
     """The values of a field as a parameter, and its type; 0 is that of the column."""
-    get = _getter(field)
+    get = getter(field)
     parts = []
-    for some in _slices(objs, conn.give_turn):
+    for some in slices(objs, conn.give_turn):
         texts = _texts(field, list(map(get, some)), ARRAY)
         if texts is None:
             break
@@ -301,6 +303,30 @@ def _array(field: Any, objs: list[Any], wrapper: Any, conn: Any) -> tuple[Any, i
     (array,) = transformer.dump_sequence([values], [PyFormat.TEXT])
     oid = transformer.types[0]
     return array, 0 if oid == _TEXT_ARRAY else oid
+
+
+# COPY
+
+
+def copy_lines(objs: list[Any], fields: list[Any], wrapper: Any, transformer: Any) -> bytes:
+    """The rows of some objects in COPY's text format.
+
+    Raises:
+        Unfit: a value is an expression, or psycopg would refuse it.
+    """
+    encoding = transformer.encoding
+    columns = []
+    for field in fields:
+        values = list(map(getter(field), objs))
+        texts = _texts(field, values, COPY)
+        if texts is None:
+            made = prepared(field, values, wrapper)
+            dumped = transformer.dump_sequence(made, [PyFormat.TEXT] * len(made))
+            there = [str(text, encoding) for text in dumped if text is not None]
+            texts = _with_nulls(escaped(_joined(there), COPY) if there else [], dumped, COPY)
+        columns.append(texts)
+    lines = "\n".join(map("\t".join, zip(*columns, strict=True)))
+    return f"{lines}\n".encode(encoding)
 
 
 # bulk_create()

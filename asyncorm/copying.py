@@ -11,15 +11,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from datetime import date, time, timedelta
-from decimal import Decimal
+from contextlib import suppress
 from functools import partial
-from itertools import groupby, starmap
-from operator import attrgetter, itemgetter
+from itertools import groupby
+from operator import itemgetter
 from time import monotonic
-from types import NoneType
 from typing import Any
-from uuid import UUID
 
 import anyio.to_thread
 import psycopg
@@ -27,9 +24,11 @@ from django.db import NotSupportedError, connections, models, transaction
 from django.db.models import QuerySet
 from django.db.models.expressions import DatabaseDefault
 from django.db.models.manager import BaseManager
+from psycopg.adapt import Transformer
 from psycopg.copy import Writer
 
-from . import bridge, driver, sessions
+from . import bridge, bulk, driver, sessions
+from .shapes import Unfit
 
 FORMATS = ("csv", "text", "binary")
 _PIECE = 64 * 1024  # bytes sent or written at a time
@@ -262,79 +261,24 @@ def _check_field(field: Any) -> None:
             )
 
 
-# What get_db_prep_save() of exactly these classes leaves as it is, as far as the text for COPY
-# goes: to call it for each value takes longer than all the rest.
-_INTEGERS: set[type] = {int, NoneType}
-_AS_IS: dict[type, set[type]] = {
-    models.CharField: {str, NoneType},
-    models.TextField: {str, NoneType},
-    models.SlugField: {str, NoneType},
-    models.EmailField: {str, NoneType},
-    models.URLField: {str, NoneType},
-    models.BinaryField: {NoneType},
-    models.BooleanField: {bool, NoneType},
-    models.FloatField: {float, NoneType},
-    models.DecimalField: {Decimal, NoneType},
-    models.DateField: {date, NoneType},
-    models.DateTimeField: {NoneType},
-    models.DurationField: {timedelta, NoneType},
-    models.JSONField: {NoneType},
-    models.TimeField: {time, NoneType},
-    models.UUIDField: {UUID, NoneType},
-    models.IntegerField: _INTEGERS,
-    models.BigIntegerField: _INTEGERS,
-    models.SmallIntegerField: _INTEGERS,
-    models.PositiveIntegerField: _INTEGERS,
-    models.PositiveBigIntegerField: _INTEGERS,
-    models.PositiveSmallIntegerField: _INTEGERS,
-    models.AutoField: _INTEGERS,
-    models.BigAutoField: _INTEGERS,
-}
-
-
-def _as_is(field: Any) -> set[type]:
-    if type(field) in (models.ForeignKey, models.OneToOneField):
-        field = field.target_field
-    return _AS_IS.get(type(field), set())
-
-
-def _getter(field: Any) -> Callable[[Any], Any]:
-    if type(field).pre_save is models.Field.pre_save:
-        return attrgetter(field.attname)
-    return lambda obj: field.pre_save(obj, True)
+# Those that may be called again.
+_PRE_SAVES = {*bulk.PRE_SAVES, models.FileField.pre_save}
 
 
 def _encoded(
     wrapper: Any, objs: list[Any], fields: list[Any]
 ) -> Iterator[tuple[list[Any], list[Any], list[bytes]]]:
     """For each run of objects with the same columns: the columns, the objects, their data."""
-    steps = [(_getter(f), _as_is(f), f.get_db_prep_save, f) for f in fields]
-    began = monotonic()
-
-    def values(number: int, obj: Any) -> tuple[list[Any], Any, list[Any]]:
-        nonlocal began
-        if not number % 50 and monotonic() - began > _TURN:
-            _pause()
-            began = monotonic()
-        row = []
-        columns = fields
-        for get, as_is, prepare, field in steps:
-            value = get(obj)
-            if type(value) not in as_is:
-                if not hasattr(value, "resolve_expression") or isinstance(value, models.Value):
-                    value = prepare(value, connection=wrapper)
-                if hasattr(value, "resolve_expression"):
-                    if not isinstance(value, DatabaseDefault):
-                        raise NotSupportedError(
-                            f"bulk_create(method='copy') takes values only: {field} of an object "
-                            f"is the expression {value!r}. Use method='insert'."
-                        )
-                    columns = [column for column in columns if column is not field]
-                    continue
-            row.append(value)
-        return columns, obj, row
-
-    for columns, rows in groupby(starmap(values, enumerate(objs)), itemgetter(0)):
+    turn = _turns()
+    if fields and all(type(field).pre_save in _PRE_SAVES for field in fields):
+        pieces = _Pieces()
+        transformer = Transformer(wrapper.connection)
+        with suppress(Unfit):
+            for some in bulk.slices(objs, turn):
+                pieces.write(bulk.copy_lines(some, fields, wrapper, transformer))
+            yield fields, objs, pieces.pieces
+            return
+    for columns, rows in groupby(_rows(wrapper, objs, fields, turn), itemgetter(0)):
         pieces = _Pieces()
         run = []
         with wrapper.wrap_database_errors, wrapper.create_cursor() as cursor:
@@ -346,10 +290,44 @@ def _encoded(
         yield columns, run, pieces.pieces
 
 
-def _pause() -> None:
+def _rows(
+    wrapper: Any, objs: list[Any], fields: list[Any], turn: Callable[[], None]
+) -> Iterator[tuple[list[Any], Any, list[Any]]]:
+    """For each object: the columns that it gives values for, it, the values."""
+    for number, obj in enumerate(objs):
+        if not number % 50:
+            turn()
+        row = []
+        columns = fields
+        for field in fields:
+            value = field.pre_save(obj, True)
+            if not hasattr(value, "resolve_expression") or isinstance(value, models.Value):
+                value = field.get_db_prep_save(value, connection=wrapper)
+            if hasattr(value, "resolve_expression"):
+                if not isinstance(value, DatabaseDefault):
+                    raise NotSupportedError(
+                        f"bulk_create(method='copy') takes values only: {field} of an object "
+                        f"is the expression {value!r}. Use method='insert'."
+                    )
+                columns = [column for column in columns if column is not field]
+                continue
+            row.append(value)
+        yield columns, obj, row
+
+
+def _turns() -> Callable[[], None]:
+    """A function that lets other tasks run if the caller has kept them waiting."""
     runner = bridge.current()
     assert runner is not None
-    bridge.wait_for(runner, asyncio.sleep(0))
+    began = monotonic()
+
+    def turn() -> None:
+        nonlocal began
+        if monotonic() - began > _TURN:
+            bridge.wait_for(runner, asyncio.sleep(0))
+            began = monotonic()
+
+    return turn
 
 
 class _Pieces(Writer):
