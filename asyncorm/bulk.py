@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import functools
 import json
+import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import copy
-from datetime import date, datetime, time
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from operator import attrgetter
 from types import NoneType
@@ -32,6 +34,7 @@ from django.db import models
 from django.db.backends.postgresql.compiler import SQLInsertCompiler
 from django.db.models.sql.subqueries import InsertQuery
 from psycopg.adapt import PyFormat
+from psycopg.pq import Format
 
 from .driver import Statement
 from .rows import RowMaker, tuple_of
@@ -39,7 +42,7 @@ from .shapes import Unfit
 from .statements import UNPLANNED, Plan, counts, direct, recall, remember
 
 SLICE = 1000  # objects between two looks whether other tasks are to have a turn
-_TEXT_ARRAY = 1009
+_TEXT_ARRAY, _TIMESTAMPTZ, _TIMESTAMPTZ_ARRAY = 1009, 1184, 1185
 _SEPARATOR = "\0"  # between texts of PostgreSQL, which have none
 
 
@@ -228,9 +231,8 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
     params: Any = None
     if plan is not None:
         try:
-            params, types = zip(
-                *[_array(f, query.objs, wrapper, conn) for f in fields], strict=True
-            )
+            arrays = [_array(field, query.objs, wrapper, conn) for field in fields]
+            params, types, formats = zip(*arrays, strict=True)
             if plan is UNPLANNED:
                 counts["misses"] += 1
                 plan = _plan(compiler, wrapper, fields, returning)
@@ -244,7 +246,7 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
         return None
     wrapper.validate_no_broken_transaction()
     with wrapper.wrap_database_errors:
-        result = conn.run(Statement(plan.query, params, types, text=plan.text))
+        result = conn.run(Statement(plan.query, params, types, formats, text=plan.text))
         if plan.maker is None:
             return []
         return plan.maker.make(result, conn, wrapper.alias, wrapper, None)  # type: ignore[no-any-return]
@@ -287,9 +289,12 @@ def maker_of_returned(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -
     return maker
 
 
-def _array(field: Any, objs: list[Any], wrapper: Any, conn: Any) -> tuple[Any, int]:
-    """The values of a field as a parameter, and its type; 0 is that of the column."""
+def _array(field: Any, objs: list[Any], wrapper: Any, conn: Any) -> tuple[Any, int, int]:
+    """The values of a field as a parameter, its type (0 is that of the column) and its format."""
     get = getter(field)
+    if type(field) is models.DateTimeField:
+        with suppress(Unfit):
+            return _times(objs, get, conn), _TIMESTAMPTZ_ARRAY, Format.BINARY
     parts = []
     for some in slices(objs, conn.give_turn):
         texts = _texts(field, list(map(get, some)), ARRAY)
@@ -297,12 +302,29 @@ def _array(field: Any, objs: list[Any], wrapper: Any, conn: Any) -> tuple[Any, i
             break
         parts.append(",".join(texts))
     else:
-        return f"{{{','.join(parts)}}}".encode(conn.info.encoding), 0
+        return f"{{{','.join(parts)}}}".encode(conn.info.encoding), 0, Format.TEXT
     values = prepared(field, list(map(get, objs)), wrapper)
     transformer = conn.transformer
     (array,) = transformer.dump_sequence([values], [PyFormat.TEXT])
     oid = transformer.types[0]
-    return array, 0 if oid == _TEXT_ARRAY else oid
+    return array, 0 if oid == _TEXT_ARRAY else oid, Format.TEXT
+
+
+_EPOCH, _MICROSECOND = datetime(2000, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
+
+
+def _times(objs: list[Any], get: Callable[[Any], Any], conn: Any) -> bytes:
+    """Aware datetimes as a binary array: both sides read and write text several times slower."""
+    # One dimension, no nulls, the elements' type, how many, the first one's number.
+    parts = [struct.pack(">iiIii", 1, 0, _TIMESTAMPTZ, len(objs), 1)]
+    for some in slices(objs, conn.give_turn):
+        values = list(map(get, some))
+        if set(map(type, values)) != {datetime} or any(v.utcoffset() is None for v in values):
+            raise Unfit
+        items = [8] * (2 * len(values))  # each after its length
+        items[1::2] = [(value - _EPOCH) // _MICROSECOND for value in values]
+        parts.append(struct.pack(f">{'iq' * len(values)}", *items))
+    return b"".join(parts)
 
 
 # COPY

@@ -158,7 +158,9 @@ VALUES: dict[str, list[Any]] = {
     "at": [
         dt.datetime(2024, 5, 6, 7, 8, 9, 123456, UTC), dt.datetime(2024, 7, 1, tzinfo=BERLIN),
         dt.datetime(1900, 1, 1, tzinfo=LMT), dt.datetime(9999, 12, 31, 23, 59, tzinfo=UTC), None,
-        "2024-02-29T01:02:03Z",
+        dt.datetime(1, 1, 1, tzinfo=UTC), dt.datetime(2024, 10, 27, 2, 30, fold=1, tzinfo=BERLIN),
+        dt.datetime(2024, 10, 27, 2, 30, tzinfo=BERLIN), dt.datetime.max.replace(tzinfo=UTC),
+        dt.datetime(1999, 12, 31, 23, 59, 59, 999999, UTC), "2024-02-29T01:02:03Z",
     ],
     "clock": [dt.time(1, 2, 3, 4), dt.time.max, None, "12:30"],
     "lasts": [dt.timedelta(days=-40, microseconds=1), dt.timedelta(0), None],
@@ -231,15 +233,13 @@ def test_every_kind_of_value(run: Any, all_kinds: Any, name: str) -> None:
     assert len(expected[-1]) == len(VALUES[name])
     before = by_column()
     # Those of one type, so that nothing has to be prepared.
-    for cls in {type(value) for value in one_by_one}:
-        some = [value for value in one_by_one if value is None or type(value) is cls]
-        expected = same(
-            run,
-            all_kinds,
-            lambda some=some: [all_kinds(**{name: value, "word": "w"}) for value in some],
-        )
-        assert len(expected[-1]) == len(some)
-    assert by_column() > before or name in ("tag",)
+    for cls in {type(value) for value in one_by_one if value is not None}:
+        some = [value for value in one_by_one if type(value) is cls]
+        for given in (some, [*some, None], [None, None]):
+            objs = [{name: value, "word": "w"} for value in given]
+            expected = same(run, all_kinds, lambda objs=objs: [all_kinds(**obj) for obj in objs])
+            assert len(expected[-1]) == len(given) or len(given) == 1
+    assert by_column() > before
 
 
 def test_all_of_them_at_once(run: Any, all_kinds: Any) -> None:
