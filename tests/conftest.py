@@ -1,4 +1,7 @@
-"""Starts PostgreSQL for the session, creates the test databases, and offers the sample data."""
+"""Starts PostgreSQL for the session, creates the test databases, and offers the sample data.
+
+With ASYNCORM_TEST_LOOP=uvloop in the environment the tests run on that event loop.
+"""
 
 import asyncio
 import gc
@@ -19,6 +22,10 @@ collect_ignore = ["example"]  # run by test_testing.py and test_asgi.py
 def pytest_configure(config: pytest.Config) -> None:
     from asyncorm.demo.postgres import postgres_server
 
+    if os.environ.get("ASYNCORM_TEST_LOOP") == "uvloop":
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     server = SESSION.enter_context(postgres_server())
     # For this process and for those that tests start.
     os.environ["ASYNCORM_TEST_DATABASE"] = json.dumps(server.settings)
