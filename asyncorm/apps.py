@@ -14,12 +14,13 @@ class AsyncormConfig(AppConfig):
 
     def ready(self) -> None:
         """Install the replacements and the native_* methods; the rest is up to the swap."""
-        from . import checks, planned, querysets, seam, swap
+        from . import checks, planned, querysets, related, seam, swap
 
         seam.install()
         querysets.install()
         swap.install()
         planned.install()
+        related.install()
         bridge.set_guard(None)
         for check in (checks.check_settings, checks.check_databases, checks.check_swap):
             django_checks.register(check, "asyncorm")

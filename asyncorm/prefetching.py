@@ -21,7 +21,7 @@ from django.db.models import Prefetch, QuerySet, query
 from django.db.models.constants import LOOKUP_SEP
 from django.db.models.fields.related_descriptors import ReverseManyToOneDescriptor
 
-from . import bridge, conf, limits, pools, sessions
+from . import bridge, conf, limits, planned, pools, related, sessions
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, finish
 from .sessions import Session
@@ -70,21 +70,40 @@ def prefetch_related_objects(model_instances: Any, *related_lookups: Any) -> Non
 def prefetch_one_level(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Any:
     """Django's, with the rows that are there already."""
     runner = bridge.current()
-    plan = _plans.get(runner) if runner is not None else None
-    if runner is None or plan is None or id(lookup) not in plan.known:
+    if runner is None:
         return _prefetch_one_level(instances, prefetcher, lookup, level)
+    plan = _plans.get(runner)
+    if plan is None or id(lookup) not in plan.known:
+        return _one_level(instances, prefetcher, lookup, level)
     fetch = plan.take(instances, lookup, level)
     if fetch is None:
-        objs, nested = _prefetch_one_level(instances, prefetcher, lookup, level)
+        objs, nested = _one_level(instances, prefetcher, lookup, level)
         nested = _as_objects(nested)
         plan.look_ahead(lookup.get_current_prefetch_to(level), objs, plan.lookups, nested)
     else:
         if not fetch.future.done():
             bridge.await_(fetch.future)
-        objs, _ = _prefetch_one_level(instances, fetch, lookup, level)
+        objs, _ = _assign(fetch, instances, lookup, level)
         nested = fetch.nested
     plan.know(nested)
     return objs, nested
+
+
+def _one_level(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Any:
+    if not planned.enabled():
+        return _prefetch_one_level(instances, prefetcher, lookup, level)
+    fetch = _Fetch(instances, prefetcher, lookup, level)
+    fetch.ask()
+    return _assign(fetch, instances, lookup, level)
+
+
+def _assign(fetch: _Fetch, instances: Any, lookup: Any, level: int) -> Any:
+    """Put what was fetched where it belongs, as Django's prefetch_one_level() does."""
+    if fetch.along is not None and fetch.error is None:
+        done = related.assign(fetch.along, instances, fetch.result)
+        if done is not None:
+            return done
+    return _prefetch_one_level(instances, fetch, lookup, level)
 
 
 def _session(instance: Any, runner: Runner) -> Session | None:
@@ -115,17 +134,24 @@ class _Fetch:
         self.prefetcher = prefetcher
         self.lookup = lookup
         self.level = level
+        self.along = related.relation(instances, prefetcher, lookup, level)
         self.started = False
         self.future: Future[None] = get_running_loop().create_future()
         self.result: Any = None
         self.error: BaseException | None = None
         self.nested: list[Any] = []
 
+    def ask(self) -> None:
+        """Have Django or ourselves make, and perhaps execute, the query."""
+        querysets = self.lookup.get_current_querysets(self.level)
+        self.result = related.get_prefetch_querysets(
+            self.along, self.prefetcher, self.instances, querysets
+        )
+
     def run(self) -> None:
         self.started = True
         try:
-            querysets = self.lookup.get_current_querysets(self.level)
-            self.result = self.prefetcher.get_prefetch_querysets(self.instances, querysets)
+            self.ask()
             rows = self.result[0]
             # Lookups of the queryset itself are Django's to merge into those of the whole.
             nested = getattr(rows, "_prefetch_related_lookups", ())

@@ -1,0 +1,308 @@
+"""One level of prefetch_related() for plain relations: without a manager and a filter per instance.
+
+Django makes a related manager and a filtered queryset for each instance, to hold what was fetched
+for it. The first instance's is made by Django here too; what another's would be is told from that
+one: the same but for the instance and its key. Rows of a reverse foreign key are asked for and told
+apart by key, without the methods that serve relations of any kind. All else is Django's.
+
+Names of Django (5.2 to 6.1) used beyond the documented API, and why:
+
+- `ReverseManyToOneDescriptor`, `ManyToManyDescriptor`, `.related_manager_cls`, `.field`, `.rel`;
+  `core_filters`, `source_field` of their managers: which relation it is.
+- `QuerySet.__dict__`, `Query.__dict__`, `BaseManager._queryset_class`: what is copied; whatever is
+  not of a kind known here is left to Django. The methods in `_QUERYSET` and `_MANAGER`: compared
+  with the class's own to see whether they are overridden.
+- `Query.add_q`, `QuerySet._add_hints`: how a level's rows are asked for.
+- `ForeignKey.foreign_related_fields`, `.local_related_fields`, `.cache_name`,
+  `ModelState.fields_cache`, `Model._prefetched_objects_cache`: where keys and results are.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Callable
+from inspect import getattr_static
+from operator import attrgetter
+from typing import Any
+
+from django.db import DEFAULT_DB_ALIAS, connections, router
+from django.db.models import ForeignKey, Manager, OneToOneField, Q, QuerySet
+from django.db.models.constants import LOOKUP_SEP
+from django.db.models.fields.related_descriptors import (
+    ForeignKeyDeferredAttribute,
+    ManyToManyDescriptor,
+    ReverseManyToOneDescriptor,
+)
+from django.db.models.query_utils import DeferredAttribute
+from django.db.models.sql.query import Query
+from django.db.models.sql.where import WhereNode
+
+_KEYS = {int, str, uuid.UUID}  # types that are compared alike as keys by everybody
+_COLUMNS = (DeferredAttribute, ForeignKeyDeferredAttribute)
+_QUERYSET = (
+    "__new__", "__init__", "__iter__", "__setattr__", "_fetch_all", "_add_hints", "db", "query",
+    "using", "filter", "_filter_or_exclude", "_filter_or_exclude_inplace", "_chain", "_clone",
+    "_next_is_sticky", "_avoid_cloning", "_disable_cloning", "_enable_cloning", "_query",
+    "__getstate__", "__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__setstate__",
+    "__getattribute__", "__getattr__", "__delattr__",
+)  # fmt: skip
+_MANAGER = ("__new__", "__init__", "__setattr__", "__getattribute__", "get_queryset")
+
+
+@functools.cache
+def _is_djangos(cls: Any, base: Any, names: tuple[str, ...]) -> bool:
+    return all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
+
+
+class Relation:
+    """A relation from the instances of one model to many of another.
+
+    Attributes:
+        field: the foreign key that leads back; None for a many-to-many relation.
+        key: the attribute of an instance that is looked for.
+        manager: the first instance's related manager.
+    """
+
+    def __init__(self, field: Any, key: str, manager: Any) -> None:
+        self.field = field
+        self.key = key
+        self.manager = manager
+
+
+def relation(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Relation | None:
+    """What a level of a lookup goes along; None: leave it to Django."""
+    if lookup.get_current_querysets(level) or lookup.get_current_to_attr(level)[1]:
+        return None
+    model = type(instances[0])
+    descriptor = getattr(model, lookup.prefetch_through.split(LOOKUP_SEP)[level], None)
+    kind = type(descriptor)
+    if kind is not ReverseManyToOneDescriptor and kind is not ManyToManyDescriptor:
+        return None
+    managers: Any = descriptor.related_manager_cls  # type: ignore[union-attr]
+    if (
+        type(prefetcher) is not managers
+        or prefetcher._db is not None
+        or prefetcher._hints
+        or prefetcher.instance is not instances[0]
+        or not _is_djangos(managers.__mro__[1], Manager, _MANAGER)
+        or not _is_djangos(managers._queryset_class, QuerySet, _QUERYSET)
+    ):
+        return None
+    field = None
+    if kind is ReverseManyToOneDescriptor:
+        source = field = descriptor.field  # type: ignore[union-attr]
+    else:
+        source = prefetcher.source_field
+    if type(source) is not ForeignKey and type(source) is not OneToOneField:
+        return None
+    (target,) = source.foreign_related_fields
+    opts = model._meta
+    if (
+        opts.parents
+        or target.model._meta.concrete_model is not opts.concrete_model
+        or type(getattr_static(model, target.attname, None)) not in _COLUMNS
+        or set(map(type, instances)) != {model}
+    ):
+        return None
+    for key in {target.attname, opts.pk.attname}:
+        # No expressions, nothing unset, nothing deferred.
+        if not {type(obj.__dict__.get(key)) for obj in instances} <= _KEYS:
+            return None
+    return Relation(field, target.attname, prefetcher)
+
+
+def get_prefetch_querysets(
+    along: Relation | None, prefetcher: Any, instances: Any, querysets: Any
+) -> Any:
+    """Django's; for a foreign key, its rows and what it would tell of them."""
+    if along is None or along.field is None:
+        return prefetcher.get_prefetch_querysets(instances, querysets)
+    field, manager = along.field, along.manager
+    of_instance = attrgetter(along.key)
+    parents = {of_instance(obj): obj for obj in instances}
+    rows = manager._queryset_class(model=manager.model, hints={"instance": instances[0]})
+    rows.query.add_q(Q(**{f"{field.name}__in": list(parents)}), reuse_all=True)
+    (source,) = field.local_related_fields
+    of_row = attrgetter(source.attname)
+    name = field.cache_name
+    for row in rows:
+        cache = row._state.fields_cache
+        if name not in cache:
+            try:
+                cache[name] = parents[of_row(row)]
+            except KeyError as exc:
+                raise KeyError(exc.args) from None  # of a tuple, as from Django
+    return rows, of_row, of_instance, False, field.remote_field.cache_name, False
+
+
+def assign(along: Relation, instances: Any, fetched: Any) -> Any:
+    """What Django does with the rows of a level; returns what its prefetch_one_level() does.
+
+    None if that cannot be told from the first instance's queryset.
+    """
+    rows, of_row, of_instance, _, cache_name, _ = fetched
+    if not isinstance(rows, QuerySet) or rows._prefetch_related_lookups:
+        return None
+    first = along.manager.get_queryset()
+    new = _maker(along, first)
+    if new is None:
+        return None
+    objs = list(rows)
+    groups: dict[Any, list[Any]] = {}
+    for obj in objs:
+        value = of_row(obj)
+        group = groups.get(value)
+        if group is None:
+            groups[value] = [obj]
+        else:
+            group.append(obj)
+    if along.field is not None:  # the managers would ask which connection is read from
+        if router.routers:
+            for obj in instances:
+                connections[router.db_for_read(along.manager.model, instance=obj)]
+        else:
+            for alias in {obj._state.db for obj in instances}:
+                connections[alias or DEFAULT_DB_ALIAS]
+    key = along.key
+    for obj in instances:
+        found = groups.get(of_instance(obj))
+        if found is None:
+            found = []
+        cache = obj._prefetched_objects_cache
+        if cache_name in cache:  # an instance that is there twice
+            queryset = cache[cache_name]
+            queryset._result_cache = found
+            queryset._prefetch_done = True
+        else:
+            cache[cache_name] = new(obj, getattr(obj, key), found)
+    return objs, []
+
+
+def _maker(along: Relation, first: Any) -> Callable[[Any, Any, list[Any]], Any] | None:
+    """A function from an instance, its key and its rows to the queryset Django would give it."""
+    field, key, manager = along.field, along.key, along.manager
+    obj, state = manager.instance, dict(first.__dict__)
+    hints, asked, known = (
+        state.pop(name, None) for name in ("_hints", "_deferred_filter", "_known_related_objects")
+    )
+    query = state.pop("_query", None)
+    mode = state.pop("_fetch_mode", None)  # since Django 6.1
+    state.pop("_result_cache", None)
+    if not (
+        type(first) is manager._queryset_class
+        and type(hints) is dict
+        and [*hints] == ["instance"]
+        and hints["instance"] is obj
+        and type(asked) is tuple
+        and asked[:2] == (False, ())
+        and len(asked) == 3
+        and len(asked[2]) == 1
+        and mode is getattr(obj._state, "fetch_mode", None)
+        and all(map(_is_shared, state.values()))
+    ):
+        return None
+    ((name, value),) = asked[2].items()
+    if field is not None:
+        kept = [(k, v) for of in known.values() for k, v in of.items()]
+        if value is not obj or [*known] != [field] or kept != [(getattr(obj, key), obj)]:
+            return None
+    elif known or value is not obj.__dict__[key]:
+        return None
+    copied = _copier(query)
+    if copied is None:
+        return None
+    state["_prefetch_done"] = True
+    names = {f"s{i}": shared for i, shared in enumerate(state.values())}
+    lines = [f"new.{own} = {i}" for own, i in zip(state, names, strict=True)]
+    value = "key" if field is None else "obj"
+    lines += [
+        "new._hints = {'instance': obj}",
+        f"new.{_MAKES} = copied",
+        f"new._deferred_filter = (False, (), {{{name!r}: {value}}})",
+        f"new._known_related_objects = {'{}' if field is None else '{field: {key: obj}}'}",
+        "new._result_cache = found",
+    ]
+    if mode is not None:
+        lines.append("new._fetch_mode = obj._state.fetch_mode")
+    names |= {"create": object.__new__, "cls": type(first), "copied": copied, "field": field}
+    code = "\n    ".join(["def new(obj, key, found):", "new = create(cls)", *lines, "return new"])
+    exec(code, names)
+    return names["new"]  # type: ignore[no-any-return]
+
+
+def _is_shared(value: Any) -> bool:
+    """Whether copies may have the same object."""
+    return value is None or value == () or isinstance(value, bool | type)
+
+
+def _copier(query: Any) -> Callable[[], Any] | None:
+    """A function that copies a query that nothing was done to yet."""
+    if type(query) is not Query or type(query.where) is not WhereNode or query.where.children:
+        return None
+    state = dict(query.__dict__)
+    where = dict(state.pop("where").__dict__)
+    del where["children"]
+    own = []
+    for name, value in state.items():
+        if type(value) in (dict, set) and not value:
+            own.append((name, type(value)))
+        elif not _is_shared(value):
+            return None
+    create = object.__new__
+
+    def copied() -> Any:
+        new, node = create(Query), create(WhereNode)
+        node.__dict__.update(where)
+        node.__dict__["children"] = []
+        attributes = new.__dict__
+        attributes.update(state)
+        for name, kind in own:
+            attributes[name] = kind()
+        attributes["where"] = node
+        return new
+
+    return copied
+
+
+_MAKES = "_asyncorm_query"  # what makes the query, while nobody has asked for it
+
+
+class _Query:
+    """`QuerySet._query` of the querysets made here: hardly anybody ever needs their queries."""
+
+    def __get__(self, queryset: Any, owner: Any = None) -> Any:
+        if queryset is None:
+            return self
+        state = queryset.__dict__
+        make = state.get(_MAKES)
+        if make is not None:
+            state.setdefault("_query", make())
+            state.pop(_MAKES, None)
+        if "_query" not in state:
+            raise AttributeError(
+                f"{type(queryset).__name__!r} object has no attribute '_query'",
+                name="_query",
+                obj=queryset,
+            )
+        return state["_query"]
+
+
+def _with_query(original: Any) -> Any:
+    """A method of QuerySet that goes through the attributes."""
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any) -> Any:
+        if _MAKES in self.__dict__:
+            self._query  # noqa: B018
+        return original(self, *args)
+
+    return method
+
+
+def install() -> None:
+    """Let querysets do without a query until somebody asks for it, once."""
+    if "_query" not in vars(QuerySet):
+        QuerySet._query = _Query()  # type: ignore[attr-defined]
+        for name in ("__getstate__", "__deepcopy__"):
+            setattr(QuerySet, name, _with_query(getattr(QuerySet, name)))
