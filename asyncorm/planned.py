@@ -27,7 +27,7 @@ from typing import Any
 
 import django
 from django.core.signals import setting_changed
-from django.db.models import Model, query
+from django.db.models import Model, Q, query
 from django.db.models.sql import compiler
 from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
 from django.db.models.sql.constants import ROW_COUNT
@@ -35,6 +35,7 @@ from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import InsertQuery, UpdateQuery
 from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
+from psycopg.types.numeric import Int2, Int4, Int8
 
 from . import bulk, conf, rows, sessions
 from .bridge import Runner
@@ -312,6 +313,48 @@ def _plan_get(
             return None
         params += more
     return _Get(found[0], lookups, base.kept) if same(params, found[1]) else None
+
+
+def by_keys(queryset: Any, name: str, keys: list[Any]) -> list[Any] | None:
+    """The rows of a fresh queryset whose foreign key is one of different keys of one type.
+
+    None: have Django filter the queryset.
+    """
+    wrapper = native_wrapper(queryset.db)
+    if wrapper is None or queryset._iterable_class is not query.ModelIterable:
+        return None
+    mode = getattr(queryset, "_fetch_mode", None)
+    try:
+        shape = Shape(queryset.query, wrapper, "keys", name, len(keys), type(keys[0]))
+        key = tuple(shape.key)
+        known: Any = recall(key)
+        if known is UNPLANNED:
+            known = _plan_keys(queryset, wrapper, name, keys)
+            remember(key, known)
+    except Exception:
+        return None
+    if known is None or rows.is_watched(known[0].maker.models):
+        return None
+    counts["hits"] += 1
+    plan, kind = known
+    params = keys if kind is type(keys[0]) else [kind(value) for value in keys]
+    return items(plan, params, 0, wrapper, mode)
+
+
+def _plan_keys(queryset: Any, wrapper: Any, name: str, keys: list[Any]) -> Any:
+    filtered = queryset._chain()
+    filtered.query.add_q(Q(**{f"{name}__in": keys}), reuse_all=True)
+    found = queryset_plan(filtered, wrapper, query.ModelIterable)
+    kinds = set(map(type, found[1])) if found is not None else ()
+    if found is None or len(kinds) != 1:
+        return None
+    (kind,) = kinds
+    if kind not in _KEY_TYPES or not same(found[1], [kind(value) for value in keys]):
+        return None
+    return found[0], kind
+
+
+_KEY_TYPES = {int, str, uuid.UUID, Int2, Int4, Int8}  # Django wraps integers for psycopg
 
 
 def _has_results(original: Any) -> Any:

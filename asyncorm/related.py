@@ -38,6 +38,8 @@ from django.db.models.query_utils import DeferredAttribute
 from django.db.models.sql.query import Query
 from django.db.models.sql.where import WhereNode
 
+from . import planned
+
 _KEYS = {int, str, uuid.UUID}  # types that are compared alike as keys by everybody
 _COLUMNS = (DeferredAttribute, ForeignKeyDeferredAttribute)
 _QUERYSET = (
@@ -121,8 +123,14 @@ def get_prefetch_querysets(
     field, manager = along.field, along.manager
     of_instance = attrgetter(along.key)
     parents = {of_instance(obj): obj for obj in instances}
-    rows = manager._queryset_class(model=manager.model, hints={"instance": instances[0]})
-    rows.query.add_q(Q(**{f"{field.name}__in": list(parents)}), reuse_all=True)
+    queryset = manager._queryset_class(model=manager.model, hints={"instance": instances[0]})
+    keys = list(parents)
+    rows = None
+    if len(set(map(type, keys))) == 1:
+        rows = planned.by_keys(queryset, field.name, keys)
+    if rows is None:
+        rows = queryset
+        rows.query.add_q(Q(**{f"{field.name}__in": keys}), reuse_all=True)
     (source,) = field.local_related_fields
     of_row = attrgetter(source.attname)
     name = field.cache_name
@@ -142,7 +150,7 @@ def assign(along: Relation, instances: Any, fetched: Any) -> Any:
     None if that cannot be told from the first instance's queryset.
     """
     rows, of_row, of_instance, _, cache_name, _ = fetched
-    if not isinstance(rows, QuerySet) or rows._prefetch_related_lookups:
+    if getattr(rows, "_prefetch_related_lookups", ()):
         return None
     first = along.manager.get_queryset()
     new = _maker(along, first)
@@ -227,8 +235,13 @@ def _maker(along: Relation, first: Any) -> Callable[[Any, Any, list[Any]], Any] 
         lines.append("new._fetch_mode = obj._state.fetch_mode")
     names |= {"create": object.__new__, "cls": type(first), "copied": copied, "field": field}
     code = "\n    ".join(["def new(obj, key, found):", "new = create(cls)", *lines, "return new"])
-    exec(code, names)
+    exec(_compiled(code), names)
     return names["new"]  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _compiled(code: str) -> Any:
+    return compile(code, __name__, "exec")
 
 
 def _is_shared(value: Any) -> bool:

@@ -58,6 +58,8 @@ _COMPARISONS = {
 _IS_NULL = {lookups.IsNull, related_lookups.RelatedIsNull}
 _EXACT = {lookups.Exact, lookups.IntegerFieldExact, related_lookups.RelatedExact}
 _LOOKUPS = _PATTERNS | _COMPARISONS
+_LISTS = {lookups.In, related_lookups.RelatedIn}
+_KEYS = {"smallint", "integer", "bigint", "uuid"}
 
 # For each column type: the Python types of values that may be parameters of the server, and the oid
 # to send them with; -1 is what psycopg's dumper says, which is the type of Django's literal too.
@@ -180,6 +182,18 @@ class Shape:
         for leaf, count in self.leaves:
             kinds = _TEXT if type(leaf) in _PATTERNS else family(leaf.lhs.target, self.wrapper)
             found += [kinds] * count
+        return found
+
+    def lists(self, *, skips_null: bool) -> list[tuple[int, int]]:
+        """Which parameters are a list that may be an array: where it begins and how long it is."""
+        found = []
+        at = sum(value is not None or not skips_null for _, value in self.values)
+        for leaf, count in self.leaves:
+            if count > 1 and type(leaf) in _LISTS:
+                kind = leaf.lhs.target.db_type(self.wrapper)
+                if kind in _KEYS:
+                    found.append((at, count))
+            at += count
         return found
 
     def bind(self, *, skips_null: bool) -> list[Any]:

@@ -6,15 +6,16 @@ that the shape gives. Whatever is not known to be safe is left to Django's compi
 A plan's statement is sent without a cursor, its values as parameters of the server where that means
 the same as the literals that Django writes into the SQL: each value's Python type must be the usual
 one for the column's type, integers are sent with the column's own type, strings without one (as a
-quoted literal has none). Otherwise, and where somebody watches the statements (execute wrappers,
-DEBUG, CaptureQueriesContext), a cursor of Django's executes Django's SQL.
+quoted literal has none). A list of keys goes as one array, as PostgreSQL makes one of IN (...) too:
+so lists of all lengths have one statement. Otherwise, and where somebody watches the statements
+(execute wrappers, DEBUG, CaptureQueriesContext), a cursor of Django's executes Django's SQL.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from django.db.models.sql import compiler
@@ -37,6 +38,7 @@ class Plan:
     Attributes:
         sql: Django's, with %s for parameters, without the offset.
         families: for each parameter what it may be to be sent as one.
+        lists: which parameters are the elements of an array: where each begins and how many.
         maker: makes items of the rows; None where only the rows count.
         fixed: parameters before all others that are always the same.
         skips_null: whether Django writes NULL into the SQL of an UPDATE itself.
@@ -53,6 +55,7 @@ class Plan:
         fixed: tuple[Any, ...] = (),
         skips_null: bool = False,
         with_offset: bool = False,
+        lists: Any = (),
     ) -> None:
         self.sql = sql
         self.maker = maker
@@ -60,10 +63,16 @@ class Plan:
         self.fixed = fixed
         self.skips_null = skips_null
         self.families = [*families, {int: 20}] if with_offset else families
-        self.formats = [PyFormat.TEXT] * len(self.families)
         for value in fixed:
             sql = sql.replace("%s", f"{value:d}", 1)
-        self.query = _numbered(f"{sql} OFFSET %s" if with_offset else sql, len(self.families))
+        if with_offset:
+            sql = f"{sql} OFFSET %s"
+        self.lists = lists
+        self.query = _numbered(sql, len(self.families), lists)
+        if self.query is None and lists:
+            self.lists = ()
+            self.query = _numbered(sql, len(self.families), ())
+        self.formats = [PyFormat.TEXT] * len(self.families)
         self.text = self.query.decode() if self.query is not None else ""
         self.leaves_state = leaves_state(sql)
 
@@ -71,40 +80,107 @@ class Plan:
         """The statement with its parameters, None if not all can be sent as such."""
         if self.query is None:
             return None
-        oids = []
-        dumped = False
-        for value, family in zip(params, self.families, strict=True):
-            oid = family.get(type(value))
-            if oid is None:
-                return None
-            if oid == AS_DUMPED:
-                dumped = True
-            elif (limit := LIMITS.get(oid)) is not None and not -limit <= value < limit:
-                return None
-            oids.append(oid)
-        transformer = conn.transformer
-        values = transformer.dump_sequence(params, self.formats)
-        if dumped:
-            oids = [
-                got if oid == AS_DUMPED else oid
-                for oid, got in zip(oids, transformer.types, strict=True)
-            ]
+        if self.lists:
+            return self._bound_arrays(conn, params)
+        found = _dumped(conn, params, self.families, self.formats)
+        return None if found is None else self._statement(*found)
+
+    def _statement(self, values: Any, oids: Any) -> Statement:
+        assert self.query is not None
         return Statement(
             self.query, values, tuple(oids), leaves_state=self.leaves_state, text=self.text
         )
 
+    def _bound_arrays(self, conn: Connection, params: Any) -> Statement | None:
+        values: list[Any] = []
+        oids: list[int] = []
+        done = 0
+        for start, count in (*self.lists, (len(params), 0)):
+            found = _dumped(
+                conn, params[done:start], self.families[done:start], self.formats[done:start]
+            )
+            if found is None:
+                return None
+            values += found[0]
+            oids += found[1]
+            done = start + count
+            if count:
+                array = _array(params[start:done], self.families[start])
+                if array is None:
+                    return None
+                values.append(array[0])
+                oids.append(array[1])
+        return self._statement(values, oids)
 
-def _numbered(sql: str, count: int) -> bytes | None:
+
+def _dumped(
+    conn: Connection, params: Any, families: Any, formats: Any
+) -> tuple[Sequence[Any], list[int]] | None:
+    """Values as they are sent, and their types' oids; None if one is not of its family."""
+    oids: list[int] = []
+    dumped = False
+    for value, family in zip(params, families, strict=True):
+        oid = family.get(type(value))
+        if oid is None:
+            return None
+        if oid == AS_DUMPED:
+            dumped = True
+        elif (limit := LIMITS.get(oid)) is not None and not -limit <= value < limit:
+            return None
+        oids.append(oid)
+    transformer = conn.transformer
+    values = transformer.dump_sequence(params, formats)
+    if dumped:
+        oids = [
+            got if oid == AS_DUMPED else oid
+            for oid, got in zip(oids, transformer.types or (), strict=True)
+        ]
+    return values, oids
+
+
+def _array(values: Any, family: dict[type, int]) -> tuple[bytes, int] | None:
+    """Keys as an array in PostgreSQL's form and its type's oid; None if not all are of a family."""
+    oids = {family.get(kind) for kind in set(map(type, values))}
+    if len(oids) != 1:
+        return None
+    (oid,) = oids
+    if oid == AS_DUMPED:
+        return f"{{{','.join(map(str, values))}}}".encode(), _UUIDS
+    if oid not in _ARRAYS or not (min(values) >= -LIMITS[oid] and max(values) < LIMITS[oid]):
+        return None
+    return f"{{{','.join(map(int.__repr__, values))}}}".encode(), _ARRAYS[oid]
+
+
+_ARRAYS, _UUIDS = {21: 1005, 23: 1007, 20: 1016}, 2951
+
+
+def _numbered(sql: str, count: int, lists: Any) -> bytes | None:
     """The SQL with $1, $2, ... for %s; None if it is not as simple as that."""
     parts = re.split(r"%(.)", sql, flags=re.DOTALL)
-    number = 0
-    for i in range(1, len(parts), 2):
-        if parts[i] == "s":
-            number += 1
-            parts[i] = f"${number}"
-        elif parts[i] != "%":
+    begins = dict(lists)
+    made = [parts[0]]
+    number = skipped = 0
+    rest = iter(zip(parts[1::2], parts[2::2], strict=True))
+    for sign, text in rest:
+        if sign == "%":
+            made += (sign, text)
+        elif sign != "s":
             return None
-    return "".join(parts).encode() if number == count else None
+        elif (size := begins.get(number + skipped)) is None:
+            number += 1
+            made += (f"${number}", text)
+        else:
+            for _ in range(size - 1):
+                if (sign, text) != ("s", ", "):
+                    return None
+                sign, text = next(rest, ("", ""))
+            if sign != "s" or text[:1] != ")" or not made[-1].endswith(" IN ("):
+                return None
+            number += 1
+            skipped += size - 1
+            made[-1] = f"{made[-1].removesuffix('IN (')}= ANY(${number}"
+            made.append(text)
+    return "".join(made).encode() if number + skipped == count else None
 
 
 # The cache
@@ -220,6 +296,7 @@ def _plan(shape: Shape, compiled: Compiled, fixed: tuple[Any, ...]) -> Plan:
         fixed=always,
         skips_null=skips_null,
         with_offset=shape.offset > 0,
+        lists=shape.lists(skips_null=skips_null),
     )
 
 

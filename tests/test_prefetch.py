@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import copy
+import pickle
 import time
 from collections import Counter
 from typing import Any
@@ -19,6 +21,8 @@ from django.db.models import (
     Value,
     prefetch_related_objects,
 )
+from django.db.models.sql import Query
+from django.db.models.sql.where import WhereNode
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 from hypothesis import HealthCheck, given, settings
@@ -30,9 +34,13 @@ from asyncorm.limits import parallelism
 from tests.project.shop.models import (
     Author,
     Book,
+    Category,
     Country,
+    Customer,
     Note,
+    Order,
     Person,
+    PrintedBook,
     Product,
     Publisher,
     Review,
@@ -314,6 +322,83 @@ def test_random_trees(inside: bool, run: Any, trees: list[Any], selected: bool) 
     assert found == expected
     if isinstance(expected, list):
         assert ours == queries
+
+
+def state_of(owner: Any, queryset: Any) -> dict[str, Any]:
+    """All that a queryset in the cache of an instance holds, the instance as "owner"."""
+
+    def plain(value: Any) -> Any:
+        if value is owner:
+            return "owner"
+        if isinstance(value, dict):
+            return {plain(key): plain(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(plain, value))
+        if isinstance(value, Query):
+            return {"type": type(value), **plain(vars(value))}
+        if isinstance(value, WhereNode):
+            return type(value), plain(vars(value))
+        return value
+
+    queryset._query  # noqa: B018
+    return {"type": type(queryset), **plain(vars(queryset))}
+
+
+OWNERS: list[tuple[Any, str]] = [
+    (Country, "publishers"), (Publisher, "books"), (Book, "reviews"), (Book, "authorship_set"),
+    (Book, "tags"), (Book, "related"), (Book, "authors"), (Tag, "books"), (Person, "friends"),
+    (Author, "books"), (Author, "friends"), (Author, "pupils"), (PrintedBook, "reviews"),
+    (Category, "children"), (Customer, "favourites"), (Customer, "orders"), (Order, "lines"),
+    (Publisher, "notes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), OWNERS, ids=lambda each: getattr(each, "__name__", each)
+)
+async def test_the_querysets_of_instances_are_djangos(model: Any, name: str) -> None:
+    def load() -> list[Any]:
+        # Some of them twice, and one that has more to be asked for.
+        found = [*model._base_manager.order_by("pk")[:12], *model._base_manager.order_by("pk")[:2]]
+        prefetch_related_objects([*found, *found[:3]], name)
+        return found
+
+    def cached(owners: list[Any]) -> list[Any]:
+        return [owner._prefetched_objects_cache[name] for owner in owners]
+
+    def described(owners: list[Any]) -> list[Any]:
+        return [
+            state_of(owner, queryset)
+            for owner, queryset in zip(owners, cached(owners), strict=True)
+        ]
+
+    def used(owners: list[Any]) -> list[Any]:
+        querysets = cached(owners)
+        assert len({id(queryset) for queryset in querysets}) == len(owners)
+        assert len({id(queryset.query) for queryset in querysets}) == len(owners)
+        return [
+            (str(each.query), list(each.order_by("pk")), list(each), len(each.all()[:1]))
+            for each in querysets
+        ]
+
+    def copied(owners: list[Any]) -> list[Any]:
+        both = zip(pickle.loads(pickle.dumps(owners)), copy.deepcopy(owners), owners, strict=True)
+        copies = [copy.copy(queryset) for queryset in cached(owners)]
+        copies += [one._prefetched_objects_cache[name] for three in both for one in three[:2]]
+        assert all("_query" in vars(each) for each in copies)
+        return [(list(each), str(each.query)) for each in copies]
+
+    def shared(owners: list[Any]) -> list[Any]:
+        """The querysets' dictionaries belong to each alone."""
+        for queryset in cached(owners):
+            queryset._hints["x"] = queryset._query.annotations["x"] = 1
+            queryset._known_related_objects["x"] = 1
+        return [len(queryset._hints) for queryset in cached(owners)]
+
+    for way in (described, used, copied, shared):
+        expected = await in_thread(lambda: way(load()))  # noqa: B023
+        assert await native(lambda: way(load()))() == expected  # noqa: B023
+    assert any(expected)
 
 
 @pytest.mark.parametrize(

@@ -403,6 +403,26 @@ async def test_long_lists_are_left_to_django() -> None:
     assert asyncorm.statement_cache_stats()["size"] == 0
 
 
+async def test_a_list_of_keys_is_one_parameter() -> None:
+    skus = list(await Product.objects.values_list("sku", flat=True).anative())
+    querysets: list[Any] = [
+        Book.objects.filter(pk__in=[3, 1, 2, 2]),
+        Book.objects.filter(title__gte="A", pk__in=[3, 1, -2], pages__lt=10**6),
+        Book.objects.exclude(publisher__in=[1, 2]).filter(pk__in=[1, 2, 3, 4])[1:9],
+        Book.objects.filter(pk__in=[1, 2**40, 2**70, -(2**70)]),
+        Book.objects.filter(pk__in=[1, 2.0, 3]),
+        Book.objects.filter(pages__in=[120, 2**31]),
+        Product.objects.filter(sku__in=skus[:3]),
+    ]
+    for queryset in querysets * 2:
+        queryset = queryset.all()
+        expected = await asyncio.to_thread(closing(list), queryset)
+        assert differences(sorted(expected, key=by_key), await ordered(queryset.all())) == []
+    arrays = [plan for plan in statements.plans.values() if plan and plan.lists]
+    assert [plan.query.count(b"$") for plan in arrays] == [1, 3, 3, 1, 1, 1]
+    assert all(b" = ANY($" in plan.query for plan in arrays)
+
+
 async def test_pages_share_a_plan() -> None:
     for offset in range(1, 6):
         await Book.objects.order_by("pk")[offset : offset + 2].anative()
