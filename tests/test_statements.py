@@ -416,7 +416,7 @@ async def test_a_list_of_keys_is_one_parameter() -> None:
     ]
     for queryset in querysets * 2:
         queryset = queryset.all()
-        expected = await asyncio.to_thread(closing(list), queryset)
+        expected = await in_thread(list, queryset)
         assert differences(sorted(expected, key=by_key), await ordered(queryset.all())) == []
     arrays = [plan for plan in statements.plans.values() if plan and plan.lists]
     assert [plan.query.count(b"$") for plan in arrays] == [1, 3, 3, 1, 1, 1]
