@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
-from django.db import InterfaceError, connection, connections, models, transaction
+from django.db import (
+    InterfaceError,
+    OperationalError,
+    close_old_connections,
+    connection,
+    connections,
+    models,
+    transaction,
+)
 from django.db.backends.postgresql.base import DatabaseWrapper as DjangosWrapper
 from django.db.utils import load_backend
 from django.test import TestCase, TransactionTestCase, override_settings
@@ -54,6 +62,18 @@ def test_synchronous_transactions() -> None:
             raise ZeroDivisionError
     assert ran == [1]
     assert set(Tag.objects.filter(pk__gt=6).values_list("name", flat=True)) == {"kept"}
+
+
+async def test_a_long_operation_replaces_a_broken_connection() -> None:
+    """As Django's: a worker's loop, run natively, calls close_old_connections() now and then."""
+
+    def work() -> int:
+        with pytest.raises(OperationalError):
+            value("SELECT pg_terminate_backend(pg_backend_pid())")
+        close_old_connections()
+        return Tag.objects.count()
+
+    assert await native(work)() == 6
 
 
 async def test_native_code_has_another_class() -> None:

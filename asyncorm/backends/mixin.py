@@ -295,6 +295,10 @@ class NativeWrapper:
         """Django's: not that of NativeBackendMixin, which is for synchronous wrappers."""
         super(NativeBackendMixin, self).ensure_connection()  # type: ignore[misc]
 
+    def close_if_unusable_or_obsolete(self) -> None:
+        """Django's, as ensure_connection()."""
+        super(NativeBackendMixin, self).close_if_unusable_or_obsolete()  # type: ignore[misc]
+
     def connect(self) -> None:
         """Check out a connection; Django configures it and sends its signal if it is new."""
         session = self.session
