@@ -92,11 +92,12 @@ class Children:
     """Child tasks.
 
     `escapes` says whether an error of one of them is raised again: never, when all are done, or at
-    once, while the others go on.
+    once, while the others go on. `batch` says that they are the operations of a batch().
     """
 
     tasks: list["Child"]
     escapes: str
+    batch: bool = False
 
 
 @dataclass
@@ -129,6 +130,7 @@ def compound(inner: Any) -> Any:
         Children,
         st.lists(child, min_size=1, max_size=4),
         st.sampled_from(["never", "when all are done", "at once"]),
+        st.booleans(),
     )
 
 
@@ -181,6 +183,10 @@ class Run:
     async def all(self, children: list[Child], block: Block | None) -> list[Any]:
         tasks = [self.start(child, block) for child in children]
         return await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def batch(self, children: list[Child], block: Block) -> list[Any]:
+        calls = [lambda child=child: self.start(child, block) for child in children]
+        return await asyncorm.batch(*calls, return_exceptions=True)
 
     def start(self, child: Child, block: Block | None) -> asyncio.Task[None]:
         task = asyncio.create_task(self.child(child, block))
@@ -300,7 +306,7 @@ class Run:
                     block.late += tasks
                     await asyncio.gather(*tasks)
                     continue
-                results = await self.all(now, block)
+                results = await (self.batch if step.batch else self.all)(now, block)
                 errors = [r for r in results if isinstance(r, Exception)]
                 if errors and step.escapes == "when all are done":
                     raise errors[0]
