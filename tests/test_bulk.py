@@ -14,10 +14,11 @@ from decimal import Decimal
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import django
 import pytest
 from django.apps import apps
 from django.core.serializers.json import DjangoJSONEncoder
-from django.db import DataError, connection, models, transaction
+from django.db import IntegrityError, connection, models, transaction
 from django.db.models import F, Value
 from django.db.models.functions import Upper
 from django.test.utils import CaptureQueriesContext, override_settings
@@ -267,7 +268,11 @@ WRONG: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG)
+# Django 5.2.0 cuts what is too long, silently.
+CUTS = django.VERSION < (5, 2, 1)
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if not (CUTS and name == "name")])
 def test_what_is_refused(run: Any, all_kinds: Any, name: str) -> None:
     def make() -> list[Any]:
         good = {"word": "w"}
@@ -399,10 +404,10 @@ def test_statements_are_djangos(run: Any, all_kinds: Any) -> None:
 async def test_an_error_inside_a_block(all_kinds: Any) -> None:
     with contextlib.suppress(Undone):
         async with asyncorm.atomic():
-            with pytest.raises(DataError):
+            with pytest.raises(IntegrityError):
                 async with asyncorm.atomic():
                     await all_kinds.objects.native_bulk_create(
-                        [all_kinds(word="w"), all_kinds(word="too long to fit")]
+                        [all_kinds(word="w"), all_kinds(word=None)]
                     )
             await all_kinds.objects.native_bulk_create(many(all_kinds))
             assert await all_kinds.objects.native_count() == 2500
