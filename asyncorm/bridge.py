@@ -204,6 +204,12 @@ def set_guard(guard: Callable[[], None] | None) -> None:
     _guard = guard
 
 
+def check() -> None:
+    """What `run()` checks first, for who does without it."""
+    if _guard is not None:
+        _guard()
+
+
 def await_(awaitable: Awaitable[T]) -> T:
     """Await something from synchronous code that runs natively, and return its result.
 

@@ -8,13 +8,14 @@ from operator import length_hint
 from types import TracebackType
 from typing import Any
 
-from django.db import InterfaceError
+from django.db import DEFAULT_DB_ALIAS, InterfaceError
 from psycopg.pq import ExecStatus
 from psycopg.rows import tuple_row
 
 from . import bridge, sessions
+from .driver import checked
 from .multiplexing import is_single
-from .statements import direct
+from .statements import direct, is_watched, serves
 
 TUPLES_OK = ExecStatus.TUPLES_OK
 
@@ -49,8 +50,30 @@ class AsyncCursor:
         self._close()
         wrapper.validate_no_broken_transaction()
         with wrapper.wrap_database_errors:
-            result = conn.run(conn.bound(text, params))
-            rows = iter(conn.rows(result)) if result.status == TUPLES_OK else None
+            self._keep(conn.run(conn.bound(text, params)), wrapper, conn)
+
+    async def _share(self, text: Any, params: Any) -> bool:
+        """Have a statement travel with others while all connections are in use, if it may.
+
+        As `_execute()` would, without an operation and a session that do nothing but wait.
+        """
+        if type(text) is not str:
+            return False
+        found = sessions.queue_without_session(self._using or DEFAULT_DB_ALIAS, text)
+        if found is None or (stand_ins := found[1].stand_ins()) is None:
+            return False
+        wrapper, conn = stand_ins
+        if is_watched(wrapper) or not serves(conn, wrapper) or conn.row_factory is not tuple_row:
+            return False
+        bridge.check()
+        self._close()
+        with wrapper.wrap_database_errors:
+            results = await found[0].submit(conn.bound(text, params), text)
+            self._keep(checked(results, conn.info.encoding), wrapper, conn)
+        return True
+
+    def _keep(self, result: Any, wrapper: Any, conn: Any) -> None:
+        rows = iter(conn.rows(result)) if result.status == TUPLES_OK else None
 
         def make() -> Any:
             read = 0 if rows is None else result.ntuples - length_hint(rows)
@@ -71,7 +94,8 @@ class AsyncCursor:
         Raises:
             django.db.Error: as Django's cursor does.
         """
-        await bridge.run(self._execute, sql, params)
+        if not await self._share(sql, params):
+            await bridge.run(self._execute, sql, params)
         return self
 
     async def executemany(self, sql: Any, param_list: Sequence[Any]) -> AsyncCursor:

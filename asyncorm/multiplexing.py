@@ -186,27 +186,31 @@ class Queue:
         return bool(self._tasks)
 
     def run(self, statement: Statement, text: str) -> list[Any]:
-        """Have a statement of the running operation executed; its results.
+        """`submit()` for the running operation."""
+        runner = bridge.current()
+        assert runner is not None
+        bridge.deliver(runner)
+        return bridge.wait_for(runner, self.submit(statement, text))
+
+    async def submit(self, statement: Statement, text: str) -> list[Any]:
+        """Have a statement of the current task executed; its results.
 
         Raises:
             psycopg.Error: there was no connection to be had, or it broke.
         """
-        runner = bridge.current()
-        assert runner is not None
-        bridge.deliver(runner)
         with self._source.asked():
             request = _Request(statement, text)
             self._join(request)
             try:
-                results = bridge.wait_for(runner, request.future)
-                self.served_by = request.pid
-                if waits and request.sent - request.since > 0.001:
-                    source = self._source
-                    waited(source.pool.alias, source.awaited, request.since, request.sent)
-                return results
+                results = await request.future
             except CancelledError as exc:
-                self._drop(runner, request, exc)
+                await self._drop(request, exc)
                 raise
+        self.served_by = request.pid
+        if waits and request.sent - request.since > 0.001:
+            source = self._source
+            waited(source.pool.alias, source.awaited, request.since, request.sent)
+        return results
 
     def _join(self, request: _Request) -> None:
         segment = self._open
@@ -231,7 +235,7 @@ class Queue:
         if not task.cancelled():
             task.exception()  # the requests have been told
 
-    def _drop(self, runner: Runner, request: _Request, exc: BaseException) -> None:
+    async def _drop(self, request: _Request, exc: BaseException) -> None:
         pipeline = request.pipeline
         if pipeline is None or (task := pipeline.task) is None:
             return  # it will not be sent, or has its result
@@ -239,7 +243,7 @@ class Queue:
         if all(other.future.done() for other in pipeline.requests):
             # Nobody else's statement is under way: the server stops before the caller goes on.
             task.cancel()
-            bridge.wait_for(runner, finish(task, 2 * CANCEL_TIMEOUT))
+            await finish(task, 2 * CANCEL_TIMEOUT)
 
     def _run_pipeline(self, segment: _Segment, started: float) -> None:
         runner = bridge.current()

@@ -108,6 +108,7 @@ class Pool:
         self.lazy: list[LazyConnection] = []
         self.pipelines = 0
         self.statements_pipelined = 0
+        self._stand_ins: tuple[Any, LazyConnection] | None = None
 
     def _where(self) -> tuple[Any, ...]:
         return tuple(map(self.settings_dict.get, _WHERE))
@@ -163,6 +164,20 @@ class Pool:
                 return lazy
         beside = self.connections.some()
         return None if beside is None else LazyConnection.beside(beside)
+
+    def stand_ins(self) -> tuple[Any, LazyConnection] | None:
+        """A wrapper and a connection for statements without a session: nothing runs on them.
+
+        None if no connection is open yet.
+        """
+        if self._stand_ins is None or self._stand_ins[1].closed:
+            lazy = self.take_lazy()
+            if lazy is None:
+                return None
+            wrapper = self.make_wrapper()
+            wrapper.session = None
+            self._stand_ins = wrapper, lazy
+        return self._stand_ins
 
     def checkin(self, conn: Connection) -> None:
         """Give a connection back; one that is not idle is rolled back or replaced."""

@@ -426,6 +426,39 @@ class _PoolSource:
         return None
 
 
+def _queue(source: limits.Source, pool: pools.Pool) -> Queue:
+    if source.queue is None:
+        source.queue = Queue(_PoolSource(source, pool))
+    return cast(Queue, source.queue)
+
+
+def queue_without_session(alias: str, text: str) -> tuple[Queue, pools.Pool] | None:
+    """Where a statement of a task waits that would find all connections in use; None if it needs a
+    session, has one, or need not wait.
+
+    Raises:
+        TransactionManagementError: the task has outlived its block.
+    """
+    pool = pools.find(alias)
+    if pool is None:
+        return None
+    source = limits.source(pool)
+    if source.gathers:
+        if not is_single(text):
+            return None
+    elif (
+        pool.has_free
+        or source is not pool
+        or not is_read(text)
+        or text in slow
+        or not conf.get("MULTIPLEXING")
+    ):
+        return None
+    if pool.connections is None or pool.outdated or alias in test_sessions:
+        return None
+    return None if find_scope(alias) is not None else (_queue(source, pool), pool)
+
+
 class Session:
     """A Django wrapper for native code and, from its first statement on, a connection.
 
@@ -536,9 +569,7 @@ class Session:
         elif not is_read(text) or text in slow:
             return None
         self._entitled(getcurrent())
-        if source.queue is None:
-            source.queue = Queue(_PoolSource(source, self.pool))
-        return cast(Queue, source.queue)
+        return _queue(source, self.pool)
 
     def settle(self) -> Connection:
         """In place of a lazy connection, one of the operation's own."""

@@ -302,18 +302,22 @@ def _plan(shape: Shape, compiled: Compiled, fixed: tuple[Any, ...]) -> Plan:
 
 def direct(wrapper: Any) -> Connection | None:
     """The connection, if nobody would notice that a statement is sent without Django's cursor."""
-    # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
-    if wrapper.execute_wrappers or wrapper.queries_logged or "cursor" in wrapper.__dict__:
+    if is_watched(wrapper):
         return None
     wrapper.ensure_connection()
     conn = wrapper.connection
-    if (
-        isinstance(conn, Connection)
-        and _are_djangos_cursors(type(wrapper), conn.cursor_factory)  # type: ignore[arg-type]
-        and _same_zone(conn, wrapper)
-    ):
-        return conn
-    return None
+    return conn if isinstance(conn, Connection) and serves(conn, wrapper) else None
+
+
+def is_watched(wrapper: Any) -> bool:
+    """Whether somebody wants to see the statements."""
+    # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
+    return bool(wrapper.execute_wrappers or wrapper.queries_logged or "cursor" in wrapper.__dict__)
+
+
+def serves(conn: Connection, wrapper: Any) -> bool:
+    """Whether a statement means the same there as in a cursor of the wrapper."""
+    return _are_djangos_cursors(type(wrapper), conn.cursor_factory) and _same_zone(conn, wrapper)  # type: ignore[arg-type]
 
 
 def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:

@@ -244,6 +244,42 @@ async def test_wrappers_and_the_query_log_see_each(grown: str) -> None:
     assert pipelined() > 0
 
 
+async def test_a_cursor_says_what_it_did(grown: str) -> None:
+    sql = "SELECT n, n::text AS word FROM generate_series(1, %s) n"
+
+    async def look(number: int) -> None:
+        async with asyncorm.cursor(grown) as cursor:
+            await cursor.execute(sql, [number])
+            first = await cursor.fetchone()
+            assert [column.name for column in cursor.description] == ["n", "word"]
+            assert (cursor.rowcount, cursor.statusmessage) == (number, f"SELECT {number}")
+            rest = await cursor.fetchmany(2) + [row async for row in cursor]
+            assert [first, *rest] == [(n, str(n)) for n in range(1, number + 1)]
+            await cursor.execute("SELECT %s", ["again"])
+            assert await cursor.fetchall() == [("again",)]
+
+    await asyncio.gather(*[look(number) for number in range(1, 40)])
+    assert pipelined() > 40
+    await all_given_back(grown)
+
+
+async def test_a_task_that_outlived_its_block_is_refused(grown: str) -> None:
+    release = asyncio.Event()
+
+    async def late() -> Any:
+        await release.wait()
+        return await query("SELECT 1")
+
+    async with asyncorm.atomic(grown):
+        task = asyncio.create_task(late())
+    pauses = [asyncio.create_task(query("SELECT pg_sleep(0.2)")) for _ in range(2)]
+    await eventually(lambda: not asyncorm.pool_stats(grown)["pool_available"])
+    release.set()
+    with pytest.raises(TransactionManagementError, match="has ended"):
+        await task
+    await asyncio.gather(*pauses)
+
+
 async def test_writes_that_may_wait_go_alone(grown: str) -> None:
     async def create(n: int) -> Any:
         try:
