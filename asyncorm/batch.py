@@ -15,7 +15,7 @@ from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
 
 from . import bridge, sessions
-from .limits import Parallelism
+from .limits import Kept, Parallelism
 
 
 async def batch(
@@ -32,10 +32,10 @@ async def batch(
     Each runs natively, as a task of its own. When every one of them waits for a result, what they
     have sent goes out together: so there are as many round trips as the longest of them has
     statements. Outside a transaction each statement stands alone, and one that fails fails its own
-    operation only. Inside `atomic()` the operations are child tasks of the block: after an error of
-    one, the others' next statements are refused, unless it happened in a nested block. An operation
-    that begins a transaction of its own, or needs the session otherwise, has the connection to
-    itself meanwhile.
+    operation only. Inside `connection()` they use that connection. Inside `atomic()` the operations
+    are child tasks of the block: after an error of one, the others' next statements are refused,
+    unless it happened in a nested block. An operation that begins a transaction of its own, or
+    needs the session otherwise, has the connection to itself meanwhile.
 
     Args:
         operations: querysets (their results as a list), callables (synchronous ORM code, or
@@ -60,9 +60,15 @@ async def batch(
                 operation.close()
         raise
     scope = sessions.find_scope(alias)
-    with _gathered(None if scope is None else scope.block):
+    kept = None
+    if scope is None:
         await sessions.warm(alias)
-        with Parallelism(1, alias, gathers=True):
+    elif scope.block is None:  # inside connection()
+        session: Any = scope.session
+        await sessions.run_in(session, session.wrapper.ensure_connection)
+        kept = Kept(session)
+    with _gathered(None if scope is None else scope.block):
+        with Parallelism(1, alias, gathers=True, kept=kept):
             tasks = [asyncio.create_task(call()) for call in calls]
         try:
             results = await asyncio.gather(*tasks, return_exceptions=True)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import anyio
+import psycopg
 from django.db import DEFAULT_DB_ALIAS
 
 from . import bridge, conf
@@ -37,7 +38,7 @@ class Limit:
 
     queue: Any = None
 
-    def __init__(self, parent: Pool | Limit, size: int, gathers: bool = False) -> None:
+    def __init__(self, parent: Source | Kept, size: int, gathers: bool = False) -> None:
         self.parent = parent
         self.size = size
         self.gathers = gathers
@@ -149,13 +150,66 @@ class Limit:
             self.asking.discard(task)
 
 
+class Kept:
+    """The connection that a task keeps by `connection()`, lent to the operations of a `batch()`."""
+
+    size = 1
+    waiting = 0
+    gathers = False
+    queue: Any = None
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.pool: Pool = session.pool
+        self.alias: str = session.alias
+        self._lent = False
+
+    @property
+    def room(self) -> int:
+        """How many connections more are to be had without waiting for anybody."""
+        return 0 if self._lent else 1
+
+    def take(self) -> Connection | None:
+        """The connection, None if it is lent or lost."""
+        conn = self.session.wrapper.connection
+        if self._lent or conn is None or conn.closed:
+            return None
+        self._lent = True
+        return cast("Connection", conn)
+
+    def get(self, wrapper: Any) -> Connection:
+        """The same.
+
+        Raises:
+            psycopg.OperationalError: it is lost.
+        """
+        conn = self.take()
+        if conn is None:
+            raise psycopg.OperationalError(
+                f"The connection that the task keeps since {self.session.origin} is lost."
+            )
+        return conn
+
+    def checkin(self, conn: Connection) -> None:
+        """Take it back, in whatever state."""
+        self._lent = False
+        conn.lock = self.session
+        conn._pool = self.session.wrapper.pool
+
+
 class Parallelism(EitherWay[None]):
     """What `parallelism()` returns: a context manager, synchronous and asynchronous.
 
     One that is entered in several tasks is one limit for all of them.
     """
 
-    def __init__(self, size: int, using: str | None = None, gathers: bool = False) -> None:
+    def __init__(
+        self,
+        size: int,
+        using: str | None = None,
+        gathers: bool = False,
+        kept: Kept | None = None,
+    ) -> None:
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(f"parallelism() takes a number of connections, not {size!r}.")
         if size < 1:
@@ -163,13 +217,15 @@ class Parallelism(EitherWay[None]):
         self.size = size
         self.alias = using or DEFAULT_DB_ALIAS
         self.gathers = gathers
+        self.kept = kept
         self._limits: WeakKeyDictionary[Source, Limit] = WeakKeyDictionary()
 
     def within(self, parent: Source) -> Limit:
         """The limit for the pool of one loop, or for a part of it."""
         limit = self._limits.get(parent)
         if limit is None:
-            limit = self._limits[parent] = Limit(parent, self.size, self.gathers)
+            limit = Limit(self.kept or parent, self.size, self.gathers)
+            self._limits[parent] = limit
         return limit
 
     def __enter__(self) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
-from django.db import DataError, IntegrityError, NotSupportedError, connection, transaction
+from django.db import (
+    DataError,
+    IntegrityError,
+    NotSupportedError,
+    OperationalError,
+    connection,
+    transaction,
+)
 from django.db.transaction import TransactionManagementError
 from django.db.utils import ConnectionDoesNotExist
 from django.test.utils import CaptureQueriesContext
@@ -189,6 +196,61 @@ async def test_inside_a_block(items: None) -> None:
             await asyncorm.batch(count, lambda: 1 / 0)
         await Item.objects.native_create(remote_id=2, name="x")
     assert await Item.objects.native_count() == 2
+
+
+async def test_inside_a_kept_connection(items: None) -> None:
+    def remember(number: int) -> int:
+        with connection.cursor() as cursor:
+            cursor.execute("SET asyncorm.number = %s", [number])
+        return backend_pid()
+
+    def transfer() -> None:
+        with transaction.atomic():
+            Item.objects.create(remote_id=1)
+            Item.objects.create(remote_id=2)
+
+    number = functools.partial(value, "SELECT current_setting('asyncorm.number', true)")
+    async with asyncorm.connection():
+        first = await asyncorm.batch(number, backend_pid)
+        pid = await asyncorm.native(backend_pid)()
+        assert first == [None, pid]
+        await asyncorm.native(remember)(1)
+        before = pipelines()
+        found = await asyncorm.batch(number, backend_pid, Tag.objects.count)
+        assert found == ["1", pid, await Tag.objects.native_count()]
+        assert pipelines()[0] == before[0] + 1
+        assert await asyncorm.batch(functools.partial(remember, 2), transfer) == [pid, None]
+        assert await asyncorm.native(number)() == "2"
+        assert await Item.objects.native_count() == 2
+        failed, pids = await asyncorm.batch(lambda: div(0), backend_pid, return_exceptions=True)
+        assert isinstance(failed, DataError) and pids == pid
+        for delay in (0.0, 0.01, 0.05):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await asyncorm.batch(
+                        lambda: value("SELECT pg_sleep(10)"), Tag.objects.count, transfer
+                    )
+            assert await asyncorm.batch(number, backend_pid) == ["2", pid]
+        async with asyncorm.atomic():
+            assert await asyncorm.batch(number, backend_pid) == ["2", pid]
+        # Its child tasks do not inherit it, nor do their batches.
+        assert pid not in (await asyncio.create_task(asyncorm.batch(backend_pid)))
+    assert (await asyncorm.batch(number))[0] in (None, "")
+    await all_given_back()
+
+
+async def test_a_kept_connection_that_is_lost() -> None:
+    async with asyncorm.connection():
+        (pid,) = await asyncorm.batch(backend_pid)
+        await asyncio.create_task(
+            asyncorm.batch(lambda: value("SELECT pg_terminate_backend(%s)", [pid]))
+        )
+        results = await asyncorm.batch(Tag.objects.count, backend_pid, return_exceptions=True)
+        assert all(isinstance(result, OperationalError) for result in results)
+        with pytest.raises(OperationalError):
+            await asyncorm.batch(Tag.objects.count)
+    assert await asyncorm.batch(Tag.objects.count)
+    await all_given_back()
 
 
 async def test_a_database_error_breaks_the_block(items: None) -> None:
