@@ -60,7 +60,7 @@ from typing import Any
 import anyio
 import psycopg
 from greenlet import getcurrent
-from psycopg import AsyncConnection, generators, pq, waiting
+from psycopg import AsyncConnection, generators, pq, sql, waiting
 from psycopg._preparing import Prepare
 from psycopg.adapt import AdaptersMap, Transformer
 from psycopg.types.string import TextLoader
@@ -74,7 +74,7 @@ logger = logging.getLogger("psycopg.pool")
 
 # Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
 CANCEL_TIMEOUT = 5.0
-_BUSY = 0.005  # seconds of input that needs no waiting before other tasks get a turn
+_BUSY = 0.002  # seconds of input that needs no waiting before other tasks get a turn
 
 _WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
 _READY_R, _READY_W = psycopg.waiting.READY_R, psycopg.waiting.READY_W
@@ -186,6 +186,11 @@ class _Cursor:
         self._check_results(results)
         self._set_results(results)
         return self
+
+    def fetchmany(self: Any, size: int = 0) -> Any:
+        """As psycopg's; Django reads large results so, in small parts."""
+        self._conn.give_turn()
+        return super().fetchmany(size)  # type: ignore[misc]
 
     def executemany(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
         self._watch(_text(query))
@@ -476,11 +481,25 @@ class Connection(psycopg.Connection[Any]):
         cursor._pos = read
         return cursor
 
-    def give_turn(self) -> None:
-        """Let other tasks run if this one has kept them waiting."""
-        if monotonic() - self._yielded >= _BUSY:
-            runner: Any = getcurrent()
-            runner.parent.switch(self._yield())
+    def give_turn(self) -> bool:
+        """Let other tasks run if this one has kept them waiting; whether they did."""
+        if monotonic() - self._yielded < _BUSY:
+            return False
+        runner = getcurrent()
+        if type(runner) is not Runner:
+            return False
+        runner.parent.switch(self._yield())  # type: ignore[union-attr]
+        return True
+
+    def fetch(self, name: str, count: int) -> Any:
+        """The result of fetching so many rows from a server-side cursor.
+
+        Raises:
+            psycopg.Error: what its `fetchmany()` would raise.
+        """
+        command = sql.SQL("FETCH FORWARD {} FROM {}").format(count, sql.Identifier(name))
+        with self.lock:
+            return self.wait(self._exec_command(command.as_bytes(self)))
 
     def run(self, statement: Statement) -> Any:
         """Execute a statement and return its result (a `psycopg.pq.PGresult`).

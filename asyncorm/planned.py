@@ -5,7 +5,7 @@ outside native code, they are Django's.
 
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
-- `ModelIterable.__iter__` and those of its siblings, `QuerySet.get`,
+- `ModelIterable.__iter__` and those of its siblings, `RawModelIterable.__iter__`, `QuerySet.get`,
   `QuerySet._prepare_for_bulk_create`, `Model._do_update`, `Query.has_results`, `Query.get_count`,
   `execute_sql` of the compilers: replaced.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
@@ -39,6 +39,7 @@ from psycopg.types.numeric import Int2, Int4, Int8
 
 from . import bulk, conf, rows, sessions
 from .bridge import Runner
+from .driver import Connection
 from .rows import RowMaker
 from .shapes import Shape, Unfit, family
 from .statements import (
@@ -95,7 +96,37 @@ def _planned(cls: Any) -> _Iterate:
                         return iter(_relate(queryset, made) if relate else made)
                     parts = chunks(*found, wrapper, mode, self.chunk_size)
                     return _each(parts, queryset if relate else None)
+                return _in_turns(original(self), wrapper)
         return original(self)
+
+    return __iter__
+
+
+def _in_turns(made: Any, wrapper: Any) -> Iterator[Any]:
+    """What Django makes, with turns for other tasks."""
+    try:
+        for number, item in enumerate(made, 1):
+            yield item
+            if not number % rows.SLICE:
+                give_turn(wrapper)
+    finally:
+        made.close()
+
+
+def give_turn(wrapper: Any) -> None:
+    """Let other tasks run if this one has kept them waiting."""
+    conn = wrapper.connection
+    if isinstance(conn, Connection):
+        conn.give_turn()
+
+
+def _raw(original: _Iterate) -> _Iterate:
+    """`__iter__` of the iterable class of raw querysets: with turns."""
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        wrapper = native_wrapper(self.queryset.db)
+        made = original(self)
+        return made if wrapper is None else _in_turns(made, wrapper)
 
     return __iter__
 
@@ -631,6 +662,7 @@ def install() -> None:
     ]
     replacements += [
         (Model, "_do_update", _do_update(Model._do_update)),
+        (query.RawModelIterable, "__iter__", _raw(query.RawModelIterable.__iter__)),
         (query.QuerySet, "get", _get(query.QuerySet.get)),
         (
             query.QuerySet,

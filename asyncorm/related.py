@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import getattr_static
 from operator import attrgetter
 from typing import Any
@@ -40,6 +40,7 @@ from django.db.models.sql.where import WhereNode
 
 from . import planned
 
+_SLICE = 500
 _KEYS = {int, str, uuid.UUID}  # types that are compared alike as keys by everybody
 _COLUMNS = (DeferredAttribute, ForeignKeyDeferredAttribute)
 _QUERYSET = (
@@ -134,13 +135,14 @@ def get_prefetch_querysets(
     (source,) = field.local_related_fields
     of_row = attrgetter(source.attname)
     name = field.cache_name
-    for row in rows:
-        cache = row._state.fields_cache
-        if name not in cache:
-            try:
-                cache[name] = parents[of_row(row)]
-            except KeyError as exc:
-                raise KeyError(exc.args) from None  # of a tuple, as from Django
+    for part in _parts(rows, instances):
+        for row in part:
+            cache = row._state.fields_cache
+            if name not in cache:
+                try:
+                    cache[name] = parents[of_row(row)]
+                except KeyError as exc:
+                    raise KeyError(exc.args) from None  # of a tuple, as from Django
     return rows, of_row, of_instance, False, field.remote_field.cache_name, False
 
 
@@ -158,13 +160,14 @@ def assign(along: Relation, instances: Any, fetched: Any) -> Any:
         return None
     objs = list(rows)
     groups: dict[Any, list[Any]] = {}
-    for obj in objs:
-        value = of_row(obj)
-        group = groups.get(value)
-        if group is None:
-            groups[value] = [obj]
-        else:
-            group.append(obj)
+    for part in _parts(objs, instances):
+        for obj in part:
+            value = of_row(obj)
+            group = groups.get(value)
+            if group is None:
+                groups[value] = [obj]
+            else:
+                group.append(obj)
     if along.field is not None:  # the managers would ask which connection is read from
         if router.routers:
             for obj in instances:
@@ -173,18 +176,32 @@ def assign(along: Relation, instances: Any, fetched: Any) -> Any:
             for alias in {obj._state.db for obj in instances}:
                 connections[alias or DEFAULT_DB_ALIAS]
     key = along.key
-    for obj in instances:
-        found = groups.get(of_instance(obj))
-        if found is None:
-            found = []
-        cache = obj._prefetched_objects_cache
-        if cache_name in cache:  # an instance that is there twice
-            queryset = cache[cache_name]
-            queryset._result_cache = found
-            queryset._prefetch_done = True
-        else:
-            cache[cache_name] = new(obj, getattr(obj, key), found)
+    for part in _parts(instances, instances):
+        for obj in part:
+            found = groups.get(of_instance(obj))
+            if found is None:
+                found = []
+            cache = obj._prefetched_objects_cache
+            if cache_name in cache:  # an instance that is there twice
+                queryset = cache[cache_name]
+                queryset._result_cache = found
+                queryset._prefetch_done = True
+            else:
+                cache[cache_name] = new(obj, getattr(obj, key), found)
     return objs, []
+
+
+def _parts(objs: Any, instances: Any) -> Iterator[Any]:
+    """Slices, between which other tasks may have a turn."""
+    size = len(objs)
+    if size <= _SLICE:
+        yield objs
+        return
+    wrapper = planned.native_wrapper(instances[0]._state.db or DEFAULT_DB_ALIAS)
+    for start in range(0, size, _SLICE):
+        yield objs[start : start + _SLICE]
+        if wrapper is not None:
+            planned.give_turn(wrapper)
 
 
 def _maker(along: Relation, first: Any) -> Callable[[Any, Any, list[Any]], Any] | None:

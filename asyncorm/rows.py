@@ -45,7 +45,7 @@ from .shapes import Unfit
 _TIMESTAMPTZ, _JSONB = 1184, 3802
 _DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)
 _WITH_MODES = hasattr(ModelState, "fetch_mode")
-SLICE = 500  # rows made into objects before other tasks may have a turn
+SLICE = 100  # rows made into objects before other tasks may have a turn
 
 _read_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _read_timestamp = datetime.datetime.fromisoformat
@@ -117,9 +117,8 @@ class RowMaker:
             for start in range(0, size, SLICE):
                 part = transformer.load_rows(start, min(start + SLICE, size), tuple)
                 items += code(part, db, wrapper, mode)
-                conn.give_turn()
-                # Another statement may have used it meanwhile.
-                transformer.set_pgresult(result)
+                if conn.give_turn():  # another statement may have used it meanwhile
+                    transformer.set_pgresult(result)
             return items
         except ValueError:
             if not as_text:

@@ -18,13 +18,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from django.db.models.sql import compiler
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 
 from .driver import Connection, Statement, leaves_state
-from .rows import RowMaker
+from .rows import SLICE, RowMaker
 from .shapes import AS_DUMPED, LIMITS, Shape, Unfit, plain_orders
 
 MAX_PLANS = 1024
@@ -373,9 +372,13 @@ def items(plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any = 
     if cursor is None:
         with wrapper.wrap_database_errors:
             return maker.make(result, wrapper.connection, wrapper.alias, wrapper, mode)
+    made: list[Any] = []
     with cursor:
-        loaded = cursor.fetchall()
-    return maker.make_loaded(loaded, wrapper.alias, wrapper, mode)
+        while True:
+            loaded = cursor.fetchmany(SLICE)
+            made += maker.make_loaded(loaded, wrapper.alias, wrapper, mode)
+            if len(loaded) < SLICE:
+                return made
 
 
 def chunks(
@@ -390,12 +393,21 @@ def chunks(
     except BaseException:
         cursor.close()
         raise
-    parts: Any = compiler.cursor_iter(cursor, wrapper.features.empty_fetchmany_value, None, size)
     try:
-        for loaded in parts:
-            yield maker.make_loaded(loaded, wrapper.alias, wrapper, mode)
+        while True:
+            conn = direct(wrapper)
+            if conn is None or conn is not cursor.cursor.connection:
+                loaded = cursor.fetchmany(size)
+                made = maker.make_loaded(loaded, wrapper.alias, wrapper, mode)
+            else:
+                with wrapper.wrap_database_errors:
+                    result = conn.fetch(cursor.cursor.name, size)
+                    made = maker.make(result, conn, wrapper.alias, wrapper, mode)
+            if not made:
+                return
+            yield made
     finally:
-        parts.close()  # and with it the cursor
+        cursor.close()
 
 
 def count_of(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> int:

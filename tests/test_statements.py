@@ -1,6 +1,7 @@
 """The statement cache is used, gives what Django gives, and leaves alone what it does not know."""
 
 import asyncio
+import contextlib
 import datetime as dt
 from collections.abc import AsyncIterator, Callable, Iterator
 from decimal import Decimal
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from django.db import DataError, connection, models
 from django.db.models import F, Q, Value
+from django.db.models.functions import Random
 from django.db.models.signals import post_init
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
@@ -35,7 +37,7 @@ from tests.project.shop.models import (
     Ticket,
 )
 from tests.project.shop.sample import moment, uid
-from tests.support import database, in_thread
+from tests.support import all_given_back, database, in_thread
 from tests.ways import outcome
 
 pytestmark = pytest.mark.usefixtures("shop_data")
@@ -445,8 +447,25 @@ async def test_synchronous_code_does_not_use_it() -> None:
     assert not planned.native_wrapper("default")
 
 
+LARGE: dict[str, Callable[[], Any]] = {
+    "instances": lambda: list(Big.objects.all()),
+    "tuples": lambda: list(Big.objects.values_list()),
+    "by Django": lambda: list(Big.objects.annotate(n=Random())),
+    "dicts by Django": lambda: list(Big.objects.values("pk", n=Random())),
+    "raw": lambda: list(Big.objects.raw("SELECT * FROM tests_big")),
+    "iterator": lambda: list(Big.objects.iterator(chunk_size=5000)),
+    "watched": lambda: watched(lambda: list(Big.objects.all())),
+}
+
+
+def watched(function: Callable[[], Any]) -> Any:
+    with CaptureQueriesContext(connection):
+        return function()
+
+
+@pytest.mark.parametrize("name", LARGE)
 async def test_a_large_result_lets_other_tasks_run(
-    view: None, monkeypatch: pytest.MonkeyPatch
+    view: None, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turns = 0
     seen: list[int] = []
@@ -457,19 +476,48 @@ async def test_a_large_result_lets_other_tasks_run(
             turns += 1
             await asyncio.sleep(0)
 
-    def give_turn(conn: Any) -> None:
+    def give_turn(conn: Any) -> bool:
         before = turns
-        original(conn)
+        given = original(conn)
         seen.append(turns - before)
+        return given
 
     original = Connection.give_turn
     monkeypatch.setattr(Connection, "give_turn", give_turn)
     monkeypatch.setattr("asyncorm.driver._BUSY", 0)  # however quick this machine is
     task = asyncio.create_task(watch())
-    rows = await asyncorm.native(lambda: list(Big.objects.all()))()
+    rows = await asyncorm.native(LARGE[name])()
     task.cancel()
-    assert len(rows) == 10_000 and rows[-1].number == 10_000
-    assert len(seen) == 20 and all(seen)
+    assert len(rows) == 10_000
+    assert len(seen) >= 100 and all(seen)
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+async def test_cancelled_while_a_large_result_is_made(
+    view: None, name: str, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_turn(conn: Any) -> bool:
+        nonlocal left
+        left -= 1
+        if not left:
+            task.cancel()
+        return original(conn)
+
+    async def load() -> None:
+        async with asyncorm.atomic() if inside else contextlib.nullcontext():
+            await asyncorm.native(LARGE[name])()
+
+    left = 50
+    original = Connection.give_turn
+    monkeypatch.setattr(Connection, "give_turn", give_turn)
+    monkeypatch.setattr("asyncorm.driver._BUSY", 0)
+    task = asyncio.create_task(load())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert left <= 0
+    await all_given_back()
+    assert await Book.objects.native_get(pk=1)
 
 
 class Big(models.Model):
