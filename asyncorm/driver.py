@@ -74,7 +74,7 @@ logger = logging.getLogger("psycopg.pool")
 
 # Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
 CANCEL_TIMEOUT = 5.0
-_BUSY = 0.002  # seconds of input that needs no waiting before other tasks get a turn
+_BUSY = 0.001  # seconds of input that needs no waiting before other tasks get a turn
 
 _WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
 _READY_R, _READY_W = psycopg.waiting.READY_R, psycopg.waiting.READY_W
