@@ -11,7 +11,7 @@ LOWEST := .venv-lowest
 BENCH ?= .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest soak chaos lint format bench bench-distance bench-profile compat compat-fast compat-redirected compat-apps compat-matrix docs build clean FORCE
+.PHONY: help install demo test test-lowest soak chaos lint format bench bench-distance bench-profile compat compat-fast compat-redirected compat-apps compat-matrix docs pictures build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -75,6 +75,9 @@ compat-matrix: $(VENV)/.installed  ## run all that for each Django on its oldest
 docs: $(VENV)/.installed  ## make a site of docs/ in build/docs, any warning being an error
 	$(VENV)/bin/python -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo "Open build/docs/index.html"
+
+pictures: $(VENV)/.installed  ## draw the timelines in docs/pictures by running the demo
+	$(VENV)/bin/python -m asyncorm.demo --pictures docs/pictures $(ARGS)
 
 build: $(VENV)/.installed  ## build wheel and source distribution into dist/
 	$(VENV)/bin/python -m build

@@ -65,12 +65,13 @@ class Timeline(EitherWay["Timeline"]):
     """
 
     def __init__(self) -> None:
-        self.spans: list[Span] = []
-        self._start = monotonic()
+        self.begin()
 
     def begin(self) -> None:
         """Forget what was recorded, and start the clock."""
-        self.spans = []
+        self.spans: list[Span] = []
+        # When what a task's query waited for, or its BEGIN, had ended: the query itself began then.
+        self._inside: dict[str, float] = {}
         self._start = monotonic()
 
     def elapsed(self) -> float:
@@ -82,45 +83,41 @@ class Timeline(EitherWay["Timeline"]):
     def __call__(
         self, execute: Callable[..., T], sql: Any, params: Any, many: bool, context: dict[str, Any]
     ) -> T:
-        before = len(self.spans)
+        task = _task()
+        self._inside.pop(task, None)
         began = self.elapsed()
         place = sessions.caller()
         wrapper = context["connection"]
+        pid = _served_by(wrapper.connection)
         try:
             return execute(sql, params, many, context)
         finally:
-            task = _task()
-            for span in self.spans[before:]:  # waits for a block, and BEGIN, are inside
-                inside = span.is_wait or span.what.startswith("BEGIN")
-                if span.task == task and inside and span.ended > began:
-                    began = span.ended
-            conn = wrapper.connection
-            unsettled = getattr(conn, "unsettled", False)  # not psycopg's own connection
-            pid = 0 if conn is None else conn.served_by if unsettled else conn.pgconn.backend_pid
+            began = self._inside.pop(task, began)
+            pid = _served_by(wrapper.connection) or pid
             ended = self.elapsed()
-            self.spans.append(
-                Span(
-                    task, str(sql), wrapper.alias, pid, place, began, ended, wrapper.in_atomic_block
-                )
-            )
+            in_block = wrapper.in_atomic_block
+            self._add(Span(task, str(sql), wrapper.alias, pid, place, began, ended, in_block))
 
     def _command(self, conn: Any, what: str) -> Callable[[], None]:
         # A shielded COMMIT may end in another task than it began in.
         began, task, place, session = self.elapsed(), _task(), sessions.caller(), conn.lock
-        alias, in_block, pid = session.alias, session.root is not None, conn.pgconn.backend_pid
+        alias, in_block, pid = session.alias, session.root is not None, _served_by(conn)
 
         def end() -> None:
             ended = self.elapsed()
-            self.spans.append(
-                Span(task, what, alias, pid, place, began, ended, in_block, is_command=True)
-            )
+            self._add(Span(task, what, alias, pid, place, began, ended, in_block, is_command=True))
 
         return end
 
     def _wait(self, alias: str, what: str, since: float, until: float) -> None:
         place = sessions.caller()
         began, ended = since - self._start, until - self._start
-        self.spans.append(Span(_task(), what, alias, 0, place, began, ended, is_wait=True))
+        self._add(Span(_task(), what, alias, 0, place, began, ended, is_wait=True))
+
+    def _add(self, span: Span) -> None:
+        self.spans.append(span)
+        if span.is_wait or span.what.startswith("BEGIN"):
+            self._inside[span.task] = span.ended
 
     def __enter__(self) -> Timeline:
         self.begin()
@@ -230,6 +227,14 @@ class Timeline(EitherWay["Timeline"]):
         if path.suffix not in (".svg", ".html"):
             raise ValueError(f"A timeline is saved as .svg or .html, not as {path.name!r}.")
         path.write_text(self.svg() if path.suffix == ".svg" else self.html(), encoding="utf-8")
+
+
+def _served_by(conn: Any) -> int:
+    if conn is None:
+        return 0
+    if getattr(conn, "unsettled", False):  # not psycopg's own connection
+        return int(conn.served_by)
+    return 0 if conn.closed else int(conn.pgconn.backend_pid)
 
 
 def _task() -> str:

@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
 SCENARIOS = ["slow_queries", "gets", "dashboard"]
+ACTS = ["batch", "multiplexing", "prefetch", "parallelism", "read_ahead", "copy"]
 
 
 def command(*options: str | Path) -> list[str]:
@@ -46,10 +47,15 @@ class Result(NamedTuple):
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder = tmp_path_factory.mktemp("demo")
-    svg, figures = folder / "timeline.svg", folder / "figures.json"
-    done = demo("--quick", "--rows", "2000", "--json", figures, "--svg", svg)
+    svg, figures, acts = folder / "timeline.svg", folder / "figures.json", folder / "pictures"
+    acts.mkdir()
+    files = ("--json", figures, "--svg", svg, "--pictures", acts)
+    done = demo("--quick", "--rows", "2000", *files)
     assert done.returncode == 0, done.stderr
-    assert sorted(folder.iterdir()) == [figures, svg]
+    assert sorted(folder.iterdir()) == [figures, acts, svg]
+    assert sorted(picture.name for picture in acts.iterdir()) == sorted(f"{n}.svg" for n in ACTS)
+    for picture in acts.iterdir():
+        assert ET.parse(picture).getroot().tag == f"{SVG}svg"
     return Result(
         done.stdout, done.stderr, json.loads(figures.read_text()), ET.parse(svg).getroot()
     )
@@ -96,10 +102,36 @@ def test_statements_lie_within_their_run(result: Result) -> None:
             assert len(last_end) == figures["connections"]
 
 
+def test_acts_show_what_they_are_about(result: Result) -> None:
+    acts = result.figures["acts"]
+    assert list(acts) == ACTS
+    for act in acts.values():
+        assert act["same_result"] is True
+        assert act["after"]["threads"] == 1
+
+    def facts(act: str, fact: str) -> tuple[int, int]:
+        return acts[act]["before"][fact], acts[act]["after"][fact]
+
+    def names(act: str, way: str) -> list[str]:
+        return [name for name, *_ in acts[act][way]["statements"]]
+
+    assert facts("batch", "connections") == (1, 1)
+    assert facts("batch", "statements_at_once") == (1, 6)
+    assert acts["batch"]["factor"] > 1
+    before, after = facts("multiplexing", "statements_at_once")
+    assert before <= facts("multiplexing", "connections")[0] <= 10 < after
+    assert facts("prefetch", "connections")[0] == 1 < facts("prefetch", "connections")[1]
+    assert sorted(names("prefetch", "before")) == sorted(names("prefetch", "after"))
+    assert facts("parallelism", "connections") == (6, 2)
+    assert names("read_ahead", "after").count("FETCH") == 4  # of 480 orders
+    assert "INSERT review" in names("copy", "before") and "COPY review" in names("copy", "after")
+    assert names("copy", "after")[0] == "BEGIN" and names("copy", "after")[-1] == "ROLLBACK"
+
+
 def test_picture_shows_each_statement_and_each_connection(result: Result) -> None:
     assert result.picture.tag == f"{SVG}svg"
     words = ["".join(text.itertext()) for text in result.picture.iter(f"{SVG}text")]
-    for figures in result.figures["scenarios"].values():
+    for figures in (*result.figures["scenarios"].values(), *result.figures["acts"].values()):
         assert figures["title"] in words
     bars = [
         title.text or ""
@@ -117,13 +149,19 @@ def test_picture_shows_each_statement_and_each_connection(result: Result) -> Non
         scenario[half]["connections"]
         for scenario in result.figures["scenarios"].values()
         for half in ("django", "asyncorm")
+    ) + sum(
+        act[way]["connections"]
+        for act in result.figures["acts"].values()
+        for way in ("before", "after")
     )
     assert sum(bool(re.fullmatch(r"connection \d+", word)) for word in words) == lanes
 
 
 def test_output_shows_the_code_that_ran(result: Result) -> None:
-    source = (ROOT / "asyncorm/demo/scenarios.py").read_text()
-    for name in ("slow_query", "slow_queries", "many_gets", "revenue_by_month", "dashboard"):
+    demo = ROOT / "asyncorm/demo"
+    source = (demo / "scenarios.py").read_text() + (demo / "acts.py").read_text()
+    names = ("slow_query", "slow_queries", "many_gets", "revenue_by_month", "dashboard")
+    for name in (*names, "in_a_batch", "prices", "whole_products", "export", "add_reviews"):
         start = source.index(f"async def {name}(")
         code = source[start : source.index("\n\n", start)].rstrip()
         assert "\n".join(f"  {line}" for line in code.splitlines()) in result.output
@@ -192,6 +230,12 @@ def test_file_that_cannot_be_written_is_refused_before_the_work(
         assert done.stderr.startswith(f"asyncorm demo: {option}: ")
         assert message in done.stderr
         assert done.stdout == ""
+
+
+def test_folder_for_pictures_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = demo("--pictures", tmp_path / "missing")
+    assert done.returncode == 1
+    assert done.stderr.startswith("asyncorm demo: --pictures: ")
 
 
 def test_one_file_for_both_is_refused(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import psycopg
 import pytest
+from django.db import OperationalError
 from django.test import TestCase
 
 import asyncorm
-from asyncorm import native
+from asyncorm import native, pools
 from asyncorm.timeline import Timeline
 from tests.project.shop.models import Author, Book, Publisher, Tag
 from tests.support import backend_pid, database, sleep
@@ -216,6 +217,27 @@ async def test_failed_queries_are_recorded() -> None:
             async with asyncorm.cursor() as cursor:
                 await cursor.execute("SELECT nothing")
     assert [span.what for span in seen.queries] == ["SELECT nothing"]
+
+
+async def test_a_connection_that_is_closed_meanwhile() -> None:
+    """The error stays what it was, and the recording knows where."""
+    with database() as alias:
+        pid = await native(backend_pid)(alias)
+
+        async def work() -> None:
+            async with asyncorm.atomic(alias), asyncorm.cursor(alias) as cursor:
+                await cursor.execute("SELECT pg_sleep(0.5)")
+
+        async with asyncorm.timeline() as seen:
+            task = asyncio.create_task(work())
+            await asyncio.sleep(0.1)
+            (conn,) = pools.find(alias).connections.live  # type: ignore[union-attr]
+            conn.twin.terminate()
+            with pytest.raises(OperationalError, match=r"^The connection was closed\.$"):
+                await task
+        assert {span.connection for span in seen.queries} == {pid}
+        await asyncorm.close_pools(alias)
+        await asyncio.sleep(0.5)  # the server goes on with the statement
 
 
 class InATest(TestCase):

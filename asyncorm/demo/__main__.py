@@ -57,6 +57,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=rows, metavar="N", default=ROWS, help=f"size of the shop (default: {ROWS:,})"
     )
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="write a picture of each act there"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer gets and one round of each")
     return parser.parse_args(arguments)
 
@@ -73,6 +76,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise DemoError(f"{option}: there is no directory {path.absolute().parent}")
         if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
             raise DemoError(f"{option}: {path} cannot be written")
+    if options.pictures is not None and not os.access(options.pictures, os.W_OK | os.X_OK):
+        raise DemoError(f"--pictures: {options.pictures} is not a folder that can be written to")
     if options.json is not None and options.json.absolute() == options.svg.absolute():
         raise DemoError(f"--svg and --json both name {options.json}")
 
@@ -91,8 +96,13 @@ def _run(options: argparse.Namespace) -> None:
         report = run.run(console, rows=options.rows, quick=options.quick)
     except ServerError as error:
         raise DemoError(str(error)) from error
-    about = f"{show.SAME} {machine_text(report.machine)}."
-    _write(options.svg, timeline_svg.draw(report.comparisons, show.TITLES, about))
+    machine = machine_text(report.machine)
+    about = f"{show.SAME} {machine}."
+    _write(options.svg, timeline_svg.draw((*report.comparisons, *report.acts), about))
+    if options.pictures is not None:
+        for act in report.acts:
+            about = f"{show.ALONE} {machine}."
+            _write(options.pictures / f"{act.key}.svg", timeline_svg.draw([act], about))
     if options.json is not None:
         _write(options.json, json.dumps(report.figures()) + "\n")
     show.show_end(console, report, options.svg, options.json)

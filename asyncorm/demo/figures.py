@@ -19,7 +19,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Run:
-    """One half's run of one scenario: the fastest of several rounds."""
+    """A run of one scenario in one of two ways: the fastest of several rounds."""
 
     seconds: float
     rounds: tuple[float, ...]
@@ -60,30 +60,50 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same scenario in both halves."""
+    """The same scenario in two ways: both halves, or asyncorm without something and with it.
+
+    Attributes:
+        titles: of the two ways.
+        keys: of the two ways, in the figures.
+    """
 
     key: str
     title: str
     short: str
     note: str
-    django: Run
-    asyncorm: Run
+    before: Run
+    after: Run
+    titles: tuple[str, str]
+    keys: tuple[str, str]
+
+    @property
+    def runs(self) -> tuple[Run, Run]:
+        return self.before, self.after
 
     @property
     def factor(self) -> float:
-        return self.django.seconds / self.asyncorm.seconds
+        return self.before.seconds / self.after.seconds
 
     @property
     def same_result(self) -> bool:
-        return self.django.result == self.asyncorm.result
+        return self.before.result == self.after.result
 
     @property
     def queries(self) -> tuple[str, ...]:
-        """The names of the queries, in the order in which Django's half ran them."""
-        return tuple(dict.fromkeys(s.query for s in self.django.statements))
+        """The names of the queries, in the order in which the first way ran them."""
+        statements = (*self.before.statements, *self.after.statements)
+        return tuple(dict.fromkeys(s.query for s in statements))
+
+    @property
+    def verdict(self) -> str:
+        """What the second way gains: time, or connections."""
+        if self.factor < 1 and len(self.after.connections) < len(self.before.connections):
+            few, many = len(self.after.connections), len(self.before.connections)
+            return f"{number(few, 'connection')} instead of {many}"
+        return f"{self.factor:.1f}x as fast"
 
     def figures(self) -> dict[str, Any]:
-        def half(run: Run) -> dict[str, Any]:
+        def way(run: Run) -> dict[str, Any]:
             return {
                 "seconds": run.seconds,
                 "rounds": run.rounds,
@@ -97,8 +117,7 @@ class Comparison:
             "title": self.title,
             "factor": self.factor,
             "same_result": self.same_result,
-            "django": half(self.django),
-            "asyncorm": half(self.asyncorm),
+            **{key: way(run) for key, run in zip(self.keys, self.runs, strict=True)},
         }
 
 
@@ -107,6 +126,7 @@ class Report:
     """All that was measured."""
 
     comparisons: tuple[Comparison, ...]
+    acts: tuple[Comparison, ...]
     rows: int
     machine: dict[str, str | int]
 
@@ -117,6 +137,7 @@ class Report:
             "rows": self.rows,
             "statement": ["query", "connection", "start", "end"],
             "scenarios": {c.key: c.figures() for c in self.comparisons},
+            "acts": {c.key: c.figures() for c in self.acts},
         }
 
 
@@ -141,11 +162,11 @@ def summary(comparisons: Iterable[Comparison]) -> str:
     """The whole demo in one line."""
     parts: list[str] = []
     for c in comparisons:
-        part = f"{c.short} {_seconds(c.asyncorm.seconds)} instead of {_seconds(c.django.seconds)}"
+        part = f"{c.short} {_seconds(c.after.seconds)} instead of {_seconds(c.before.seconds)}"
         part += f" ({c.factor:.1f}x)"
         if not parts:
-            connections = number(len(c.asyncorm.connections), "connection")
-            part += f" on {connections} and {number(c.asyncorm.threads, 'thread')}"
+            connections = number(len(c.after.connections), "connection")
+            part += f" on {connections} and {number(c.after.threads, 'thread')}"
         parts.append(part)
     return f"asyncorm: {'; '.join(parts)}"
 

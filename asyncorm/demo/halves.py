@@ -43,9 +43,9 @@ class HalfProcess:
             self._process.kill()
         self._process.communicate()  # closes its input, at which it ends
 
-    def measure(self, scenario: str) -> Run:
-        """Run the scenario once."""
-        self._send({"scenario": scenario})
+    def measure(self, scenario: str, way: int | None = None) -> Run:
+        """Run a scenario once, or an act in one of its two ways."""
+        self._send({"scenario": scenario, "way": way})
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
-from ..timeline import Timeline
+from ..timeline import Span, Timeline
 from .figures import Statement
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_TABLE = re.compile(r'(?:FROM|INTO|COPY) "demo_shop_(\w+)"')
 
 _query: ContextVar[str] = ContextVar("query", default="")
 
@@ -33,8 +36,8 @@ def named(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
 
 
 class Recorder(Timeline):
-    """The timeline that `asyncorm.timeline()` records, with names for the queries; both halves have
-    it among their connection's execute_wrappers.
+    """The timeline that `asyncorm.timeline()` records, with names for what ran; Django's half has
+    it among its connection's execute_wrappers.
     """
 
     def begin(self) -> None:
@@ -43,16 +46,22 @@ class Recorder(Timeline):
         self.names: list[str] = []
         self.threads = {threading.get_ident()}
 
-    def __call__(self, execute: Any, sql: Any, params: Any, many: bool, context: Any) -> Any:
-        try:
-            return super().__call__(execute, sql, params, many, context)
-        finally:
-            self.names.append(_query.get())
-            self.threads.add(threading.get_ident())
+    def _add(self, span: Span) -> None:
+        super()._add(span)
+        self.names.append(_query.get())
+        self.threads.add(threading.get_ident())
 
     @property
     def statements(self) -> list[Statement]:
         return [
-            Statement(name, span.connection, span.began, span.ended)
+            Statement(name or _short(span.what), span.connection, span.began, span.ended)
             for name, span in zip(self.names, self.spans, strict=True)
+            if not span.is_wait
         ]
+
+
+def _short(sql: str) -> str:
+    """A name for a statement that has none: "SELECT product"."""
+    verb = sql.lstrip("( ").partition(" ")[0]
+    found = _TABLE.search(sql)
+    return verb if found is None else f"{verb} {found[1]}"

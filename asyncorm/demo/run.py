@@ -1,22 +1,26 @@
-"""Runs the demo: server, sample shop, then each scenario in both halves."""
+"""Runs the demo: server, sample shop, each scenario in both halves, then asyncorm's own acts."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 
 from . import show
 from .errors import DemoError
+from .far import proxy
 from .figures import Comparison, Report, best
 from .halves import HalfProcess
 from .load import load, own_schema
 from .postgres import postgres_server
-from .settings import ASYNCORM, DJANGO, configure
+from .settings import ASYNCORM, DELAY, DJANGO, configure
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def run(console: Console, *, rows: int, quick: bool) -> Report:
@@ -41,33 +45,60 @@ def _run(console: Console, database: dict[str, Any], rows: int, quick: bool) -> 
         sizes = load(rows, advance)
     show.show_settings(console)
 
-    from .scenarios import scenarios  # needs the settings
+    from .acts import acts  # these need the settings
+    from .scenarios import scenarios
 
-    comparisons: list[Comparison] = []
-    job = {"database": database, "products": sizes.products, "quick": quick}
+    job = {"products": sizes.products, "quick": quick}
     rounds = 1 if quick else ROUNDS
-    with HalfProcess(DJANGO, **job) as django, HalfProcess(ASYNCORM, **job) as asyncorm:
-        for scenario in scenarios(sizes.products, quick=quick).values():
-            show.show_code(console, scenario.title, scenario.source())
-            # Turn by turn, so that what else the machine does hits both; the first is the warm-up.
-            pairs = [
-                (django.measure(scenario.key), asyncorm.measure(scenario.key))
-                for _ in range(1 + rounds)
-            ]
-            befores, afters = zip(*pairs[1:], strict=True)
-            comparison = Comparison(
-                scenario.key,
-                scenario.title,
-                scenario.short,
-                scenario.note,
-                best(befores),
-                best(afters),
+
+    def compare(work: Any, titles: tuple[str, str], keys: tuple[str, str], *ways: Any) -> Any:
+        show.show_code(console, work.title, work.source())
+        # Turn by turn, so that what else the machine does hits both; the first is the warm-up.
+        pairs = [[way() for way in ways] for _ in range(1 + rounds)]
+        before, after = (best(runs) for runs in zip(*pairs[1:], strict=True))
+        short = getattr(work, "short", "")
+        comparison = Comparison(work.key, work.title, short, work.note, before, after, titles, keys)
+        if not comparison.same_result:
+            raise DemoError(f"the two ways returned different rows for: {work.title}")
+        show.show_comparison(console, comparison)
+        return comparison
+
+    near = {**job, "database": database}
+    with HalfProcess(DJANGO, **near) as django, HalfProcess(ASYNCORM, **near) as asyncorm:
+        comparisons = [
+            compare(
+                scenario,
+                show.TITLES,
+                (DJANGO.key, ASYNCORM.key),
+                partial(django.measure, key),
+                partial(asyncorm.measure, key),
             )
-            if not comparison.same_result:
-                raise DemoError(f"the halves returned different rows for: {scenario.title}")
-            show.show_comparison(console, comparison)
-            comparisons.append(comparison)
-    return Report(tuple(comparisons), rows, machine)
+            for key, scenario in scenarios(sizes.products, quick=quick).items()
+        ]
+    show.show_acts(console)
+    with _far(database) as far, HalfProcess(ASYNCORM, **job, database=far) as asyncorm:
+        played = [
+            compare(
+                act,
+                act.names,
+                ("before", "after"),
+                partial(asyncorm.measure, key, 0),
+                partial(asyncorm.measure, key, 1),
+            )
+            for key, act in acts(sizes.products, quick=quick).items()
+        ]
+    return Report(tuple(comparisons), tuple(played), rows, machine)
+
+
+@contextmanager
+def _far(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same database, at a distance."""
+    from django.db import connection
+
+    connection.ensure_connection()
+    info = connection.connection.info
+    with proxy(info.host, info.port, DELAY) as port:
+        yield {**settings, "HOST": "127.0.0.1", "PORT": str(port)}
 
 
 def _in_schema(settings: dict[str, Any], schema: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 POOL = {"min_size": 10, "max_size": 10}
+DELAY = 0.002  # seconds of network, each way, where asyncorm is alone
 
 
 @dataclass(frozen=True)

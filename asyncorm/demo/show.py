@@ -20,18 +20,24 @@ from rich.text import Text
 
 from . import timeline_text
 from .figures import Comparison, Report, Run, machine_text, milliseconds, number, summary
-from .settings import ASYNCORM, DJANGO, POOL
+from .settings import ASYNCORM, DELAY, DJANGO, POOL
 
 NARROWEST, WIDEST, PIPED = 60, 132, 100
 HALVES = (DJANGO, ASYNCORM)
 TITLES = (DJANGO.title, ASYNCORM.title)
-SAME = "The same code, server and pool settings in both halves."
+FAR = f"{DELAY * 1000:g} ms of network each way"
+SAME = f"The same code, server and pool in both halves; where asyncorm is alone, {FAR}."
+ALONE = f"asyncorm both times, on up to {POOL['max_size']} connections, {FAR}."
 FAIRNESS = (
     "Both halves run the code below, each in a process of its own, against the same server, with "
     f"the same pool of up to {POOL['max_size']} connections and the same warm-up; only the "
     "settings above differ. Django runs the a* calls of one request in one thread, and so one "
     "after another: that is its normal behaviour. (@named gives the statements their names in the "
     "pictures.)"
+)
+ACTS = (
+    f"What Django has no word for: asyncorm alone, in two ways, with {FAR} between it and the "
+    "server (a proxy on this machine)."
 )
 
 
@@ -101,15 +107,22 @@ def show_code(console: Console, title: str, code: str) -> None:
     console.print()
 
 
+def show_acts(console: Console) -> None:
+    """What comes now."""
+    console.print()
+    console.print(Rule(Text("Many operations, few round trips", style="bold"), style="green"))
+    console.print()
+    console.print(ACTS, style="dim")
+
+
 def show_comparison(console: Console, comparison: Comparison) -> None:
     table = Table(show_edge=False, pad_edge=False, header_style="bold", box=None, padding=(0, 3))
     table.add_column("")
-    table.add_column(TITLES[0], justify="right")
-    table.add_column(TITLES[1], justify="right")
-    halves = (comparison.django, comparison.asyncorm)
+    for title in comparison.titles:
+        table.add_column(Text(title), justify="right")
 
     def row(name: str, figure: Callable[[Run], str], style: str = "") -> None:
-        table.add_row(name, *(figure(run) for run in halves), style=style)
+        table.add_row(name, *(figure(run) for run in comparison.runs), style=style)
 
     row("wall-clock", lambda run: milliseconds(run.seconds), "bold")
     row("connections used", lambda run: str(len(run.connections)))
@@ -117,14 +130,14 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
     row("statements run", lambda run: f"{len(run.statements):,}")
     row("most of them at the same time", lambda run: str(run.at_once))
     console.print(Padding(table, (0, 0, 0, 2)))
-    rounds = number(len(comparison.django.rounds), "round")
-    best = f"best of {rounds}" if len(comparison.django.rounds) > 1 else rounds
+    rounds = number(len(comparison.before.rounds), "round")
+    best = f"best of {rounds}" if len(comparison.before.rounds) > 1 else rounds
     verdict = Text("  ")
-    verdict.append(f"{comparison.factor:.1f}x", "bold green" if comparison.factor > 1 else "bold")
-    verdict.append(f" as fast ({best}; both halves returned the same rows)", "dim")
+    verdict.append(comparison.verdict, "bold green" if comparison.factor > 1 else "bold")
+    verdict.append(f" ({best}; both returned the same rows)", "dim")
     console.print(verdict)
     console.print()
-    for line in timeline_text.draw(comparison, TITLES, console.width):
+    for line in timeline_text.draw(comparison, console.width):
         if console.options.ascii_only:
             line.plain = line.plain.translate(timeline_text.ASCII)
         console.print(line, no_wrap=True, overflow="crop")

@@ -23,12 +23,12 @@ SLIVERS = "Each sliver is one statement; where the lane is pale, the connection 
 GREY, AXIS, GRID, TRACK = "#66717f", "#b8c1cc", "#dde3ea", "#f3f5f8"
 CARD, PAPER = "#ffffff", "#e8ecf1"
 FASTER, SLOWER = "#0b7a53", "#66717f"
-ACCENTS = ("#5f6b7a", "#0b7a53")  # Django's half, asyncorm's half
+ACCENTS = ("#5f6b7a", "#0b7a53")  # the first way, the second
 CROWD = ("#9aa5b4", "#2e9e6b")
 
 
-def draw(comparisons: Iterable[Comparison], titles: tuple[str, str], about: str) -> str:
-    """The picture of all scenarios; `titles` names the halves, `about` says what was compared."""
+def draw(comparisons: Iterable[Comparison], about: str) -> str:
+    """The picture of scenarios; `about` says what was compared."""
     elements = [
         text(MARGIN, 58, "Which query ran when, on which connection", size=26, weight=700),
         text(MARGIN, 84, about, colour=GREY),
@@ -36,7 +36,7 @@ def draw(comparisons: Iterable[Comparison], titles: tuple[str, str], about: str)
     ]
     y = 124.0
     for comparison in comparisons:
-        panel, height = _panel(comparison, titles, y)
+        panel, height = _panel(comparison, y)
         elements += panel
         y += height + 20
     y += 12
@@ -44,8 +44,8 @@ def draw(comparisons: Iterable[Comparison], titles: tuple[str, str], about: str)
     return document(WIDTH, y, "asyncorm: timeline of the demo", [background, *elements])
 
 
-def _panel(comparison: Comparison, titles: tuple[str, str], top: float) -> tuple[list[str], float]:
-    """One scenario on a card of its own: both halves above one axis; and its height."""
+def _panel(comparison: Comparison, top: float) -> tuple[list[str], float]:
+    """One scenario on a card of its own: both ways above one axis; and its height."""
     scale = (RIGHT - LEFT) / span(comparison)
     known = marks(comparison)
     crowd = crowded(comparison)
@@ -54,15 +54,17 @@ def _panel(comparison: Comparison, titles: tuple[str, str], top: float) -> tuple
     bars = [text(MARGIN + PADDING, top + 38, comparison.title, size=18, weight=600)]
     bars += _verdict(comparison, top)
     y = top + 54
-    for place, run in enumerate((comparison.django, comparison.asyncorm)):
+    for place, run in enumerate(comparison.runs):
         y += 24
-        bars += _caption(titles[place], run, ACCENTS[place], y)
+        bars += _caption(comparison.titles[place], run, ACCENTS[place], y)
         y += 12
         start, end = y, LEFT + run.seconds * scale
-        bottom = y + len(run.connections) * (LANE + GAP) - GAP
-        for lane in lanes(run):
+        found = lanes(run, crowd=crowd)
+        bottom = y + len(found) * (LANE + GAP) - GAP
+        for lane in found:
             tracks.append(rect(LEFT, y, RIGHT - LEFT, LANE, TRACK, 3))
-            bars += _lane_name(lane, y)
+            if lane.name:
+                bars += _lane_name(lane, y)
             if crowd:
                 bars.append(_crowd(lane, y, scale, CROWD[place]))
             else:
@@ -89,9 +91,9 @@ def _panel(comparison: Comparison, titles: tuple[str, str], top: float) -> tuple
 
 
 def _verdict(comparison: Comparison, top: float) -> list[str]:
-    """How many times faster, as a pill in the upper right corner."""
-    words = f"{comparison.factor:.1f}x as fast"
-    width = 98
+    """What is gained, as a pill in the upper right corner."""
+    words = comparison.verdict
+    width = 26 + 8 * len(words)
     left = WIDTH - MARGIN - PADDING - width
     return [
         rect(left, top + 18, width, 28, FASTER if comparison.factor >= 1.05 else SLOWER, 14),
@@ -102,11 +104,12 @@ def _verdict(comparison: Comparison, top: float) -> list[str]:
 
 
 def _caption(title: str, run: Run, accent: str, y: float) -> list[str]:
+    beside = MARGIN + PADDING + 24 + 9 * len(title)
     facts = ", ".join((number(len(run.connections), "connection"), number(run.threads, "thread")))
     return [
         rect(MARGIN + PADDING, y - 11, 4, 14, accent, 2),
         text(MARGIN + PADDING + 12, y, title, size=14, weight=600),
-        text(LEFT, y, f"{milliseconds(run.seconds)} on {facts}", colour=GREY),
+        text(max(LEFT, beside), y, f"{milliseconds(run.seconds)} on {facts}", colour=GREY),
     ]
 
 
@@ -146,7 +149,7 @@ def _grid(comparison: Comparison, scale: float, top: float, bottom: float) -> li
 
 
 def _axis(comparison: Comparison, scale: float, y: float) -> list[str]:
-    """The axis of both halves, in milliseconds."""
+    """The axis of both ways, in milliseconds."""
     elements = [line(LEFT, y + 2, RIGHT, y + 2, AXIS)]
     for tick in ticks(span(comparison)):
         x = LEFT + tick / 1000 * scale

@@ -20,14 +20,14 @@ ASCII = str.maketrans(f"{SHADES}━╵", ".:=*#-|")
 CROWD_STYLES = ("bright_black", "green")
 
 
-def draw(comparison: Comparison, titles: tuple[str, str], width: int) -> Iterator[Text]:
-    """The lanes of both halves above one axis, as lines of at most `width` characters."""
+def draw(comparison: Comparison, width: int) -> Iterator[Text]:
+    """The lanes of both ways above one axis, as lines of at most `width` characters."""
     cells = width - NAME - ROOM
     cell = span(comparison) / cells
     known = marks(comparison)
-    for place, run in enumerate((comparison.django, comparison.asyncorm)):
-        yield Text(titles[place], style="bold")
-        found = lanes(run)
+    for place, run in enumerate(comparison.runs):
+        yield Text(comparison.titles[place], style="bold")
+        found = lanes(run, crowd=crowded(comparison))
         for lane in found:
             text = Text(f"{lane.name:<{NAME}}", style="default")
             if crowded(comparison):

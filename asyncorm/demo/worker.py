@@ -7,14 +7,13 @@ import hashlib
 import json
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
 
 from .figures import Run
 from .recorder import Recorder
-from .settings import DJANGO, HALVES, POOL, Half, configure
-
-if TYPE_CHECKING:
-    from .scenarios import Scenario
+from .settings import ASYNCORM, DJANGO, HALVES, POOL, Half, configure
 
 
 def main() -> None:
@@ -25,23 +24,29 @@ def main() -> None:
 
     from .scenarios import scenarios
 
-    known = scenarios(job["products"], quick=job["quick"])
+    known: dict[str, Any] = {**scenarios(job["products"], quick=job["quick"])}
+    if half is ASYNCORM:
+        from .acts import acts
+
+        known |= acts(job["products"], quick=job["quick"])
     recorder = Recorder()
     with asyncio.Runner() as runner:  # one event loop for all of it, and so one pool
         runner.run(_install(recorder, half))
         for line in sys.stdin:
-            scenario = known[json.loads(line)["scenario"]]
+            order = json.loads(line)
+            work = known[order["scenario"]]
+            run_it = work.run if order["way"] is None else partial(work.run, order["way"])
             try:
-                run = runner.run(_measure(scenario, recorder))
+                run = runner.run(_measure(run_it, recorder))
                 answer: dict[str, Any] = {"run": run.to_json()}
             except Exception:
                 answer = {"error": traceback.format_exc()}
             print(json.dumps(answer), file=answers, flush=True)
 
 
-async def _measure(scenario: Scenario, recorder: Recorder) -> Run:
+async def _measure(work: Callable[[], Awaitable[list[Any]]], recorder: Recorder) -> Run:
     recorder.begin()
-    rows = await scenario.run()
+    rows = await work()
     seconds = recorder.elapsed()
     _compare_with_server(rows, recorder)
     return Run(
@@ -54,14 +59,17 @@ async def _measure(scenario: Scenario, recorder: Recorder) -> Run:
 
 
 async def _install(recorder: Recorder, half: Half) -> None:
-    """Put the recorder where the half runs its statements: Django's thread, or here."""
+    """Put the recorder where the half runs its statements: Django's thread, or everywhere."""
     from asgiref.sync import sync_to_async
     from django.db import connection
 
     def install() -> None:
         connection.execute_wrappers[:] = [recorder]
 
-    await sync_to_async(install)() if half is DJANGO else install()
+    if half is DJANGO:
+        await sync_to_async(install)()
+    else:
+        recorder.__enter__()  # for as long as the process lives
 
 
 def _compare_with_server(rows: list[Any], recorder: Recorder) -> None:
