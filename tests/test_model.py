@@ -176,9 +176,12 @@ class Run:
         self.log: list[tuple[str, Block, Any, str]] = []
         self.called: list[tuple[int, int]] = []
         self.numbers = count(1)
+        self.tasks: set[asyncio.Task[None]] = set()
 
     async def program(self, roots: list[Child]) -> None:
         await self.all(roots, None)
+        while self.tasks:  # cancelled ones do not wait for those that outlive them
+            await asyncio.wait(self.tasks)
 
     async def all(self, children: list[Child], block: Block | None) -> list[Any]:
         tasks = [self.start(child, block) for child in children]
@@ -190,6 +193,8 @@ class Run:
 
     def start(self, child: Child, block: Block | None) -> asyncio.Task[None]:
         task = asyncio.create_task(self.child(child, block))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
         if child.cancels:
             cancelling = asyncio.create_task(self.cancel(task, child.cancels))
             task.add_done_callback(lambda _: cancelling.cancel())
