@@ -58,7 +58,7 @@ ARRAY = Style((("\\", "\\\\"), ('"', '\\"')), '"', "NULL")
 COPY = Style((("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")), "", "\\N")
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
     """Values that `get_db_prep_save()` leaves as they are.
 
     Attributes:
@@ -72,21 +72,21 @@ class _Ready(NamedTuple):
     bare: bool = True
 
 
-_INTEGER = _Ready(frozenset({int}))
-_STRING = _Ready(frozenset({str}), bare=False)
-_JSON = _Ready(frozenset({dict, list, str, int, float, bool}), bare=False)
+_INTEGER = Ready(frozenset({int}))
+_STRING = Ready(frozenset({str}), bare=False)
+_JSON = Ready(frozenset({dict, list, str, int, float, bool}), bare=False)
 # For fields of exactly these classes, and foreign keys to them.
-_READY: dict[type, _Ready] = {
+_READY: dict[type, Ready] = {
     models.AutoField: _INTEGER,
     models.BigAutoField: _INTEGER,
     models.BigIntegerField: _INTEGER,
-    models.BooleanField: _Ready(frozenset({bool})),
+    models.BooleanField: Ready(frozenset({bool})),
     models.CharField: _STRING,
-    models.DateField: _Ready(frozenset({date})),
-    models.DateTimeField: _Ready(frozenset({datetime}), lambda v: v.utcoffset() is not None),
-    models.DecimalField: _Ready(frozenset({Decimal}), Decimal.is_finite),
+    models.DateField: Ready(frozenset({date})),
+    models.DateTimeField: Ready(frozenset({datetime}), lambda v: v.utcoffset() is not None),
+    models.DecimalField: Ready(frozenset({Decimal}), Decimal.is_finite),
     models.EmailField: _STRING,
-    models.FloatField: _Ready(frozenset({float})),
+    models.FloatField: Ready(frozenset({float})),
     models.IntegerField: _INTEGER,
     models.JSONField: _JSON,
     models.PositiveBigIntegerField: _INTEGER,
@@ -96,17 +96,27 @@ _READY: dict[type, _Ready] = {
     models.SmallAutoField: _INTEGER,
     models.SmallIntegerField: _INTEGER,
     models.TextField: _STRING,
-    models.TimeField: _Ready(frozenset({time}), lambda v: v.tzinfo is None),
+    models.TimeField: Ready(frozenset({time}), lambda v: v.tzinfo is None),
     models.URLField: _STRING,
-    models.UUIDField: _Ready(frozenset({UUID})),
+    models.UUIDField: Ready(frozenset({UUID})),
 }
+
+
+def _ready_of(field: Any) -> Ready | None:
+    if type(field) in (models.ForeignKey, models.OneToOneField):
+        field = field.target_field
+    return _READY.get(type(field))
+
+
+def as_is(field: Any) -> Ready | None:
+    """Which values of a field psycopg takes as they are, None: all have to be prepared."""
+    ready = _ready_of(field)
+    return None if ready is _JSON else ready
 
 
 def _texts(field: Any, values: list[Any], style: Style) -> list[str] | None:
     """The values as PostgreSQL reads them; None if each has to be prepared first."""
-    if type(field) in (models.ForeignKey, models.OneToOneField):
-        field = field.target_field
-    ready = _READY.get(type(field))
+    ready = _ready_of(field)
     types = set(map(type, values))
     if ready is None or not types - {NoneType} <= ready.types:
         return None

@@ -6,8 +6,8 @@ outside native code, they are Django's.
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 - `ModelIterable.__iter__` and those of its siblings, `RawModelIterable.__iter__`, `QuerySet.get`,
-  `QuerySet._prepare_for_bulk_create`, `Model._do_update`, `Query.has_results`, `Query.get_count`,
-  `execute_sql` of the compilers: replaced.
+  `QuerySet._prepare_for_bulk_create`, `Model._do_update`, `._do_insert`, `Query.has_results`,
+  `Query.get_count`, `execute_sql` of the compilers: replaced.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
   the other flags in `_got()`: what the iteration and `get()` depend on.
 - `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
@@ -27,7 +27,7 @@ from typing import Any
 
 import django
 from django.core.signals import setting_changed
-from django.db.models import Model, Q, query
+from django.db.models import Manager, Model, Q, query
 from django.db.models.sql import compiler
 from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
 from django.db.models.sql.constants import ROW_COUNT
@@ -110,7 +110,8 @@ def _in_turns(made: Any, wrapper: Any) -> Iterator[Any]:
             if not number % rows.SLICE:
                 give_turn(wrapper)
     finally:
-        made.close()
+        if hasattr(made, "close"):  # from Django 6.1 on it may be a map
+            made.close()
 
 
 def give_turn(wrapper: Any) -> None:
@@ -574,14 +575,71 @@ def _execute_insert(original: Any) -> Any:
             else:
                 found = _insert_plan(self, wrapper, tuple(returning_fields or ()))
                 if found is not None:
-                    plan, params = found
-                    if plan.maker is None:
-                        count_of(plan, params, 0, wrapper)
-                        return []
-                    return items(plan, params, 0, wrapper)
+                    return _inserted(*found, wrapper)
         return original(self, returning_fields)
 
     return execute_sql
+
+
+def _do_insert(original: Any) -> Any:
+    """`Model._do_insert()`: the INSERT without a query and a compiler, after the first time."""
+
+    def do_insert(
+        self: Any, manager: Any, using: str, fields: Any, returning_fields: Any, raw: bool
+    ) -> Any:
+        if type(manager) is Manager and (wrapper := native_wrapper(using)) is not None:
+            columns, returning = tuple(fields), tuple(returning_fields or ())
+            plan = recall(_insert_key(wrapper, manager.model, raw, columns, returning))
+            if plan is not None and plan is not UNPLANNED:
+                params = _insert_params(columns, self, raw, wrapper, plan.ready)
+                if params is not None:
+                    counts["hits"] += 1
+                    return _inserted(plan, params, wrapper)
+        return original(self, manager, using, fields, returning_fields, raw)
+
+    return do_insert
+
+
+def _insert_key(
+    wrapper: Any, model: Any, raw: bool, fields: tuple[Any, ...], returning: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    return (
+        wrapper.alias, InsertQuery, model, model._meta.db_table, raw,
+        tuple(map(id, fields)), tuple(map(id, returning)),
+    )  # fmt: skip
+
+
+def _insert_params(
+    fields: tuple[Any, ...], obj: Any, raw: bool, wrapper: Any, ready: Any
+) -> list[Any] | None:
+    """The values of an object as Django prepares them, None if that is to be left to it."""
+    params = []
+    try:
+        for field, as_is in zip(fields, ready, strict=True):
+            value = getattr(obj, field.attname) if raw else field.pre_save(obj, True)
+            if (
+                as_is is not None
+                and type(value) in as_is.types
+                and (as_is.fits is None or as_is.fits(value))
+            ):
+                params.append(value)
+                continue
+            if hasattr(value, "resolve_expression"):
+                return None  # an expression or the column's default
+            value = field.get_db_prep_save(value, connection=wrapper)
+            if hasattr(value, "as_sql"):
+                return None
+            params.append(value)
+    except Exception:
+        return None
+    return params
+
+
+def _inserted(plan: Plan, params: list[Any], wrapper: Any) -> list[Any]:
+    if plan.maker is None:
+        count_of(plan, params, 0, wrapper)
+        return []
+    return items(plan, params, 0, wrapper)
 
 
 def _insert_plan(
@@ -591,26 +649,12 @@ def _insert_plan(
     if type(query) is not InsertQuery or query.on_conflict or not query.fields:  # type: ignore[attr-defined]
         return None
     fields = tuple(query.fields)
-    key = (
-        wrapper.alias, InsertQuery, query.model, query.get_meta().db_table, query.raw,
-        tuple(map(id, fields)), tuple(map(id, returning)),
-    )  # fmt: skip
+    key = _insert_key(wrapper, query.model, query.raw, fields, returning)
     plan = recall(key)
-    if plan is None or not all(type(field).pre_save in bulk.PRE_SAVES for field in fields):
-        counts["unfit"] += 1
-        return None
-    obj = query.objs[0]
-    params = []
-    try:
-        for field in fields:
-            value = getattr(obj, field.attname) if query.raw else field.pre_save(obj, True)
-            if hasattr(value, "resolve_expression"):
-                raise Unfit  # an expression or the column's default
-            value = field.get_db_prep_save(value, connection=wrapper)
-            if hasattr(value, "as_sql"):
-                raise Unfit
-            params.append(value)
-    except Exception:
+    params: Any = None
+    if plan is not None and all(type(field).pre_save in bulk.PRE_SAVES for field in fields):
+        params = _insert_params(fields, query.objs[0], query.raw, wrapper, [None] * len(fields))
+    if params is None:
         counts["unfit"] += 1
         return None
     if plan is UNPLANNED:
@@ -638,7 +682,9 @@ def _plan_insert(
         raise Unfit
     maker = bulk.maker_of_returned(compiler, wrapper, returning)
     kinds = [family(field, wrapper) for field in fields]
-    return Plan(sql, kinds, maker, (fields, returning)), list(found)
+    plan = Plan(sql, kinds, maker, (fields, returning))
+    plan.ready = [bulk.as_is(field) for field in fields]
+    return plan, list(found)
 
 
 def _prepare_for_bulk_create(original: Any) -> Any:
@@ -662,6 +708,7 @@ def install() -> None:
     ]
     replacements += [
         (Model, "_do_update", _do_update(Model._do_update)),
+        (Model, "_do_insert", _do_insert(Model._do_insert)),
         (query.RawModelIterable, "__iter__", _raw(query.RawModelIterable.__iter__)),
         (query.QuerySet, "get", _get(query.QuerySet.get)),
         (

@@ -42,7 +42,10 @@ class Plan:
         fixed: parameters before all others that are always the same.
         skips_null: whether Django writes NULL into the SQL of an UPDATE itself.
         kept: objects whose id() is in the key.
+        ready: for each field of an INSERT, which values need not be prepared (bulk.py).
     """
+
+    ready: Any = ()
 
     def __init__(
         self,
