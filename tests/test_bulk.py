@@ -180,6 +180,14 @@ VALUES: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+WRONG: dict[str, Any] = {
+    "integer": 2**31, "small": -1, "big": 2**63, "number": Decimal("NaN"), "name": "x" * 31,
+    "text": "a\0b", "mail": "\ud800", "day": "no date",
+    "real": "x", "at": dt.date(2024, 1, 1), "uuid": "no uuid", "data": {"a": object()},
+    "more": "\0", "boolean": "maybe", "word": None, "address": "1.2.3",
+}  # fmt: skip
+
+
 def kinds(model: Any) -> list[Any]:
     objs = [model(**{name: value}) for name, values in VALUES.items() for value in values]
     most = max(map(len, VALUES.values()))
@@ -222,6 +230,39 @@ def same(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return expected
 
 
+@pytest.mark.parametrize("name", VALUES)
+def test_every_kind_of_value_one_by_one(run: Any, all_kinds: Any, name: str) -> None:
+    given = [{name: value, "word": "w"} for value in [None, None, *VALUES[name]]]
+
+    def save() -> list[Any]:
+        objs = [all_kinds(**each) for each in given]
+        with transaction.atomic():
+            for obj in objs:
+                obj.save()
+            rows = rows_of(all_kinds)
+            transaction.set_rollback(True)
+        return [rows, [{**vars(obj), "id": None} for obj in objs]]
+
+    expected = outcome(save)
+    assert isinstance(expected, list)
+    hits = asyncorm.statement_cache_stats()["hits"]
+    assert differences(expected, outcome(run, asyncorm.native(save)())) == []
+    assert asyncorm.statement_cache_stats()["hits"] > hits + 1
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_refused_one_by_one(run: Any, all_kinds: Any, name: str) -> None:
+    def save() -> None:
+        with transaction.atomic():
+            for _ in range(2):
+                all_kinds(word="w").save()
+            all_kinds(**{"word": "w", name: WRONG[name]}).save()
+
+    expected, actual = outcome(save), outcome(run, asyncorm.native(save)())
+    assert type(actual) is type(expected) and isinstance(actual, Exception)
+    assert str(actual).partition("\n")[0] == str(expected).partition("\n")[0]
+
+
 def by_column() -> int:
     stats = asyncorm.statement_cache_stats()
     return stats["hits"] + stats["misses"]
@@ -258,14 +299,6 @@ def many(model: Any) -> list[Any]:
 def test_more_than_a_slice(run: Any, all_kinds: Any) -> None:
     expected = same(run, all_kinds, lambda: many(all_kinds))
     assert [json.loads(row)["integer"] for (row,) in expected[-1]] == list(range(2500))
-
-
-WRONG: dict[str, Any] = {
-    "integer": 2**31, "small": -1, "big": 2**63, "number": Decimal("NaN"), "name": "x" * 31,
-    "text": "a\0b", "mail": "\ud800", "day": "no date",
-    "real": "x", "at": dt.date(2024, 1, 1), "uuid": "no uuid", "data": {"a": object()},
-    "more": "\0", "boolean": "maybe", "word": None, "address": "1.2.3",
-}  # fmt: skip
 
 
 # Django 5.2.0 cuts what is too long, silently.
