@@ -53,7 +53,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     done = demo("--quick", "--rows", "2000", *files)
     assert done.returncode == 0, done.stderr
     assert sorted(folder.iterdir()) == [figures, acts, svg]
-    assert sorted(picture.name for picture in acts.iterdir()) == sorted(f"{n}.svg" for n in ACTS)
+    names = sorted(picture.stem for picture in acts.iterdir())
+    assert names == sorted([*ACTS, "timeline"])
     for picture in acts.iterdir():
         assert ET.parse(picture).getroot().tag == f"{SVG}svg"
     return Result(

@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> None:
         raise DemoError(f"{error.name} is not installed; the demo needs: {hint}") from error
     console = show.make_console()
     try:
-        report = run.run(console, rows=options.rows, quick=options.quick)
+        report = run.run(console, rows=options.rows, quick=options.quick, pictures=options.pictures)
     except ServerError as error:
         raise DemoError(str(error)) from error
     machine = machine_text(report.machine)

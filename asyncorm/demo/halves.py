@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,9 +44,9 @@ class HalfProcess:
             self._process.kill()
         self._process.communicate()  # closes its input, at which it ends
 
-    def measure(self, scenario: str, way: int | None = None) -> Run:
-        """Run a scenario once, or an act in one of its two ways."""
-        self._send({"scenario": scenario, "way": way})
+    def measure(self, scenario: str, way: int | None = None, save: Path | None = None) -> Run:
+        """Run a scenario once, or an act in one of its two ways; save the timeline's picture."""
+        self._send({"scenario": scenario, "way": way, "save": save and str(save.absolute())})
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +24,7 @@ from .settings import ASYNCORM, DELAY, DJANGO, configure
 ROUNDS = 3
 
 
-def run(console: Console, *, rows: int, quick: bool) -> Report:
+def run(console: Console, *, rows: int, quick: bool, pictures: Path | None = None) -> Report:
     """Measure and print everything, as it comes; no server and no process is left."""
     with postgres_server() as server:
         schema = f"asyncorm_demo_{os.getpid()}"
@@ -33,12 +34,14 @@ def run(console: Console, *, rows: int, quick: bool) -> Report:
 
         try:
             with own_schema(schema):
-                return _run(console, database, rows, quick)
+                return _run(console, database, rows, quick, pictures)
         except Error as error:
             raise DemoError(f"the database says: {str(error).strip()}") from error
 
 
-def _run(console: Console, database: dict[str, Any], rows: int, quick: bool) -> Report:
+def _run(
+    console: Console, database: dict[str, Any], rows: int, quick: bool, pictures: Path | None
+) -> Report:
     machine = _machine()
     show.show_header(console, machine)
     with show.show_loading(console, rows) as advance:
@@ -87,6 +90,8 @@ def _run(console: Console, database: dict[str, Any], rows: int, quick: bool) -> 
             )
             for key, act in acts(sizes.products, quick=quick).items()
         ]
+        if pictures is not None:  # one as asyncorm.timeline() itself draws it
+            asyncorm.measure("parallelism", 1, save=pictures / "timeline.svg")
     return Report(tuple(comparisons), tuple(played), rows, machine)
 
 

@@ -39,6 +39,8 @@ def main() -> None:
             try:
                 run = runner.run(_measure(run_it, recorder))
                 answer: dict[str, Any] = {"run": run.to_json()}
+                if order["save"]:
+                    recorder.save(order["save"])
             except Exception:
                 answer = {"error": traceback.format_exc()}
             print(json.dumps(answer), file=answers, flush=True)
