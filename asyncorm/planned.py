@@ -7,7 +7,7 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 - `ModelIterable.__iter__` and those of its siblings, `RawModelIterable.__iter__`, `QuerySet.get`,
   `QuerySet._prepare_for_bulk_create`, `Model._do_update`, `._do_insert`, `Query.has_results`,
-  `Query.get_count`, `execute_sql` of the compilers: replaced.
+  `Query.get_count`, `.get_aggregation`, `execute_sql` of the compilers: replaced.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
   the other flags in `_got()`: what the iteration and `get()` depend on.
 - `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
@@ -146,6 +146,8 @@ def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> tuple[Plan, lis
     if mode is not None and mode.track_peers:
         return None
     asked = queryset.query
+    if asked.extra and iterable is not query.ModelIterable:
+        return None
     make = _ITERABLES[iterable]
     found = plan_for(asked, wrapper, make(queryset), iterable, queryset._fields)
     if found is not None and not asked.alias_map:  # it has its table once it is compiled
@@ -169,12 +171,13 @@ _compile_first_values = _compiling(rows.for_first_values)
 
 def _compile_dicts(queryset: Any) -> Any:
     query: Any = queryset.query
-    names = list(query.selected or query.values_select)
+    names = list(query.selected or [*query.values_select, *query.annotation_select])
     return _compiling(lambda compiler: rows.for_dicts(compiler, names))
 
 
 def _compile_named_tuples(queryset: Any) -> Any:
-    names = queryset._fields or queryset.query.values_select
+    asked: Any = queryset.query
+    names = queryset._fields or [*asked.values_select, *asked.annotation_select]
     cls = create_namedtuple_class(*names)
     return _compiling(lambda compiler: rows.for_named_tuples(compiler, cls))
 
@@ -407,7 +410,7 @@ def _has_results(original: Any) -> Any:
 def _get_count(original: Any) -> Any:
     def compile(query: Any, wrapper: Any) -> Compiled:
         # What get_aggregation() does with the query is best seen from its statement.
-        sql, params = _watched(lambda: original(query, wrapper.alias))
+        sql, params = _watched(lambda: original(query, wrapper.alias)).as_sql()
         maker = RowMaker(1, {})
         maker.item = "c0"
         return sql, params, maker
@@ -421,8 +424,38 @@ def _get_count(original: Any) -> Any:
     return get_count
 
 
+def _get_aggregation(original: Any) -> Any:
+    """`aggregate()`: the names and the row of values."""
+
+    def compile(names: list[str], exprs: Any, query: Any, wrapper: Any) -> Compiled:
+        seen = _watched(lambda: original(query.clone(), wrapper.alias, dict(exprs)))
+        columns = list(seen.query.annotation_select.values())
+        names += seen.query.annotation_select
+        sql, params = seen.as_sql()
+        if seen.has_composite_fields(columns) or wrapper.ops.get_db_converters(columns[0]):
+            raise Unfit
+        maker = RowMaker(len(columns), seen.get_converters(columns))
+        maker.item = rows.tuple_of(len(columns))
+        maker.names_of_columns = names
+        return sql, params, maker
+
+    def get_aggregation(self: Any, using: str, aggregate_exprs: Any) -> Any:
+        wrapper = native_wrapper(using)
+        if wrapper is not None and aggregate_exprs and getcurrent() not in _watching:
+            found = plan_for(
+                self, wrapper, functools.partial(compile, [], aggregate_exprs), "aggregate",
+                expressions=aggregate_exprs,
+            )  # fmt: skip
+            if found is not None:
+                (row,) = items(*found, wrapper)
+                return dict(zip(found[0].maker.names_of_columns, row, strict=True))  # type: ignore[union-attr]
+        return original(self, using, aggregate_exprs)
+
+    return get_aggregation
+
+
 class _Seen(Exception):
-    """Carries a statement that is not executed."""
+    """Carries the compiler of a statement that is not executed."""
 
 
 _watching: set[Any] = set()  # greenlets that do not want what they compile executed
@@ -433,20 +466,20 @@ def _execute_select(original: Any) -> Any:
 
     def execute_sql(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _watching and getcurrent() in _watching:
-            raise _Seen(*self.as_sql())
+            raise _Seen(self)
         return original(self, *args, **kwargs)
 
     return execute_sql
 
 
-def _watched(function: Callable[[], Any]) -> tuple[str, Any]:
-    """The first statement that `function` would execute."""
+def _watched(function: Callable[[], Any]) -> Any:
+    """The compiler of the first statement that `function` would execute."""
     me = getcurrent()
     _watching.add(me)
     try:
         function()
     except _Seen as seen:
-        return seen.args[0], seen.args[1]
+        return seen.args[0]
     finally:
         _watching.discard(me)
     raise Unfit
@@ -718,6 +751,7 @@ def install() -> None:
         ),
         (Query, "has_results", _has_results(Query.has_results)),
         (Query, "get_count", _get_count(Query.get_count)),
+        (Query, "get_aggregation", _get_aggregation(Query.get_aggregation)),
         (
             compiler.SQLCompiler,
             "execute_sql",

@@ -80,11 +80,13 @@ class RowMaker:
     Attributes:
         width: how many columns a row has.
         models: the classes whose instances are made.
+        names_of_columns: where the values are known by names.
     """
 
     def __init__(self, width: int, converters: dict[int, Any]) -> None:
         self.width = width
         self.models: tuple[Any, ...] = ()
+        self.names_of_columns: list[str] = []
         self.converters = converters
         self.names: dict[str, Any] = {}
         self._number = count()

@@ -23,9 +23,10 @@ from collections.abc import Callable
 from typing import Any
 
 from django.core.exceptions import FieldDoesNotExist
-from django.db.models import lookups
-from django.db.models.expressions import Col
+from django.db.models import F, Field, aggregates, functions, lookups
+from django.db.models.expressions import Col, ColPairs, CombinedExpression, Star
 from django.db.models.fields import related_lookups
+from django.db.models.fields.tuple_lookups import TupleIn
 from django.db.models.sql.datastructures import BaseTable, Join
 from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
@@ -58,8 +59,23 @@ _COMPARISONS = {
 _IS_NULL = {lookups.IsNull, related_lookups.RelatedIsNull}
 _EXACT = {lookups.Exact, lookups.IntegerFieldExact, related_lookups.RelatedExact}
 _LOOKUPS = _PATTERNS | _COMPARISONS
-_LISTS = {lookups.In, related_lookups.RelatedIn}
+# Expressions whose SQL depends on what their attributes say and on nothing else, say a time zone.
+_EXPRESSIONS = {
+    Star, CombinedExpression, aggregates.Count, aggregates.Sum, aggregates.Avg, aggregates.Max,
+    aggregates.Min, aggregates.StdDev, aggregates.Variance, functions.Lower, functions.Upper,
+    functions.Length, functions.Trim, functions.LTrim, functions.RTrim, functions.Reverse,
+    functions.Abs, functions.Ceil, functions.Floor, functions.Sign, functions.Sqrt,
+    functions.Coalesce, functions.Greatest, functions.Least, functions.NullIf,
+}  # fmt: skip
 _KEYS = {"smallint", "integer", "bigint", "uuid"}
+
+
+class _Keys:
+    """A lookup of keys, as far as its left side goes."""
+
+    def __init__(self, lhs: Any) -> None:
+        self.lhs = lhs
+
 
 # For each column type: the Python types of values that may be parameters of the server, and the oid
 # to send them with; -1 is what psycopg's dumper says, which is the type of Django's literal too.
@@ -83,6 +99,7 @@ _FAMILIES: dict[str, dict[type, int]] = {
     "jsonb": {Jsonb: AS_DUMPED},
 }
 LIMITS = {21: 1 << 15, 23: 1 << 31, 20: 1 << 63}
+_LISTS = {lookups.In, related_lookups.RelatedIn, _Keys}
 _NULL: dict[type, int] = {type(None): 0}
 
 
@@ -165,12 +182,65 @@ class Shape:
                 self.leaves.append((child, len(params)))
             elif cls is WhereNode:
                 self.where(child)
+            elif cls is TupleIn:
+                self.keys(child)
             elif cls in _IS_NULL and type(child.lhs) is Col and type(child.rhs) is bool:
                 lhs = child.lhs
                 key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field), child.rhs)
                 self.kept += (lhs.target, lhs.output_field)
             else:
                 raise Unfit
+
+    def keys(self, lookup: Any) -> None:
+        """One column among keys: what a forward relation's prefetch asks for."""
+        if type(lookup.lhs) is not ColPairs or type(lookup.rhs) is not list:
+            raise Unfit
+        (col,) = lookup.lhs.get_cols()
+        if hasattr(col.output_field, "get_placeholder") or len(lookup.rhs) > MAX_PARAMS:
+            raise Unfit
+        params = []
+        for (value,) in lookup.rhs:
+            if hasattr(value, "as_sql"):
+                raise Unfit
+            if value is not None:
+                params.append(col.output_field.get_db_prep_value(value, connection=self.wrapper))
+        if not params:
+            raise Unfit
+        self.key += (TupleIn, len(params), col.alias, id(col.target), id(col.output_field))
+        self.kept += (col.target, col.output_field)
+        self.params += params
+        self.leaves.append((_Keys(col), len(params)))
+
+    def expression(self, value: Any) -> None:
+        """An expression without parameters, or an attribute of one."""
+        cls = type(value)
+        key = self.key
+        if cls is Col:
+            key += (cls, value.alias, id(value.target), id(value.output_field))
+            self.kept += (value.target, value.output_field)
+        elif cls is list or cls is tuple:
+            key += (cls, len(value))
+            for each in value:
+                self.expression(each)
+        elif cls is dict:
+            key += (cls, *value)
+            for each in value.values():
+                self.expression(each)
+        elif cls is F:
+            key += (cls, value.name)
+        elif cls in _EXPRESSIONS:
+            args, named = value._constructor_args
+            if any(isinstance(arg, Field) for arg in (*args, *named.values())):
+                raise Unfit
+            key.append(cls)
+            for name, each in value.__dict__.items():
+                if name not in _DERIVED:
+                    key.append(name)
+                    self.expression(each)
+        elif value is None or cls is bool or cls is str:
+            key += (cls, value)
+        else:
+            raise Unfit
 
     def families(self, *, skips_null: bool) -> list[dict[type, int]]:
         """For each parameter, which values may be parameters of the server."""
@@ -223,6 +293,29 @@ def _items(shape: Shape, value: Any) -> None:
     shape.key.append(tuple(value.items()))
 
 
+def _annotations(shape: Shape, value: Any) -> None:
+    if value:
+        if type(shape.query) is not Query:
+            raise Unfit
+        shape.expression(value)
+
+
+def _grouped(shape: Shape, value: Any) -> None:
+    shape.expression(value)
+
+
+def _extra(shape: Shape, value: Any) -> None:
+    for name, (sql, params) in value.items():
+        if params or type(sql) is not str:
+            raise Unfit
+        shape.key += (name, sql)
+    shape.key.append(len(value))
+
+
+def _mask(shape: Shape, value: Any) -> None:
+    shape.key.append(value if value is None else (type(value), *sorted(value)))
+
+
 def _joins(shape: Shape, value: Any) -> None:
     for alias, join in value.items():
         if type(join) is BaseTable:
@@ -270,6 +363,14 @@ def _names(shape: Shape, value: Any) -> None:
 
 def _order(shape: Shape, value: Any) -> None:
     if value:
+        annotations = shape.query.annotations
+        if annotations:
+            shape.key.append(tuple(value))
+            value = tuple(
+                name
+                for name in value
+                if type(name) is not str or name.removeprefix("-") not in annotations
+            )
         shape.key.append(_ordering(shape.query.model, value))
 
 
@@ -320,6 +421,14 @@ def _frozen(value: Any) -> Any:
     return tuple((k, _frozen(v)) for k, v in value.items()) if type(value) is dict else value
 
 
+# What expressions keep of their own making, beside what makes their SQL.
+_DERIVED = {
+    "_constructor_args", "identity", "output_field", "_output_field_or_none", "convert_value",
+    "contains_aggregate", "contains_over_clause", "contains_column_references",
+    "contains_subquery", "conditional", "field", "select_format",
+}  # fmt: skip
+
+
 def _updated(shape: Shape, value: Any) -> None:
     if shape.query.related_updates or shape.query.count_active_tables() > 1:
         raise Unfit
@@ -347,14 +456,14 @@ _PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "table_map": _tables,
     "used_aliases": None,
     "where": _where,
-    "annotations": _absent,
-    "extra": _absent,
+    "annotations": _annotations,
+    "extra": _extra,
     "_filtered_relations": _absent,
     "base_table": None,
     "_annotation_select_cache": None,
-    "annotation_select_mask": None,  # there are no annotations
+    "annotation_select_mask": _mask,
     "_extra_select_cache": None,
-    "extra_select_mask": None,
+    "extra_select_mask": _mask,
     "order_by": _order,
     "extra_order_by": _absent,
     "default_ordering": _value,
@@ -370,7 +479,7 @@ _PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "selected": _selected,
     "select_related": _related,
     "max_depth": _value,
-    "group_by": _absent,
+    "group_by": _grouped,
     "combinator": _absent,
     "combined_queries": _absent,
     "select_for_update": _absent,

@@ -172,16 +172,20 @@ def _numbered(sql: str, count: int, lists: Any) -> bytes | None:
             number += 1
             made += (f"${number}", text)
         else:
+            # IN (%s, %s) or, of a tuple's only column, IN ((%s), (%s))
+            brackets = 2 if made[-1].endswith("((") else 1
+            between, end = "), (" if brackets == 2 else ", ", ")" * brackets
             for _ in range(size - 1):
-                if (sign, text) != ("s", ", "):
+                if (sign, text) != ("s", between):
                     return None
                 sign, text = next(rest, ("", ""))
-            if sign != "s" or text[:1] != ")" or not made[-1].endswith(" IN ("):
+            begin = f" IN {'(' * brackets}"
+            if sign != "s" or not text.startswith(end) or not made[-1].endswith(begin):
                 return None
             number += 1
             skipped += size - 1
-            made[-1] = f"{made[-1].removesuffix('IN (')}= ANY(${number}"
-            made.append(text)
+            made[-1] = f"{made[-1].removesuffix(begin)} = ANY(${number}"
+            made.append(text[brackets - 1 :])
     return "".join(made).encode() if number + skipped == count else None
 
 
@@ -252,10 +256,13 @@ def plan_for(
     compile: Callable[[Any, Any], Compiled],
     *kind: Any,
     fixed: tuple[Any, ...] = (),
+    expressions: Any = None,
 ) -> tuple[Plan, list[Any], int] | None:
     """A query's plan, its parameters and its offset; None: leave it to Django."""
     try:
         shape = Shape(query, wrapper, *kind)
+        if expressions is not None:
+            shape.expression(expressions)
         key = tuple(shape.key)
         plan = recall(key)
     except Exception:  # whatever is wrong with the query, Django will say
