@@ -93,6 +93,8 @@ def _one_level(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Any:
     if not planned.enabled():
         return _prefetch_one_level(instances, prefetcher, lookup, level)
     fetch = _Fetch(instances, prefetcher, lookup, level)
+    if fetch.along is None:
+        return _prefetch_one_level(instances, prefetcher, lookup, level)
     fetch.ask()
     return _assign(fetch, instances, lookup, level)
 

@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from django.db import models
 from django.db.models import (
     Avg,
     CharField,
@@ -19,14 +20,17 @@ from django.db.models import (
     Exists,
     F,
     IntegerField,
+    Lookup,
     Max,
+    Min,
     OuterRef,
     Q,
     Subquery,
     Sum,
     Value,
 )
-from django.db.models.functions import Coalesce, Lower, TruncMonth, Upper
+from django.db.models.functions import Abs, Coalesce, Greatest, Length, Lower, TruncMonth, Upper
+from django.db.models.lookups import Exact
 from django.test import override_settings
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -54,6 +58,61 @@ from tests.ways import outcome
 SOAK = os.environ.get("ASYNCORM_MODEL_PROFILE") == "soak"
 SEED = int(os.environ.get("ASYNCORM_MODEL_SEED", "0"))
 EXAMPLES = 20_000 if SOAK else 500
+
+# A model of fields, lookups and conversions of its own
+
+
+class Loud(models.CharField):
+    """Small letters in the database, capitals in Python."""
+
+    def from_db_value(self, value: Any, expression: Any, connection: Any) -> Any:
+        return None if value is None else value.upper()
+
+    def get_prep_value(self, value: Any) -> Any:
+        value = super().get_prep_value(value)
+        return value.lower() if isinstance(value, str) else value
+
+
+@Loud.register_lookup
+class Differs(Lookup):
+    lookup_name = "differs"
+
+    def as_sql(self, compiler: Any, connection: Any) -> Any:
+        lhs, lhs_params = self.process_lhs(compiler, connection)
+        rhs, rhs_params = self.process_rhs(compiler, connection)
+        return f"{lhs} <> {rhs}", (*lhs_params, *rhs_params)
+
+
+@Loud.register_lookup
+class Same(Exact):
+    def as_sql(self, compiler: Any, connection: Any) -> Any:
+        lhs, lhs_params = self.process_lhs(compiler, connection)
+        rhs, rhs_params = self.process_rhs(compiler, connection)
+        return f"lower({lhs}) = {rhs}", (*lhs_params, *rhs_params)
+
+
+class Doubled(models.IntegerField):
+    """Twice what the database has."""
+
+    def from_db_value(self, value: Any, expression: Any, connection: Any) -> Any:
+        return None if value is None else value * 2
+
+    def get_db_prep_value(self, value: Any, connection: Any, prepared: bool = False) -> Any:
+        value = super().get_db_prep_value(value, connection, prepared)
+        return None if value is None else value // 2
+
+
+class Label(models.Model):
+    """The table of tags."""
+
+    name = Loud(max_length=50)
+    weight = Doubled()
+
+    class Meta:
+        app_label = "not_installed"
+        managed = False
+        db_table = "shop_tag"
+
 
 # Values by kind
 
@@ -105,6 +164,7 @@ KINDS: dict[str, tuple[tuple[str, ...], st.SearchStrategy[Any]]] = {
     "array": (("exact", "contains", "len"), st.sampled_from([[], ["a"], ["sea", "x"]])),
     "list": (("in",), st.lists(st.one_of(st.integers(-1, 20), st.none()), max_size=4)),
     "range": (("range",), st.tuples(st.integers(-2, 20), st.integers(0, 30))),
+    "loud": (("exact", "differs", "contains", "gt", "in"), TEXTS),
     "address": (("exact",), st.sampled_from(["10.0.0.1", "::1", "192.168.0.7"])),
 }
 PLAIN = {
@@ -150,6 +210,7 @@ MODELS: dict[Any, dict[str, str]] = {
     Publisher: {"pk": "integer", "name": "text", "country": "text", "founded": "date",
                 "books__pages": "integer"},
     Tag: {"pk": "integer", "name": "text", "weight": "integer"},
+    Label: {"pk": "integer", "name": "loud", "weight": "integer"},
     Ticket: {"pk": "integer", "title": "text", "status": "text", "label": "text", "opened": "time"},
 }  # fmt: skip
 RELATED = {
@@ -179,6 +240,9 @@ CALLS = {
     "last": lambda queryset: queryset.last(),
     "get": lambda queryset: queryset.get(),
     "aggregate": lambda queryset: queryset.aggregate(n=Count("pk"), m=Max("pk")),
+    "aggregates": lambda queryset: queryset.aggregate(
+        Avg("pk"), c=Count("*"), d=Count("pk", distinct=True), e=Min(F("pk") + F("pk"))
+    ),
     "iterator": lambda queryset: list(queryset.iterator(chunk_size=2)),
     "in_bulk": lambda queryset: queryset.in_bulk(),
 }
@@ -189,8 +253,11 @@ Step = Callable[[Any, Any], Any]  # a queryset and the values that are left
 class Program:
     """A queryset's shape: steps that take values out of an iterator."""
 
-    def __init__(self, model: Any, steps: list[tuple[str, Step]], call: str, alias: str) -> None:
+    def __init__(
+        self, model: Any, steps: list[tuple[str, Step]], call: str, alias: str, zone: Any
+    ) -> None:
         self.model, self.steps, self.call, self.alias = model, steps, call, alias
+        self.zone = zone  # the settings of time zones
 
     def run(self, values: list[Any]) -> Any:
         left = iter(values)
@@ -201,7 +268,7 @@ class Program:
 
     def __repr__(self) -> str:
         steps = "".join(f".{text}" for text, _ in self.steps)
-        return f"{self.model.__name__}@{self.alias}{steps}.{self.call}()"
+        return f"{self.model.__name__}@{self.alias}{steps}.{self.call}() {self.zone or ''}"
 
 
 @st.composite
@@ -223,6 +290,8 @@ def conditions(
         name = draw(st.sampled_from(names))
         if name == "len":
             strategy = st.integers(0, 3)
+        if name == "in" and what != "list":
+            strategy = st.lists(strategy, max_size=3)
         for each in values:
             each.append(draw(strategy))
         lookup = f"{path}__{name}" if name != "exact" or draw(st.booleans()) else path
@@ -242,6 +311,7 @@ def conditions(
 def programs(draw: Any) -> tuple[Program, Program, list[list[Any]]]:
     model = draw(st.sampled_from(sorted(MODELS, key=lambda model: model.__name__)))
     columns = [path for path in MODELS[model] if "__" not in path]
+    annotated = False
     fields = [f.name for f in model._meta.concrete_fields]
     values: list[list[Any]] = [[], []]
     steps: list[tuple[str, Step]] = []
@@ -261,6 +331,15 @@ def programs(draw: Any) -> tuple[Program, Program, list[list[Any]]]:
             add(f"annotate({name})", lambda qs, left: qs.annotate(extra_value=ANNOTATIONS[name]()))
             if draw(st.booleans()):
                 add("filter(extra_value)", lambda qs, left: qs.exclude(extra_value=None))
+            if draw(st.booleans()):
+                annotated = True
+    if draw(st.integers(0, 6)) == 0:
+        column = draw(st.sampled_from(columns))
+        name = draw(st.sampled_from(sorted(GROUPED)))
+        add(
+            f"values({column}).annotate({name})",
+            lambda qs, left: qs.values(column).annotate(**{f"n_{name}": GROUPED[name]()}),
+        )
     if model in RELATED and draw(st.integers(0, 3)) == 0:
         names = draw(st.lists(st.sampled_from(RELATED[model]), min_size=1, max_size=2, unique=True))
         add(f"select_related({names})", lambda qs, left: qs.select_related(*names))
@@ -283,6 +362,8 @@ def programs(draw: Any) -> tuple[Program, Program, list[list[Any]]]:
         add("distinct()", lambda qs, left: qs.distinct())
     order = draw(st.lists(st.sampled_from(columns), max_size=2, unique=True))
     order = [("-" if draw(st.booleans()) else "") + name for name in order if name != "data"]
+    if annotated:
+        order.insert(0, draw(st.sampled_from(["extra_value", "-extra_value"])))
     add(f"order_by({order})", lambda qs, left: qs.order_by(*order, "pk"))
     if draw(st.integers(0, 3)) == 0:
         low = draw(st.integers(0, 3))
@@ -290,15 +371,33 @@ def programs(draw: Any) -> tuple[Program, Program, list[list[Any]]]:
         add(f"[{low}:{high}]", lambda qs, left: qs[low:high])
     call = draw(st.sampled_from(["list", "list", "list", *sorted(CALLS)]))
     alias = draw(st.sampled_from(["default", "default", "other"]))
-    program = Program(model, steps, call, alias)
+    zone = draw(st.sampled_from(ZONES)) if draw(st.integers(0, 9)) == 0 else {}
+    if "USE_TZ" in zone:  # the other one has a zone of its own, which is refused then
+        alias = "default"
+    program = Program(model, steps, call, alias, zone)
     # Without one of its steps it is another shape, near enough to be taken for this one.
     optional = [step for step in steps if not step[0].startswith(("filter", "exclude"))]
     left_out = draw(st.sampled_from(optional))
-    near = Program(model, [step for step in steps if step is not left_out], call, alias)
+    near = Program(model, [step for step in steps if step is not left_out], call, alias, zone)
     return program, near, values
 
 
-BOOK_ONLY = {"pages", "count", "average", "month", "title", "subquery", "exists"}
+ZONES: list[dict[str, Any]] = [
+    {"TIME_ZONE": "Europe/Vienna"},
+    {"TIME_ZONE": "Asia/Kathmandu"},
+    {"TIME_ZONE": "America/New_York", "USE_TZ": False},
+    {"USE_TZ": False},
+]
+GROUPED: dict[str, Callable[[], Any]] = {
+    "count": lambda: Count("pk"),
+    "distinct": lambda: Count("pk", distinct=True),
+    "max": lambda: Max("pk"),
+    "filtered": lambda: Count("pk", filter=Q(pk__gt=3)),
+}
+BOOK_ONLY = {
+    "pages", "count", "average", "month", "title", "subquery", "exists", "lower", "both", "length",
+    "greatest", "tags", "gross",
+}  # fmt: skip
 ANNOTATIONS: dict[str, Callable[[], Any]] = {
     "pages": lambda: F("pages") + 1,
     "count": lambda: Count("tags"),
@@ -311,6 +410,14 @@ ANNOTATIONS: dict[str, Callable[[], Any]] = {
     "exists": lambda: Exists(Review.objects.filter(book=OuterRef("pk"), stars__gt=2)),
     "value": lambda: Value(7, output_field=IntegerField()),
     "sum": lambda: Sum("pk"),
+    "lower": lambda: Lower("publisher__name"),
+    "both": lambda: F("pages") + F("sold"),
+    "length": lambda: Length("title"),
+    "greatest": lambda: Greatest("pages", "sold"),
+    "tags": lambda: Count("tags", distinct=True),
+    "gross": lambda: Sum("price"),
+    "key": lambda: F("pk"),
+    "abs": lambda: Abs("pk"),
 }
 
 
@@ -321,22 +428,25 @@ def copied(test: Any) -> Any:
 def random_querysets(drawn: Any, run: Callable) -> None:
     program, near, values = drawn
     calls = [(program, values[0]), (program, values[1]), (near, values[0]), (program, values[0])]
-    expected = [outcome(each.run, given) for each, given in calls[:3]]
 
     async def native() -> list[Any]:
         run = asyncorm.native(outcome)
         return [await run(each.run, given) for each, given in calls]
 
-    for one, other in zip([*expected, expected[0]], run(native()), strict=True):
+    with override_settings(**program.zone):
+        expected = [outcome(each.run, given) for each, given in calls[:3]]
+        found = run(native())
+    for one, other in zip([*expected, expected[0]], found, strict=True):
         assert differences(one, other) == []
 
 
 def with_and_without_the_cache(drawn: Any, run: Callable) -> None:
     program, _, values = drawn
-    with override_settings(ASYNCORM={"STATEMENT_CACHE": False}):
-        expected = [outcome(run, asyncorm.native(program.run)(each)) for each in values]
-    for value, one in zip(values, expected, strict=True):
-        assert differences(one, outcome(run, asyncorm.native(program.run)(value))) == []
+    with override_settings(**program.zone):
+        with override_settings(ASYNCORM={"STATEMENT_CACHE": False}):
+            expected = [outcome(run, asyncorm.native(program.run)(each)) for each in values]
+        for value, one in zip(values, expected, strict=True):
+            assert differences(one, outcome(run, asyncorm.native(program.run)(value))) == []
 
 
 def examples(test: Callable[..., None], part: int, count: int) -> Any:
