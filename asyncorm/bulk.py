@@ -329,10 +329,13 @@ def _times(objs: list[Any], get: Callable[[Any], Any], conn: Any) -> bytes:
     parts = [struct.pack(">iiIii", 1, 0, _TIMESTAMPTZ, len(objs), 1)]
     for some in slices(objs, conn.give_turn):
         values = list(map(get, some))
-        if set(map(type, values)) != {datetime} or any(v.utcoffset() is None for v in values):
+        if set(map(type, values)) != {datetime}:
             raise Unfit
         items = [8] * (2 * len(values))  # each after its length
-        items[1::2] = [(value - _EPOCH) // _MICROSECOND for value in values]
+        try:
+            items[1::2] = [(value - _EPOCH) // _MICROSECOND for value in values]
+        except TypeError:  # a naive one
+            raise Unfit from None
         parts.append(struct.pack(f">{'iq' * len(values)}", *items))
     return b"".join(parts)
 
