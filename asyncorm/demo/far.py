@@ -7,6 +7,7 @@ its standard input is closed.
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ async def _serve(host: str, port: int, delay: float) -> None:
     ended = asyncio.Event()
     loop.add_reader(0, ended.set)  # nothing comes but the end
     await ended.wait()
+    os._exit(0)  # whatever is still open
 
 
 if __name__ == "__main__":

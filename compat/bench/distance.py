@@ -22,6 +22,8 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from psycopg_pool import AsyncConnectionPool
 
+from asyncorm.demo.far import proxy
+
 from .adapters.django_setup import setup
 from .run import ROOT
 from .schema import conninfo, database
@@ -30,25 +32,6 @@ DELAY = 0.002  # seconds, each way
 NEAR, FAR = 10, 4  # connections
 BOOK = "SELECT id, author_id, title, pages, price, published, updated, meta FROM bench_book"
 Timed = Callable[[], Awaitable[Any]]
-
-
-def _proxy(socket: str, port: Any) -> None:
-    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        loop = asyncio.get_running_loop()
-        while data := await source.read(65536):
-            loop.call_later(DELAY, sink.write, data)
-        loop.call_later(DELAY, sink.close)
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        back, there = await asyncio.open_unix_connection(socket)
-        await asyncio.gather(pump(reader, there), pump(back, writer))
-
-    async def main() -> None:
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        port.value = server.sockets[0].getsockname()[1]
-        await server.serve_forever()
-
-    asyncio.run(main())
 
 
 class Bench:
@@ -230,29 +213,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--remark", default="", help="a sentence at the top of the page")
     args = parser.parse_args()
-    port = multiprocessing.Value("i", 0)
-    with database(2000, 1) as settings:
-        socket = f"{settings['HOST']}/.s.PGSQL.{settings['PORT'] or 5432}"
-        proxy = multiprocessing.Process(target=_proxy, args=(socket, port), daemon=True)
-        proxy.start()
-        try:
-            while not port.value:
-                proxy.join(0.05)
-            far = {**settings, "HOST": "127.0.0.1", "PORT": str(port.value)}
-            options = {"prepare_threshold": 5, "engine": "asyncorm.backends.postgresql"}
-            setup(settings, options, "asyncorm", ASYNCORM={"SWAP_MANAGERS": True})
-            from django.db import connections
+    with (
+        database(2000, 1) as settings,
+        proxy(settings["HOST"], int(settings["PORT"] or 5432), DELAY) as port,
+    ):
+        far = {**settings, "HOST": "127.0.0.1", "PORT": str(port)}
+        options = {"prepare_threshold": 5, "engine": "asyncorm.backends.postgresql"}
+        setup(settings, options, "asyncorm", ASYNCORM={"SWAP_MANAGERS": True})
+        from django.db import connections
 
-            default = connections.settings["default"]
-            pool = {"min_size": FAR, "max_size": FAR}
-            connections.settings["far"] = {
-                **default,
-                **far,
-                "OPTIONS": {**default["OPTIONS"], "pool": pool},
-            }
-            found = asyncio.run(Bench(settings, far).run(args.rounds))
-        finally:
-            proxy.terminate()
+        default = connections.settings["default"]
+        pool = {"min_size": FAR, "max_size": FAR}
+        connections.settings["far"] = {
+            **default,
+            **far,
+            "OPTIONS": {**default["OPTIONS"], "pool": pool},
+        }
+        found = asyncio.run(Bench(settings, far).run(args.rounds))
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     lines = [
         f"# Round trips, Python {version}",
