@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import io
 import logging
 import xml.etree.ElementTree as ET
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from django.test import TestCase
 import asyncorm
 from asyncorm import native, pools
 from asyncorm.timeline import Timeline
+from tests.project.myapp.models import Item
 from tests.project.shop.models import Author, Book, Publisher, Tag
 from tests.support import backend_pid, database, sleep
 
@@ -101,6 +104,44 @@ async def test_begin_commit_and_rollback() -> None:
     assert seen.findings() == []
     assert sum("COMMIT" in line for line in str(seen).splitlines()) == 1
     assert "COMMIT" in seen.svg() and "COMMIT" in seen.html()
+
+
+async def first_by_cursor() -> None:
+    async with asyncorm.cursor() as cursor:
+        await cursor.execute("SELECT 1")
+
+
+async def first_by_stream() -> None:
+    async for _ in Tag.objects.native_iterator():
+        break
+
+
+FIRST: dict[str, Callable[[], Awaitable[Any]]] = {
+    "query": lambda: Tag.objects.native_count(),
+    "compiled": lambda: asyncorm.compiled(lambda pk: Tag.objects.filter(pk=pk))(1),
+    "raw": lambda: Tag.objects.raw("SELECT * FROM shop_tag").anative(),
+    "cursor": first_by_cursor,
+    "stream": first_by_stream,
+    "prefetch": lambda: Book.objects.prefetch_related("tags", "publisher").anative(),
+    "update": lambda: Tag.objects.filter(pk=-1).native_update(name="x"),
+    "batch": lambda: asyncorm.batch(Tag.objects.count, Book.objects.count),
+    "gather": lambda: asyncio.gather(*(Tag.objects.native_count() for _ in range(5))),
+    "COPY TO": lambda: asyncorm.copy_to(Tag.objects.order_by("pk"), io.StringIO()),
+    "COPY FROM": lambda: Item.objects.native_bulk_create([Item(remote_id=1)], method="copy"),
+}
+
+
+@pytest.mark.parametrize("first", FIRST)
+async def test_a_block_begins_before_whatever_is_first(first: str) -> None:
+    async with asyncorm.timeline() as seen:
+        async with asyncorm.atomic():
+            await FIRST[first]()
+            asyncorm.set_rollback(True)
+    what = [span.what for span in seen.commands if span.what in ("BEGIN", "COMMIT", "ROLLBACK")]
+    assert what == ["BEGIN", "ROLLBACK"]
+    spans = sorted((span for span in seen.spans if not span.is_wait), key=lambda span: span.ended)
+    began = [span.what for span in spans].index("BEGIN")
+    assert all("pg_type" in span.what for span in spans[:began])  # a connection that is new
 
 
 async def test_a_commit_is_its_tasks_also_when_that_is_cancelled() -> None:
