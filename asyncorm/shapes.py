@@ -167,10 +167,19 @@ class Shape:
             cls: Any = type(child)
             if cls in _LOOKUPS:
                 lhs, rhs = child.lhs, child.rhs
-                if type(lhs) is not Col or child.bilateral_transforms or hasattr(rhs, "as_sql"):
+                if child.bilateral_transforms:
                     raise Unfit
-                key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field))
-                self.kept += (lhs.target, lhs.output_field)
+                if type(lhs) is Col:
+                    key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field))
+                    self.kept += (lhs.target, lhs.output_field)
+                elif lhs.contains_aggregate:  # in HAVING, which has its parameters elsewhere
+                    raise Unfit
+                else:
+                    key.append(cls)
+                    self.expression(lhs)
+                if hasattr(rhs, "as_sql"):
+                    self.right_side(child, rhs)
+                    continue
                 if type(rhs) is bool and cls in _EXACT and lhs.conditional:
                     key.append(rhs)
                     continue
@@ -190,6 +199,20 @@ class Shape:
                 self.kept += (lhs.target, lhs.output_field)
             else:
                 raise Unfit
+
+    def right_side(self, lookup: Any, rhs: Any) -> None:
+        """What a column is compared with that is no value."""
+        if type(rhs) is not Query:
+            self.key.append("as")
+            self.expression(rhs)
+        elif type(lookup) not in _LISTS or rhs.is_sliced:
+            raise Unfit
+        else:
+            inner = _Inner(rhs, self.wrapper)
+            self.key += ("in", len(inner.key), *inner.key)
+            self.params += inner.params
+            self.leaves += inner.leaves
+            self.kept += inner.kept
 
     def keys(self, lookup: Any) -> None:
         """One column among keys: what a forward relation's prefetch asks for."""
@@ -250,7 +273,12 @@ class Shape:
             if value is not None or not skips_null
         ]
         for leaf, count in self.leaves:
-            kinds = _TEXT if type(leaf) in _PATTERNS else family(leaf.lhs.target, self.wrapper)
+            if type(leaf.lhs) is not Col:
+                kinds = {}
+            elif type(leaf) in _PATTERNS:
+                kinds = _TEXT
+            else:
+                kinds = family(leaf.lhs.target, self.wrapper)
             found += [kinds] * count
         return found
 
@@ -259,7 +287,7 @@ class Shape:
         found = []
         at = sum(value is not None or not skips_null for _, value in self.values)
         for leaf, count in self.leaves:
-            if count > 1 and type(leaf) in _LISTS:
+            if count > 1 and type(leaf) in _LISTS and type(leaf.lhs) is Col:
                 kind = leaf.lhs.target.db_type(self.wrapper)
                 if kind in _KEYS:
                     found.append((at, count))
@@ -271,6 +299,12 @@ class Shape:
         if not self.values:
             return self.params
         return [v for _, v in self.values if v is not None or not skips_null] + self.params
+
+
+class _Inner(Shape):
+    """Of a subquery."""
+
+    __slots__ = ()
 
 
 # What to do with each attribute of a Query; None for what the SQL does not depend on.
@@ -287,6 +321,16 @@ def _value(shape: Shape, value: Any) -> None:
 def _absent(shape: Shape, value: Any) -> None:
     if value:
         raise Unfit
+
+
+def _aliases(shape: Shape, value: Any) -> None:
+    shape.key.append(frozenset(value))
+
+
+def _subquery(shape: Shape, value: Any) -> None:
+    if value and type(shape) is not _Inner:
+        raise Unfit
+    shape.key.append(value)
 
 
 def _items(shape: Shape, value: Any) -> None:
@@ -452,7 +496,7 @@ _PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "alias_refcount": _items,
     "alias_map": _joins,
     "alias_cols": _value,
-    "external_aliases": _absent,
+    "external_aliases": _items,
     "table_map": _tables,
     "used_aliases": None,
     "where": _where,
@@ -460,6 +504,8 @@ _PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "extra": _extra,
     "_filtered_relations": _absent,
     "base_table": None,
+    "contains_aggregate": None,  # these are told from the rest
+    "contains_over_clause": None,
     "_annotation_select_cache": None,
     "annotation_select_mask": _mask,
     "_extra_select_cache": None,
@@ -486,7 +532,10 @@ _PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "explain_info": _absent,
     "filter_is_sticky": None,
     "_lookup_joins": None,  # for split_exclude(), while a filter is built
-    "subquery": _absent,
+    "subquery": _subquery,
+    "alias_prefix": _value,
+    "subq_aliases": _aliases,
+    "_db": _value,
     "contains_subquery": _absent,
     "values": _updated,
     "related_ids": _absent,

@@ -325,12 +325,21 @@ def programs(draw: Any) -> tuple[Program, Program, list[list[Any]]]:
             add(f"filter({text})", lambda qs, left, c=condition: qs.filter(c(left)))
         else:
             add(f"exclude({text})", lambda qs, left, c=condition: qs.exclude(c(left)))
+    if draw(st.integers(0, 5)) == 0:
+        name = draw(st.sampled_from(sorted(COMPARED)))
+        compared = COMPARED[name]
+        if name not in BOOK_ONLY or model in (Book, PrintedBook):
+            inside = draw(st.integers(0, 9))
+            add(f"filter({name})", lambda qs, left: qs.filter(compared(qs, inside)))
     if draw(st.integers(0, 4)) == 0:
         name = draw(st.sampled_from(sorted(ANNOTATIONS)))
         if name not in BOOK_ONLY or model in (Book, PrintedBook):
             add(f"annotate({name})", lambda qs, left: qs.annotate(extra_value=ANNOTATIONS[name]()))
             if draw(st.booleans()):
                 add("filter(extra_value)", lambda qs, left: qs.exclude(extra_value=None))
+            if name in ("lower", "length", "key", "abs", "greatest") and draw(st.booleans()):
+                wanted = draw(st.integers(0, 9))
+                add(f"extra_value={wanted}", lambda qs, left: qs.filter(extra_value=wanted))
             if draw(st.booleans()):
                 annotated = True
     if draw(st.integers(0, 6)) == 0:
@@ -394,7 +403,23 @@ GROUPED: dict[str, Callable[[], Any]] = {
     "max": lambda: Max("pk"),
     "filtered": lambda: Count("pk", filter=Q(pk__gt=3)),
 }
+COMPARED: dict[str, Callable[[Any, int], Q]] = {
+    "column": lambda qs, n: Q(pk__gte=F("pk")),
+    "columns": lambda qs, n: Q(pages__gt=F("sold")),
+    "sum": lambda qs, n: Q(pages__gt=F("sold") + F("pages")),
+    "lowered": lambda qs, n: Q(title=Lower("title")),
+    "subquery": lambda qs, n: Q(pk__in=qs.model.objects.filter(pk__gt=n)),
+    "subquery of another": lambda qs, n: Q(
+        publisher__in=Publisher.objects.filter(pk__lt=n).filter(name__contains="e")
+    ),
+    "not in": lambda qs, n: ~Q(pk__in=qs.model.objects.filter(pk__lt=n).values("pk")),
+    "nested": lambda qs, n: Q(
+        publisher__in=Publisher.objects.filter(books__in=Book.objects.filter(pk__gt=n))
+    ),
+    "slice": lambda qs, n: Q(pk__in=qs.model.objects.order_by("pk")[n : n + 3]),
+}
 BOOK_ONLY = {
+    "columns", "sum", "lowered", "subquery of another", "nested",
     "pages", "count", "average", "month", "title", "subquery", "exists", "lower", "both", "length",
     "greatest", "tags", "gross",
 }  # fmt: skip
