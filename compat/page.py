@@ -22,8 +22,9 @@ What is guaranteed: ORM code behaves natively as it does on Django's own Postgre
 judges are Django's own test suite and those of apps that people use, unedited, from the source
 distribution of each version. They run twice on the same server: on `django.db.backends.postgresql`,
 and natively, inside a running event loop on connections of asyncorm's pool, asynchronous tests
-awaited as coroutines with `ASYNCORM = {"SWAP_MANAGERS": True}`. A test that passes on the first and
-not on the second is a difference. Each is in `compat/known_differences.toml` with its reason; any
+awaited as coroutines with `ASYNCORM = {"SWAP_MANAGERS": True}`. (On a version's second Python the
+stock backend may be asked only about what does not pass natively.) A test that passes on the first
+and not on the second is a difference. Each is in `compat/known_differences.toml` with its reason; any
 other fails the run, and so does a listed one that passes.
 
 Statements are counted by the connection that they went through. One on a synchronous connection, or
@@ -33,7 +34,7 @@ Reproduce all of this page with one command:
 
     make compat-matrix
 
-It takes two hours or so on two cores; a part of it with
+It takes an hour and a half or so on two cores; a part of it with
 
 | Command | Runs |
 | --- | --- |
