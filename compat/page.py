@@ -24,8 +24,8 @@ distribution of each version. They run twice on the same server: on `django.db.b
 and natively, inside a running event loop on connections of asyncorm's pool, asynchronous tests
 awaited as coroutines with `ASYNCORM = {"SWAP_MANAGERS": True}`. (On a version's second Python the
 stock backend may be asked only about what does not pass natively.) A test that passes on the first
-and not on the second is a difference. Each is in `compat/known_differences.toml` with its reason; any
-other fails the run, and so does a listed one that passes.
+and not on the second is a difference. Each is in `compat/known_differences.toml` with its reason;
+any other fails the run, and so does a listed one that passes.
 
 Statements are counted by the connection that they went through. One on a synchronous connection, or
 in another thread, fails the run, unless a test started that thread itself.
