@@ -42,9 +42,9 @@ def lifespan(
 
     At start-up each pool gets its `min_size` connections (at least one). If the database cannot be
     reached the server does not start, and says why. At shut-down requests and other work in
-    progress are waited for, then the pools are closed. Answers the `lifespan` scope itself (Django
-    refuses it) and passes everything else on; on a server without lifespan, such as daphne, pools
-    open on first use.
+    progress (of a websocket, only what uses a connection) are waited for, then the pools are
+    closed. Answers the `lifespan` scope itself (Django refuses it) and passes everything else on;
+    on a server without lifespan, such as daphne, pools open on first use.
 
     Args:
         app: Django's application, or one around it.
@@ -57,11 +57,12 @@ def lifespan(
     async def application(scope: Any, receive: Receive, send: Send) -> None:
         nonlocal running
         if scope["type"] != "lifespan":
-            running += 1
+            request = scope["type"] == "http"  # a websocket may be open, and idle, for ever
+            running += request
             try:
                 await app(scope, receive, send)
             finally:
-                running -= 1
+                running -= request
             return
         await receive()
         async with AsyncExitStack() as stack:

@@ -151,6 +151,26 @@ async def test_work_in_progress_is_waited_for(django_db_blocker: Any) -> None:
         await asyncio.gather(*tasks)
 
 
+async def test_an_idle_websocket_is_not_waited_for_but_its_statement_is(
+    django_db_blocker: Any,
+) -> None:
+    ended: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        ended.append(await asyncorm.native(value)("SELECT 'message', pg_sleep(0.2)", using="extra"))
+        await asyncio.sleep(60)  # for the next message
+
+    with django_db_blocker.unblock(), database():
+        wrapped = lifespan(app, using=["extra"])
+        async with served(wrapped):
+            open_socket = asyncio.ensure_future(wrapped({"type": "websocket"}, None, None))
+            await asyncio.sleep(0.1)
+            began = time.monotonic()
+        assert ended == ["message"] and time.monotonic() - began < 5
+        open_socket.cancel()
+        await asyncio.gather(open_socket, return_exceptions=True)
+
+
 async def test_but_not_for_ever(django_db_blocker: Any, caplog: Any) -> None:
     async def background() -> None:
         async with asyncorm.atomic(using="extra"):
