@@ -71,6 +71,10 @@ class Ready(NamedTuple):
     fits: Callable[[Any], Any] | None = None
     bare: bool = True
 
+    def takes(self, value: Any) -> bool:
+        """Whether a value is one of those; None is not."""
+        return type(value) in self.types and (self.fits is None or bool(self.fits(value)))
+
 
 _INTEGER = Ready(frozenset({int}))
 _STRING = Ready(frozenset({str}), bare=False)

@@ -556,7 +556,9 @@ def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, 
                 hasattr(value, "resolve_expression") or hasattr(value, "prepare_database_save")
             ):
                 return None
-            value = field.get_db_prep_save(value, connection=wrapper)
+            as_is = bulk.as_is(field)
+            if as_is is None or not as_is.takes(value):
+                value = field.get_db_prep_save(value, connection=wrapper)
             key += (id(field), value is None)
             params.append(value)
         whole = tuple(key)
@@ -650,11 +652,7 @@ def _insert_params(
     try:
         for field, as_is in zip(fields, ready, strict=True):
             value = getattr(obj, field.attname) if raw else field.pre_save(obj, True)
-            if (
-                as_is is not None
-                and type(value) in as_is.types
-                and (as_is.fits is None or as_is.fits(value))
-            ):
+            if as_is is not None and as_is.takes(value):
                 params.append(value)
                 continue
             if hasattr(value, "resolve_expression"):
