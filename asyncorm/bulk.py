@@ -370,8 +370,8 @@ def copy_lines(objs: list[Any], fields: list[Any], wrapper: Any, transformer: An
 
 # bulk_create()
 
-# From Django 6.1 on it is told which objects have keys.
-_TELLS_KEYS = django.VERSION >= (6, 1)
+# From Django 6.0 on it is told which objects have keys.
+_TELLS_KEYS = django.VERSION >= (6, 0)
 _KEYS = (models.AutoField, models.BigAutoField, models.SmallAutoField)
 
 
