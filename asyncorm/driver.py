@@ -431,9 +431,7 @@ class Connection(psycopg.Connection[Any]):
         try:
             state = next(gen)
         except StopIteration as stop:
-            if monotonic() - self._yielded < _BUSY:
-                return stop.value
-            runner.parent.switch(self._yield())  # type: ignore[union-attr]
+            self.give_turn()
             return stop.value
         return runner.parent.switch(self._wait(runner, gen, state, timeout))  # type: ignore[union-attr]
 
@@ -482,11 +480,14 @@ class Connection(psycopg.Connection[Any]):
         return cursor
 
     def give_turn(self) -> bool:
-        """Let other tasks run if this one has kept them waiting; whether they did."""
+        """Let other tasks run if this one has kept them waiting; whether they did.
+
+        A cancellation may arrive then: not in a shield, and not outside native code.
+        """
         if monotonic() - self._yielded < _BUSY:
             return False
         runner = getcurrent()
-        if type(runner) is not Runner:
+        if type(runner) is not Runner or runner.shields:
             return False
         runner.parent.switch(self._yield())  # type: ignore[union-attr]
         return True

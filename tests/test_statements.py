@@ -17,7 +17,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 import asyncorm
-from asyncorm import planned, statements
+from asyncorm import bridge, planned, statements
 from asyncorm.driver import Connection
 from tests.compare import differences
 from tests.project.shop.models import (
@@ -518,6 +518,20 @@ async def test_cancelled_while_a_large_result_is_made(
     assert left <= 0
     await all_given_back()
     assert await Book.objects.native_get(pk=1)
+
+
+async def test_no_turns_where_a_cancellation_must_not_arrive(
+    shop_data: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turns() -> list[bool]:
+        connection.ensure_connection()
+        give_turn = connection.connection.give_turn
+        with bridge.shield(bridge.current()):  # type: ignore[arg-type]
+            shielded = give_turn()
+        return [shielded, give_turn()]
+
+    monkeypatch.setattr("asyncorm.driver._BUSY", 0)
+    assert await asyncorm.native(turns)() == [False, True]
 
 
 class Big(models.Model):
