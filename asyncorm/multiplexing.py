@@ -8,7 +8,6 @@ error and, outside a transaction block, its own implicit transaction.
 
 from __future__ import annotations
 
-import functools
 import re
 from asyncio import CancelledError, Future, Task, current_task, get_running_loop, sleep
 from collections import OrderedDict, deque
@@ -23,7 +22,15 @@ from psycopg import pq
 
 from . import bridge
 from .bridge import Runner
-from .driver import CANCEL_TIMEOUT, Connection, Statement, finish, leaves_state
+from .driver import (
+    CANCEL_TIMEOUT,
+    Connection,
+    Statement,
+    contains,
+    finish,
+    leaves_state,
+    remembered,
+)
 
 MOST = 64  # statements in one pipeline
 SLOW = 0.2  # seconds without an answer after which a pipeline's statements count as slow
@@ -44,14 +51,20 @@ _WAITS = re.compile(
     re.IGNORECASE,
 )
 
+_WAITING = ("update", "share", "pg_sleep", "lock")  # one is in what that matches
 
-@functools.lru_cache(maxsize=4096)
+
+@remembered
 def is_read(text: str) -> bool:
     """Whether a statement only reads, and so waits for nobody, as far as its text tells."""
-    return _READS.match(text) is not None and is_single(text) and _WAITS.search(text) is None
+    return (
+        _READS.match(text) is not None
+        and is_single(text)
+        and not (contains(text, _WAITING) and _WAITS.search(text))
+    )
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered
 def is_single(text: str) -> bool:
     """Whether a statement may be in a pipeline: one command, no session state, no COPY."""
     return (

@@ -126,6 +126,24 @@ def test_ordinary_statements_leave_nothing(statement: str) -> None:
     assert not leaves_state(statement)
 
 
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [
+        ("SELECT", "; SET work_mem = '77MB'"),
+        ("SELECT", "set_CONFIG('a.b', 'c', false)"),
+        ("SELECT", "PG_try_advisory_lock(1)"),
+        ("DECLARE c CURSOR WITH HOLD FOR SELECT", ""),
+        ("CREATE Temp TABLE a AS SELECT", ""),
+        ("set a.b =", ""),
+        ("  -- first\nPREPARE a AS SELECT", ""),
+    ],
+)
+def test_long_statements_are_looked_at_too(begin: str, end: str) -> None:
+    for numbers in ("1", ", ".join(["1"] * 5000)):
+        assert leaves_state(f"{begin} {numbers}, {end}")
+        assert not leaves_state(f"SELECT {numbers}, 'reset' AS setting, prepared FROM listen")
+
+
 async def test_deadlock_on_the_pool_is_told_at_once() -> None:
     loop = asyncio.get_running_loop()
     began = loop.time()
