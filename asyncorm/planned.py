@@ -27,7 +27,7 @@ from typing import Any
 
 import django
 from django.core.signals import setting_changed
-from django.db.models import Manager, Model, Q, query
+from django.db.models import Manager, Model, query
 from django.db.models.sql import compiler
 from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
 from django.db.models.sql.constants import ROW_COUNT
@@ -350,36 +350,44 @@ def _plan_get(
     return _Get(found[0], lookups, base.kept) if same(params, found[1]) else None
 
 
-def by_keys(queryset: Any, name: str, keys: list[Any]) -> list[Any] | None:
-    """The rows of a fresh queryset whose foreign key is one of different keys of one type.
+def by_keys(
+    queryset: Any, what: Any, keys: list[Any], narrow: Callable[[], Any]
+) -> list[Any] | None:
+    """The rows of a fresh queryset, narrowed to those with one of different keys of one type.
 
-    None: have Django filter the queryset.
+    Args:
+        what: tells one way of narrowing this queryset from another.
+        narrow: returns the narrowed queryset, where the statement is not known yet.
+
+    None: have Django do it.
     """
     wrapper = native_wrapper(queryset.db)
     if wrapper is None or queryset._iterable_class is not query.ModelIterable:
         return None
     mode = getattr(queryset, "_fetch_mode", None)
+    if mode is not None and mode.track_peers:
+        return None
     try:
-        shape = Shape(queryset.query, wrapper, "keys", name, len(keys), type(keys[0]))
+        shape = Shape(queryset.query, wrapper, "keys", what, len(keys), type(keys[0]))
         key = tuple(shape.key)
         known: Any = recall(key)
         if known is UNPLANNED:
-            known = _plan_keys(queryset, wrapper, name, keys)
+            known = _plan_keys(narrow(), wrapper, keys)
             remember(key, known)
+        if known is None:
+            return None
+        plan, kind = known
+        params = keys if kind is type(keys[0]) else [kind(value) for value in keys]
     except Exception:
         return None
-    if known is None or rows.is_watched(known[0].maker.models):
+    if rows.is_watched(plan.maker.models):
         return None
     counts["hits"] += 1
-    plan, kind = known
-    params = keys if kind is type(keys[0]) else [kind(value) for value in keys]
     return items(plan, params, 0, wrapper, mode)
 
 
-def _plan_keys(queryset: Any, wrapper: Any, name: str, keys: list[Any]) -> Any:
-    filtered = queryset._chain()
-    filtered.query.add_q(Q(**{f"{name}__in": keys}), reuse_all=True)
-    found = queryset_plan(filtered, wrapper, query.ModelIterable)
+def _plan_keys(narrowed: Any, wrapper: Any, keys: list[Any]) -> Any:
+    found = queryset_plan(narrowed, wrapper, query.ModelIterable)
     kinds = set(map(type, found[1])) if found is not None else ()
     if found is None or len(kinds) != 1:
         return None

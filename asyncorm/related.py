@@ -2,13 +2,14 @@
 
 Django makes a related manager and a filtered queryset for each instance, to hold what was fetched
 for it. The first instance's is made by Django here too; what another's would be is told from that
-one: the same but for the instance and its key. Rows of a reverse foreign key are asked for and told
-apart by key, without the methods that serve relations of any kind. All else is Django's.
+one: the same but for the instance and its key. Rows of a foreign key, in either direction, are
+asked for and told apart by key, without the methods that serve relations of any kind. All else is
+Django's.
 
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
-- `ReverseManyToOneDescriptor`, `ManyToManyDescriptor`, `.related_manager_cls`, `.field`, `.rel`;
-  `core_filters`, `source_field` of their managers: which relation it is.
+- `ForwardManyToOneDescriptor`, `ReverseManyToOneDescriptor`, `ManyToManyDescriptor`,
+  `.related_manager_cls`, `.field`; `source_field` of their managers: which relation it is.
 - `QuerySet.__dict__`, `Query.__dict__`, `BaseManager._queryset_class`: what is copied; whatever is
   not of a kind known here is left to Django. The methods in `_QUERYSET` and `_MANAGER`: compared
   with the class's own to see whether they are overridden.
@@ -31,6 +32,7 @@ from django.db.models import ForeignKey, Manager, OneToOneField, Q, QuerySet
 from django.db.models.constants import LOOKUP_SEP
 from django.db.models.fields.related_descriptors import (
     ForeignKeyDeferredAttribute,
+    ForwardManyToOneDescriptor,
     ManyToManyDescriptor,
     ReverseManyToOneDescriptor,
 )
@@ -59,18 +61,46 @@ def _is_djangos(cls: Any, base: Any, names: tuple[str, ...]) -> bool:
 
 
 class Relation:
-    """A relation from the instances of one model to many of another.
+    """A relation from the instances of one model to those of another.
 
     Attributes:
-        field: the foreign key that leads back; None for a many-to-many relation.
+        field: the foreign key that leads back, or forward; None for a many-to-many relation.
         key: the attribute of an instance that is looked for.
-        manager: the first instance's related manager.
+        manager: the first instance's related manager; None if the foreign key leads forward.
     """
 
     def __init__(self, field: Any, key: str, manager: Any) -> None:
         self.field = field
         self.key = key
         self.manager = manager
+
+
+def _forward(instances: Any, descriptor: Any) -> Relation | None:
+    """A foreign key of the instances' own."""
+    model, field = type(instances[0]), descriptor.field
+    (target,) = field.foreign_related_fields
+    remote = field.remote_field.model
+    manager = remote._base_manager
+    managers: Any = type(manager)
+    if (
+        type(field) is not ForeignKey
+        or field.primary_key
+        or model._meta.parents
+        or field.model._meta.concrete_model is not model._meta.concrete_model
+        or type(getattr_static(model, field.attname, None)) not in _COLUMNS
+        or remote._meta.parents
+        or target.model._meta.concrete_model is not remote._meta.concrete_model
+        or not _is_djangos(managers, Manager, (*_MANAGER, "db_manager", "all", "fetch_mode"))
+        or not _is_djangos(manager._queryset_class, QuerySet, _QUERYSET)
+        or set(map(type, instances)) != {model}
+    ):
+        return None
+    key, kinds = field.attname, _KEYS | {type(None)}
+    for obj in instances:
+        state = obj.__dict__
+        if key not in state or type(state[key]) not in kinds:
+            return None
+    return Relation(field, key, None)
 
 
 def relation(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Relation | None:
@@ -80,6 +110,8 @@ def relation(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Relati
     model = type(instances[0])
     descriptor = getattr(model, lookup.prefetch_through.split(LOOKUP_SEP)[level], None)
     kind = type(descriptor)
+    if kind is ForwardManyToOneDescriptor and prefetcher is descriptor:
+        return _forward(instances, descriptor)
     if kind is not ReverseManyToOneDescriptor and kind is not ManyToManyDescriptor:
         return None
     managers: Any = descriptor.related_manager_cls  # type: ignore[union-attr]
@@ -121,17 +153,24 @@ def get_prefetch_querysets(
     """Django's; for a foreign key, its rows and what it would tell of them."""
     if along is None or along.field is None:
         return prefetcher.get_prefetch_querysets(instances, querysets)
+    if along.manager is None:
+        return _ahead(along, prefetcher, instances)
     field, manager = along.field, along.manager
     of_instance = attrgetter(along.key)
     parents = {of_instance(obj): obj for obj in instances}
     queryset = manager._queryset_class(model=manager.model, hints={"instance": instances[0]})
     keys = list(parents)
+
+    def narrow() -> Any:
+        narrowed = queryset._chain()
+        narrowed.query.add_q(Q(**{f"{field.name}__in": keys}), reuse_all=True)
+        return narrowed
+
     rows = None
     if len(set(map(type, keys))) == 1:
-        rows = planned.by_keys(queryset, field.name, keys)
+        rows = planned.by_keys(queryset, field.name, keys, narrow)
     if rows is None:
-        rows = queryset
-        rows.query.add_q(Q(**{f"{field.name}__in": keys}), reuse_all=True)
+        rows = narrow()
     (source,) = field.local_related_fields
     of_row = attrgetter(source.attname)
     name = field.cache_name
@@ -146,6 +185,26 @@ def get_prefetch_querysets(
     return rows, of_row, of_instance, False, field.remote_field.cache_name, False
 
 
+def _ahead(along: Relation, descriptor: Any, instances: Any) -> Any:
+    """The same for a foreign key that leads forward."""
+    field, of_instance = along.field, attrgetter(along.key)
+    keys = list(dict.fromkeys(map(of_instance, instances)))
+    wanted = [key for key in keys if key is not None]
+    rows = None
+    if wanted and len(set(map(type, wanted))) == 1:
+        queryset = descriptor.get_queryset(instance=instances[0])
+        rows = planned.by_keys(
+            queryset,
+            (id(field), "ahead"),
+            wanted,
+            lambda: descriptor.get_prefetch_querysets(instances)[0],
+        )
+    if rows is None:
+        return descriptor.get_prefetch_querysets(instances)
+    (target,) = field.foreign_related_fields
+    return rows, attrgetter(target.attname), of_instance, True, field.cache_name, False
+
+
 def assign(along: Relation, instances: Any, fetched: Any) -> Any:
     """What Django does with the rows of a level; returns what its prefetch_one_level() does.
 
@@ -154,6 +213,8 @@ def assign(along: Relation, instances: Any, fetched: Any) -> Any:
     rows, of_row, of_instance, _, cache_name, _ = fetched
     if getattr(rows, "_prefetch_related_lookups", ()):
         return None
+    if along.manager is None:
+        return _assign_one(rows, of_row, of_instance, cache_name, instances)
     first = along.manager.get_queryset()
     new = _maker(along, first)
     if new is None:
@@ -188,6 +249,18 @@ def assign(along: Relation, instances: Any, fetched: Any) -> Any:
                 queryset._prefetch_done = True
             else:
                 cache[cache_name] = new(obj, getattr(obj, key), found)
+    return objs, []
+
+
+def _assign_one(rows: Any, of_row: Any, of_instance: Any, cache_name: str, instances: Any) -> Any:
+    objs = list(rows)
+    found: dict[Any, Any] = {}
+    for part in _parts(objs, instances):
+        for obj in part:
+            found.setdefault(of_row(obj), obj)
+    for part in _parts(instances, instances):
+        for obj in part:
+            obj._state.fields_cache[cache_name] = found.get(of_instance(obj))
     return objs, []
 
 
