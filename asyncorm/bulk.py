@@ -211,6 +211,7 @@ def getter(field: Any) -> Callable[[Any], Any]:
 
 
 def slices(objs: list[Any], turn: Callable[[], None]) -> Iterator[list[Any]]:
+    """The objects, some at a time; `turn()` may let other tasks run between."""
     for start in range(0, len(objs), SLICE):
         yield objs[start : start + SLICE]
         turn()
