@@ -41,7 +41,7 @@ from . import bulk, conf, rows, sessions
 from .bridge import Runner
 from .driver import Connection
 from .rows import RowMaker
-from .shapes import Shape, Unfit, family
+from .shapes import MAX_PARAMS, Shape, Unfit, family
 from .statements import (
     UNPLANNED,
     Compiled,
@@ -368,15 +368,26 @@ def by_keys(
     if mode is not None and mode.track_peers:
         return None
     try:
-        shape = Shape(queryset.query, wrapper, "keys", what, len(keys), type(keys[0]))
+        many = len(keys) > 1
+        shape = Shape(queryset.query, wrapper, "keys", what, many, type(keys[0]))
         key = tuple(shape.key)
         known: Any = recall(key)
+        if known is _BY_LENGTH:
+            key = (*key, len(keys))
+            known = recall(key)
         if known is UNPLANNED:
+            if len(keys) > MAX_PARAMS:
+                return None
             known = _plan_keys(narrow(), wrapper, keys)
+            if many and known is not None and not known[0].is_of_keys:
+                remember(key, _BY_LENGTH)
+                key = (*key, len(keys))
             remember(key, known)
         if known is None:
             return None
         plan, kind = known
+        if many and plan.is_of_keys:
+            plan = plan.of_length(len(keys))
         params = keys if kind is type(keys[0]) else [kind(value) for value in keys]
     except Exception:
         return None
@@ -397,6 +408,7 @@ def _plan_keys(narrowed: Any, wrapper: Any, keys: list[Any]) -> Any:
     return found[0], kind
 
 
+_BY_LENGTH: Any = object()  # lists of each length have a plan of their own
 _KEY_TYPES = {int, str, uuid.UUID, Int2, Int4, Int8}  # Django wraps integers for psycopg
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 from psycopg.adapt import PyFormat
@@ -77,6 +78,24 @@ class Plan:
         self.formats = [PyFormat.TEXT] * len(self.families)
         self.text = self.query.decode() if self.query is not None else ""
         self.leaves_state = leaves_state(sql)
+
+    @property
+    def is_of_keys(self) -> bool:
+        """Whether its parameters are the elements of one array: it serves arrays of all lengths."""
+        return self.lists == [(0, len(self.families))] and "%%" not in self.sql
+
+    def of_length(self, count: int) -> Plan:
+        """The plan for so many keys, if it is one of keys."""
+        size = len(self.families)
+        if count == size:
+            return self
+        plan = copy(self)
+        first, last = self.sql.index("%s"), self.sql.rindex("%s")
+        between = self.sql[first + 2 : self.sql.index("%s", first + 2)]
+        plan.sql = self.sql[:first] + between.join(["%s"] * count) + self.sql[last + 2 :]
+        plan.lists = [(0, count)]
+        plan.families, plan.formats = self.families[:1] * count, self.formats[:1] * count
+        return plan
 
     def bound(self, conn: Connection, params: Any) -> Statement | None:
         """The statement with its parameters, None if not all can be sent as such."""

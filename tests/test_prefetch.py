@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import asyncorm
-from asyncorm import native
+from asyncorm import native, statements
 from asyncorm.limits import parallelism
 from tests.project.shop.models import (
     Author,
@@ -399,6 +399,26 @@ async def test_the_querysets_of_instances_are_djangos(model: Any, name: str) -> 
         expected = await in_thread(lambda: way(load()))  # noqa: B023
         assert await native(lambda: way(load()))() == expected  # noqa: B023
     assert any(expected)
+
+
+@pytest.mark.parametrize("name", ["reviews", "publisher"])
+async def test_keys_of_all_lengths_share_a_plan(name: str) -> None:
+    def load(count: int) -> Any:
+        books = list(Book.objects.order_by("pk")[:count])
+        with CaptureQueriesContext(connection) as queries:
+            prefetch_related_objects(books, name)
+        unwatched = list(Book.objects.order_by("pk")[:count])
+        prefetch_related_objects(unwatched, name)
+        return dump(books), dump(unwatched), [query["sql"] for query in queries]
+
+    statements.clear()
+    sizes = []
+    for count in (9, 3, 12, 2, 1, 7):
+        assert await native(load)(count) == await in_thread(load, count)
+        sizes.append(asyncorm.statement_cache_stats()["size"])
+    # The books have a plan for each LIMIT. What is asked by keys has two, as it is known by its
+    # filter as well; a single key is no list.
+    assert [size - number for number, size in enumerate(sizes)] == [3, 3, 3, 3, 5, 5]
 
 
 @pytest.mark.parametrize(
