@@ -62,6 +62,11 @@ class Limit:
         """How many connections more are to be had without waiting for anybody."""
         return min(self._turns.value, len(self._kept) + self.parent.room)
 
+    @property
+    def has_free(self) -> bool:
+        """Whether there is one that nobody has, and that may be had."""
+        return self._turns.value > 0 and (bool(self._kept) or self.parent.has_free)
+
     def take(self) -> Connection | None:
         """A connection if one is to be had at once."""
         try:
@@ -167,7 +172,12 @@ class Kept:
     @property
     def room(self) -> int:
         """How many connections more are to be had without waiting for anybody."""
-        return 0 if self._lent else 1
+        return int(self.has_free)
+
+    @property
+    def has_free(self) -> bool:
+        """Whether it is to be had at once."""
+        return not self._lent
 
     def take(self) -> Connection | None:
         """The connection, None if it is lent or lost."""

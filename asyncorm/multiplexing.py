@@ -180,6 +180,7 @@ class Queue:
     Attributes:
         waiting: how many wait now.
         pending: how many pipelines wait for a connection.
+        starting: how many of them have not got into line yet.
     """
 
     def __init__(self, source: Source) -> None:
@@ -188,6 +189,7 @@ class Queue:
         self._tasks: set[Task[None]] = set()
         self.waiting = 0
         self.pending = 0
+        self.starting = 0
 
     def seal(self) -> None:
         """Somebody waits for a connection to himself: what comes later stands behind him."""
@@ -237,6 +239,7 @@ class Queue:
     def _start(self, segment: _Segment) -> None:
         segment.pipelines += 1
         self.pending += 1
+        self.starting += 1
         task = get_running_loop().create_task(
             bridge.run(self._run_pipeline, segment, monotonic()), context=Context()
         )
@@ -261,6 +264,7 @@ class Queue:
     def _run_pipeline(self, segment: _Segment, started: float) -> None:
         runner = bridge.current()
         assert runner is not None
+        self.starting -= 1
         requests: list[_Request] | None = None
         try:
             with self._source.connection() as conn:

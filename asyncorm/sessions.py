@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from asyncio import CancelledError, Task, TimerHandle, current_task, get_running_loop
+from asyncio import CancelledError, Task, TimerHandle, current_task, get_running_loop, sleep
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from contextvars import Context, ContextVar, copy_context
@@ -446,13 +446,7 @@ def queue_without_session(alias: str, text: str) -> tuple[Queue, pools.Pool] | N
     if source.gathers:
         if not is_single(text):
             return None
-    elif (
-        pool.has_free
-        or source is not pool
-        or not is_read(text)
-        or text in slow
-        or not conf.get("MULTIPLEXING")
-    ):
+    elif source.has_free or not is_read(text) or text in slow or not conf.get("MULTIPLEXING"):
         return None
     if pool.connections is None or pool.outdated or alias in test_sessions:
         return None
@@ -538,15 +532,17 @@ class Session:
             return None
         if self.source.gathers:
             return self.pool.take_lazy()
-        if self.pool.has_free or not conf.get("MULTIPLEXING"):
+        if self.source.has_free or not conf.get("MULTIPLEXING"):
             return None
         return self.pool.take_lazy()
 
     def _checkout(self) -> Connection:
         if self.source.gathers and (conn := self.source.take()) is not None:
             return conn
-        if not self.pipelining and self.source.queue is not None:
-            self.source.queue.seal()
+        if not self.pipelining and (queue := self.source.queue) is not None:
+            queue.seal()
+            if queue.starting and (runner := bridge.current()) is not None:
+                bridge.wait_for(runner, sleep(0))  # they came first
         since = monotonic()
         conn = self.source.get(self.wrapper)
         waited(self.alias, "for a connection", since)

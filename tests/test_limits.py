@@ -13,6 +13,7 @@ from django.test import override_settings
 import asyncorm
 from asyncorm import native
 from asyncorm.asgi import limited
+from tests.project.shop.models import Tag
 from tests.support import all_given_back, backend_pid, database, sleep, value
 
 pytestmark = pytest.mark.usefixtures("shop_data")
@@ -89,6 +90,35 @@ async def test_statements_wait_together_for_their_turn(alias: str) -> None:
         )
     assert found == list(range(50))
     await all_given_back(alias)
+
+
+async def test_reads_that_wait_travel_together(alias: str) -> None:
+    before = asyncorm.pool_stats(alias).get("statements_pipelined", 0)
+    await native(value)("SELECT 1", using=alias)
+    meter = Meter(alias)
+    async with asyncorm.parallelism(2, using=alias):
+        naps = [asyncio.create_task(meter.nap(n, 0.1)) for n in range(2)]
+        await asyncio.sleep(0.02)  # both connections are in use, and eight more are free
+        reads = [asyncio.create_task(native(value)(f"SELECT {n}", using=alias)) for n in range(20)]
+        assert await asyncio.gather(*reads) == list(range(20))
+        await asyncio.gather(*naps)
+    stats = await all_given_back(alias)
+    assert stats["statements_pipelined"] - before >= 18
+
+
+async def test_one_keeps_the_order_of_reads_and_writes(alias: str, fresh_shop: Any) -> None:
+    async def write(number: int) -> None:
+        await Tag.objects.using(alias).native_create(name=f"number {number}")
+
+    async def read() -> int:
+        return await Tag.objects.using(alias).native_count()
+
+    there = await read()
+    async with asyncorm.parallelism(1, using=alias):
+        calls = [read() if n % 3 else write(n) for n in range(60)]
+        seen = await asyncio.gather(*calls)
+    numbers = [number - there for number in seen if number is not None]
+    assert numbers == [n // 3 + 1 for n in range(60) if n % 3]
 
 
 async def test_the_narrower_limit_holds(alias: str) -> None:
