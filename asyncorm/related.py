@@ -78,13 +78,14 @@ class Relation:
 def _forward(instances: Any, descriptor: Any) -> Relation | None:
     """A foreign key of the instances' own."""
     model, field = type(instances[0]), descriptor.field
+    if type(field) is not ForeignKey:
+        return None
     (target,) = field.foreign_related_fields
     remote = field.remote_field.model
     manager = remote._base_manager
     managers: Any = type(manager)
     if (
-        type(field) is not ForeignKey
-        or field.primary_key
+        field.primary_key
         or model._meta.parents
         or field.model._meta.concrete_model is not model._meta.concrete_model
         or type(getattr_static(model, field.attname, None)) not in _COLUMNS
