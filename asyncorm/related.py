@@ -82,7 +82,7 @@ def _forward(instances: Any, descriptor: Any) -> Relation | None:
         return None
     (target,) = field.foreign_related_fields
     remote = field.remote_field.model
-    manager = remote._base_manager
+    manager: Any = remote._base_manager
     managers: Any = type(manager)
     if (
         field.primary_key
