@@ -98,8 +98,12 @@ def _when(name: str, facts: dict[str, Any]) -> str:
     again = facts["reruns"]
     if name.split(" ")[0] in facts["versions"]:  # an app of its own
         again = [run for run in again if name.split(" ")[0] in run["apps"]]
-    later = (f"{', '.join(r['apps'])} again {r['date']}, {r['commit']}" for r in again)
+    later = (f"{_which(run['apps'])} again {run['date']}, {run['commit']}" for run in again)
     return "; ".join((f"{facts['date']}, {facts['commit']}", *later))
+
+
+def _which(apps: list[str]) -> str:
+    return ", ".join(apps) if len(apps) <= 5 else f"{len(apps)} modules"
 
 
 def _of(runs: list[dict[str, Any]], suite: str) -> list[dict[str, Any]]:
