@@ -30,6 +30,7 @@ from .schema import conninfo, database
 
 DELAY = 0.002  # seconds, each way
 NEAR, FAR = 10, 4  # connections
+ROWS = 100_000  # of a COPY
 BOOK = "SELECT id, author_id, title, pages, price, published, updated, meta FROM bench_book"
 Timed = Callable[[], Awaitable[Any]]
 
@@ -104,11 +105,23 @@ class Bench:
             authors = self.models.Author.objects.using(alias).filter(pk__lte=50)
             await authors.prefetch_related("books", "publisher", "publisher__authors").anative()
 
+    async def stream(self, alias: str, read_ahead: int) -> None:
+        books = self.models.Book.objects.using(alias).order_by("pk")[:500]
+        number = 0
+        async for _ in books.native_iterator(chunk_size=100, read_ahead=read_ahead):
+            number += 1
+            if number % 100 == 0:
+                await asyncio.sleep(0.005)  # each chunk is sent somewhere
+
+    async def limited(self, alias: str, n: int) -> None:
+        async with self.asyncorm.parallelism(n, alias):
+            await asyncio.gather(*[self.get(alias, 1 + i) for i in range(100)])
+
     async def create(self, method: str | None) -> None:
         from .works import draft
 
         Draft = self.models.Draft
-        drafts = [Draft(**draft(f"{method} {n}", n)) for n in range(10_000)]
+        drafts = [Draft(**draft(f"{method} {n}", n)) for n in range(ROWS)]
         began = perf_counter()
         if method is None:
             await sync_to_async(Draft.objects.bulk_create)(drafts)
@@ -155,6 +168,16 @@ class Bench:
                 p(self.prefetch, "far", False),
                 p(self.prefetch, "far", True),
             ),
+            (
+                "stream of five chunks, 5 ms of use each, 2 ms each way, read_ahead=1 (beside 0)",
+                p(self.stream, "far", 0),
+                p(self.stream, "far", 1),
+            ),
+            (
+                "100 gathered aget() within parallelism(2), 2 ms each way (beside all 4)",
+                p(self.limited, "far", FAR),
+                p(self.limited, "far", 2),
+            ),
         ]
 
     async def run(self, rounds: int) -> list[dict[str, Any]]:
@@ -180,7 +203,7 @@ class Bench:
             ordinary = self.took
             await self.create("copy")
             times.append((ordinary, self.took))
-        title = 'native_bulk_create() of 10,000, method="copy", beside Django\'s bulk_create()'
+        title = f'native_bulk_create() of {ROWS:,}, method="copy", beside Django\'s bulk_create()'
         found.append(_figures(title, times))
         print(_line(found[-1]), flush=True)
         for pool in self.pools.values():
