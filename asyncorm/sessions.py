@@ -432,6 +432,11 @@ def _queue(source: limits.Source, pool: pools.Pool) -> Queue:
     return cast(Queue, source.queue)
 
 
+def _travels(source: limits.Source, text: str) -> bool:
+    """Whether a statement may go with those of other operations, outside a block."""
+    return is_single(text) if source.gathers else is_read(text) and text not in slow
+
+
 def queue_without_session(alias: str, text: str) -> tuple[Queue, pools.Pool] | None:
     """Where a statement of a task waits that would find all connections in use; None if it needs a
     session, has one, or need not wait.
@@ -443,12 +448,14 @@ def queue_without_session(alias: str, text: str) -> tuple[Queue, pools.Pool] | N
     if pool is None:
         return None
     source = limits.source(pool)
-    if source.gathers:
-        if not is_single(text):
-            return None
-    elif source.has_free or not is_read(text) or text in slow or not conf.get("MULTIPLEXING"):
+    if not source.gathers and (source.has_free or not conf.get("MULTIPLEXING")):
         return None
-    if pool.connections is None or pool.outdated or alias in test_sessions:
+    if (
+        not _travels(source, text)
+        or pool.connections is None
+        or pool.outdated
+        or alias in test_sessions
+    ):
         return None
     return None if find_scope(alias) is not None else (_queue(source, pool), pool)
 
@@ -558,14 +565,10 @@ class Session:
         conn = self.wrapper.connection if self.wrapper is not None else None
         if conn is None or not conn.unsettled:
             return None
-        source = self.source
-        if source.gathers:
-            if not is_single(text):
-                return None
-        elif not is_read(text) or text in slow:
+        if not _travels(self.source, text):
             return None
         self._entitled(getcurrent())
-        return _queue(source, self.pool)
+        return _queue(self.source, self.pool)
 
     def settle(self) -> Connection:
         """In place of a lazy connection, one of the operation's own."""
