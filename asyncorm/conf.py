@@ -6,6 +6,7 @@ from typing import Any
 
 from django.conf import settings as django_settings
 from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import setting_changed
 
 DEFAULTS: dict[str, Any] = {
     # Make every a* method of the project's querysets, managers and models native.
@@ -33,9 +34,26 @@ DEFAULTS: dict[str, Any] = {
 _SWITCHES = [key for key, value in DEFAULTS.items() if isinstance(value, bool)]
 
 
+_values: dict[str, Any] | None = None
+
+
 def get(name: str) -> Any:
     """The value of one key of the ASYNCORM setting, or its default."""
-    return (getattr(django_settings, "ASYNCORM", None) or {}).get(name, DEFAULTS[name])
+    global _values
+    values = _values
+    if values is None:  # Django searches for a setting that is not there each time
+        values = _values = {**DEFAULTS, **(getattr(django_settings, "ASYNCORM", None) or {})}
+    return values[name]
+
+
+def _forget(*, setting: str, **kwargs: Any) -> None:
+    global _values
+    if setting == "ASYNCORM":
+        _values = None
+
+
+# Connected before all others, which read the setting anew.
+setting_changed.connect(_forget, dispatch_uid="asyncorm.conf")
 
 
 def problems() -> list[str]:

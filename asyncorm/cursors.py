@@ -15,7 +15,7 @@ from psycopg.rows import tuple_row
 from . import bridge, sessions
 from .driver import checked
 from .multiplexing import is_single
-from .statements import direct, is_watched, serves
+from .statements import direct, serves
 
 TUPLES_OK = ExecStatus.TUPLES_OK
 
@@ -59,16 +59,17 @@ class AsyncCursor:
         """
         if type(text) is not str:
             return False
-        found = sessions.queue_without_session(self._using or DEFAULT_DB_ALIAS, text)
-        if found is None or (stand_ins := found[1].stand_ins()) is None:
+        pool = sessions.crowded(self._using or DEFAULT_DB_ALIAS)
+        queue = None if pool is None else sessions.queue_without_session(pool, text)
+        if queue is None or (stand_ins := pool.stand_ins()) is None:  # type: ignore[union-attr]
             return False
         wrapper, conn = stand_ins
-        if is_watched(wrapper) or not serves(conn, wrapper) or conn.row_factory is not tuple_row:
+        if wrapper.watched or not serves(conn, wrapper) or conn.row_factory is not tuple_row:
             return False
         bridge.check()
         self._close()
         with wrapper.wrap_database_errors:
-            results = await found[0].submit(conn.bound(text, params), text)
+            results = await queue.submit(conn.bound(text, params), text)
             self._keep(checked(results, conn.info.encoding), wrapper, conn)
         return True
 

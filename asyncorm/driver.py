@@ -55,7 +55,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import anyio
 import psycopg
@@ -69,6 +69,8 @@ from psycopg_pool._acompat import AEvent
 from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
 
 from .bridge import Runner, deliver
+
+T = TypeVar("T")
 
 logger = logging.getLogger("psycopg.pool")
 
@@ -416,7 +418,7 @@ class Connection(psycopg.Connection[Any]):
         self._state: int = 0
         self._yielded = 0.0
         self._poller: select.poll | None = None
-        self._transformers: dict[Any, tuple[Any, Any]] = {}
+        self._made: dict[Any, tuple[Any, Any]] = {}
 
     @classmethod
     def over(cls, pgconn: Any, options: dict[str, Any]) -> Connection:
@@ -464,26 +466,27 @@ class Connection(psycopg.Connection[Any]):
     @property
     def transformer(self) -> Any:
         """psycopg's dumpers and loaders as the connection's adapters are now."""
-        return self._transformer(Transformer)
+        return self.per_settings(Transformer)
 
     @property
     def text_transformer(self) -> Any:
         """The same, but a timestamptz stays as the server wrote it."""
-        return self._transformer(_text_transformer)
+        return self.per_settings(_text_transformer)
 
-    def _transformer(self, make: Any) -> Any:
-        # Loaders of times remember what the session's settings were.
+    def per_settings(self, make: Callable[[Connection], T]) -> T:
+        """What `make` gives for the adapters and the session's settings of times as they are now:
+        loaders remember them."""
         status = self.pgconn.parameter_status
         adapters: Any = self._adapters
         current = (
             adapters.version, status(b"TimeZone"), status(b"DateStyle"),
             status(b"IntervalStyle"),
         )  # fmt: skip
-        made_for, transformer = self._transformers.get(make, (None, None))
+        made_for, made = self._made.get(make, (None, None))
         if made_for != current:
-            transformer = make(self)
-            self._transformers[make] = current, transformer
-        return transformer
+            made = make(self)
+            self._made[make] = current, made
+        return cast(T, made)
 
     def bound(self, text: str, params: Any) -> Statement:
         """The statement that a cursor of the connection would send for SQL and parameters."""

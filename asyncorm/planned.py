@@ -37,9 +37,9 @@ from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 from psycopg.types.numeric import Int2, Int4, Int8
 
-from . import bulk, conf, rows, sessions
+from . import bridge, bulk, conf, rows, sessions
 from .bridge import Runner
-from .driver import Connection
+from .driver import Connection, checked
 from .rows import RowMaker
 from .shapes import MAX_PARAMS, Shape, Unfit, family
 from .statements import (
@@ -55,6 +55,7 @@ from .statements import (
     recall,
     remember,
     same,
+    serves,
 )
 
 _enabled = True
@@ -251,12 +252,20 @@ def _get(original: Any) -> Any:
         if type(getcurrent()) is Runner and kwargs and not args:
             found = _got(self, kwargs)
             if found is not None:
-                if len(found) == 1:
-                    return found[0]
-                return original(_Found(self.model, found))
+                return _only(self, found)
         return original(self, *args, **kwargs)
 
-    return functools.wraps(original)(get)
+    global _own_get
+    _own_get = functools.wraps(original)(get)
+    return _own_get
+
+
+_own_get: Any = None
+
+
+def _only(queryset: Any, found: list[Any]) -> Any:
+    """The only item; otherwise what Django's `get()` raises."""
+    return found[0] if len(found) == 1 else _own_get.__wrapped__(_Found(queryset.model, found))
 
 
 class _Found:
@@ -277,6 +286,67 @@ class _Found:
 
 
 def _got(queryset: Any, kwargs: dict[str, Any]) -> list[Any] | None:
+    if (wrapper := native_wrapper(queryset.db)) is None:
+        return None
+    found = _get_plan(queryset, kwargs, wrapper)
+    return None if found is None else items(*found, 0, wrapper, _mode(queryset))
+
+
+def is_get(func: Any) -> bool:
+    """Whether a function is a queryset's `get`, and nobody else's."""
+    return getattr(func, "__func__", None) is _own_get
+
+
+async def run_get(method: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a queryset's `get` natively.
+
+    While all connections are in use it does without an operation, which would do nothing but wait.
+    """
+    if is_get(method) and kwargs and not args and _enabled:
+        queryset = method.__self__
+        found = await _without_operation(
+            queryset.db, lambda wrapper: _get_plan(queryset, kwargs, wrapper), _mode(queryset)
+        )
+        if found is not None:
+            return _only(queryset, found)
+    return await bridge.run(method, *args, **kwargs)
+
+
+async def _without_operation(
+    alias: str, find: Callable[[Any], tuple[Plan, list[Any]] | None], mode: Any
+) -> list[Any] | None:
+    """The items of a plan whose statement travels with others; None if it has to be an operation.
+
+    Args:
+        find: returns the plan and the parameters, given a wrapper.
+    """
+    pool = sessions.crowded(alias)
+    stand_ins = None if pool is None else pool.stand_ins()
+    if stand_ins is None:
+        return None
+    wrapper, conn = stand_ins
+    if wrapper.watched or not serves(conn, wrapper) or (found := find(wrapper)) is None:
+        return None
+    plan, params = found
+    queue = sessions.queue_without_session(pool, plan.text)
+    if queue is None:
+        return None
+    bridge.check()
+    with wrapper.wrap_database_errors:
+        statement = plan.bound(conn, params)
+        if statement is None:
+            return None
+        results = await queue.submit(statement, plan.text)
+        result = checked(results, conn.info.encoding)
+        return plan.maker.make(result, conn, alias, wrapper, mode)  # type: ignore[union-attr]
+
+
+def _mode(queryset: Any) -> Any:
+    return getattr(queryset, "_fetch_mode", None)
+
+
+def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> tuple[Plan, list[Any]] | None:
+    mode = _mode(queryset)
     if (
         queryset._iterable_class is not query.ModelIterable
         or not _filters_as_django(type(queryset))  # type: ignore[arg-type]
@@ -285,11 +355,8 @@ def _got(queryset: Any, kwargs: dict[str, Any]) -> list[Any] | None:
         or queryset._known_related_objects
         or queryset._deferred_filter
         or queryset._defer_next_filter
-        or (wrapper := native_wrapper(queryset.db)) is None
+        or (mode is not None and mode.track_peers)
     ):
-        return None
-    mode = getattr(queryset, "_fetch_mode", None)
-    if mode is not None and mode.track_peers:
         return None
     names = sorted(kwargs)
     values = [kwargs[name] for name in names]
@@ -306,6 +373,8 @@ def _got(queryset: Any, kwargs: dict[str, Any]) -> list[Any] | None:
         if known is None:
             return None
         if known is UNPLANNED:
+            if not bridge.in_native_code():  # to compile may need a connection
+                return None
             known = _plan_get(queryset, wrapper, shape, names, values)
             remember(key, known)
             if known is None:
@@ -322,7 +391,7 @@ def _got(queryset: Any, kwargs: dict[str, Any]) -> list[Any] | None:
     if rows.is_watched(plan.maker.models):  # type: ignore[union-attr]
         return None
     counts["hits"] += 1
-    return items(plan, params, 0, wrapper, mode)
+    return plan, params
 
 
 def _plan_get(

@@ -13,7 +13,7 @@ from django.db.models.fields import related_descriptors
 from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
 
-from . import bridge, copying, sessions, streams, swap
+from . import bridge, copying, planned, sessions, streams, swap
 
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
 
@@ -80,6 +80,21 @@ async def _anative(self: Any) -> list[Any]:
 async def _anative_of_manager(self: Any) -> list[Any]:
     """Evaluate all() natively and return the list of instances."""
     return await _anative(self.all())
+
+
+async def native_get(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Like `get()`, run natively (see Django's documentation of `aget()`)."""
+    _check(self.get, args, kwargs)
+    return await planned.run_get(self.get, *args, **kwargs)
+
+
+async def _native_get_of_manager(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Like `get()` of all(), run natively (see Django's documentation of `aget()`)."""
+    cls = type(self)
+    if cls.get is Manager.get and cls.get_queryset is BaseManager.get_queryset:
+        self = self.get_queryset()
+    _check(self.get, args, kwargs)
+    return await planned.run_get(self.get, *args, **kwargs)
 
 
 async def native_bulk_create(
@@ -194,6 +209,8 @@ def install() -> None:
         (QuerySet, "anative", _anative),
         (RawQuerySet, "anative", _anative),
         (BaseManager, "anative", _anative_of_manager),
+        (QuerySet, "native_get", native_get),
+        (BaseManager, "native_get", _native_get_of_manager),
         (QuerySet, "native_iterator", native_iterator),
         (BaseManager, "native_iterator", _iterator_of_manager),
         (QuerySet, "native_bulk_create", native_bulk_create),

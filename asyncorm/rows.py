@@ -103,8 +103,8 @@ class RowMaker:
     def make(self, result: Any, conn: Connection, db: str, wrapper: Any, mode: Any) -> list[Any]:
         """The items for a result of the server; other tasks have a turn now and then."""
         oids = tuple([result.ftype(i) for i in range(result.nfields)])
-        if _TIMESTAMPTZ in oids and _in_utc(conn):
-            transformer, as_text = conn.text_transformer, True
+        if _TIMESTAMPTZ in oids:
+            transformer, as_text = conn.per_settings(_loaders)
         else:
             transformer, as_text = conn.transformer, False
         code = self._made.get((oids, as_text))
@@ -163,6 +163,11 @@ class RowMaker:
         scope = {**self.names, "read_timestamp": _read_timestamp, "read_json": _read_json}
         exec(f"def code(rows, db, wrapper, mode):\n    {source}", scope)
         return scope["code"]  # type: ignore[no-any-return]
+
+
+def _loaders(conn: Connection) -> tuple[Any, bool]:
+    """The loaders for rows with timestamps, and whether those stay as text."""
+    return (conn.text_transformer, True) if _in_utc(conn) else (conn.transformer, False)
 
 
 def _in_utc(conn: Connection) -> bool:

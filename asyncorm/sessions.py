@@ -437,27 +437,28 @@ def _travels(source: limits.Source, text: str) -> bool:
     return is_single(text) if source.gathers else is_read(text) and text not in slow
 
 
-def queue_without_session(alias: str, text: str) -> tuple[Queue, pools.Pool] | None:
-    """Where a statement of a task waits that would find all connections in use; None if it needs a
-    session, has one, or need not wait.
+def crowded(alias: str) -> pools.Pool | None:
+    """The pool, if a statement of the current task would find all connections in use and the task
+    has none; else None.
 
     Raises:
         TransactionManagementError: the task has outlived its block.
     """
     pool = pools.find(alias)
-    if pool is None:
+    if pool is None or pool.connections is None:
         return None
     source = limits.source(pool)
     if not source.gathers and (source.has_free or not conf.get("MULTIPLEXING")):
         return None
-    if (
-        not _travels(source, text)
-        or pool.connections is None
-        or pool.outdated
-        or alias in test_sessions
-    ):
+    if pool.outdated or alias in test_sessions or find_scope(alias) is not None:
         return None
-    return None if find_scope(alias) is not None else (_queue(source, pool), pool)
+    return pool
+
+
+def queue_without_session(pool: pools.Pool, text: str) -> Queue | None:
+    """Where a statement of a task waits that found the pool crowded; None if it needs a session."""
+    source = limits.source(pool)
+    return _queue(source, pool) if _travels(source, text) else None
 
 
 class Session:
@@ -533,15 +534,33 @@ class Session:
         conn.lock = self
         return conn
 
+    @property
+    def _shares(self) -> bool:
+        """Whether single statements of the operation are to travel with others'."""
+        if self.kept or self.pipelining or self.settling or self.acting is not None:
+            return False
+        source = self.source
+        return source.gathers or (conf.get("MULTIPLEXING") and not source.has_free)
+
     def _lazy(self) -> LazyConnection | None:
         """What serves an operation of single statements while every connection is in use."""
-        if self.kept or self.pipelining or self.settling or self.acting is not None:
+        return self.pool.take_lazy() if self._shares else None
+
+    def shared(self, text: str) -> tuple[Queue, LazyConnection] | None:
+        """Where a statement waits for others' connection, and what has its adapters meanwhile.
+
+        None: the operation has a connection, or gets one.
+        """
+        if (
+            self.wrapper.connection is not None
+            or not self._shares
+            or not self.pool.current
+            or not _travels(self.source, text)
+            or (stand_ins := self.pool.stand_ins()) is None
+        ):
             return None
-        if self.source.gathers:
-            return self.pool.take_lazy()
-        if self.source.has_free or not conf.get("MULTIPLEXING"):
-            return None
-        return self.pool.take_lazy()
+        self._entitled(getcurrent())
+        return _queue(self.source, self.pool), stand_ins[1]
 
     def _checkout(self) -> Connection:
         if self.source.gathers and (conn := self.source.take()) is not None:

@@ -24,7 +24,7 @@ from django.apps import apps
 from django.core.signals import setting_changed
 from django.db import connections, router
 
-from . import bridge, conf, pools, sessions
+from . import bridge, conf, planned, pools, sessions
 
 # Module: the app that must be installed for it to be importable.
 MODULES = {
@@ -68,7 +68,8 @@ def dispatch(func: Callable[..., Any] | None = None, **options: Any) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
         if is_native(func, args, kwargs):
-            return bridge.run(func, *args, **kwargs)
+            run = planned.run_get if planned.is_get(func) else bridge.run
+            return run(func, *args, **kwargs)
         return sync_to_async(func, **options)(*args, **kwargs)
 
     return call

@@ -22,7 +22,8 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 import asyncorm
-from asyncorm import multiplexing, native
+from asyncorm import bridge, multiplexing, native
+from asyncorm.statements import clear
 from tests.project.myapp.models import Item
 from tests.support import administrator, all_given_back, database, eventually, value
 
@@ -278,6 +279,92 @@ async def test_a_task_that_outlived_its_block_is_refused(grown: str) -> None:
     with pytest.raises(TransactionManagementError, match="has ended"):
         await task
     await asyncio.gather(*pauses)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+async def test_gets_travel_without_operations(
+    grown: str, swapped: bool, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(30):
+        await Item.objects.using(grown).native_create(remote_id=n, name=f"name {n % 15}")
+    operations: list[Any] = []
+    run = bridge.run
+
+    def counted(func: Any, *args: Any, **kwargs: Any) -> Any:
+        operations.append(func.__name__)
+        return run(func, *args, **kwargs)
+
+    monkeypatch.setattr(bridge, "run", counted)
+
+    async def get(**lookups: Any) -> Any:
+        items = Item.objects.using(grown)
+        return await (items.aget(**lookups) if swapped else items.native_get(**lookups))
+
+    with override_settings(ASYNCORM={"SWAP_MANAGERS": swapped}):
+        clear()
+        if known:
+            await get(remote_id=0)
+            with pytest.raises(Item.DoesNotExist):
+                await get(name="")
+        operations.clear()
+        before = pipelined()
+        found = await asyncio.gather(*[get(remote_id=n) for n in range(30)])
+        assert [(item.remote_id, item._state.db) for item in found] == [
+            (n, grown) for n in range(30)
+        ]
+        others = await asyncio.gather(
+            *[get(name=f"name {n}") for n in range(20)], return_exceptions=True
+        )
+    assert [type(exc) for exc in others] == [Item.MultipleObjectsReturned] * 15 + [
+        Item.DoesNotExist
+    ] * 5
+    assert str(others[0]) == "get() returned more than one Item -- it returned 2!"
+    assert pipelined() - before > 20
+    gets = operations.count("get")
+    assert gets < 10 if known else gets
+    await all_given_back(grown)
+
+
+async def test_gets_are_seen_refused_and_cancelled_as_ever(grown: str) -> None:
+    item = await Item.objects.using(grown).native_create(remote_id=1, name="one")
+    get = Item.objects.using(grown).native_get
+    await get(pk=item.pk)
+    with CaptureQueriesContext(connections[grown]) as captured:
+        await asyncio.gather(*[get(pk=item.pk) for _ in range(30)])
+    assert len(captured) == 30
+
+    release = asyncio.Event()
+
+    async def late() -> Any:
+        await release.wait()
+        return await get(pk=item.pk)
+
+    async with asyncorm.atomic(grown):
+        task = asyncio.create_task(late())
+        changed = Item.objects.using(grown).filter(pk=item.pk)
+        await changed.native_update(name="changed")
+        pause = asyncio.create_task(query("SELECT pg_sleep(0.3)"))
+        inside = await asyncio.gather(*[get(pk=item.pk) for _ in range(10)])
+        outside = await asyncio.gather(
+            *[asyncorm.detached_task(get(pk=item.pk)) for _ in range(10)]
+        )
+        await pause
+    assert {item.name for item in inside} == {"changed"}
+    assert {item.name for item in outside} == {"one"}
+    pauses = [asyncio.create_task(query("SELECT pg_sleep(0.3)")) for _ in range(2)]
+    await eventually(lambda: not asyncorm.pool_stats(grown)["pool_available"])
+    release.set()
+    with pytest.raises(TransactionManagementError, match="has ended"):
+        await task
+    waiting = [asyncio.create_task(get(pk=item.pk)) for _ in range(4)]
+    await asyncio.sleep(0.02)
+    waiting[1].cancel()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(results.pop(1), asyncio.CancelledError)
+    assert results == [item] * 3
+    await asyncio.gather(*pauses)
+    await all_given_back(grown)
 
 
 async def test_writes_that_may_wait_go_alone(grown: str) -> None:

@@ -37,6 +37,7 @@ from typing import Any
 from weakref import WeakSet
 
 import psycopg
+from django.conf import settings
 from django.db import connections
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
 from django.db.transaction import TransactionManagementError
@@ -94,6 +95,12 @@ class NativeBackendMixin:
     hooks_due = False
     needs_rollback = _OfBlock()
     rollback_exc = _OfBlock()
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody wants to see the statements."""
+        # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
+        return bool(self.execute_wrappers or self.queries_logged or "cursor" in self.__dict__)  # type: ignore[attr-defined]
 
     def ensure_connection(self) -> None:
         """Django's, except on a running loop's thread and beside a native transaction.
@@ -287,6 +294,20 @@ class NativeWrapper:
     def pool(self) -> _Pool | None:
         """Django's pooled mode, with our pool."""
         return None if self.unpooled else self._native_pool
+
+    @property
+    def watched(self) -> bool:
+        """The same, asking once for Django's own wrapper of the task."""
+        if self.unpooled:
+            return super().watched  # type: ignore[misc, no-any-return]
+        state = self.__dict__
+        if sessions.everywhere or settings.DEBUG or "cursor" in state:
+            return True
+        own = _known(self)
+        return bool(
+            state.get("execute_wrappers")
+            or (own is not None and (own.execute_wrappers or own.force_debug_cursor))
+        )
 
     def close_pool(self) -> None:
         """ensure_timezone() has new connections made by itself."""
