@@ -4,6 +4,8 @@ Django prepares each value of each object by itself, and psycopg makes each elem
 Python. Where all values of a column have the type that its field leaves as it is, the text of the
 whole column is made in a few calls; other columns are prepared and dumped as ever. The SQL is
 Django's, with arrays for UNNEST; where Django would write something else, it does so itself.
+Of many objects the server inserts some while the next are made ready, as Django's batches in one
+transaction.
 
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
@@ -12,12 +14,14 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
   `._prepare_related_fields_for_save`, `ModelState.fields_cache`: what `bulk_create()` does with
   each object at first.
 - `Field.pre_save`, `.get_db_prep_save`: the values.
+- `InsertQuery.insert_values`, `Options.db_returning_fields`: what `QuerySet._insert()` makes.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -30,16 +34,17 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import django
-from django.db import models
+from django.db import models, transaction
 from django.db.backends.postgresql.compiler import SQLInsertCompiler
 from django.db.models.sql.subqueries import InsertQuery
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
+from . import bridge
 from .driver import Statement
 from .rows import RowMaker, tuple_of
 from .shapes import Unfit
-from .statements import UNPLANNED, Plan, counts, direct, recall, remember
+from .statements import UNPLANNED, Plan, counts, direct, recall, remember, serves
 
 SLICE = 1000  # objects between two looks whether other tasks are to have a turn
 _TEXT_ARRAY, _TIMESTAMPTZ, _TIMESTAMPTZ_ARRAY = 1009, 1184, 1185
@@ -220,12 +225,95 @@ def slices(objs: list[Any], turn: Callable[[], None]) -> Iterator[list[Any]]:
 # INSERT
 
 
+BATCH = 1000  # objects in one INSERT, if the caller does not say
+
+
 def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any] | None:
     """Execute an INSERT of several rows; what it returns, or None if it is left to Django.
 
     Raises:
         django.db.Error: as Django's cursor does.
     """
+    if (conn := direct(wrapper)) is None:
+        return None
+    made = _made(compiler, wrapper, returning, conn)
+    if made is None:
+        return None
+    plan, statement = made
+    wrapper.validate_no_broken_transaction()
+    with wrapper.wrap_database_errors:
+        return _rows(plan, conn.run(statement), wrapper, conn)
+
+
+def insert_batches(
+    queryset: Any, objs: list[Any], fields: list[Any], size: int, wrapper: Any
+) -> list[Any]:
+    """INSERTs in one transaction, `size` objects each: the server executes one while the next is
+    made. What they return, empty rows if the objects have it already.
+
+    Raises:
+        django.db.Error: as Django's cursor does.
+    """
+    returning = tuple(queryset.model._meta.db_returning_fields)
+    batches = [objs[start : start + size] for start in range(0, len(objs), size)]
+    rows: list[Any] = []
+    with transaction.atomic(using=wrapper.alias, savepoint=False):
+        wrapper.ensure_connection()
+        conn = wrapper.connection
+        ours = serves(conn, wrapper)
+        with conn.lock:
+            receive: Callable[[], list[Any]] | None = None
+            try:
+                for batch in batches:
+                    query = InsertQuery(queryset.model)
+                    query.insert_values(fields, batch)
+                    compiler = query.get_compiler(using=wrapper.alias)
+                    made = _made(compiler, wrapper, returning, conn) if ours else None
+                    if receive is not None:
+                        rows += receive()
+                        receive = None
+                    if made is not None:
+                        receive = _start(*made, wrapper, conn)
+                    else:  # Django will say what is wrong with a value
+                        rows += compiler.execute_sql(returning)
+                if receive is not None:
+                    rows += receive()
+            except BaseException:
+                if receive is not None:
+                    runner = bridge.current()
+                    assert runner is not None
+                    bridge.wait_for(runner, conn.interrupt())
+                raise
+    if len(rows) != len(objs):
+        return rows
+    for field, values in zip(returning, zip(*rows, strict=True), strict=True):
+        name = field.attname
+        for obj, value in zip(objs, values, strict=True):
+            setattr(obj, name, value)
+    return [()] * len(objs)
+
+
+def _start(plan: Plan, statement: Statement, wrapper: Any, conn: Any) -> Callable[[], list[Any]]:
+    wrapper.validate_no_broken_transaction()
+    with wrapper.wrap_database_errors:
+        received = conn.start(statement)
+
+    def receive() -> list[Any]:
+        with wrapper.wrap_database_errors:
+            return _rows(plan, received(), wrapper, conn)
+
+    return receive
+
+
+def _rows(plan: Plan, result: Any, wrapper: Any, conn: Any) -> list[Any]:
+    maker = plan.maker
+    return [] if maker is None else maker.make(result, conn, wrapper.alias, wrapper, None)
+
+
+def _made(
+    compiler: Any, wrapper: Any, returning: tuple[Any, ...], conn: Any
+) -> tuple[Plan, Statement] | None:
+    """The INSERT with its values, None if it is left to Django."""
     query = compiler.query
     fields = tuple(query.fields)
     if (
@@ -235,7 +323,6 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
         or query.raw
         or not fields
         or not all(type(field).pre_save in PRE_SAVES for field in fields)
-        or (conn := direct(wrapper)) is None
     ):
         return None
     key = (
@@ -243,7 +330,7 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
         tuple(map(id, fields)), tuple(map(id, returning)),
     )  # fmt: skip
     plan = recall(key)
-    params: Any = None
+    statement = None
     if plan is not None:
         try:
             arrays = [_array(field, query.objs, wrapper, conn) for field in fields]
@@ -254,17 +341,14 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
                 remember(key, plan)
             else:
                 counts["hits"] += 1
+            if plan is not None:
+                statement = Statement(plan.query, params, types, formats, text=plan.text)
         except Exception:  # Django will say what is wrong with a value
-            params = None
-    if plan is None or params is None:
+            statement = None
+    if statement is None:
         counts["unfit"] += 1
         return None
-    wrapper.validate_no_broken_transaction()
-    with wrapper.wrap_database_errors:
-        result = conn.run(Statement(plan.query, params, types, formats, text=plan.text))
-        if plan.maker is None:
-            return []
-        return plan.maker.make(result, conn, wrapper.alias, wrapper, None)  # type: ignore[no-any-return]
+    return plan, statement
 
 
 def _plan(
@@ -284,8 +368,22 @@ def _plan(
         maker = maker_of_returned(compiler, wrapper, returning)
     except Unfit:
         return None
-    plan = Plan(sql, [{} for _ in fields], maker, (fields, returning))
+    plan = Plan(_in_step(sql), [{} for _ in fields], maker, (fields, returning))
     return plan if plan.query is not None else None
+
+
+_UNNEST = re.compile(r"SELECT \* FROM UNNEST\((.*\[\])\)", re.DOTALL)
+
+
+def _in_step(sql: str) -> str:
+    """The SQL with an UNNEST for each array: the server keeps no copy of the rows then."""
+    return _UNNEST.sub(
+        lambda match: f"SELECT {', '.join(f'UNNEST({a})' for a in re.split(_ARRAYS, match[1]))}",
+        sql,
+    )
+
+
+_ARRAYS = re.compile(r", (?=\(%s\))")
 
 
 def maker_of_returned(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> RowMaker | None:
@@ -385,8 +483,8 @@ def prepare(queryset: Any, objs: list[Any]) -> Any:
         type(key) not in _KEYS
         or not _prepares_as_django(model)
         or key.has_default()
-        or not all(type(obj) is model for obj in objs)
-        or not all(value is None for value in map(attrgetter(key.attname), objs))
+        or set(map(type, objs)) != {model}
+        or list(map(attrgetter(key.attname), objs)).count(None) != len(objs)
     ):
         raise Unfit
     queryset._db = queryset.db  # asked for each object later on

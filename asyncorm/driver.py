@@ -14,8 +14,8 @@ Names used that psycopg (3.3.6 to 3.3.9) and psycopg_pool (3.3) do not document,
   connection that is already open.
 - `psycopg.Connection._exec_command`: sends BEGIN, COMMIT, ROLLBACK, FETCH and CLOSE; replaced while
   somebody is told of them.
-- `psycopg.generators.execute`: sends what libpq holds and reads the results of a `Statement`, and
-  what is left of a cancelled one.
+- `psycopg.generators.execute`, `.send`: send what libpq holds; the former reads the results of a
+  `Statement`, and what is left of a cancelled one.
 - `BaseConnection._start_query`, `._prepared` (`get`, `maybe_add_to_cache`, `validate`,
   `maintain_gen`, `_names`, `_to_flush`): BEGIN where one is due, and psycopg's own book of prepared
   statements, so that a `Statement` obeys `prepare_threshold`, `prepared_max` and ROLLBACK as a
@@ -553,7 +553,25 @@ class Connection(psycopg.Connection[Any]):
         except psycopg.errors._NO_TRACEBACK as exc:
             raise exc.with_traceback(None)  # noqa: B904
 
+    def start(self, statement: Statement) -> Callable[[], Any]:
+        """Send a statement; what is returned waits for its result, as `run()`.
+
+        The caller holds `lock`, and asks for the result before anything else. If it cannot, it has
+        `interrupt()` awaited.
+        """
+        sent = self.wait(self._sent(statement))
+        return lambda: self.wait(self._received(statement, *sent))
+
+    def _sent(self, statement: Statement) -> Any:
+        begun = yield from self._begun(statement)
+        yield from generators.send(self.pgconn)
+        return begun
+
     def _run(self, statement: Statement) -> Any:
+        begun = yield from self._begun(statement)
+        return (yield from self._received(statement, *begun))
+
+    def _begun(self, statement: Statement) -> Any:
         yield from self._start_query()
         if statement.leaves_state:
             self.touched = True
@@ -568,7 +586,13 @@ class Connection(psycopg.Connection[Any]):
                 statement.send_prepare(pgconn, name)
                 checked((yield from generators.execute(pgconn)), self.info.encoding)
             statement.send_prepared(pgconn, name)
-        key = book.maybe_add_to_cache(statement, prepare, name)
+        return prepare, name, alone, book.maybe_add_to_cache(statement, prepare, name)
+
+    def _received(
+        self, statement: Statement, prepare: Any, name: bytes, alone: bool, key: Any
+    ) -> Any:
+        pgconn = self.pgconn
+        book: Any = self._prepared
         results = yield from generators.execute(pgconn)
         if key is not None:
             book.validate(key, prepare, name, results)

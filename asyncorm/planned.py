@@ -6,8 +6,8 @@ outside native code, they are Django's.
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 - `ModelIterable.__iter__` and those of its siblings, `RawModelIterable.__iter__`, `QuerySet.get`,
-  `QuerySet._prepare_for_bulk_create`, `Model._do_update`, `._do_insert`, `Query.has_results`,
-  `Query.get_count`, `.get_aggregation`, `execute_sql` of the compilers: replaced.
+  `QuerySet._prepare_for_bulk_create`, `._batched_insert`, `Model._do_update`, `._do_insert`,
+  `Query.has_results`, `.get_count`, `.get_aggregation`, `execute_sql` of the compilers: replaced.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
   the other flags in `_got()`: what the iteration and `get()` depend on.
 - `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
@@ -321,8 +321,7 @@ async def _without_operation(
         find: returns the plan and the parameters, given a wrapper.
     """
     pool = sessions.crowded(alias)
-    stand_ins = None if pool is None else pool.stand_ins()
-    if stand_ins is None:
+    if pool is None or (stand_ins := pool.stand_ins()) is None:
         return None
     wrapper, conn = stand_ins
     if wrapper.watched or not serves(conn, wrapper) or (found := find(wrapper)) is None:
@@ -819,6 +818,21 @@ def _prepare_for_bulk_create(original: Any) -> Any:
     return prepare
 
 
+def _batched_insert(original: Any) -> Any:
+    """The INSERTs of `bulk_create()`."""
+
+    def insert(self: Any, objs: Any, fields: Any, batch_size: Any, **options: Any) -> Any:
+        size = batch_size or bulk.BATCH
+        if len(objs) > size and options.get("on_conflict") is None:
+            wrapper = native_wrapper(self.db)
+            if wrapper is not None and not wrapper.watched:
+                size = min(size, max(wrapper.ops.bulk_batch_size(fields, objs), 1))
+                return bulk.insert_batches(self, objs, fields, size, wrapper)
+        return original(self, objs, fields, batch_size, **options)
+
+    return insert
+
+
 def install() -> None:
     """Put the replacements in place, once, and follow the settings."""
     if hasattr(Query.has_results, "_asyncorm"):
@@ -835,6 +849,11 @@ def install() -> None:
             query.QuerySet,
             "_prepare_for_bulk_create",
             _prepare_for_bulk_create(query.QuerySet._prepare_for_bulk_create),  # type: ignore[attr-defined]
+        ),
+        (
+            query.QuerySet,
+            "_batched_insert",
+            _batched_insert(query.QuerySet._batched_insert),  # type: ignore[attr-defined]
         ),
         (Query, "has_results", _has_results(Query.has_results)),
         (Query, "get_count", _get_count(Query.get_count)),

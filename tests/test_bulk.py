@@ -474,6 +474,89 @@ async def test_a_cancelled_one_leaves_nothing(all_kinds: Any) -> None:
     await all_given_back()
 
 
+@pytest.fixture
+def statements(all_kinds: Any) -> Iterator[Callable[[], int]]:
+    """How many statements have inserted rows."""
+    table = all_kinds._meta.db_table
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "CREATE SEQUENCE statements; CREATE FUNCTION count_statement() RETURNS trigger"
+            " LANGUAGE plpgsql AS $$ BEGIN PERFORM nextval('statements'); RETURN NULL; END $$;"
+            f" CREATE TRIGGER counted AFTER INSERT ON {table} EXECUTE FUNCTION count_statement()"
+        )
+
+    def count() -> int:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT nextval('statements') - 1")
+            (found,) = cursor.fetchone()
+            cursor.execute("SELECT setval('statements', 1, false)")
+            return int(found)
+
+    yield count
+    with connection.cursor() as cursor:
+        cursor.execute(f"DROP TRIGGER counted ON {table}; DROP FUNCTION count_statement()")
+        cursor.execute("DROP SEQUENCE statements")
+
+
+def test_how_many_statements(run: Any, all_kinds: Any, statements: Callable[[], int]) -> None:
+    for options, expected in (
+        ({}, 3),
+        ({"batch_size": 600}, 5),
+        ({"batch_size": 2500}, 1),
+        ({"batch_size": 2499}, 2),
+    ):
+        run(asyncorm.native(created)(all_kinds, lambda: many(all_kinds), **options))
+        assert statements() == expected
+
+
+@pytest.mark.parametrize("at", [5, 1500, 2400])
+@pytest.mark.parametrize(
+    "wrong", [{"word": None}, {"integer": "x"}, {"small": -1}, {"data": object()}]
+)
+def test_one_of_many_is_refused(run: Any, all_kinds: Any, at: int, wrong: dict[str, Any]) -> None:
+    made: list[Any] = []
+
+    def make() -> list[Any]:
+        made[:] = many(all_kinds)
+        for name, value in wrong.items():
+            setattr(made[at], name, value)
+        return made
+
+    def insert() -> Any:
+        error = outcome(all_kinds._base_manager.bulk_create, make())
+        return type(error), str(error).partition("\n")[0], rows_of(all_kinds), made
+
+    expected = outcome(insert)
+    assert expected[2] == [] and {obj.pk for obj in made} == {None}
+    assert differences(expected, outcome(run, asyncorm.native(insert)())) == []
+
+
+@pytest.mark.parametrize("at", [5, 1500, 2400])
+def test_an_expression_among_many(run: Any, all_kinds: Any, at: int) -> None:
+    def make() -> list[Any]:
+        made = many(all_kinds)
+        made[at].name = Upper(Value("up"))
+        return made
+
+    rows = same(run, all_kinds, make)[-1]
+    assert json.loads(rows[at][0])["name"] == "UP" and len(rows) == 2500
+
+
+async def test_cancelled_outside_a_block(all_kinds: Any) -> None:
+    found = []
+    for delay in [0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02] * 2:
+        task = asyncio.create_task(all_kinds.objects.native_bulk_create(many(all_kinds)))
+        await asyncio.sleep(delay)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        found.append(await all_kinds.objects.native_count())
+        await all_kinds.objects.all().native_delete()
+    assert set(found) <= {0, 2500}  # all of them if it was cancelled in its COMMIT
+    assert found.count(0) > 3
+    await all_given_back()
+
+
 async def test_other_tasks_get_their_turn(all_kinds: Any) -> None:
     turns = 0
 

@@ -40,6 +40,17 @@ class RollbackTests(TestCase):
         await sync_to_async(Item.objects.create)(remote_id=4, name="sync")
         assert await count() == 4
 
+    async def test_many_at_once(self) -> None:
+        items = [Item(remote_id=number) for number in range(10, 2510)]
+        await Item.objects.native_bulk_create(items)
+        assert all(item.pk and not item._state.adding for item in items)
+        with pytest.raises(IntegrityError):
+            async with asyncorm.atomic():
+                await Item.objects.native_bulk_create(
+                    [Item(remote_id=n) for n in range(3000, 509, -1)]
+                )
+        assert await count() == 2502
+
     async def test_nothing_of_the_other_tests(self) -> None:
         assert await count() == 2
         await asyncio.gather(*[add(number) for number in range(10, 20)])
