@@ -84,12 +84,6 @@ async def _anative_of_manager(self: Any) -> list[Any]:
 
 async def native_get(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Like `get()`, run natively (see Django's documentation of `aget()`)."""
-    _check(self.get, args, kwargs)
-    return await planned.run_get(self.get, *args, **kwargs)
-
-
-async def _native_get_of_manager(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Like `get()` of all(), run natively (see Django's documentation of `aget()`)."""
     cls = type(self)
     if cls.get is Manager.get and cls.get_queryset is BaseManager.get_queryset:
         self = self.get_queryset()
@@ -210,7 +204,7 @@ def install() -> None:
         (RawQuerySet, "anative", _anative),
         (BaseManager, "anative", _anative_of_manager),
         (QuerySet, "native_get", native_get),
-        (BaseManager, "native_get", _native_get_of_manager),
+        (BaseManager, "native_get", native_get),
         (QuerySet, "native_iterator", native_iterator),
         (BaseManager, "native_iterator", _iterator_of_manager),
         (QuerySet, "native_bulk_create", native_bulk_create),
