@@ -137,7 +137,9 @@ class compiled:
             skeleton.query.where = queryset.query.where
             shapes = [Shape(each.query, wrapper).key for each in (queryset, skeleton)]
             found = planned.queryset_plan(queryset, wrapper, queryset._iterable_class)
-            if found is None or shapes[0] != shapes[1] or queryset._known_related_objects:
+            if found is None or not found[0].is_certain:
+                return None
+            if shapes[0] != shapes[1] or queryset._known_related_objects:
                 return None
             bound = _Bound(queryset, found[0], found[2], parts, generation())
             params = _params(bound, (*args, *kwargs.values()), wrapper)

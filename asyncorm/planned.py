@@ -401,10 +401,11 @@ def _plan_get(
     filtered.query.set_limits(high=query.MAX_GET_RESULTS)
     shape = Shape(filtered.query, wrapper)
     leaves = shape.leaves[len(base.leaves) :]
-    lookups = [(type(leaf), leaf.lhs) for leaf, count in leaves if count == 1]
+    lookups = [(type(leaf), leaf.lhs) for leaf, count in leaves if leaf is not None and count == 1]
     found = queryset_plan(filtered, wrapper, query.ModelIterable)
     if (
         found is None
+        or not found[0].is_certain
         or len(lookups) != len(names)
         or base.params != shape.params[: len(base.params)]
     ):
@@ -468,7 +469,7 @@ def by_keys(
 def _plan_keys(narrowed: Any, wrapper: Any, keys: list[Any]) -> Any:
     found = queryset_plan(narrowed, wrapper, query.ModelIterable)
     kinds = set(map(type, found[1])) if found is not None else ()
-    if found is None or len(kinds) != 1:
+    if found is None or not found[0].is_certain or len(kinds) != 1:
         return None
     (kind,) = kinds
     if kind not in _KEY_TYPES or not same(found[1], [kind(value) for value in keys]):
@@ -488,7 +489,9 @@ def _has_results(original: Any) -> Any:
     def has_results(self: Any, using: str) -> bool:
         wrapper = native_wrapper(using)
         # It selects the number 1, which Django makes a parameter.
-        if wrapper is None or not (found := plan_for(self, wrapper, compile, "exists", fixed=(1,))):
+        if wrapper is None or not (
+            found := plan_for(self, wrapper, compile, "exists", fixed=(Int4(1),))
+        ):
             return bool(original(self, using))
         return count_of(*found, wrapper) > 0
 
@@ -515,23 +518,22 @@ def _get_count(original: Any) -> Any:
 def _get_aggregation(original: Any) -> Any:
     """`aggregate()`: the names and the row of values."""
 
-    def compile(names: list[str], exprs: Any, query: Any, wrapper: Any) -> Compiled:
+    def compile(exprs: Any, query: Any, wrapper: Any) -> Compiled:
         seen = _watched(lambda: original(query.clone(), wrapper.alias, dict(exprs)))
         columns = list(seen.query.annotation_select.values())
-        names += seen.query.annotation_select
         sql, params = seen.as_sql()
         if seen.has_composite_fields(columns) or wrapper.ops.get_db_converters(columns[0]):
             raise Unfit
         maker = RowMaker(len(columns), seen.get_converters(columns))
         maker.item = rows.tuple_of(len(columns))
-        maker.names_of_columns = names
+        maker.names_of_columns = [*seen.query.annotation_select]
         return sql, params, maker
 
     def get_aggregation(self: Any, using: str, aggregate_exprs: Any) -> Any:
         wrapper = native_wrapper(using)
         if wrapper is not None and aggregate_exprs and getcurrent() not in _watching:
             found = plan_for(
-                self, wrapper, functools.partial(compile, [], aggregate_exprs), "aggregate",
+                self, wrapper, functools.partial(compile, aggregate_exprs), "aggregate",
                 expressions=aggregate_exprs,
             )  # fmt: skip
             if found is not None:

@@ -11,6 +11,8 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 - `Lookup.process_rhs`: the SQL and the parameters of a lookup's right side; in the key and in the
   parameters. `process_lhs()` and what is around both depend on the class and the column alone, for
   the lookups in `_LOOKUPS`.
+- `SQLCompiler.compile`, `WhereNode.split_having_qualify`: the SQL of all other lookups and of
+  expressions is in the key as it is, their parameters in the parameters.
 - `Field.get_db_prep_save`, `.prepare_database_save`: the values of an UPDATE.
 """
 
@@ -23,8 +25,8 @@ from collections.abc import Callable
 from typing import Any
 
 from django.core.exceptions import FieldDoesNotExist
-from django.db.models import F, Field, aggregates, functions, lookups
-from django.db.models.expressions import Col, ColPairs, CombinedExpression, Star
+from django.db.models import lookups
+from django.db.models.expressions import Col, ColPairs
 from django.db.models.fields import related_lookups
 from django.db.models.fields.tuple_lookups import TupleIn
 from django.db.models.sql.datastructures import BaseTable, Join
@@ -34,12 +36,11 @@ from django.db.models.sql.where import AND, OR, WhereNode
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
+from .expressions import Unfit as Unfit
+from .expressions import add_field, add_structure, pattern
+
 MAX_ORDERS = 1024
 MAX_PARAMS = 2000  # in a list; one for each object of a chunk of iterator()'s is usual
-
-
-class Unfit(Exception):
-    """What is asked for is left to Django."""
 
 
 # Lookups whose SQL depends on the column, on what process_rhs() gives, and on nothing else.
@@ -59,13 +60,8 @@ _COMPARISONS = {
 _IS_NULL = {lookups.IsNull, related_lookups.RelatedIsNull}
 _EXACT = {lookups.Exact, lookups.IntegerFieldExact, related_lookups.RelatedExact}
 _LOOKUPS = _PATTERNS | _COMPARISONS
-# Expressions whose SQL depends on what their attributes say and on nothing else, say a time zone.
-_EXPRESSIONS = {
-    Star, CombinedExpression, aggregates.Count, aggregates.Sum, aggregates.Avg, aggregates.Max,
-    aggregates.Min, aggregates.StdDev, aggregates.Variance, functions.Lower, functions.Upper,
-    functions.Length, functions.Trim, functions.LTrim, functions.RTrim, functions.Reverse,
-    functions.Abs, functions.Ceil, functions.Floor, functions.Sign, functions.Sqrt,
-    functions.Coalesce, functions.Greatest, functions.Least, functions.NullIf,
+_YEARS = {
+    lookups.YearExact, lookups.YearGt, lookups.YearGte, lookups.YearLt, lookups.YearLte,
 }  # fmt: skip
 _KEYS = {"smallint", "integer", "bigint", "uuid"}
 
@@ -101,6 +97,7 @@ _FAMILIES: dict[str, dict[type, int]] = {
 LIMITS = {21: 1 << 15, 23: 1 << 31, 20: 1 << 63}
 _LISTS = {lookups.In, related_lookups.RelatedIn, _Keys}
 _NULL: dict[type, int] = {type(None): 0}
+_NONE: tuple[Any, ...] = ()
 
 
 def family(field: Any, wrapper: Any) -> dict[type, int]:
@@ -114,14 +111,23 @@ class Shape:
 
     Attributes:
         key: hashable; queries with the same key have the same SQL.
-        params: as Django's compiler would make them, in its order.
-        leaves: the lookups with parameters, and how many each has.
-        values: the fields and values of an UPDATE, whose parameters come before `params`.
+        params: of the lookups, as Django's compiler would make them, in its order.
+        leaves: the lookups with parameters, None for one that is compiled, and how many each has.
+        values: the fields and values of an UPDATE, whose parameters come before `params`; None
+            for the field of an expression's.
+        selected, spare: the parameters of the annotations that are selected, and of other
+            expressions, which the statement may have somewhere or not.
+        grouping: the parameters of what Django leaves out if it is equal, where it groups, makes
+            distinct or (`compares`) orders by it.
+        mixed: whether there are parameters of expressions, so that the order is to be seen.
         offset: what LIMIT begins at, 0 for none.
         kept: objects whose id() is in the key.
     """
 
-    __slots__ = ("kept", "key", "leaves", "offset", "params", "query", "values", "wrapper")
+    __slots__ = (
+        "compares", "compiler", "grouping", "having", "kept", "key", "leaves", "mixed", "offset",
+        "params", "query", "selected", "spare", "values", "wrapper",
+    )  # fmt: skip
 
     def __init__(self, query: Any, wrapper: Any, *kind: Any) -> None:
         if type(query) not in _QUERIES:
@@ -134,6 +140,9 @@ class Shape:
         self.params: list[Any] = []
         self.leaves: list[tuple[Any, int]] = []
         self.values: list[tuple[Any, Any]] = []
+        self.selected = self.spare = self.grouping = _NONE
+        self.mixed = self.having = self.compares = False
+        self.compiler: Any = None
         self.kept: list[Any] = [columns]
         state = query.__dict__
         if len(state) == _NEW and not (
@@ -155,31 +164,24 @@ class Shape:
         self.key += (self.offset > 0, None if high is None else high - self.offset)
         if query.default_ordering and not query.order_by:
             self.key.append(_ordering(opts.model, tuple(opts.ordering or ())))
+        if len(self.grouping) > 1 and (
+            self.compares or query.group_by is not None or query.distinct
+        ):
+            self.key.append(pattern(self.grouping))
 
     def where(self, node: Any) -> None:
         """A node of the WHERE tree."""
-        connector = node.connector
-        if connector != AND and connector != OR:
-            raise Unfit
         key = self.key
-        key.append((connector, node.negated, len(node.children)))
+        key.append((node.connector, node.negated, len(node.children)))
         for child in node.children:
             cls: Any = type(child)
             if cls in _LOOKUPS:
                 lhs, rhs = child.lhs, child.rhs
-                if child.bilateral_transforms:
-                    raise Unfit
-                if type(lhs) is Col:
-                    key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field))
-                    self.kept += (lhs.target, lhs.output_field)
-                elif lhs.contains_aggregate:  # in HAVING, which has its parameters elsewhere
-                    raise Unfit
-                else:
-                    key.append(cls)
-                    self.expression(lhs)
-                if hasattr(rhs, "as_sql"):
-                    self.right_side(child, rhs)
+                if type(lhs) is not Col or hasattr(rhs, "as_sql") or child.bilateral_transforms:
+                    self.compiled(child)
                     continue
+                key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field))
+                self.kept += (lhs.target, lhs.output_field)
                 if type(rhs) is bool and cls in _EXACT and lhs.conditional:
                     key.append(rhs)
                     continue
@@ -189,37 +191,80 @@ class Shape:
                 key.append(tuple(sql) if type(sql) is list else sql)
                 self.params += params
                 self.leaves.append((child, len(params)))
-            elif cls is WhereNode:
+            elif cls is WhereNode and (child.connector == AND or child.connector == OR):
                 self.where(child)
-            elif cls is TupleIn:
+            elif cls is TupleIn and type(child.lhs) is ColPairs and len(child.lhs) == 1:
                 self.keys(child)
             elif cls in _IS_NULL and type(child.lhs) is Col and type(child.rhs) is bool:
                 lhs = child.lhs
                 key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field), child.rhs)
                 self.kept += (lhs.target, lhs.output_field)
             else:
-                raise Unfit
+                self.compiled(child)
 
-    def right_side(self, lookup: Any, rhs: Any) -> None:
-        """What a column is compared with that is no value."""
-        if type(rhs) is not Query:
-            self.key.append("as")
-            self.expression(rhs)
-        elif type(lookup) not in _LISTS or rhs.is_sliced:
+    def compiled(self, child: Any) -> None:
+        """What else may be in the tree: its SQL is its key."""
+        cls, key = type(child), self.key
+        rhs = getattr(child, "rhs", None)
+        if cls in _LISTS and type(child.lhs) is Col and type(rhs) is Query:
+            lhs = child.lhs
+            key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field))
+            self.kept += (lhs.target, lhs.output_field)
+            self.subquery(rhs)
+            return
+        if not self.having and (child.contains_aggregate or child.contains_over_clause):
             raise Unfit
-        else:
-            inner = _Inner(rhs, self.wrapper)
-            self.key += ("in", len(inner.key), *inner.key)
-            self.params += inner.params
-            self.leaves += inner.leaves
-            self.kept += inner.kept
+        sql, params = self.compile(child)
+        key += (cls, sql)
+        if self.having:
+            add_structure(child, key, self.kept)
+            self.grouping += tuple(params)
+        if params:
+            self.params += params
+            self.leaves.append((child if cls in _YEARS else None, len(params)))
+            self.mixed = True
+
+    def subquery(self, query: Any) -> None:
+        """A query in a lookup, by its own shape."""
+        if query.low_mark:
+            raise Unfit
+        inner = _Inner(query, self.wrapper)
+        self.key += ("in", len(inner.key), *inner.key)
+        self.params += (*inner.selected, *inner.params)
+        if inner.selected:
+            self.leaves.append((None, len(inner.selected)))
+        self.leaves += inner.leaves
+        self.spare += inner.spare
+        self.kept += inner.kept
+        self.mixed = self.mixed or inner.mixed
+
+    def compile(self, node: Any) -> Any:
+        """The SQL and the parameters of a node, from its own class."""
+        if self.compiler is None:
+            self.compiler = self.query.get_compiler(connection=self.wrapper)
+        sql, params = self.compiler.compile(node)
+        if len(params) > MAX_PARAMS:
+            raise Unfit
+        return sql, params
+
+    def expression(self, node: Any) -> tuple[Any, ...]:
+        """The parameters of a resolved expression, whose SQL and structure are in the key."""
+        sql, params = self.compile(node)
+        self.key.append(sql)
+        add_structure(node, self.key, self.kept)
+        if params:
+            self.mixed = True
+            self.grouping += tuple(params)
+        return tuple(params)
 
     def keys(self, lookup: Any) -> None:
         """One column among keys: what a forward relation's prefetch asks for."""
-        if type(lookup.lhs) is not ColPairs or type(lookup.rhs) is not list:
-            raise Unfit
         (col,) = lookup.lhs.get_cols()
-        if hasattr(col.output_field, "get_placeholder") or len(lookup.rhs) > MAX_PARAMS:
+        if (
+            type(lookup.rhs) is not list
+            or _has_placeholder(col.output_field)
+            or len(lookup.rhs) > MAX_PARAMS
+        ):
             raise Unfit
         params = []
         for (value,) in lookup.rhs:
@@ -234,58 +279,33 @@ class Shape:
         self.params += params
         self.leaves.append((_Keys(col), len(params)))
 
-    def expression(self, value: Any) -> None:
-        """An expression without parameters, or an attribute of one."""
-        cls = type(value)
-        key = self.key
-        if cls is Col:
-            key += (cls, value.alias, id(value.target), id(value.output_field))
-            self.kept += (value.target, value.output_field)
-        elif cls is list or cls is tuple:
-            key += (cls, len(value))
-            for each in value:
-                self.expression(each)
-        elif cls is dict:
-            key += (cls, *value)
-            for each in value.values():
-                self.expression(each)
-        elif cls is F:
-            key += (cls, value.name)
-        elif cls in _EXPRESSIONS:
-            args, named = value._constructor_args
-            if any(isinstance(arg, Field) for arg in (*args, *named.values())):
-                raise Unfit
-            key.append(cls)
-            for name, each in value.__dict__.items():
-                if name not in _DERIVED:
-                    key.append(name)
-                    self.expression(each)
-        elif value is None or cls is bool or cls is str:
-            key += (cls, value)
-        else:
-            raise Unfit
-
     def families(self, *, skips_null: bool) -> list[dict[type, int]]:
         """For each parameter, which values may be parameters of the server."""
-        found = [
-            family(field, self.wrapper)
+        found: list[dict[type, int]] = [
+            {} if field is None else family(field, self.wrapper)
             for field, value in self.values
             if value is not None or not skips_null
         ]
+        found += [{}] * len(self.selected)
         for leaf, count in self.leaves:
-            if type(leaf.lhs) is not Col:
-                kinds = {}
+            lhs: Any = None if leaf is None else leaf.lhs
+            if type(leaf) in _YEARS:
+                lhs = lhs.lhs
+            kinds: dict[type, int] = {}
+            if type(lhs) is not Col:
+                pass
             elif type(leaf) in _PATTERNS:
                 kinds = _TEXT
             else:
-                kinds = family(leaf.lhs.target, self.wrapper)
+                kinds = family(lhs.target, self.wrapper)
             found += [kinds] * count
-        return found
+        return found + [{}] * len(self.spare)
 
     def lists(self, *, skips_null: bool) -> list[tuple[int, int]]:
         """Which parameters are a list that may be an array: where it begins and how long it is."""
         found = []
         at = sum(value is not None or not skips_null for _, value in self.values)
+        at += len(self.selected)
         for leaf, count in self.leaves:
             if count > 1 and type(leaf) in _LISTS and type(leaf.lhs) is Col:
                 kind = leaf.lhs.target.db_type(self.wrapper)
@@ -296,9 +316,10 @@ class Shape:
 
     def bind(self, *, skips_null: bool) -> list[Any]:
         """All parameters but the fixed ones and the offset."""
-        if not self.values:
+        if not self.values and not self.mixed:
             return self.params
-        return [v for _, v in self.values if v is not None or not skips_null] + self.params
+        values = [v for _, v in self.values if v is not None or not skips_null]
+        return [*values, *self.selected, *self.params, *self.spare]
 
 
 class _Inner(Shape):
@@ -333,19 +354,42 @@ def _subquery(shape: Shape, value: Any) -> None:
     shape.key.append(value)
 
 
+def _locked(shape: Shape, value: Any) -> None:
+    if value and shape.wrapper.get_autocommit():
+        raise Unfit  # Django refuses
+    shape.key.append(value)
+
+
 def _items(shape: Shape, value: Any) -> None:
     shape.key.append(tuple(value.items()))
 
 
 def _annotations(shape: Shape, value: Any) -> None:
-    if value:
-        if type(shape.query) is not Query:
-            raise Unfit
-        shape.expression(value)
+    if not value:
+        return
+    if type(shape.query) is not Query:
+        raise Unfit
+    mask = shape.query.annotation_select_mask
+    for name, each in value.items():
+        shape.key.append(name)
+        params = shape.expression(each)
+        add_field(each.output_field, shape.key, shape.kept)  # and its converters
+        if mask is None or name in mask:
+            shape.selected += params
+        else:
+            shape.spare += params
 
 
 def _grouped(shape: Shape, value: Any) -> None:
-    shape.expression(value)
+    if value is None or value is True:
+        shape.key.append(value)
+        return
+    shape.key.append(len(value))
+    for each in value:
+        if type(each) is str:
+            shape.key.append(each)
+        else:
+            shape.spare += shape.expression(each)
 
 
 def _extra(shape: Shape, value: Any) -> None:
@@ -380,9 +424,20 @@ def _tables(shape: Shape, value: Any) -> None:
 
 
 def _where(shape: Shape, value: Any) -> None:
-    if type(value) is not WhereNode:
+    if type(value) is not WhereNode or (value.connector != AND and value.connector != OR):
         raise Unfit
-    shape.where(value)
+    if shape.query.group_by is None:
+        shape.where(value)
+        return
+    where, having, qualify = value.split_having_qualify(must_group_by=True)
+    if qualify is not None:
+        raise Unfit
+    if where is not None:
+        shape.where(where)
+    if having is not None:
+        shape.key.append("having")
+        shape.having = shape.mixed = True
+        shape.where(having)
 
 
 def _columns(shape: Shape, value: Any) -> None:
@@ -410,11 +465,13 @@ def _order(shape: Shape, value: Any) -> None:
         annotations = shape.query.annotations
         if annotations:
             shape.key.append(tuple(value))
+            count = len(value)
             value = tuple(
                 name
                 for name in value
                 if type(name) is not str or name.removeprefix("-") not in annotations
             )
+            shape.compares = shape.compares or len(value) < count
         shape.key.append(_ordering(shape.query.model, value))
 
 
@@ -465,25 +522,29 @@ def _frozen(value: Any) -> Any:
     return tuple((k, _frozen(v)) for k, v in value.items()) if type(value) is dict else value
 
 
-# What expressions keep of their own making, beside what makes their SQL.
-_DERIVED = {
-    "_constructor_args", "identity", "output_field", "_output_field_or_none", "convert_value",
-    "contains_aggregate", "contains_over_clause", "contains_column_references",
-    "contains_subquery", "conditional", "field", "select_format",
-}  # fmt: skip
+def _has_placeholder(field: Any) -> bool:
+    return hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
 
 
 def _updated(shape: Shape, value: Any) -> None:
     if shape.query.related_updates or shape.query.count_active_tables() > 1:
         raise Unfit
     for field, _, item in value:
-        if hasattr(item, "resolve_expression") or hasattr(field, "get_placeholder"):
+        if _has_placeholder(field):
             raise Unfit
-        if field.remote_field and hasattr(item, "prepare_database_save"):
+        if hasattr(item, "resolve_expression"):
+            if item.contains_aggregate or item.contains_over_clause or type(item) is ColPairs:
+                raise Unfit
+        elif field.remote_field and hasattr(item, "prepare_database_save"):
             item = item.prepare_database_save(field)
         item = field.get_db_prep_save(item, connection=shape.wrapper)
         if hasattr(item, "as_sql"):
-            raise Unfit
+            sql, params = shape.compile(item)
+            shape.key += (id(field), sql)
+            shape.kept.append(field)
+            shape.values += [(None, param) for param in params]
+            shape.mixed = shape.mixed or bool(params)
+            continue
         shape.values.append((field, item))
         shape.kept.append(field)
         shape.key += (id(field), item is None)
@@ -528,7 +589,11 @@ _PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "group_by": _grouped,
     "combinator": _absent,
     "combined_queries": _absent,
-    "select_for_update": _absent,
+    "select_for_update": _locked,
+    "select_for_update_nowait": _value,
+    "select_for_update_skip_locked": _value,
+    "select_for_update_of": _names,
+    "select_for_no_key_update": _value,
     "explain_info": _absent,
     "filter_is_sticky": None,
     "_lookup_joins": None,  # for split_exclude(), while a filter is built
@@ -536,7 +601,7 @@ _PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "alias_prefix": _value,
     "subq_aliases": _aliases,
     "_db": _value,
-    "contains_subquery": _absent,
+    "contains_subquery": _value,
     "values": _updated,
     "related_ids": _absent,
     "related_updates": _absent,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -24,6 +24,7 @@ from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 
 from .driver import Connection, Statement, checked, leaves_state
+from .expressions import add_unresolved
 from .rows import SLICE, RowMaker
 from .shapes import AS_DUMPED, LIMITS, Shape, Unfit, plain_orders
 
@@ -43,6 +44,8 @@ class Plan:
         fixed: parameters before all others that are always the same.
         skips_null: whether Django writes NULL into the SQL of an UPDATE itself.
         kept: objects whose id() is in the key.
+        sources: for each parameter, which of the shape's it may be: several were equal when the
+            statement was compiled. None: as the shape has them.
         ready: for each field of an INSERT, which values need not be prepared (bulk.py).
     """
 
@@ -59,12 +62,16 @@ class Plan:
         skips_null: bool = False,
         with_offset: bool = False,
         lists: Any = (),
+        sources: list[frozenset[int]] | None = None,
     ) -> None:
         self.sql = sql
         self.maker = maker
         self.kept = kept
         self.fixed = fixed
         self.skips_null = skips_null
+        self.sources = sources
+        self.picked = _picked(sources or ())
+        self.doubtful = [sorted(each) for each in sources or () if len(each) > 1]
         self.families = [*families, {int: 20}] if with_offset else families
         for value in fixed:
             sql = sql.replace("%s", f"{value:d}", 1)
@@ -83,6 +90,15 @@ class Plan:
     def is_of_keys(self) -> bool:
         """Whether its parameters are the elements of one array: it serves arrays of all lengths."""
         return self.lists == [(0, len(self.families))] and "%%" not in self.sql
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether each parameter can only be the one that the shape has in its place."""
+        return not self.doubtful and self.picked == [*range(len(self.picked))]
+
+    def proves(self, params: list[Any]) -> bool:
+        """Whether parameters that the statement may have in one place are equal."""
+        return all(len({_exactly(params[i]) for i in some}) == 1 for some in self.doubtful)
 
     def of_length(self, count: int) -> Plan:
         """The plan for so many keys, if it is one of keys."""
@@ -281,7 +297,7 @@ def plan_for(
     try:
         shape = Shape(query, wrapper, *kind)
         if expressions is not None:
-            shape.expression(expressions)
+            add_unresolved(expressions, shape.key)
         key = tuple(shape.key)
         plan = recall(key)
     except Exception:  # whatever is wrong with the query, Django will say
@@ -296,6 +312,16 @@ def plan_for(
         remember(key, plan)
     elif plan is not None:
         counts["hits"] += 1
+    if plan is not None and plan.sources is not None:
+        params = [*shape.bind(skips_null=False), *fixed]
+        if not plan.proves(params):
+            try:
+                plan = _plan(shape, compile(query, wrapper), fixed, plan.sources)
+            except Exception:
+                plan = None
+            remember(key, plan)
+        if plan is not None:
+            return plan, [params[i] for i in plan.picked], shape.offset
     if plan is None:
         counts["unfit"] += 1
         return None
@@ -303,29 +329,79 @@ def plan_for(
 
 
 UNPLANNED: Any = object()
+_NO_KIND: dict[type, int] = {}
 
 
-def _plan(shape: Shape, compiled: Compiled, fixed: tuple[Any, ...]) -> Plan:
+def _plan(
+    shape: Shape,
+    compiled: Compiled,
+    fixed: tuple[Any, ...],
+    known: list[frozenset[int]] | None = None,
+) -> Plan:
     sql, params, maker = compiled
-    always, params = params[: len(fixed)], params[len(fixed) :]
-    skips_null = not same(params, shape.bind(skips_null=False))
-    if always != fixed or (skips_null and not same(params, shape.bind(skips_null=True))):
-        raise Unfit
+    skips_null, sources = False, None
+    if shape.mixed:
+        sources = _sources(params, [*shape.bind(skips_null=False), *fixed], known)
+        constants, always = [_NO_KIND] * len(fixed), ()
+    else:
+        constants, always, params = [], params[: len(fixed)], params[len(fixed) :]
+        skips_null = not same(params, shape.bind(skips_null=False))
+        if always != fixed or (skips_null and not same(params, shape.bind(skips_null=True))):
+            raise Unfit
     if shape.offset:
         end = f" OFFSET {shape.offset}"
         if not sql.endswith(end):
             raise Unfit
         sql = sql.removesuffix(end)
+    families = [*shape.families(skips_null=skips_null), *constants]
+    lists = shape.lists(skips_null=skips_null)
+    if sources is not None:
+        picked = _picked(sources)
+        families = [families[i] for i in picked]
+        lists = [
+            (picked.index(at), count)
+            for at, count in lists
+            if at in picked and picked[picked.index(at) :][:count] == [*range(at, at + count)]
+        ]
     return Plan(
         sql,
-        shape.families(skips_null=skips_null),
+        families,
         maker,
         shape.kept,
         fixed=always,
         skips_null=skips_null,
         with_offset=shape.offset > 0,
-        lists=shape.lists(skips_null=skips_null),
+        lists=lists,
+        sources=sources,
     )
+
+
+def _sources(
+    params: Any, shapes: list[Any], known: list[frozenset[int]] | None
+) -> list[frozenset[int]]:
+    """Which of the shape's parameters each of the statement's can be.
+
+    Each is one of them, in whatever order Django writes them; which, is seen from the values. As
+    long as those that it can be are equal, it does not matter.
+    """
+    places: dict[Any, set[int]] = {}
+    for i, value in enumerate(shapes):
+        places.setdefault(_exactly(value), set()).add(i)
+    found = [frozenset(places.get(_exactly(value), ())) for value in params]
+    if known is not None:
+        found = [some & others for some, others in zip(found, known, strict=True)]
+    if not all(found):
+        raise Unfit
+    return found
+
+
+def _exactly(value: Any) -> tuple[type, str]:
+    """What tells values apart that may be `==`: a Decimal's scale, a datetime's zone."""
+    return type(value), repr(value.obj if type(value) is Jsonb else value)
+
+
+def _picked(sources: Iterable[frozenset[int]]) -> list[int]:
+    return [n if n in each else min(each) for n, each in enumerate(sources)]
 
 
 def direct(wrapper: Any) -> Connection | None:

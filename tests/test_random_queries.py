@@ -10,11 +10,13 @@ import types
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
-from django.db import models
+from django.db import models, transaction
 from django.db.models import (
     Avg,
+    Case,
     CharField,
     Count,
     Exists,
@@ -27,9 +29,26 @@ from django.db.models import (
     Q,
     Subquery,
     Sum,
+    Transform,
     Value,
+    When,
 )
-from django.db.models.functions import Abs, Coalesce, Greatest, Length, Lower, TruncMonth, Upper
+from django.db.models.functions import (
+    Abs,
+    Cast,
+    Coalesce,
+    Concat,
+    ExtractYear,
+    Greatest,
+    Left,
+    Length,
+    Lower,
+    NullIf,
+    Round,
+    TruncDate,
+    TruncMonth,
+    Upper,
+)
 from django.db.models.lookups import Exact
 from django.test import override_settings
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -37,6 +56,7 @@ from hypothesis import strategies as st
 
 import asyncorm
 from asyncorm import statements
+from tests.checked import hits_checked
 from tests.compare import differences
 from tests.project.shop.models import (
     Author,
@@ -89,6 +109,19 @@ class Same(Exact):
         lhs, lhs_params = self.process_lhs(compiler, connection)
         rhs, rhs_params = self.process_rhs(compiler, connection)
         return f"lower({lhs}) = {rhs}", (*lhs_params, *rhs_params)
+
+
+Loud.register_lookup(Lower)
+Loud.register_lookup(Length)
+
+
+@Loud.register_lookup
+class Bare(Transform):
+    """Without blanks, on both sides."""
+
+    lookup_name = "bare"
+    function = "TRIM"
+    bilateral = True
 
 
 class Doubled(models.IntegerField):
@@ -148,7 +181,19 @@ KINDS: dict[str, tuple[tuple[str, ...], st.SearchStrategy[Any]]] = {
         ("exact", "gt", "lte"),
         st.datetimes(dt.datetime(2023, 1, 1), dt.datetime(2026, 1, 1), timezones=st.just(dt.UTC)),
     ),
-    "part": (("year", "month", "week_day", "year__gte"), st.integers(1, 2030)),
+    "part": (
+        (
+            *("year", "month", "week_day", "quarter", "week", "day", "iso_year", "hour__lt"),
+            *("year__gt", "year__gte", "year__lt", "year__lte", "iso_year__gte", "iso_year__lt"),
+        ),
+        st.one_of(st.integers(1, 12), st.integers(2019, 2026)),
+    ),
+    "day": (
+        ("date", "date__gt", "date__lte"),
+        st.dates(dt.date(2023, 1, 1), dt.date(2026, 1, 1)),
+    ),
+    "years": (("year__in", "month__in"), st.lists(st.integers(1, 2025), max_size=3)),
+    "clock": (("time__gt", "time__lte"), st.times()),
     "truth": (("exact",), st.booleans()),
     "span": (("exact", "gt"), st.timedeltas(dt.timedelta(0), dt.timedelta(days=2))),
     "null": (("isnull",), st.booleans()),
@@ -161,15 +206,35 @@ KINDS: dict[str, tuple[tuple[str, ...], st.SearchStrategy[Any]]] = {
         ("exact", "contains"),
         st.sampled_from([{}, [], {"a": 1}, {"a": {"b": [1]}}, None, "x", 1]),
     ),
+    "path": (
+        ("exact", "gt", "lt", "iexact", "icontains", "startswith", "isnull", "in"),
+        st.sampled_from(["epub", "x", "1", 1, 2.5, True, {"a": 1}, [1], None, Decimal(3)]),
+    ),
+    "keys": (("has_key", "contained_by"), st.sampled_from(["a", "format", "0"])),
     "array": (("exact", "contains", "len"), st.sampled_from([[], ["a"], ["sea", "x"]])),
     "list": (("in",), st.lists(st.one_of(st.integers(-1, 20), st.none()), max_size=4)),
     "range": (("range",), st.tuples(st.integers(-2, 20), st.integers(0, 30))),
-    "loud": (("exact", "differs", "contains", "gt", "in"), TEXTS),
+    "loud": (
+        (
+            "exact",
+            "differs",
+            "contains",
+            "gt",
+            "in",
+            "lower",
+            "lower__contains",
+            "bare__startswith",
+        ),
+        TEXTS,
+    ),
+    "length": (("length__gt", "length"), INTEGERS),
     "address": (("exact",), st.sampled_from(["10.0.0.1", "::1", "192.168.0.7"])),
 }
 PLAIN = {
     "integer": ("integer", "list", "range", "null", "none"),
     "text": ("text", "pattern", "null", "none"),
+    "json": ("json", "keys", "null", "none"),
+    "loud": ("loud", "loud", "length", "null", "none"),
 }
 
 # Paths of each model, with the kind of what is there
@@ -181,7 +246,8 @@ MODELS: dict[Any, dict[str, str]] = {
         "price": "decimal", "gross": "decimal", "pages": "integer", "rating": "float",
         "sold": "integer", "published": "date", "created": "time", "changed": "time",
         "in_print": "truth", "audio_length": "span", "data": "json", "extra": "json",
-        "data__a": "json", "keywords": "array", "tags__name": "text", "tags": "integer",
+        "data__a": "path", "data__format": "path", "extra__0": "path", "data__a__b": "path",
+        "keywords": "array", "tags__name": "text", "tags": "integer",
         "authors__name": "text", "product__stock": "integer", "product": "integer",
         "reviews__stars": "integer", "sample": "text",
     },
@@ -245,6 +311,54 @@ CALLS = {
     ),
     "iterator": lambda queryset: list(queryset.iterator(chunk_size=2)),
     "in_bulk": lambda queryset: queryset.in_bulk(),
+    "locked": lambda queryset: rolled_back(queryset, lambda: list(queryset.select_for_update())),
+    "locked of": lambda queryset: rolled_back(
+        queryset, lambda: list(queryset.select_for_update(of=("self",), no_key=True))
+    ),
+    "locked nowait": lambda queryset: rolled_back(
+        queryset, lambda: list(queryset.select_for_update(nowait=True))
+    ),
+    "unlocked": lambda queryset: list(queryset.select_for_update(skip_locked=True)),
+    "skipped": lambda queryset: rolled_back(
+        queryset, lambda: list(queryset.select_for_update(skip_locked=True))
+    ),
+    "aggregate with values": lambda queryset: queryset.aggregate(
+        c=Count("pk", filter=Q(pk__gt=3)), s=Sum(F("pk") + 1), d=Max("pk", default=7)
+    ),
+}
+
+
+def rolled_back(queryset: Any, function: Callable[[], Any]) -> Any:
+    """The result of a function and, if that is a number, what it has written."""
+    with transaction.atomic(using=queryset.db):
+        result = function()
+        written = None
+        if type(result) is int:
+            written = list(queryset.model.objects.using(queryset.db).order_by("pk").values())
+        transaction.set_rollback(True, using=queryset.db)
+        return result, written
+
+
+UPDATES: dict[Any, dict[str, Callable[[int], Any]]] = {
+    Book: {
+        "pages": lambda v: F("pages") + v,
+        "sold": lambda v: F("pages") * 2 - v,
+        "title": lambda v: Concat(F("title"), Value(f" {v}")),
+        "rating": lambda v: Case(When(pages__gt=v, then=Value(1.5)), default=F("rating")),
+        "changed": lambda v: F("created") + dt.timedelta(days=v),
+        "isbn": lambda v: Value([None, "1", "2"][v]),
+        "price": lambda v: Subquery(
+            Product.objects.filter(book=OuterRef("pk"), stock__gt=v).values("price")[:1]
+        ),
+        "language": lambda v: Value(Book.Language.GERMAN),
+        "extra": lambda v: Value({"a": v}, models.JSONField()),
+        "published": lambda v: TruncDate("created"),
+    },
+    Tag: {"weight": lambda v: F("weight") + v, "name": lambda v: Lower("name")},
+    Order: {
+        "status": lambda v: F("status") + v,
+        "remark": lambda v: Coalesce("remark", Value("x")),
+    },
 }
 
 Step = Callable[[Any, Any], Any]  # a queryset and the values that are left
@@ -254,16 +368,22 @@ class Program:
     """A queryset's shape: steps that take values out of an iterator."""
 
     def __init__(
-        self, model: Any, steps: list[tuple[str, Step]], call: str, alias: str, zone: Any
+        self, model: Any, steps: list[tuple[str, Step]], call: Any, alias: str, zone: Any
     ) -> None:
         self.model, self.steps, self.call, self.alias = model, steps, call, alias
         self.zone = zone  # the settings of time zones
 
     def run(self, values: list[Any]) -> Any:
-        left = iter(values)
         queryset = self.model.objects.using(self.alias)
         for _, step in self.steps:
-            queryset = step(queryset, left)
+            queryset = step(queryset, values)
+        if type(self.call) is tuple:
+            last = values[-len(self.call) :]
+            fields = {
+                name: UPDATES[self.model][name](value)
+                for name, value in zip(self.call, last, strict=True)
+            }
+            return rolled_back(queryset, lambda: queryset.update(**fields))
         return CALLS[self.call](queryset)
 
     def __repr__(self) -> str:
@@ -282,20 +402,25 @@ def conditions(
         path = draw(st.sampled_from(sorted(MODELS[model])))
         what = MODELS[model][path]
         what = draw(st.sampled_from([*PLAIN.get(what, (what, "null", "none"))]))
-        if MODELS[model][path] == "time" and draw(st.integers(0, 3)) == 0:
-            what = "part"
+        if MODELS[model][path] == "time" and draw(st.booleans()):
+            what = draw(st.sampled_from(["part", "part", "day", "years", "clock"]))
+        if MODELS[model][path] == "date" and draw(st.booleans()):
+            what = draw(st.sampled_from(["part", "years"]))
         if what == "list" and path in ("tags", "book"):
             what = "integer"
         names, strategy = KINDS[what]
         name = draw(st.sampled_from(names))
         if name == "len":
             strategy = st.integers(0, 3)
+        if name == "isnull" and what != "null":
+            strategy = st.booleans()
         if name == "in" and what != "list":
             strategy = st.lists(strategy, max_size=3)
         for each in values:
             each.append(draw(strategy))
         lookup = f"{path}__{name}" if name != "exact" or draw(st.booleans()) else path
-        return f"{lookup}=?", lambda left: Q(**{lookup: next(left)})
+        at = len(values[0]) - 1
+        return f"{lookup}=?", lambda left: Q(**{lookup: left[at]})
     one, first = draw(conditions(model, values, depth - 1))
     if kind == "not":
         return f"~({one})", lambda left: ~first(left)
@@ -329,26 +454,64 @@ def programs(draw: Any) -> tuple[Program, Program, list[list[Any]]]:
         name = draw(st.sampled_from(sorted(COMPARED)))
         compared = COMPARED[name]
         if name not in BOOK_ONLY or model in (Book, PrintedBook):
-            inside = draw(st.integers(0, 9))
-            add(f"filter({name})", lambda qs, left: qs.filter(compared(qs, inside)))
-    if draw(st.integers(0, 4)) == 0:
+            at = len(values[0])
+            for each in values:
+                each.append(draw(st.integers(0, 9)))
+            exclude = "exclude" if draw(st.booleans()) else "filter"
+            add(
+                f"{exclude}({name})",
+                lambda qs, left, at=at: getattr(qs, exclude)(compared(qs, left[at])),
+            )
+    for column in draw(st.sampled_from([(), (), ("extra_value",), ("extra_value", "other_value")])):
         name = draw(st.sampled_from(sorted(ANNOTATIONS)))
+        how = draw(st.sampled_from(["annotate", "annotate", "alias"]))
         if name not in BOOK_ONLY or model in (Book, PrintedBook):
-            add(f"annotate({name})", lambda qs, left: qs.annotate(extra_value=ANNOTATIONS[name]()))
+            at = len(values[0])
+            for each in values:
+                each.append(draw(st.integers(0, 2)))
+            add(
+                f"{how}({column}={name})",
+                lambda qs, left, at=at, how=how, column=column, name=name: getattr(qs, how)(
+                    **{column: ANNOTATIONS[name](left[at])}
+                ),
+            )
             if draw(st.booleans()):
-                add("filter(extra_value)", lambda qs, left: qs.exclude(extra_value=None))
-            if name in ("lower", "length", "key", "abs", "greatest") and draw(st.booleans()):
-                wanted = draw(st.integers(0, 9))
-                add(f"extra_value={wanted}", lambda qs, left: qs.filter(extra_value=wanted))
-            if draw(st.booleans()):
+                add(
+                    f"filter({column})",
+                    lambda qs, left, column=column: qs.exclude(**{column: None}),
+                )
+            if name in COMPARABLE and draw(st.booleans()):
+                lookup = draw(st.sampled_from([column, f"{column}__gt", f"{column}__in"]))
+                at = len(values[0])
+                for each in values:
+                    wanted = draw(st.integers(0, 9))
+                    each.append([wanted, 1] if lookup.endswith("in") else wanted)
+                add(
+                    f"filter({lookup}=?)",
+                    lambda qs, left, at=at, lookup=lookup: qs.filter(**{lookup: left[at]}),
+                )
+            if draw(st.booleans()) and column == "extra_value":
                 annotated = True
     if draw(st.integers(0, 6)) == 0:
         column = draw(st.sampled_from(columns))
         name = draw(st.sampled_from(sorted(GROUPED)))
+        at = len(values[0])
+        for each in values:
+            each.append(draw(st.integers(0, 3)))
         add(
             f"values({column}).annotate({name})",
-            lambda qs, left: qs.values(column).annotate(**{f"n_{name}": GROUPED[name]()}),
+            lambda qs, left, at=at: qs.values(column).annotate(
+                **{f"n_{name}": GROUPED[name](left[at])}
+            ),
         )
+        if draw(st.booleans()):
+            at = len(values[0])
+            for each in values:
+                each.append(draw(st.integers(0, 3)))
+            add(
+                f"filter(n_{name}>?)",
+                lambda qs, left, at=at: qs.filter(**{f"n_{name}__gt": left[at]}),
+            )
     if model in RELATED and draw(st.integers(0, 3)) == 0:
         names = draw(st.lists(st.sampled_from(RELATED[model]), min_size=1, max_size=2, unique=True))
         add(f"select_related({names})", lambda qs, left: qs.select_related(*names))
@@ -378,7 +541,16 @@ def programs(draw: Any) -> tuple[Program, Program, list[list[Any]]]:
         low = draw(st.integers(0, 3))
         high = draw(st.one_of(st.none(), st.integers(low, low + 4)))
         add(f"[{low}:{high}]", lambda qs, left: qs[low:high])
-    call = draw(st.sampled_from(["list", "list", "list", *sorted(CALLS)]))
+    call: Any = draw(st.sampled_from(["list", "list", "list", *sorted(CALLS)]))
+    if model in UPDATES and draw(st.integers(0, 3)) == 0:
+        names = st.lists(
+            st.sampled_from(sorted(UPDATES[model])), min_size=1, max_size=2, unique=True
+        )
+        call = tuple(draw(names))
+        at = len(values[0])
+        for each in values:
+            each += [draw(st.integers(0, 2)) for _ in call]
+        steps = [step for step in steps if not step[0].startswith("[")]
     alias = draw(st.sampled_from(["default", "default", "other"]))
     zone = draw(st.sampled_from(ZONES)) if draw(st.integers(0, 9)) == 0 else {}
     if "USE_TZ" in zone:  # the other one has a zone of its own, which is refused then
@@ -397,14 +569,22 @@ ZONES: list[dict[str, Any]] = [
     {"TIME_ZONE": "America/New_York", "USE_TZ": False},
     {"USE_TZ": False},
 ]
-GROUPED: dict[str, Callable[[], Any]] = {
-    "count": lambda: Count("pk"),
-    "distinct": lambda: Count("pk", distinct=True),
-    "max": lambda: Max("pk"),
-    "filtered": lambda: Count("pk", filter=Q(pk__gt=3)),
+GROUPED: dict[str, Callable[[int], Any]] = {
+    "count": lambda v: Count("pk"),
+    "distinct": lambda v: Count("pk", distinct=True),
+    "max": lambda v: Max("pk"),
+    "filtered": lambda v: Count("pk", filter=Q(pk__gt=v)),
+    "sum": lambda v: Sum(F("pk") + v),
+    "default": lambda v: Sum("pk", filter=Q(pk__lt=v), default=v),
+    "when": lambda v: Sum(Case(When(pk__gt=v, then=1), default=0)),
 }
-COMPARED: dict[str, Callable[[Any, int], Q]] = {
+COMPARED: dict[str, Callable[[Any, int], Any]] = {
     "column": lambda qs, n: Q(pk__gte=F("pk")),
+    "plus": lambda qs, n: Q(pk__gte=F("pk") * n - 1),
+    "value": lambda qs, n: Q(pk__gt=Value(n)),
+    "text or number": lambda qs, n: Q(pk__gt=Value([n, str(n), float(n), True][n % 4])),
+    "case": lambda qs, n: Q(pk__gt=Case(When(pk__lt=n, then=Value(n)), default=F("pk") - n)),
+    "pages": lambda qs, n: Q(pages__gt=F("sold") - n) | Q(pages=n),
     "columns": lambda qs, n: Q(pages__gt=F("sold")),
     "sum": lambda qs, n: Q(pages__gt=F("sold") + F("pages")),
     "lowered": lambda qs, n: Q(title=Lower("title")),
@@ -417,33 +597,79 @@ COMPARED: dict[str, Callable[[Any, int], Q]] = {
         publisher__in=Publisher.objects.filter(books__in=Book.objects.filter(pk__gt=n))
     ),
     "slice": lambda qs, n: Q(pk__in=qs.model.objects.order_by("pk")[n : n + 3]),
-}
-BOOK_ONLY = {
-    "columns", "sum", "lowered", "subquery of another", "nested",
-    "pages", "count", "average", "month", "title", "subquery", "exists", "lower", "both", "length",
-    "greatest", "tags", "gross",
-}  # fmt: skip
-ANNOTATIONS: dict[str, Callable[[], Any]] = {
-    "pages": lambda: F("pages") + 1,
-    "count": lambda: Count("tags"),
-    "average": lambda: Avg("reviews__stars"),
-    "month": lambda: TruncMonth("created"),
-    "title": lambda: Coalesce(Lower("isbn"), Upper("title"), output_field=CharField()),
-    "subquery": lambda: Subquery(
-        Review.objects.filter(book=OuterRef("pk")).order_by("pk").values("stars")[:1]
+    "first": lambda qs, n: Q(pk__in=qs.model.objects.order_by("-pk")[: n + 1]),
+    "exists": lambda qs, n: Exists(Review.objects.filter(book=OuterRef("pk"), stars__gt=n)),
+    "not exists": lambda qs, n: ~Exists(
+        qs.model.objects.filter(pk=OuterRef("pk")).annotate(m=F("pk") + 1).filter(m__gt=n)
     ),
-    "exists": lambda: Exists(Review.objects.filter(book=OuterRef("pk"), stars__gt=2)),
-    "value": lambda: Value(7, output_field=IntegerField()),
-    "sum": lambda: Sum("pk"),
-    "lower": lambda: Lower("publisher__name"),
-    "both": lambda: F("pages") + F("sold"),
-    "length": lambda: Length("title"),
-    "greatest": lambda: Greatest("pages", "sold"),
-    "tags": lambda: Count("tags", distinct=True),
-    "gross": lambda: Sum("price"),
-    "key": lambda: F("pk"),
-    "abs": lambda: Abs("pk"),
-}
+    "any review": lambda qs, n: Q(
+        pages__gt=Subquery(
+            Review.objects.filter(book=OuterRef("pk"), stars__lt=n)
+            .order_by("pk")
+            .values("stars")[:1]
+        )
+    ),
+    "reviews": lambda qs, n: Q(reviews__stars__gt=n, reviews__body__contains=n),
+    "tags": lambda qs, n: Q(tags__weight__lt=n) | Q(authors__name__contains=n),
+}  # fmt: skip
+BOOK_ONLY = {
+    "columns", "lowered", "subquery of another", "nested", "any review", "reviews",
+    "pages", "count", "average", "month", "title", "subquery", "exists", "lower", "both", "length",
+    "greatest", "tags", "gross", "text", "when", "whens", "filtered", "concat", "left",
+    "key in json",
+    "year", "date", "round", "null if", "zone", "cast", "wide cast", "duration", "total", "newest",
+}  # fmt: skip
+COMPARABLE = {
+    "lower", "length", "key", "abs", "greatest", "pages", "count", "filtered", "both", "when",
+    "sum", "year", "coalesced", "left", "total", "case", "value", "average", "subquery",
+}  # fmt: skip
+ANNOTATIONS: dict[str, Callable[[int], Any]] = {
+    "pages": lambda v: F("pages") + v,
+    "count": lambda v: Count("tags"),
+    "average": lambda v: Avg("reviews__stars"),
+    "month": lambda v: TruncMonth("created"),
+    "zone": lambda v: TruncMonth("created", tzinfo=ZONE_INFOS[v]),
+    "year": lambda v: ExtractYear("created"),
+    "date": lambda v: TruncDate("created"),
+    "title": lambda v: Coalesce(Lower("isbn"), Upper("title"), output_field=CharField()),
+    "subquery": lambda v: Subquery(
+        Review.objects.filter(book=OuterRef("pk"), stars__gt=v).order_by("pk").values("stars")[:1]
+    ),
+    "newest": lambda v: Subquery(
+        Review.objects.filter(book=OuterRef("pk")).order_by("-pk").values("written")[:1]
+    ),
+    "exists": lambda v: Exists(Review.objects.filter(book=OuterRef("pk"), stars__gt=v)),
+    "value": lambda v: Value(v, output_field=IntegerField()),
+    "values": lambda v: Value([1, "text", 2.5][v]),
+    "nothing": lambda v: Value([None, 1, 2][v], output_field=IntegerField()),
+    "sum": lambda v: Sum("pk"),
+    "lower": lambda v: Lower("publisher__name"),
+    "both": lambda v: F("pages") + F("sold"),
+    "length": lambda v: Length("title"),
+    "greatest": lambda v: Greatest("pages", "sold", v),
+    "tags": lambda v: Count("tags", distinct=True),
+    "gross": lambda v: Sum("price"),
+    "key": lambda v: F("pk"),
+    "abs": lambda v: Abs(F("pk") - v),
+    "coalesced": lambda v: Coalesce("pk", Value(v)),
+    "text": lambda v: Coalesce("isbn", Value(f"none {v}")),
+    "case": lambda v: Case(When(pk__gt=v, then=Value(1)), default=Value(v)),
+    "when": lambda v: Case(When(pages__gt=100 * v, then="pages"), When(pk=v, then=v), default=None),
+    "whens": lambda v: Case(
+        When(Q(title__contains=v) | Q(tags__weight__gt=v), then=Value("a")), default=Value(f"b{v}")
+    ),
+    "filtered": lambda v: Count("tags", filter=Q(tags__weight__gt=v)),
+    "total": lambda v: Sum(F("reviews__stars") * v, filter=~Q(reviews__stars=v), default=v),
+    "concat": lambda v: Concat("title", Value(f" {v} "), "slug"),
+    "left": lambda v: Left("title", v + 1),
+    "key in json": lambda v: F("data__format"),
+    "round": lambda v: Round("price", v),
+    "null if": lambda v: NullIf("pages", Value(v)),
+    "cast": lambda v: Cast("pages", CharField(max_length=v + 1)),
+    "wide cast": lambda v: Cast("price", models.DecimalField(max_digits=9, decimal_places=v)),
+    "duration": lambda v: F("created") - dt.timedelta(days=v),
+}  # fmt: skip
+ZONE_INFOS = [ZoneInfo("Europe/Vienna"), ZoneInfo("Asia/Kathmandu"), None]
 
 
 def copied(test: Any) -> Any:
@@ -458,9 +684,10 @@ def random_querysets(drawn: Any, run: Callable) -> None:
         run = asyncorm.native(outcome)
         return [await run(each.run, given) for each, given in calls]
 
-    with override_settings(**program.zone):
+    with override_settings(**program.zone), hits_checked() as wrong:
         expected = [outcome(each.run, given) for each, given in calls[:3]]
         found = run(native())
+    assert wrong == []
     for one, other in zip([*expected, expected[0]], found, strict=True):
         assert differences(one, other) == []
 

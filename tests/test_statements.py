@@ -6,12 +6,34 @@ import datetime as dt
 from collections.abc import AsyncIterator, Callable, Iterator
 from decimal import Decimal
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
-from django.db import DataError, connection, models
-from django.db.models import F, Q, Value
-from django.db.models.functions import Random
+from django.db import DataError, connection, models, transaction
+from django.db.models import (
+    Case,
+    Count,
+    Exists,
+    ExpressionWrapper,
+    F,
+    OuterRef,
+    Q,
+    Subquery,
+    Value,
+    When,
+)
+from django.db.models.functions import (
+    Cast,
+    Coalesce,
+    Concat,
+    ExtractHour,
+    Lower,
+    Random,
+    TruncDay,
+    TruncMonth,
+)
 from django.db.models.signals import post_init
+from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
@@ -19,6 +41,7 @@ from django.utils import timezone
 import asyncorm
 from asyncorm import bridge, planned, statements
 from asyncorm.driver import Connection
+from tests.checked import hits_checked
 from tests.compare import differences
 from tests.project.shop.models import (
     Author,
@@ -33,6 +56,7 @@ from tests.project.shop.models import (
     Product,
     Profile,
     Publisher,
+    Review,
     Tag,
     Ticket,
 )
@@ -180,6 +204,316 @@ async def test_hot_shapes(name: str, using: str, monkeypatch: pytest.MonkeyPatch
         assert differences(expected[1], await asyncorm.native(outcome)(function, second)) == []
         assert hits() > before and without_cursor
         assert differences(expected[0], await asyncorm.native(outcome)(function, first)) == []
+
+
+# The same of what goes through Django's cursor: functions of two values, by equal and other ones.
+WIDE: dict[str, Callable[[Any, Any], Any]] = {
+    "year": lambda v, w: rows(created__year=2020 + v, published__year__lte=2025 - w),
+    "month": lambda v, w: rows(created__month__gt=v, published__day__gt=w),
+    "date": lambda v, w: rows(created__date__gt=dt.date(2020 + v, w, 1)),
+    "json": lambda v, w: rows(Q(data__a=v) | ~Q(data__format=str(w)) | Q(extra__0__gt=w)),
+    "json keys": lambda v, w: rows(Q(data__has_key="a") | Q(data__contains={"a": v}) | Q(pk=w)),
+    "arrays": lambda v, w: rows(keywords__len__gte=v - 1, keywords__contained_by=["sea", str(w)]),
+    "sum": lambda v, w: rows(pages__gt=F("sold") - v, pk__gt=w),
+    "value": lambda v, w: rows(pages__gt=Value(v), title__gt=Value(str(w))),
+    "either": lambda v, w: rows(Q(pk=v) ^ Q(pages__gt=w)),
+    "annotated": lambda v, w: list(
+        by_pk.annotate(m=F("pages") + v, n=Coalesce("rating", Value(float(w)))).filter(m__gt=w)
+    ),
+    "annotated values": lambda v, w: list(
+        by_pk.annotate(m=F("pages") - v).filter(pk__gt=w).values_list("m", "title")
+    ),
+    "case": lambda v, w: list(
+        by_pk.annotate(m=Case(When(pages__gt=v, then=Value(w)), default=Value(-v)))
+    ),
+    "counted": lambda v, w: by_pk.annotate(m=F("pages") + v).filter(pages__gt=w).count(),
+    "is there": lambda v, w: by_pk.annotate(m=F("pages") + v).filter(pk=w).exists(),
+    "is there a page": lambda v, w: (
+        by_pk.annotate(m=F("pages") % v, n=F("sold") % w).values("m", "n").distinct()[:5].exists()
+    ),
+    "first": lambda v, w: by_pk.annotate(m=F("pages") + v).filter(pk__gt=w).first(),
+    "get": lambda v, w: by_pk.annotate(m=F("pages") + v).get(pk=w),
+    "an alias": lambda v, w: list(by_pk.alias(m=F("pages") + v).filter(pk__gt=w, m__gt=w)),
+    "ordered by it": lambda v, w: list(
+        Book.objects.alias(m=F("pages") % (v + 1)).filter(pk__gt=w).order_by("m", "pk")
+    ),
+    "filtered count": lambda v, w: list(
+        by_pk.annotate(n=Count("tags", filter=Q(tags__weight__gt=v))).filter(pk__gt=w)
+    ),
+    "having": lambda v, w: list(by_pk.annotate(n=Count("tags")).filter(n__gte=v, pk__gt=w)),
+    "having first": lambda v, w: list(
+        by_pk.annotate(n=Count("tags")).filter(Q(n__gte=v) | Q(pk=w)).filter(pages__gt=w)
+    ),
+    "grouped": lambda v, w: list(
+        Book.objects.annotate(m=F("pages") % (v + 1), k=F("pages") % (w + 1))
+        .values("m", "k")
+        .annotate(n=Count("pk"))
+        .order_by("m", "k")
+    ),
+    "exists": lambda v, w: list(
+        by_pk.annotate(
+            some=Exists(Review.objects.filter(book=OuterRef("pk"), stars__gt=v)),
+            others=~Exists(Review.objects.filter(book=OuterRef("pk"), stars__lt=w)),
+        )
+    ),
+    "only if it exists": lambda v, w: rows(
+        Exists(Review.objects.filter(book=OuterRef("pk"), stars__gt=v)), pk__gt=w
+    ),
+    "subquery": lambda v, w: list(
+        by_pk.annotate(
+            m=Subquery(
+                Review.objects.filter(book=OuterRef("pk"), stars__gt=v)
+                .order_by("-pk")
+                .values("stars")[:1]
+            )
+        ).filter(pk__gt=w)
+    ),
+    "the first of a subquery": lambda v, w: rows(
+        publisher__in=Publisher.objects.filter(pk__gt=v).order_by("pk")[:3], pk__gt=w
+    ),
+    "excluded over a relation": lambda v, w: list(
+        by_pk.exclude(tags__weight__gt=v).exclude(authors__pk=w)
+    ),
+    "locked": lambda v, w: locked(by_pk.filter(pk__gt=v, pages__gt=w).select_for_update()),
+    "locked partly": lambda v, w: locked(
+        by_pk.filter(pk__gt=v, pages__gt=w).select_for_update(skip_locked=True, of=("self",))
+    ),
+    "update": lambda v, w: updated(by_pk.filter(pk__gt=w), pages=F("pages") + v),
+    "update of two": lambda v, w: updated(
+        by_pk.filter(pk__gt=v), title="x", pages=F("pages") + v, sold=F("pages") + w, isbn=None
+    ),
+    "update by cases": lambda v, w: updated(
+        by_pk, pages=Case(When(pk=v, then=Value(w)), default=F("pages") + v)
+    ),
+    "update by a subquery": lambda v, w: updated(
+        by_pk.filter(pk__gt=w),
+        rating=Subquery(
+            Review.objects.filter(book=OuterRef("pk"), stars__gt=v)
+            .order_by("pk")
+            .values("stars")[:1]
+        ),
+    ),
+}
+by_pk = Book.objects.order_by("pk")
+
+
+def rows(*args: Any, **kwargs: Any) -> list[Any]:
+    return list(Book.objects.filter(*args, **kwargs).order_by("pk"))
+
+
+def locked(queryset: Any) -> list[Any]:
+    with transaction.atomic():
+        return list(queryset)
+
+
+def updated(queryset: Any, **changes: Any) -> Any:
+    with transaction.atomic():
+        count = queryset.update(**changes)
+        books = list(Book.objects.order_by("pk").values())
+        transaction.set_rollback(True)
+    return count, books
+
+
+@pytest.mark.parametrize("name", WIDE)
+async def test_wide_shapes(name: str) -> None:
+    function = WIDE[name]
+    with hits_checked() as wrong:
+        for number, values in enumerate([(1, 1), (2, 2), (1, 2), (2, 1), (1, 1), (3, 2)]):
+            expected = await in_thread(outcome, function, *values)
+            before = hits()
+            assert differences(expected, await asyncorm.native(outcome)(function, *values)) == []
+            assert not isinstance(expected, Exception)
+            # Equal values in a grouped query are another shape.
+            assert (
+                hits() > before
+                or number == 0
+                or (name, number)
+                in (
+                    ("grouped", 2),
+                    ("is there a page", 2),
+                )
+            )
+    assert wrong == []
+
+
+# Querysets of another shape, whatever they have in common.
+DIFFERENT: dict[str, list[Callable[[], Any]]] = {
+    "transforms": [
+        lambda: by_pk.filter(created__month=2),
+        lambda: by_pk.filter(created__day=2),
+        lambda: by_pk.filter(created__year=2),
+        lambda: by_pk.filter(created__iso_year=2),
+        lambda: by_pk.filter(published__year=2),
+        lambda: by_pk.filter(created__year__gt=2),
+        lambda: by_pk.filter(created__year__lt=2),
+    ],
+    "signs": [
+        lambda: by_pk.annotate(m=F("pages") + 1),
+        lambda: by_pk.annotate(m=F("pages") - 1),
+        lambda: by_pk.annotate(m=F("sold") + 1),
+        lambda: by_pk.annotate(n=F("pages") + 1),
+        lambda: by_pk.alias(m=F("pages") + 1),
+    ],
+    "types of values": [
+        lambda: by_pk.annotate(m=Value(1)),
+        lambda: by_pk.annotate(m=Value("1")),
+        lambda: by_pk.annotate(m=Value(None, output_field=models.IntegerField())),
+        lambda: by_pk.annotate(m=Value(1, output_field=models.FloatField())),
+        lambda: by_pk.annotate(m=Value(1, output_field=models.DecimalField(max_digits=3))),
+        lambda: by_pk.annotate(m=Value(True)),
+    ],
+    "output fields": [
+        lambda: by_pk.annotate(m=ExpressionWrapper(F("pages"), models.IntegerField())),
+        lambda: by_pk.annotate(m=ExpressionWrapper(F("pages"), models.FloatField())),
+        lambda: by_pk.annotate(m=ExpressionWrapper(F("pages"), models.DecimalField())),
+        lambda: by_pk.annotate(m=ExpressionWrapper(F("pages"), Doubled())),
+        lambda: by_pk.annotate(m=F("pages")),
+    ],
+    "lengths": [
+        lambda: by_pk.annotate(m=Cast("pages", models.CharField(max_length=1))),
+        lambda: by_pk.annotate(m=Cast("pages", models.CharField(max_length=2))),
+        lambda: by_pk.annotate(m=Cast("price", models.DecimalField(None, None, 9, 1))),
+    ],
+    "models of one table": [
+        lambda: by_pk.annotate(m=Subquery(Tag.objects.order_by("pk").values("weight")[:1])),
+        lambda: by_pk.annotate(m=Subquery(Weight.objects.order_by("pk").values("weight")[:1])),
+    ],
+    "zones": [
+        lambda: by_pk.annotate(m=TruncMonth("created", tzinfo=ZoneInfo("Asia/Kathmandu"))),
+        lambda: by_pk.annotate(m=TruncMonth("created", tzinfo=ZoneInfo("Europe/Vienna"))),
+        lambda: by_pk.annotate(m=TruncMonth("created")),
+        lambda: by_pk.annotate(m=TruncDay("created")),
+    ],
+    "equal values": [
+        lambda: pairs(1, 1),
+        lambda: pairs(1, 2),
+        lambda: pairs(2, 2),
+        lambda: pairs(2, 1),
+    ],
+    "locks": [
+        lambda: by_pk.select_for_update(),
+        lambda: by_pk.select_for_update(nowait=True),
+        lambda: by_pk.select_for_update(skip_locked=True),
+        lambda: by_pk.select_for_update(no_key=True),
+        lambda: by_pk.select_for_update(of=("self",)),
+        lambda: by_pk.all(),
+    ],
+    "having": [
+        lambda: by_pk.annotate(n=Count("tags")).filter(n__gt=1),
+        lambda: by_pk.annotate(n=Count("tags")).filter(pages__gt=1),
+        lambda: by_pk.annotate(n=Count("tags")).filter(Q(n__gt=1) | Q(pages__gt=1)),
+        lambda: by_pk.annotate(n=Count("tags")).exclude(n__gt=1, pages__gt=1),
+    ],
+    "filters of aggregates": [
+        lambda: by_pk.annotate(n=Count("tags", filter=Q(tags__weight__gt=1))),
+        lambda: by_pk.annotate(n=Count("tags", filter=Q(tags__weight__lt=1))),
+        lambda: by_pk.annotate(n=Count("tags", filter=~Q(tags__weight__gt=1))),
+        lambda: by_pk.annotate(n=Count("tags")),
+    ],
+    "subqueries": [
+        lambda: by_pk.annotate(m=Exists(of_book)),
+        lambda: by_pk.annotate(m=~Exists(of_book)),
+        lambda: by_pk.annotate(m=Subquery(of_book.values("stars")[:1])),
+        lambda: by_pk.annotate(m=Subquery(of_book.values("stars")[1:2])),
+        lambda: by_pk.annotate(m=Subquery(of_book.values("customer")[:1])),
+        lambda: by_pk.annotate(m=Subquery(of_book.order_by("-pk").values("stars")[:1])),
+        lambda: by_pk.filter(Exists(of_book)),
+        lambda: by_pk.exclude(Exists(of_book)),
+    ],
+}
+of_book = Review.objects.filter(book=OuterRef("pk")).order_by("pk")
+
+
+def pairs(v: int, w: int) -> Any:
+    grouped = Book.objects.annotate(m=F("pages") % v, k=F("pages") % w).values("m", "k")
+    return grouped.annotate(n=Count("pk")).order_by("m", "k")
+
+
+class Doubled(models.IntegerField):
+    def from_db_value(self, value: Any, expression: Any, connection: Any) -> Any:
+        return None if value is None else value * 2
+
+
+class Weight(models.Model):
+    """The table of tags."""
+
+    weight = Doubled()
+
+    class Meta:
+        app_label = "not_installed"
+        managed = False
+        db_table = "shop_tag"
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+async def test_different_shapes(name: str) -> None:
+    def lists() -> list[Any]:
+        with transaction.atomic():
+            return [list(make()) for make in DIFFERENT[name]]
+
+    expected = await in_thread(lists)
+    with hits_checked() as wrong:
+        for _ in range(2):
+            before = hits()
+            assert differences(expected, await asyncorm.native(lists)()) == []
+    assert wrong == []
+    assert hits() > before
+
+
+async def test_different_updates() -> None:
+    updates: list[dict[str, Any]] = [
+        {"pages": F("pages") + 1},
+        {"pages": F("pages") * 2},
+        {"pages": F("pk") + 1},
+        {"sold": F("pages") + 1},
+        {"pages": 1},
+        {"pages": Value(1)},
+        {"rating": Value(None)},
+        {"rating": Value(1)},
+        {"rating": None},
+        {"data": Value({}, models.JSONField())},
+        {"keywords": ["x"]},
+        {"keywords": Value(["x"], Book._meta.get_field("keywords"))},
+        {"title": Lower("title")},
+        {"title": Concat("title", Value("%s"))},
+    ]
+
+    def update() -> list[Any]:
+        return [updated(by_pk.filter(pk__gt=1), **changes) for changes in updates]
+
+    expected = await in_thread(update)
+    with hits_checked() as wrong:
+        for _ in range(2):
+            before = hits()
+            assert differences(expected, await asyncorm.native(update)()) == []
+    assert wrong == []
+    assert hits() >= before + 2 * len(updates) - 2  # all but the arrays, and the rows
+
+
+@pytest.mark.parametrize("zone", ["Asia/Kathmandu", "America/New_York", "UTC"])
+async def test_the_current_time_zone(zone: str) -> None:
+    def by_time() -> list[Any]:
+        with timezone.override(zone):
+            return [
+                list(by_pk.filter(created__date__gt=dt.date(2024, 1, 1), created__hour__lt=12)),
+                list(by_pk.filter(created__year=2024)),
+                list(by_pk.annotate(m=TruncMonth("created"), n=ExtractHour("created"))),
+            ]
+
+    with hits_checked() as wrong:
+        for each in ("Pacific/Kiritimati", zone, "Europe/Vienna"):
+            with timezone.override(each):
+                expected = await in_thread(by_time)
+                assert differences(expected, await asyncorm.native(by_time)()) == []
+    assert wrong == []
+
+
+async def test_a_lock_wants_a_transaction() -> None:
+    async with asyncorm.atomic():
+        await by_pk.select_for_update().anative()
+    for _ in range(2):
+        with pytest.raises(TransactionManagementError):
+            await by_pk.select_for_update().anative()
 
 
 class Always:

@@ -1,0 +1,133 @@
+"""What a statement depends on in its expressions, beside the SQL that their own classes make.
+
+The SQL of an expression is in the key of a statement (shapes.py), so nothing that its `as_sql()`
+looks at can be forgotten. The rest of the statement looks at more: whether it is an aggregate, its
+output field's converters, the columns that it groups by. These follow from the classes of the
+expression and of what it is made of, and from a few attributes.
+
+Names of Django (5.2 to 6.1) used beyond the documented API, and why:
+
+- `Expression._constructor_args`: whether an output field was given to an aggregate.
+- `BaseExpression.get_source_expressions`, `Query.get_external_cols`, `Col.possibly_multivalued`:
+  what an expression is made of, and what a subquery groups by.
+- `TimezoneMixin.tzinfo`: what `Trunc` converts to, a parameter of its SQL.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import uuid
+from typing import Any
+
+from django.db import models
+from django.db.models import F, Field, aggregates, functions
+from django.db.models.expressions import Col, CombinedExpression, Star
+from django.db.models.sql.query import Query
+from psycopg.types.numeric import Int2, Int4, Int8
+
+
+class Unfit(Exception):
+    """What is asked for is left to Django."""
+
+
+# Fields whose attributes in _STATE are all that they do by.
+_FIELDS = {
+    models.BigIntegerField, models.BooleanField, models.CharField, models.DateField,
+    models.DateTimeField, models.DecimalField, models.DurationField, models.EmailField,
+    models.FloatField, models.IntegerField, models.JSONField, models.PositiveBigIntegerField,
+    models.PositiveIntegerField, models.PositiveSmallIntegerField, models.SlugField,
+    models.SmallIntegerField, models.TextField, models.TimeField, models.URLField, models.UUIDField,
+}  # fmt: skip
+_STATE = ("max_length", "db_collation", "max_digits", "decimal_places", "encoder", "decoder")
+# What Django compares by value when it leaves out what it has already grouped or ordered by.
+_PLAIN = {
+    int, str, float, bool, bytes, decimal.Decimal, datetime.date, datetime.datetime, datetime.time,
+    datetime.timedelta, uuid.UUID, Int2, Int4, Int8,
+}  # fmt: skip
+_MAX_COMPARED = 100
+
+
+def add_field(field: Any, key: list[Any], kept: list[Any]) -> None:
+    """Put a field into a key."""
+    state = vars(field)
+    if "model" in state:
+        key.append(id(field))
+        kept.append(field)
+    elif type(field) in _FIELDS:
+        key += (type(field), *map(state.get, _STATE))
+    else:
+        raise Unfit
+
+
+def add_structure(node: Any, key: list[Any], kept: list[Any]) -> None:
+    """Put into a key what the rest of the statement sees of a compiled expression."""
+    cls = type(node)
+    if cls is Col:
+        key += (cls, id(node.target), id(node.output_field))
+        kept += (node.target, node.output_field)
+        return
+    if cls is Query:
+        key += (cls, tuple([col.possibly_multivalued for col in node.get_external_cols()]))
+        return
+    if not cls.__module__.startswith("django."):
+        raise Unfit
+    key += (cls, vars(node).get("tzinfo"))
+    sources = node.get_source_expressions()
+    key.append(len(sources))
+    for source in sources:
+        if source is None:
+            key.append(None)
+        else:
+            add_structure(source, key, kept)
+
+
+def pattern(params: tuple[Any, ...]) -> tuple[int, ...]:
+    """Which parameters are equal: Django leaves out expressions that are."""
+    if len(params) > _MAX_COMPARED or not _PLAIN.issuperset(map(type, params)):
+        raise Unfit
+    return tuple(map(params.index, params))
+
+
+# Expressions whose SQL depends on what their attributes say and on nothing else, say a time zone.
+_EXPRESSIONS = {
+    Star, CombinedExpression, aggregates.Count, aggregates.Sum, aggregates.Avg, aggregates.Max,
+    aggregates.Min, aggregates.StdDev, aggregates.Variance, functions.Lower, functions.Upper,
+    functions.Length, functions.Trim, functions.LTrim, functions.RTrim, functions.Reverse,
+    functions.Abs, functions.Ceil, functions.Floor, functions.Sign, functions.Sqrt,
+    functions.Coalesce, functions.Greatest, functions.Least, functions.NullIf,
+}  # fmt: skip
+# What expressions keep of their own making, beside what makes their SQL.
+_DERIVED = {
+    "_constructor_args", "identity", "output_field", "_output_field_or_none", "convert_value",
+    "contains_aggregate", "contains_over_clause", "contains_column_references",
+    "contains_subquery", "conditional", "field", "select_format",
+}  # fmt: skip
+
+
+def add_unresolved(value: Any, key: list[Any]) -> None:
+    """Put an expression of names without parameters, or an attribute of one, into a key."""
+    cls = type(value)
+    if cls is list or cls is tuple:
+        key += (cls, len(value))
+        for each in value:
+            add_unresolved(each, key)
+    elif cls is dict:
+        key += (cls, *value)
+        for each in value.values():
+            add_unresolved(each, key)
+    elif cls is F:
+        key += (cls, value.name)
+    elif cls in _EXPRESSIONS:
+        args, named = value._constructor_args
+        if any(isinstance(arg, Field) for arg in (*args, *named.values())):
+            raise Unfit
+        key.append(cls)
+        for name, each in value.__dict__.items():
+            if name not in _DERIVED:
+                key.append(name)
+                add_unresolved(each, key)
+    elif value is None or cls is bool or cls is str:
+        key += (cls, value)
+    else:
+        raise Unfit
