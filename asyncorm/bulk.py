@@ -278,11 +278,10 @@ def insert_batches(
                         rows += compiler.execute_sql(returning)
                 if receive is not None:
                     rows += receive()
-            except BaseException:
-                if receive is not None:
-                    runner = bridge.current()
-                    assert runner is not None
-                    bridge.wait_for(runner, conn.interrupt())
+            except BaseException:  # one may be under way
+                runner = bridge.current()
+                assert runner is not None
+                bridge.wait_for(runner, conn.interrupt())
                 raise
     if len(rows) != len(objs):
         return rows

@@ -39,7 +39,7 @@ from psycopg.types.numeric import Int2, Int4, Int8
 
 from . import bridge, bulk, conf, rows, sessions
 from .bridge import Runner
-from .driver import Connection, checked
+from .driver import Connection, LazyConnection, checked
 from .rows import RowMaker
 from .shapes import MAX_PARAMS, Shape, Unfit, family
 from .statements import (
@@ -820,6 +820,9 @@ def _prepare_for_bulk_create(original: Any) -> Any:
     return prepare
 
 
+_OURS = {type(None), Connection, LazyConnection}
+
+
 def _batched_insert(original: Any) -> Any:
     """The INSERTs of `bulk_create()`."""
 
@@ -827,7 +830,8 @@ def _batched_insert(original: Any) -> Any:
         size = batch_size or bulk.BATCH
         if len(objs) > size and options.get("on_conflict") is None:
             wrapper = native_wrapper(self.db)
-            if wrapper is not None and not wrapper.watched:
+            # In a test's transaction the connection is Django's own.
+            if wrapper is not None and type(wrapper.connection) in _OURS and not wrapper.watched:
                 size = min(size, max(wrapper.ops.bulk_batch_size(fields, objs), 1))
                 return bulk.insert_batches(self, objs, fields, size, wrapper)
         return original(self, objs, fields, batch_size, **options)

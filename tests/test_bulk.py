@@ -25,6 +25,7 @@ from django.test.utils import CaptureQueriesContext, override_settings
 from django.utils.functional import lazystr
 
 import asyncorm
+from asyncorm import driver
 from tests.compare import differences
 from tests.project.shop.models import Category, Country, Note, Tag
 from tests.support import all_given_back
@@ -542,19 +543,24 @@ def test_an_expression_among_many(run: Any, all_kinds: Any, at: int) -> None:
     assert json.loads(rows[at][0])["name"] == "UP" and len(rows) == 2500
 
 
-async def test_cancelled_outside_a_block(all_kinds: Any) -> None:
+async def test_cancelled_outside_a_block(all_kinds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "_BUSY", 0.0)  # it can be cancelled wherever it may give turns
+    await all_kinds.objects.native_bulk_create(many(all_kinds))
+    await all_kinds.objects.all().native_delete()
+    lost = asyncorm.pool_stats().get("connections_lost", 0)
     found = []
-    for delay in [0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.015, 0.02] * 2:
+    for turns in range(50):
         task = asyncio.create_task(all_kinds.objects.native_bulk_create(many(all_kinds)))
-        await asyncio.sleep(delay)
+        for _ in range(turns):
+            await asyncio.sleep(0)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
         found.append(await all_kinds.objects.native_count())
         await all_kinds.objects.all().native_delete()
     assert set(found) <= {0, 2500}  # all of them if it was cancelled in its COMMIT
-    assert found.count(0) > 3
-    await all_given_back()
+    assert found.count(0) > 5
+    assert (await all_given_back()).get("connections_lost", 0) == lost
 
 
 async def test_other_tasks_get_their_turn(all_kinds: Any) -> None:
