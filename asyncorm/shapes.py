@@ -26,7 +26,7 @@ from typing import Any
 
 from django.core.exceptions import FieldDoesNotExist
 from django.db.models import lookups
-from django.db.models.expressions import Col, ColPairs
+from django.db.models.expressions import Col, ColPairs, Exists, Subquery
 from django.db.models.fields import related_lookups
 from django.db.models.fields.tuple_lookups import TupleIn
 from django.db.models.sql.datastructures import BaseTable, Join
@@ -63,6 +63,7 @@ _LOOKUPS = _PATTERNS | _COMPARISONS
 _YEARS = {
     lookups.YearExact, lookups.YearGt, lookups.YearGte, lookups.YearLt, lookups.YearLte,
 }  # fmt: skip
+_SUBQUERIES = {Exists, Subquery}
 _KEYS = {"smallint", "integer", "bigint", "uuid"}
 
 
@@ -210,7 +211,11 @@ class Shape:
             lhs = child.lhs
             key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field))
             self.kept += (lhs.target, lhs.output_field)
-            self.subquery(rhs)
+            self.of_inner(self.subquery(rhs))
+            return
+        inner = self.nested(child)
+        if inner is not None:
+            self.of_inner(inner)
             return
         if not self.having and (child.contains_aggregate or child.contains_over_clause):
             raise Unfit
@@ -224,19 +229,36 @@ class Shape:
             self.leaves.append((child if cls in _YEARS else None, len(params)))
             self.mixed = True
 
-    def subquery(self, query: Any) -> None:
-        """A query in a lookup, by its own shape."""
+    def subquery(self, query: Any) -> _Inner:
+        """A query within this one, by its own shape."""
         if query.low_mark:
             raise Unfit
         inner = _Inner(query, self.wrapper)
-        self.key += ("in", len(inner.key), *inner.key)
-        self.params += (*inner.selected, *inner.params)
-        if inner.selected:
-            self.leaves.append((None, len(inner.selected)))
-        self.leaves += inner.leaves
+        self.key += (len(inner.key), *inner.key)
         self.spare += inner.spare
         self.kept += inner.kept
         self.mixed = self.mixed or inner.mixed
+        return inner
+
+    def of_inner(self, inner: _Inner) -> None:
+        """Take the parameters of a query in the tree."""
+        self.params += (*inner.selected, *inner.params)
+        self.leaves += ((None, len(inner.selected)), *inner.leaves)
+
+    def nested(self, node: Any) -> _Inner | None:
+        """The shape of a subquery that is an expression; None: it has to be compiled."""
+        cls = type(node)
+        if cls is not Query and (cls not in _SUBQUERIES or node.extra):
+            return None
+        if self.query.group_by is not None:  # it may be by the subquery's columns
+            return None
+        size = len(self.key)
+        self.key += (cls, getattr(node, "template", None))
+        try:
+            return self.subquery(node if cls is Query else node.query)
+        except Exception:
+            del self.key[size:]
+            return None
 
     def compile(self, node: Any) -> Any:
         """The SQL and the parameters of a node, from its own class."""
@@ -249,13 +271,17 @@ class Shape:
 
     def expression(self, node: Any) -> tuple[Any, ...]:
         """The parameters of a resolved expression, whose SQL and structure are in the key."""
-        sql, params = self.compile(node)
-        self.key.append(sql)
-        add_structure(node, self.key, self.kept)
-        if params:
-            self.mixed = True
-            self.grouping += tuple(params)
-        return tuple(params)
+        inner = self.nested(node)
+        if inner is not None:
+            params = (*inner.selected, *inner.params)
+        else:
+            sql, params = self.compile(node)
+            params = tuple(params)
+            self.key.append(sql)
+            add_structure(node, self.key, self.kept)
+        self.mixed = self.mixed or bool(params)
+        self.grouping += params
+        return params
 
     def keys(self, lookup: Any) -> None:
         """One column among keys: what a forward relation's prefetch asks for."""
