@@ -401,7 +401,9 @@ def _plan_get(
     filtered.query.set_limits(high=query.MAX_GET_RESULTS)
     shape = Shape(filtered.query, wrapper)
     leaves = shape.leaves[len(base.leaves) :]
-    lookups = [(type(leaf), leaf.lhs) for leaf, count in leaves if leaf is not None and count == 1]
+    lookups = [
+        (type(leaf), leaf.lhs) for leaf, count in leaves if hasattr(leaf, "lhs") and count == 1
+    ]
     found = queryset_plan(filtered, wrapper, query.ModelIterable)
     if (
         found is None

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import re
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +96,16 @@ _FAMILIES: dict[str, dict[type, int]] = {
     "uuid": {uuid.UUID: AS_DUMPED},
     "jsonb": {Jsonb: AS_DUMPED},
 }
+# In an expression an integer has the type that a literal of it has, not that of a column; a date
+# and the like are literals with a cast. Strings are of unknown type there: not always resolved.
+BY_VALUE = -2
+_LITERALS: dict[type, int] = dict.fromkeys(_INTEGERS, BY_VALUE) | dict.fromkeys(
+    [bool, datetime.date, datetime.datetime, datetime.timedelta, uuid.UUID], AS_DUMPED
+)
+# Where PostgreSQL compares expressions as they are written, two parameters are not the same.
+_COMPARING = re.compile(r"\b(GROUP BY|DISTINCT|OVER)\b")
 LIMITS = {21: 1 << 15, 23: 1 << 31, 20: 1 << 63}
+_LITERAL: Any = object()  # in the place of a lookup: parameters that may be sent as such
 _LISTS = {lookups.In, related_lookups.RelatedIn, _Keys}
 _NULL: dict[type, int] = {type(None): 0}
 _NONE: tuple[Any, ...] = ()
@@ -113,9 +123,10 @@ class Shape:
     Attributes:
         key: hashable; queries with the same key have the same SQL.
         params: of the lookups, as Django's compiler would make them, in its order.
-        leaves: the lookups with parameters, None for one that is compiled, and how many each has.
+        leaves: the lookups with parameters, None or _LITERAL for what is compiled, and how many
+            each has.
         values: the fields and values of an UPDATE, whose parameters come before `params`; None
-            for the field of an expression's.
+            or _LITERAL for the field of an expression's.
         selected, spare: the parameters of the annotations that are selected, and of other
             expressions, which the statement may have somewhere or not.
         grouping: the parameters of what Django leaves out if it is equal, where it groups, makes
@@ -165,10 +176,13 @@ class Shape:
         self.key += (self.offset > 0, None if high is None else high - self.offset)
         if query.default_ordering and not query.order_by:
             self.key.append(_ordering(opts.model, tuple(opts.ordering or ())))
-        if len(self.grouping) > 1 and (
-            self.compares or query.group_by is not None or query.distinct
-        ):
+        if len(self.grouping) > 1 and self.repeats:
             self.key.append(pattern(self.grouping))
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an expression may be in the statement more than once, or left out as equal."""
+        return bool(self.compares or self.query.group_by is not None or self.query.distinct)
 
     def where(self, node: Any) -> None:
         """A node of the WHERE tree."""
@@ -226,7 +240,8 @@ class Shape:
             self.grouping += tuple(params)
         if params:
             self.params += params
-            self.leaves.append((child if cls in _YEARS else None, len(params)))
+            kind = child if cls in _YEARS else None if self.having else _kind(sql)
+            self.leaves.append((kind, len(params)))
             self.mixed = True
 
     def subquery(self, query: Any) -> _Inner:
@@ -243,7 +258,8 @@ class Shape:
     def of_inner(self, inner: _Inner) -> None:
         """Take the parameters of a query in the tree."""
         self.params += (*inner.selected, *inner.params)
-        self.leaves += ((None, len(inner.selected)), *inner.leaves)
+        kind = None if inner.repeats else _LITERAL
+        self.leaves += ((kind, len(inner.selected)), *inner.leaves)
 
     def nested(self, node: Any) -> _Inner | None:
         """The shape of a subquery that is an expression; None: it has to be compiled."""
@@ -307,19 +323,21 @@ class Shape:
 
     def families(self, *, skips_null: bool) -> list[dict[type, int]]:
         """For each parameter, which values may be parameters of the server."""
-        found: list[dict[type, int]] = [
-            {} if field is None else family(field, self.wrapper)
+        literals = {} if self.wrapper.features.uses_server_side_binding else _LITERALS
+        special: dict[Any, dict[type, int]] = {None: {}, _LITERAL: literals}
+        found = [
+            special[field] if field is None or field is _LITERAL else family(field, self.wrapper)
             for field, value in self.values
             if value is not None or not skips_null
         ]
         found += [{}] * len(self.selected)
         for leaf, count in self.leaves:
-            lhs: Any = None if leaf is None else leaf.lhs
-            if type(leaf) in _YEARS:
-                lhs = lhs.lhs
-            kinds: dict[type, int] = {}
+            if leaf is None or leaf is _LITERAL:
+                found += [special[leaf]] * count
+                continue
+            lhs = leaf.lhs.lhs if type(leaf) in _YEARS else leaf.lhs
             if type(lhs) is not Col:
-                pass
+                kinds: dict[type, int] = {}
             elif type(leaf) in _PATTERNS:
                 kinds = _TEXT
             else:
@@ -548,6 +566,10 @@ def _frozen(value: Any) -> Any:
     return tuple((k, _frozen(v)) for k, v in value.items()) if type(value) is dict else value
 
 
+def _kind(sql: str) -> Any:
+    return None if _COMPARING.search(sql) else _LITERAL
+
+
 def _has_placeholder(field: Any) -> bool:
     return hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
 
@@ -568,7 +590,7 @@ def _updated(shape: Shape, value: Any) -> None:
             sql, params = shape.compile(item)
             shape.key += (id(field), sql)
             shape.kept.append(field)
-            shape.values += [(None, param) for param in params]
+            shape.values += [(_kind(sql), param) for param in params]
             shape.mixed = shape.mixed or bool(params)
             continue
         shape.values.append((field, item))

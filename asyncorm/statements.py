@@ -26,7 +26,7 @@ from psycopg.types.json import Jsonb
 from .driver import Connection, Statement, checked, leaves_state
 from .expressions import add_unresolved
 from .rows import SLICE, RowMaker
-from .shapes import AS_DUMPED, LIMITS, Shape, Unfit, plain_orders
+from .shapes import AS_DUMPED, BY_VALUE, LIMITS, Shape, Unfit, plain_orders
 
 MAX_PLANS = 1024
 _TIMESTAMPTZ, _TEXT_FORMAT = 1184, Format.TEXT
@@ -160,6 +160,10 @@ def _dumped(
         oid = family.get(type(value))
         if oid is None:
             return None
+        if oid == BY_VALUE:
+            if value <= -LIMITS[20]:
+                return None
+            oid = 23 if -LIMITS[23] < value < LIMITS[23] else 20
         if oid == AS_DUMPED:
             dumped = True
         elif (limit := LIMITS.get(oid)) is not None and not -limit <= value < limit:

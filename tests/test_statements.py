@@ -177,6 +177,18 @@ HOT: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
         1,
         2,
     ),
+    "a year": (lambda v: rows(created__year=v, published__year__lte=v), 2023, 2024),
+    "a sum": (lambda v: rows(pages__gt=F("sold") - v), 1, 1000),
+    "whether there is one": (
+        lambda v: rows(Exists(Review.objects.filter(book=OuterRef("pk"), stars__gt=v))),
+        1,
+        4,
+    ),
+    "an update by an expression": (
+        lambda v: Book.objects.filter(pk=-1).update(pages=F("pages") + v, sold=F("pk") * v),
+        1,
+        -(2**31),
+    ),
     "no such row": (lambda v: Book.objects.filter(pk=-v).first(), 1, 2),
 }
 
@@ -458,6 +470,43 @@ async def test_different_shapes(name: str) -> None:
             assert differences(expected, await asyncorm.native(lists)()) == []
     assert wrong == []
     assert hits() > before
+
+
+async def test_integers_in_expressions_have_the_types_of_literals() -> None:
+    def heavier(n: Any) -> Any:
+        with transaction.atomic():
+            Tag.objects.filter(pk=1).update(weight=F("weight") + n)
+            weight = Tag.objects.get(pk=1).weight
+            transaction.set_rollback(True)
+        return weight
+
+    edges = [0, -1, 2**31 - 1, 2**31, -(2**31), 2**63 - 1, 2**63, -(2**63), 2**70, True, 1.5]
+
+    def types() -> list[Any]:
+        found = []
+        for n in edges:
+            small, book = F("weight") + Value(n), F("pk") + Value(n)
+            for queryset in (
+                Tag.objects.filter(pk=1, name__gt="").filter(weight__lte=small),
+                Book.objects.filter(pk__in=[1, 2], sold__gte=-book),
+                Book.objects.filter(pk=1, pages__lt=Cast(Value(n), models.IntegerField())),
+                Book.objects.filter(pk=1, title__lt=Cast(Value(n), models.TextField())),
+            ):
+                with transaction.atomic():
+                    found.append(outcome(list, queryset))
+                    if isinstance(found[-1], Exception):
+                        transaction.set_rollback(True)
+            found.append(outcome(heavier, n))
+        # The second line of an error shows the statement.
+        return [
+            (type(each), str(each).splitlines()[0]) if isinstance(each, Exception) else each
+            for each in found
+        ]
+
+    expected = await in_thread(types)
+    assert [each for each in expected if type(each) is tuple and each[0] is DataError]
+    for _ in range(2):
+        assert differences(expected, await asyncorm.native(types)()) == []
 
 
 async def test_different_updates() -> None:
