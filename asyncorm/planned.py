@@ -7,7 +7,8 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 - `ModelIterable.__iter__` and those of its siblings, `RawModelIterable.__iter__`, `QuerySet.get`,
   `QuerySet._prepare_for_bulk_create`, `._batched_insert`, `Model._do_update`, `._do_insert`,
-  `Query.has_results`, `.get_count`, `.get_aggregation`, `execute_sql` of the compilers: replaced.
+  `DeleteQuery.delete_batch`, `Query.has_results`, `.get_count`, `.get_aggregation`, `execute_sql`
+  of the compilers: replaced.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
   the other flags in `_got()`: what the iteration and `get()` depend on.
 - `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
@@ -32,7 +33,7 @@ from django.db.models.sql import compiler
 from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
 from django.db.models.sql.constants import ROW_COUNT
 from django.db.models.sql.query import Query
-from django.db.models.sql.subqueries import InsertQuery, UpdateQuery
+from django.db.models.sql.subqueries import DeleteQuery, InsertQuery, UpdateQuery
 from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 from psycopg.types.numeric import Int2, Int4, Int8
@@ -597,17 +598,27 @@ def _execute_write(original: Any) -> Any:
     return execute_sql
 
 
-class _Save:
-    """The UPDATE of `save()` for certain fields of a model.
+class _ByKey:
+    """The UPDATE of `save()` for certain fields of a model, or the DELETE of one row.
 
     Attributes:
         lookup: that of the primary key: its class and left side.
+        sql: of its right side.
     """
 
-    def __init__(self, plan: Plan, lookup: tuple[Any, Any], kept: Any) -> None:
+    def __init__(self, plan: Plan, leaf: Any, wrapper: Any, kept: Any = None) -> None:
         self.plan = plan
-        self.lookup = lookup
+        self.lookup = type(leaf), leaf.lhs
+        self.sql = leaf.process_rhs(None, wrapper)[0]
         self.kept = kept
+
+    def params(self, key: Any, wrapper: Any) -> list[Any]:
+        """The parameters for a key, or for a list of one."""
+        cls, lhs = self.lookup
+        sql, params = cls(lhs, key).process_rhs(None, wrapper)
+        if sql != self.sql:
+            raise Unfit
+        return list(params)
 
 
 def _do_update(original: Any) -> Any:
@@ -665,26 +676,64 @@ def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, 
         plan: Plan = known.plan
         if plan.skips_null:
             params = [value for value in params if value is not None]
-        cls, lhs = known.lookup
-        sql, more = cls(lhs, pk).process_rhs(None, wrapper)
-        if sql != "%s":
-            return None
-        params += more
+        params += known.params(pk, wrapper)
     except Exception:
         return None
     counts["hits"] += 1
     return plan, params
 
 
-def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> _Save | None:
+def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> _ByKey | None:
     """What `QuerySet._update()` would execute."""
     update: Any = base_qs.filter(pk=pk).query.chain(UpdateQuery)
     update.add_update_fields(values)
     found = plan_for(update, wrapper, _compile_write)
     if found is None or len(update.where.children) != 1 or len(update.values) != len(values):
         return None
-    leaf = update.where.children[0]
-    return _Save(found[0], (type(leaf), leaf.lhs), [field for field, _, _ in values])
+    kept = [field for field, _, _ in values]
+    return _ByKey(found[0], update.where.children[0], wrapper, kept)
+
+
+def _delete_batch(original: Any) -> Any:
+    """`DeleteQuery.delete_batch()`: one row without a filter, after the first time."""
+
+    def delete_batch(self: Any, pk_list: Any, using: str) -> Any:
+        if len(pk_list) == 1 and (wrapper := native_wrapper(using)) is not None:
+            found = _delete_plan(self.model, wrapper, pk_list)
+            if found is not None:
+                return count_of(*found, 0, wrapper)
+        return original(self, pk_list, using)
+
+    return delete_batch
+
+
+def _delete_plan(model: Any, wrapper: Any, keys: list[Any]) -> tuple[Plan, list[Any]] | None:
+    if type(keys[0]) not in PLAIN_VALUES:
+        return None
+    try:
+        whole = wrapper.alias, DeleteQuery, model, model._meta.db_table, type(keys[0])
+        known: Any = recall(whole)
+        if known is UNPLANNED:
+            known = _plan_delete(model, wrapper, keys)
+            remember(whole, known)
+        if known is None:
+            return None
+        params = known.params(keys, wrapper)
+    except Exception:
+        return None
+    counts["hits"] += 1
+    return known.plan, params
+
+
+def _plan_delete(model: Any, wrapper: Any, keys: list[Any]) -> _ByKey | None:
+    """What `DeleteQuery.delete_batch()` would execute."""
+    delete: Any = DeleteQuery(model)
+    delete.add_filter(f"{model._meta.pk.attname}__in", keys)
+    found = plan_for(delete, wrapper, _compile_write)
+    if found is None or not found[0].is_certain or len(delete.where.children) != 1:
+        return None
+    known = _ByKey(found[0], delete.where.children[0], wrapper)
+    return known if same(known.params(keys, wrapper), found[1]) else None
 
 
 def _execute_insert(original: Any) -> Any:
@@ -851,6 +900,7 @@ def install() -> None:
     replacements += [
         (Model, "_do_update", _do_update(Model._do_update)),
         (Model, "_do_insert", _do_insert(Model._do_insert)),
+        (DeleteQuery, "delete_batch", _delete_batch(DeleteQuery.delete_batch)),
         (query.RawModelIterable, "__iter__", _raw(query.RawModelIterable.__iter__)),
         (query.QuerySet, "get", _get(query.QuerySet.get)),
         (

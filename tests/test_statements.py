@@ -46,6 +46,7 @@ from tests.compare import differences
 from tests.project.shop.models import (
     Author,
     Book,
+    Country,
     Customer,
     Document,
     Event,
@@ -995,6 +996,31 @@ class TestWrites:
         ticket = await Ticket.objects.native_create(title="made up")
         ticket = await Ticket.objects.native_get(pk=ticket.pk)
         assert (ticket.status, ticket.kind, ticket.label) == ("open", "BUG", "MADE UP")
+
+    @pytest.mark.parametrize("known", [False, True])
+    async def test_delete_of_one(self, known: bool) -> None:
+        made: list[Any] = []
+        for n in range(4):
+            made.append(await Tag.objects.native_create(name=f"Gone {n}"))
+            made.append(await Country.objects.native_create(code=f"{n}'", name="Gone"))
+            made.append(await Author.objects.native_create(name=f"Gone {n}", pen_name="two tables"))
+        keep, made = made[-3:], made[:-3]
+        statements.clear()
+        for number, obj in enumerate(made):
+            if not known:
+                statements.clear()
+            key, before = obj.pk, hits()
+            found = await type(obj).objects.filter(pk=key).native_count()
+            count, of_models = await obj.native_delete()
+            assert (found, obj.pk) == (1, None) and count == sum(of_models.values())
+            assert of_models[obj._meta.label] == 1 and count == 1 + isinstance(obj, Author)
+            assert not await type(obj).objects.filter(pk=key).native_exists()
+            assert not known or number < 3 or hits() > before + 2
+            obj.pk = key  # once more: it is not there
+            assert sum((await obj.native_delete())[1].values()) == 0
+        for obj in keep:
+            await obj.native_refresh_from_db()
+            await obj.native_delete()
 
     async def test_values_out_of_range(self) -> None:
         for _ in range(2):
