@@ -38,7 +38,7 @@ from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
 from .expressions import Unfit as Unfit
-from .expressions import add_field, add_structure, pattern
+from .expressions import add_field, add_structure, add_unresolved, pattern
 
 MAX_ORDERS = 1024
 MAX_PARAMS = 2000  # in a list; one for each object of a chunk of iterator()'s is usual
@@ -299,6 +299,16 @@ class Shape:
         self.grouping += params
         return params
 
+    def annotation(self, name: str, node: Any, *, selected: bool) -> None:
+        """An expression by its name; its output field converts its values."""
+        self.key.append(name)
+        params = self.expression(node)
+        add_field(node.output_field, self.key, self.kept)
+        if selected:
+            self.selected += params
+        else:
+            self.spare += params
+
     def keys(self, lookup: Any) -> None:
         """One column among keys: what a forward relation's prefetch asks for."""
         (col,) = lookup.lhs.get_cols()
@@ -366,6 +376,29 @@ class Shape:
         return [*values, *self.selected, *self.params, *self.spare]
 
 
+def shape_of_aggregates(query: Any, wrapper: Any, kind: tuple[Any, ...], named: Any) -> Shape:
+    """The shape of a query that aggregates, by expressions that are not resolved yet."""
+    shape = Shape(query, wrapper, *kind)
+    key: list[Any] = []
+    try:
+        add_unresolved(named, key)
+    except Unfit:
+        # Annotations would be referred to, or be in a subquery with all that is slice and group.
+        if query.annotations or query.group_by is not None or query.distinct or query.is_sliced:
+            raise
+        query = query.clone()  # it gets the joins that they need
+        nodes = [
+            each.resolve_expression(query, allow_joins=True, reuse=None, summarize=True)
+            for each in named.values()
+        ]
+        shape = Shape(query, wrapper, *kind, "resolved")
+        for name, node in zip(named, nodes, strict=True):
+            shape.annotation(name, node, selected=True)
+    else:
+        shape.key += key
+    return shape
+
+
 class _Inner(Shape):
     """Of a subquery."""
 
@@ -415,13 +448,7 @@ def _annotations(shape: Shape, value: Any) -> None:
         raise Unfit
     mask = shape.query.annotation_select_mask
     for name, each in value.items():
-        shape.key.append(name)
-        params = shape.expression(each)
-        add_field(each.output_field, shape.key, shape.kept)  # and its converters
-        if mask is None or name in mask:
-            shape.selected += params
-        else:
-            shape.spare += params
+        shape.annotation(name, each, selected=mask is None or name in mask)
 
 
 def _grouped(shape: Shape, value: Any) -> None:

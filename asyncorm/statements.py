@@ -24,9 +24,8 @@ from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 
 from .driver import Connection, Statement, checked, leaves_state
-from .expressions import add_unresolved
 from .rows import SLICE, RowMaker
-from .shapes import AS_DUMPED, BY_VALUE, LIMITS, Shape, Unfit, plain_orders
+from .shapes import AS_DUMPED, BY_VALUE, LIMITS, Shape, Unfit, plain_orders, shape_of_aggregates
 
 MAX_PLANS = 1024
 _TIMESTAMPTZ, _TEXT_FORMAT = 1184, Format.TEXT
@@ -299,9 +298,10 @@ def plan_for(
 ) -> tuple[Plan, list[Any], int] | None:
     """A query's plan, its parameters and its offset; None: leave it to Django."""
     try:
-        shape = Shape(query, wrapper, *kind)
-        if expressions is not None:
-            add_unresolved(expressions, shape.key)
+        if expressions is None:
+            shape = Shape(query, wrapper, *kind)
+        else:
+            shape = shape_of_aggregates(query, wrapper, kind, expressions)
         key = tuple(shape.key)
         plan = recall(key)
     except Exception:  # whatever is wrong with the query, Django will say

@@ -16,9 +16,11 @@ from django.db.models import (
     Exists,
     ExpressionWrapper,
     F,
+    Max,
     OuterRef,
     Q,
     Subquery,
+    Sum,
     Value,
     When,
 )
@@ -253,6 +255,13 @@ WIDE: dict[str, Callable[[Any, Any], Any]] = {
     "filtered count": lambda v, w: list(
         by_pk.annotate(n=Count("tags", filter=Q(tags__weight__gt=v))).filter(pk__gt=w)
     ),
+    "aggregates": lambda v, w: Book.objects.filter(pages__gt=w).aggregate(
+        n=Count("pk", filter=Q(pages__gt=v)), m=Sum("pages", default=w), k=Max(F("pages") + w)
+    ),
+    "aggregates of others": lambda v, w: by_pk.filter(pk__gt=w).aggregate(
+        n=Count("tags", distinct=True, filter=Q(tags__weight__gt=v) | Q(authors__pk=w)),
+        m=Sum(Case(When(reviews__stars__gt=v, then=1), default=w)),
+    ),
     "having": lambda v, w: list(by_pk.annotate(n=Count("tags")).filter(n__gte=v, pk__gt=w)),
     "having first": lambda v, w: list(
         by_pk.annotate(n=Count("tags")).filter(Q(n__gte=v) | Q(pk=w)).filter(pages__gt=w)
@@ -423,6 +432,21 @@ DIFFERENT: dict[str, list[Callable[[], Any]]] = {
         lambda: by_pk.annotate(n=Count("tags", filter=~Q(tags__weight__gt=1))),
         lambda: by_pk.annotate(n=Count("tags")),
     ],
+    "aggregates": [
+        lambda: aggregated(Count("pk", filter=Q(pages__gt=1))),
+        lambda: aggregated(Count("pk", filter=Q(sold__gt=1))),
+        lambda: aggregated(Count("tags", filter=Q(pages__gt=1))),
+        lambda: aggregated(Count("pk", filter=Q(pages__gt=1)), by_pk.filter(pages__gt=1)),
+        lambda: aggregated(Count("pk", filter=Q(pages__gt=1)), by_pk.filter(sold__gt=1)),
+        lambda: aggregated(Count("pk", filter=Q(pages__gt=1)), by_pk.exclude(sold__gt=1)),
+        lambda: aggregated(Count("pk", filter=Q(pages__gt=1)), by_pk[:2]),
+        lambda: aggregated(Sum("pages", default=1)),
+        lambda: aggregated(Sum("pages", default=1.5, output_field=models.FloatField())),
+        lambda: aggregated(Sum(F("pages") + 1)),
+        lambda: aggregated(Sum(F("pages") - 1)),
+        lambda: aggregated(Sum("pages")),
+        lambda: aggregated(Max("created", filter=Q(pages__gt=1))),
+    ],
     "subqueries": [
         lambda: by_pk.annotate(m=Exists(of_book)),
         lambda: by_pk.annotate(m=~Exists(of_book)),
@@ -435,6 +459,10 @@ DIFFERENT: dict[str, list[Callable[[], Any]]] = {
     ],
 }
 of_book = Review.objects.filter(book=OuterRef("pk")).order_by("pk")
+
+
+def aggregated(expression: Any, queryset: Any = by_pk) -> Any:
+    return [queryset.aggregate(n=expression)]
 
 
 def pairs(v: int, w: int) -> Any:
