@@ -67,7 +67,9 @@ class Comparison:
                 if repr(a) != repr(b):
                     self.report(path, f"{a!r} became {b!r}")
             case BaseException():
-                self.compare(f"{path}.args", [str(x) for x in a.args], [str(x) for x in b.args])
+                # An error of the server may show a part of the statement: %s or $1.
+                one, other = ([str(x).partition("\nLINE ")[0] for x in e.args] for e in (a, b))
+                self.compare(f"{path}.args", one, other)
             case _:
                 if a != b:
                     self.report(path, f"{a!r} became {b!r}")
