@@ -2,7 +2,9 @@
 
 A query's SQL depends on its shape and hardly ever on its values. `Shape` reads a `Query` and gives
 a key, equal only for queries with the same SQL, and the values as Django's own lookups and fields
-convert them. What it does not know raises `Unfit`.
+convert them. Of the simplest lookups the class and the column are in the key, of all other lookups
+and of expressions the SQL that their classes make, and of the expressions of annotations what the
+rest of the statement sees of them (expressions.py). What it does not know raises `Unfit`.
 
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 

@@ -1,14 +1,17 @@
 """The statement cache: what a query's shape is compiled to is kept, and used with other values.
 
 A new plan is made with Django's compiler, and not kept unless the compiler's parameters are those
-that the shape gives. Whatever is not known to be safe is left to Django's compiler.
+that the shape gives. In which order an expression's are among them is seen from that statement;
+where several were equal, it is looked at again once they are not. Whatever is not known to be safe
+is left to Django's compiler.
 
 A plan's statement is sent without a cursor, its values as parameters of the server where that means
 the same as the literals that Django writes into the SQL: each value's Python type must be the usual
-one for the column's type, integers are sent with the column's own type, strings without one (as a
-quoted literal has none). A list of keys goes as one array, as PostgreSQL makes one of IN (...) too:
-so lists of all lengths have one statement. Otherwise, and where somebody watches the statements
-(execute wrappers, DEBUG, CaptureQueriesContext), a cursor of Django's executes Django's SQL.
+one for the column's type, integers are sent with the column's own type (in expressions, with that
+of a literal), strings without one (as a quoted literal has none). A list of keys goes as one array,
+as PostgreSQL makes one of IN (...) too: so lists of all lengths have one statement. Otherwise, and
+where somebody watches the statements (execute wrappers, DEBUG, CaptureQueriesContext), a cursor of
+Django's executes Django's SQL.
 """
 
 from __future__ import annotations
