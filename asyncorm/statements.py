@@ -404,7 +404,9 @@ def _sources(
 
 def _exactly(value: Any) -> tuple[type, str]:
     """What tells values apart that may be `==`: a Decimal's scale, a datetime's zone."""
-    return type(value), repr(value.obj if type(value) is Jsonb else value)
+    if type(value) is Jsonb:
+        return Jsonb, repr((value.obj, value.dumps))
+    return type(value), repr(value)
 
 
 def _picked(sources: Iterable[frozenset[int]]) -> list[int]:

@@ -7,13 +7,14 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from django.db.models import Q
+from django.db.models import Case, Count, Exists, F, Q, Value, When
 from django.test import override_settings
 
 import asyncorm
 from tests.compare import differences
-from tests.project.shop.models import Author, Book, Product, Publisher, Tag
+from tests.project.shop.models import Author, Book, Product, Publisher, Review, Tag
 from tests.project.shop.sample import moment, uid
+from tests.support import in_thread
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 
@@ -87,6 +88,35 @@ async def test_it_is_bound_and_run(name: str) -> None:
         expected = await asyncorm.native(synchronously)(function, *args)
         assert differences(expected, await query(*args)) == []
     assert calls == 2  # with the arguments and with what stands for them
+
+
+EXPRESSIONS: list[Callable[..., Any]] = [
+    lambda v, w: Book.objects.filter(pages__gt=F("sold") - v, pk__gt=w),
+    lambda v, w: Book.objects.annotate(m=F("pages") + v).filter(pages__gt=w),
+    lambda v, w: Book.objects.annotate(m=Value(v), n=Value(w)),
+    lambda v, w: Book.objects.alias(m=Value(v)).filter(pages__gt=w, m__gt=w),
+    lambda v, w: Book.objects.annotate(m=Case(When(pages__gt=v, then=1), default=w)),
+    lambda v, w: Book.objects.annotate(n=Count("tags", filter=Q(tags__weight__gt=v))).filter(pk=w),
+    lambda v, w: Book.objects.annotate(n=Count("tags")).filter(n__gte=v, pages__gt=w),
+    lambda v, w: Book.objects.annotate(n=Count("tags")).filter(Q(n__gte=v) | Q(pages=w), pk__gt=v),
+    lambda v, w: Book.objects.filter(Exists(Review.objects.filter(stars__gt=v)), pk__gt=w),
+    lambda v, w: Book.objects.annotate(m=Exists(Tag.objects.filter(pk__gt=v))).filter(pk__gt=w),
+    lambda v, w: Book.objects.filter(created__year=2020 + v, published__month__gt=w),
+    lambda v, w: Book.objects.filter(published__year__gt=v, published__month__gt=w),
+    lambda v, w: Book.objects.filter(data__a=v, pages__gt=w),
+    lambda v, w: Book.objects.exclude(tags__weight=v).exclude(authors__pk=w),
+]
+
+
+@pytest.mark.parametrize("number", range(len(EXPRESSIONS)))
+async def test_arguments_in_expressions(number: int) -> None:
+    def function(*args: Any) -> Any:
+        return EXPRESSIONS[number](*args).order_by("pk")
+
+    query = asyncorm.compiled(function)
+    for args in [(1, 1), (2, 2), (1, 2), (2, 1), (4, 3), (1, 1)]:
+        expected = await in_thread(synchronously, function, *args)
+        assert differences(expected, await query(*args)) == []
 
 
 async def test_keywords() -> None:
