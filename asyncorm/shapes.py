@@ -131,6 +131,7 @@ class Shape:
             or _LITERAL for the field of an expression's.
         selected, spare: the parameters of the annotations that are selected, and of other
             expressions, which the statement may have somewhere or not.
+        chosen: of which kinds the parameters in `selected` are, as in `leaves`.
         grouping: the parameters of what Django leaves out if it is equal, where it groups, makes
             distinct or (`compares`) orders by it.
         mixed: whether there are parameters of expressions, so that the order is to be seen.
@@ -139,8 +140,8 @@ class Shape:
     """
 
     __slots__ = (
-        "compares", "compiler", "grouping", "having", "kept", "key", "leaves", "mixed", "offset",
-        "params", "query", "selected", "spare", "values", "wrapper",
+        "chosen", "compares", "compiler", "grouping", "having", "kept", "key", "leaves", "mixed",
+        "offset", "params", "query", "selected", "spare", "values", "wrapper",
     )  # fmt: skip
 
     def __init__(self, query: Any, wrapper: Any, *kind: Any) -> None:
@@ -154,7 +155,7 @@ class Shape:
         self.params: list[Any] = []
         self.leaves: list[tuple[Any, int]] = []
         self.values: list[tuple[Any, Any]] = []
-        self.selected = self.spare = self.grouping = _NONE
+        self.selected = self.chosen = self.spare = self.grouping = _NONE
         self.mixed = self.having = self.compares = False
         self.compiler: Any = None
         self.kept: list[Any] = [columns]
@@ -185,6 +186,10 @@ class Shape:
     def repeats(self) -> bool:
         """Whether an expression may be in the statement more than once, or left out as equal."""
         return bool(self.compares or self.query.group_by is not None or self.query.distinct)
+
+    def kinds(self) -> tuple[Any, ...]:
+        """Of the parameters in `selected`, as in `leaves`."""
+        return ((None, len(self.selected)),) if self.repeats else self.chosen
 
     def where(self, node: Any) -> None:
         """A node of the WHERE tree."""
@@ -227,11 +232,13 @@ class Shape:
             lhs = child.lhs
             key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field))
             self.kept += (lhs.target, lhs.output_field)
-            self.of_inner(self.subquery(rhs))
-            return
-        inner = self.nested(child)
+            inner: _Inner | None = self.subquery(rhs)
+        else:
+            inner = self.nested(child)
         if inner is not None:
-            self.of_inner(inner)
+            params, kinds = inner.parameters()
+            self.params += params
+            self.leaves += kinds
             return
         if not self.having and (child.contains_aggregate or child.contains_over_clause):
             raise Unfit
@@ -257,12 +264,6 @@ class Shape:
         self.mixed = self.mixed or inner.mixed
         return inner
 
-    def of_inner(self, inner: _Inner) -> None:
-        """Take the parameters of a query in the tree."""
-        self.params += (*inner.selected, *inner.params)
-        kind = None if inner.repeats else _LITERAL
-        self.leaves += ((kind, len(inner.selected)), *inner.leaves)
-
     def nested(self, node: Any) -> _Inner | None:
         """The shape of a subquery that is an expression; None: it has to be compiled."""
         cls = type(node)
@@ -287,27 +288,31 @@ class Shape:
             raise Unfit
         return sql, params
 
-    def expression(self, node: Any) -> tuple[Any, ...]:
-        """The parameters of a resolved expression, whose SQL and structure are in the key."""
+    def expression(self, node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The parameters of a resolved expression, whose SQL and structure are in the key.
+
+        Beside them, of which kinds they are: as in `leaves`.
+        """
         inner = self.nested(node)
         if inner is not None:
-            params = (*inner.selected, *inner.params)
+            params, kinds = inner.parameters()
         else:
-            sql, params = self.compile(node)
-            params = tuple(params)
+            sql, found = self.compile(node)
+            params, kinds = tuple(found), ((_kind(sql), len(found)),)
             self.key.append(sql)
             add_structure(node, self.key, self.kept)
         self.mixed = self.mixed or bool(params)
         self.grouping += params
-        return params
+        return params, kinds
 
     def annotation(self, name: str, node: Any, *, selected: bool) -> None:
         """An expression by its name; its output field converts its values."""
         self.key.append(name)
-        params = self.expression(node)
+        params, kinds = self.expression(node)
         add_field(node.output_field, self.key, self.kept)
         if selected:
             self.selected += params
+            self.chosen += kinds
         else:
             self.spare += params
 
@@ -342,8 +347,7 @@ class Shape:
             for field, value in self.values
             if value is not None or not skips_null
         ]
-        found += [{}] * len(self.selected)
-        for leaf, count in self.leaves:
+        for leaf, count in (*self.kinds(), *self.leaves):
             if leaf is None or leaf is _LITERAL:
                 found += [special[leaf]] * count
                 continue
@@ -406,6 +410,10 @@ class _Inner(Shape):
 
     __slots__ = ()
 
+    def parameters(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """All that it surely has, and of which kinds they are."""
+        return (*self.selected, *self.params), (*self.kinds(), *self.leaves)
+
 
 # What to do with each attribute of a Query; None for what the SQL does not depend on.
 
@@ -462,7 +470,7 @@ def _grouped(shape: Shape, value: Any) -> None:
         if type(each) is str:
             shape.key.append(each)
         else:
-            shape.spare += shape.expression(each)
+            shape.spare += shape.expression(each)[0]
 
 
 def _extra(shape: Shape, value: Any) -> None:

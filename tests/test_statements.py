@@ -187,6 +187,21 @@ HOT: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
         1,
         4,
     ),
+    "an annotated sum": (
+        lambda v: list(by_pk.annotate(m=F("pages") % v, n=Value(v), k=Value(v > 1))),
+        1,
+        2**31,
+    ),
+    "an annotated subquery": (
+        lambda v: list(
+            by_pk.annotate(
+                m=Exists(Review.objects.filter(book=OuterRef("pk"), stars__gt=v)),
+                n=Subquery(of_book.filter(stars__gt=v).values("stars")[:1]),
+            )
+        ),
+        1,
+        3,
+    ),
     "an update by an expression": (
         lambda v: Book.objects.filter(pk=-1).update(pages=F("pages") + v, sold=F("pk") * v),
         1,
