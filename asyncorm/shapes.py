@@ -523,10 +523,11 @@ def _where(shape: Shape, value: Any) -> None:
 
 def _columns(shape: Shape, value: Any) -> None:
     for col in value:
-        if type(col) is not Col:
-            raise Unfit
-        shape.key += (col.alias, id(col.target), id(col.output_field))
-        shape.kept += (col.target, col.output_field)
+        if type(col) is Col:
+            shape.key += (col.alias, id(col.target), id(col.output_field))
+            shape.kept += (col.target, col.output_field)
+        else:  # of a transform in values()
+            shape.annotation("", col, selected=True)
     shape.key.append(len(value))
 
 

@@ -520,6 +520,8 @@ def programs(draw: Any) -> tuple[Program, Program, list[list[Any]]]:
         add(f"prefetch_related({path})", lambda qs, left: qs.prefetch_related(path))
     form = draw(st.sampled_from(["", "", "", "only", "defer", "values", "list", "flat", "named"]))
     chosen = draw(st.lists(st.sampled_from(fields), min_size=1, max_size=3, unique=True))
+    if model is Book and form in ("values", "list"):
+        chosen += draw(st.sampled_from([[], ["data__a"], ["created__month", "extra__0"]]))
     if form in ("only", "defer"):
         add(f"{form}({chosen})", lambda qs, left: getattr(qs, form)(*chosen))
     elif form == "values":

@@ -287,6 +287,9 @@ WIDE: dict[str, Callable[[Any, Any], Any]] = {
         .annotate(n=Count("pk"))
         .order_by("m", "k")
     ),
+    "values in json": lambda v, w: list(
+        by_pk.filter(pk__gt=v).annotate(m=F("pages") + w).values("extra__0", "pk", "data__a", "m")
+    ),
     "exists": lambda v, w: list(
         by_pk.annotate(
             some=Exists(Review.objects.filter(book=OuterRef("pk"), stars__gt=v)),
@@ -414,6 +417,14 @@ DIFFERENT: dict[str, list[Callable[[], Any]]] = {
     "models of one table": [
         lambda: by_pk.annotate(m=Subquery(Tag.objects.order_by("pk").values("weight")[:1])),
         lambda: by_pk.annotate(m=Subquery(Weight.objects.order_by("pk").values("weight")[:1])),
+    ],
+    "paths": [
+        lambda: by_pk.values("data__a"),
+        lambda: by_pk.values("data__format"),
+        lambda: by_pk.values("extra__a"),
+        lambda: by_pk.values_list("data__a__0"),
+        lambda: by_pk.values_list("created__year"),
+        lambda: by_pk.values_list("created__month"),
     ],
     "zones": [
         lambda: by_pk.annotate(m=TruncMonth("created", tzinfo=ZoneInfo("Asia/Kathmandu"))),
