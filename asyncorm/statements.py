@@ -364,7 +364,13 @@ def _plan(
     lists = shape.lists(skips_null=skips_null)
     if sources is not None:
         picked = _picked(sources)
-        families = [families[i] for i in picked]
+        # What is there twice has to stay the same to PostgreSQL, which compares no parameters.
+        families = [
+            families[i]
+            if picked.count(i) == 1 and all(families[j] == families[i] for j in some)
+            else _NO_KIND
+            for i, some in zip(picked, sources, strict=True)
+        ]
         lists = [
             (picked.index(at), count)
             for at, count in lists

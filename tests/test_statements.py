@@ -25,6 +25,7 @@ from django.db.models import (
     When,
 )
 from django.db.models.functions import (
+    Abs,
     Cast,
     Coalesce,
     Concat,
@@ -266,6 +267,15 @@ WIDE: dict[str, Callable[[Any, Any], Any]] = {
     "an alias": lambda v, w: list(by_pk.alias(m=F("pages") + v).filter(pk__gt=w, m__gt=w)),
     "ordered by it": lambda v, w: list(
         Book.objects.alias(m=F("pages") % (v + 1)).filter(pk__gt=w).order_by("m", "pk")
+    ),
+    "distinct and ordered by it": lambda v, w: (
+        Book.objects.annotate(m=Abs(F("pages") - v))
+        .filter(m__gte=w)
+        .values("pk")
+        .annotate(n=Count("tags"))
+        .distinct()
+        .order_by("-m", "title")[:9]
+        .aggregate(s=Count("pk"))
     ),
     "filtered count": lambda v, w: list(
         by_pk.annotate(n=Count("tags", filter=Q(tags__weight__gt=v))).filter(pk__gt=w)
