@@ -331,7 +331,7 @@ def _made(
     plan = recall(key)
     statement = None
     if plan is not None:
-        try:
+        with suppress(Exception):  # Django will say what is wrong with a value
             arrays = [_array(field, query.objs, wrapper, conn) for field in fields]
             params, types, formats = zip(*arrays, strict=True)
             if plan is UNPLANNED:
@@ -342,8 +342,6 @@ def _made(
                 counts["hits"] += 1
             if plan is not None:
                 statement = Statement(plan.query, params, types, formats, text=plan.text)
-        except Exception:  # Django will say what is wrong with a value
-            statement = None
     if statement is None:
         counts["unfit"] += 1
         return None
@@ -372,17 +370,17 @@ def _plan(
 
 
 _UNNEST = re.compile(r"SELECT \* FROM UNNEST\((.*\[\])\)", re.DOTALL)
+_BETWEEN_ARRAYS = re.compile(r", (?=\(%s\))")
 
 
 def _in_step(sql: str) -> str:
     """The SQL with an UNNEST for each array: the server keeps no copy of the rows then."""
-    return _UNNEST.sub(
-        lambda match: f"SELECT {', '.join(f'UNNEST({a})' for a in re.split(_ARRAYS, match[1]))}",
-        sql,
-    )
 
+    def each(match: re.Match[str]) -> str:
+        arrays = _BETWEEN_ARRAYS.split(match[1])
+        return f"SELECT {', '.join(f'UNNEST({array})' for array in arrays)}"
 
-_ARRAYS = re.compile(r", (?=\(%s\))")
+    return _UNNEST.sub(each, sql)
 
 
 def maker_of_returned(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> RowMaker | None:

@@ -15,7 +15,7 @@ from psycopg.rows import tuple_row
 from . import bridge, sessions
 from .driver import checked
 from .multiplexing import is_single
-from .statements import direct, serves
+from .statements import direct, stand_ins
 
 TUPLES_OK = ExecStatus.TUPLES_OK
 
@@ -59,12 +59,11 @@ class AsyncCursor:
         """
         if type(text) is not str:
             return False
-        pool = sessions.crowded(self._using or DEFAULT_DB_ALIAS)
-        queue = None if pool is None else sessions.queue_without_session(pool, text)
-        if queue is None or (stand_ins := pool.stand_ins()) is None:  # type: ignore[union-attr]
+        if (found := stand_ins(self._using or DEFAULT_DB_ALIAS)) is None:
             return False
-        wrapper, conn = stand_ins
-        if wrapper.watched or not serves(conn, wrapper) or conn.row_factory is not tuple_row:
+        pool, wrapper, conn = found
+        queue = sessions.queue_without_session(pool, text)
+        if queue is None or conn.row_factory is not tuple_row:
             return False
         bridge.check()
         self._close()

@@ -10,7 +10,7 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
   `DeleteQuery.delete_batch`, `Query.has_results`, `.get_count`, `.get_aggregation`, `execute_sql`
   of the compilers: replaced.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
-  the other flags in `_got()`: what the iteration and `get()` depend on.
+  the other flags in `_get_plan()`: what the iteration and `get()` depend on.
 - `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
 - `InsertQuery.fields`, `.objs`, `.raw`, `.on_conflict`, `Field.pre_save`, `.get_db_prep_save`:
   the values of an INSERT.
@@ -56,7 +56,7 @@ from .statements import (
     recall,
     remember,
     same,
-    serves,
+    stand_ins,
 )
 
 _enabled = True
@@ -91,7 +91,7 @@ def _planned(cls: Any) -> _Iterate:
                 found = queryset_plan(queryset, wrapper, cls)
                 models = found[0].maker.models if found is not None else ()  # type: ignore[union-attr]
                 if found is not None and not rows.is_watched(models):
-                    mode = getattr(queryset, "_fetch_mode", None)
+                    mode = _mode(queryset)
                     relate = models and queryset._known_related_objects
                     if whole:
                         made = items(*found, wrapper, mode)
@@ -144,7 +144,7 @@ def _each(parts: Any, queryset: Any) -> Iterator[Any]:
 
 def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> tuple[Plan, list[Any], int] | None:
     """The plan, parameters and offset of a queryset that is iterated by a class of Django's."""
-    mode = getattr(queryset, "_fetch_mode", None)
+    mode = _mode(queryset)
     if mode is not None and mode.track_peers:
         return None
     asked = queryset.query
@@ -321,13 +321,12 @@ async def _without_operation(
     Args:
         find: returns the plan and the parameters, given a wrapper.
     """
-    pool = sessions.crowded(alias)
-    if pool is None or (stand_ins := pool.stand_ins()) is None:
+    if (found := stand_ins(alias)) is None:
         return None
-    wrapper, conn = stand_ins
-    if wrapper.watched or not serves(conn, wrapper) or (found := find(wrapper)) is None:
+    pool, wrapper, conn = found
+    if (planned := find(wrapper)) is None:
         return None
-    plan, params = found
+    plan, params = planned
     queue = sessions.queue_without_session(pool, plan.text)
     if queue is None:
         return None
@@ -436,7 +435,7 @@ def by_keys(
     wrapper = native_wrapper(queryset.db)
     if wrapper is None or queryset._iterable_class is not query.ModelIterable:
         return None
-    mode = getattr(queryset, "_fetch_mode", None)
+    mode = _mode(queryset)
     if mode is not None and mode.track_peers:
         return None
     try:

@@ -437,6 +437,11 @@ def _travels(source: limits.Source, text: str) -> bool:
     return is_single(text) if source.gathers else is_read(text) and text not in slow
 
 
+def _is_crowded(source: limits.Source) -> bool:
+    """Whether single statements are to travel with others' there now."""
+    return source.gathers or (bool(conf.get("MULTIPLEXING")) and not source.has_free)
+
+
 def crowded(alias: str) -> pools.Pool | None:
     """The pool, if a statement of the current task would find all connections in use and the task
     has none; else None.
@@ -447,8 +452,7 @@ def crowded(alias: str) -> pools.Pool | None:
     pool = pools.find(alias)
     if pool is None or pool.connections is None:
         return None
-    source = limits.source(pool)
-    if not source.gathers and (source.has_free or not conf.get("MULTIPLEXING")):
+    if not _is_crowded(limits.source(pool)):
         return None
     if pool.outdated or alias in test_sessions or find_scope(alias) is not None:
         return None
@@ -539,8 +543,7 @@ class Session:
         """Whether single statements of the operation are to travel with others'."""
         if self.kept or self.pipelining or self.settling or self.acting is not None:
             return False
-        source = self.source
-        return source.gathers or (conf.get("MULTIPLEXING") and not source.has_free)
+        return _is_crowded(self.source)
 
     def _lazy(self) -> LazyConnection | None:
         """What serves an operation of single statements while every connection is in use."""

@@ -26,7 +26,9 @@ from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 
+from . import sessions
 from .driver import Connection, Statement, checked, leaves_state
+from .pools import Pool
 from .rows import SLICE, RowMaker
 from .shapes import AS_DUMPED, BY_VALUE, LIMITS, Shape, Unfit, plain_orders, shape_of_aggregates
 
@@ -434,6 +436,21 @@ def _connection(wrapper: Any) -> Connection | None:
 def serves(conn: Connection, wrapper: Any) -> bool:
     """Whether a statement means the same there as in a cursor of the wrapper."""
     return _are_djangos_cursors(type(wrapper), conn.cursor_factory) and _same_zone(conn, wrapper)  # type: ignore[arg-type]
+
+
+def stand_ins(alias: str) -> tuple[Pool, Any, Connection] | None:
+    """The pool, and a wrapper and a connection for a statement that travels without an operation.
+
+    None: the current task has or gets a connection, or somebody would notice.
+
+    Raises:
+        TransactionManagementError: the task has outlived its block.
+    """
+    pool = sessions.crowded(alias)
+    if pool is None or (found := pool.stand_ins()) is None:
+        return None
+    wrapper, conn = found
+    return None if wrapper.watched or not serves(conn, wrapper) else (pool, wrapper, conn)
 
 
 def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:
