@@ -26,11 +26,9 @@ from .driver import (
     CANCEL_TIMEOUT,
     Connection,
     Statement,
-    contains,
     finish,
-    leaves_state,
-    remembered,
 )
+from .session_state import contains, leaves_state, remembered
 
 MOST = 64  # statements in one pipeline
 SLOW = 0.2  # seconds without an answer after which a pipeline's statements count as slow

@@ -27,9 +27,10 @@ from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 
 from . import sessions
-from .driver import Connection, Statement, checked, leaves_state
+from .driver import Connection, Statement, checked
 from .pools import Pool
 from .rows import SLICE, RowMaker
+from .session_state import leaves_state
 from .shapes import AS_DUMPED, BY_VALUE, LIMITS, Shape, Unfit, plain_orders, shape_of_aggregates
 
 MAX_PLANS = 1024

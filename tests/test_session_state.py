@@ -13,7 +13,7 @@ from django.db import OperationalError, connections
 from django.test import override_settings
 
 import asyncorm
-from asyncorm.driver import leaves_state
+from asyncorm.session_state import leaves_state
 
 pytestmark = pytest.mark.usefixtures("one_connection")
 
