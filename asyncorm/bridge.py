@@ -29,8 +29,12 @@ _MAX_IDLE = 128  # greenlets kept for reuse in each thread: creating one costs m
 class Resource(Protocol):
     """What an operation holds until it ends, for instance a connection."""
 
-    def suspend(self) -> None:
-        """The operation is about to await something that is not a statement of its own."""
+    def suspend(self) -> Callable[[BaseException | None], None] | None:
+        """The operation is about to await something that is not a statement of its own.
+
+        Returns:
+            what to call when it has ended, with the exception if there is one; usually nothing.
+        """
 
     def release(self) -> None:
         """The operation has ended."""
@@ -195,6 +199,9 @@ class native(Generic[P, T]):
         return f"native({self.func!r})"
 
 
+# Called with the runner that is about to await something: may add to its resources.
+before_await: list[Callable[[Runner], None]] = []
+
 _guard: Callable[[], None] | None = None
 
 
@@ -214,7 +221,8 @@ def await_(awaitable: Awaitable[T]) -> T:
     """Await something from synchronous code that runs natively, and return its result.
 
     An operation with no transaction gives its connection back while it waits, so that nothing is
-    held meanwhile.
+    held meanwhile. One that has set something in its server session (SET, a temporary table, an
+    advisory lock) keeps it, and what is awaited uses the same connection.
 
     Raises:
         RuntimeError: called outside native code.
@@ -227,9 +235,24 @@ def await_(awaitable: Awaitable[T]) -> T:
             "await_() works only in synchronous code that asyncorm runs natively: start it "
             "with 'await asyncorm.native(function)(...)'. In a coroutine use 'await'."
         )
-    for resource in runner.resources.values():
-        resource.suspend()
-    return cast(T, runner.parent.switch(awaitable))  # type: ignore[union-attr]
+    for find in before_await:
+        find(runner)
+    resumptions = [
+        resume
+        for resource in runner.resources.values()
+        if (resume := resource.suspend()) is not None
+    ]
+    if not resumptions:
+        return cast(T, runner.parent.switch(awaitable))  # type: ignore[union-attr]
+    failure: BaseException | None = None
+    try:
+        return cast(T, runner.parent.switch(awaitable))  # type: ignore[union-attr]
+    except BaseException as exc:
+        failure = exc
+        raise
+    finally:
+        for resume in resumptions:
+            resume(failure)
 
 
 def wait_for(runner: Runner, awaitable: Awaitable[T]) -> T:

@@ -38,6 +38,11 @@ class Limit:
 
     queue: Any = None
 
+    @property
+    def keeps_state(self) -> bool:
+        """Whether who gives a connection back meets what he has set in its session again."""
+        return self.parent.keeps_state
+
     def __init__(self, parent: Source | Kept, size: int, gathers: bool = False) -> None:
         self.parent = parent
         self.size = size
@@ -161,6 +166,7 @@ class Kept:
     size = 1
     waiting = 0
     gathers = False
+    keeps_state = True
     queue: Any = None
 
     def __init__(self, session: Any) -> None:

@@ -87,6 +87,7 @@ class Pool:
 
     current = True
     gathers = False  # statements do not wait for others when a connection is free
+    keeps_state = False  # what is set in the session of a connection is undone when it comes back
     queue: Any = None
     top: Any = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
+import weakref
 from asyncio import CancelledError, Task, TimerHandle, current_task, get_running_loop, sleep
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
@@ -36,6 +37,7 @@ from .multiplexing import Queue, is_read, is_single, slow, waited
 
 T = TypeVar("T")
 _IDLE = TransactionStatus.IDLE
+_MANY_CURSORS = 64  # of one operation, before those that are closed are forgotten
 
 
 class Scope:
@@ -161,8 +163,9 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
                 context = getcurrent().gr_context
             shared = not mine and scope.context is context
             if scope.ended:
-                if outlived and not mine and not shared and scope.block is not None:
-                    raise scope.block.outlived_error()
+                block = scope.block
+                if outlived and not mine and not shared and block and block.is_transaction:
+                    raise block.outlived_error()
             elif mine or not shared or (scope.task is not None and scope.task.done()):
                 # A scope that shares this Context but belongs to another running task is a
                 # sibling's.
@@ -193,6 +196,25 @@ def keeps_connection() -> bool:
     return False
 
 
+def find_kept(runner: Runner) -> None:
+    """Have the sessions of `connection()` told before `runner` awaits something.
+
+    What it awaits may start child tasks, which do not inherit them.
+    """
+    task = current_task_or_none()
+    scope = _innermost(task)
+    while scope is not None:
+        session = scope.session
+        if session is None:
+            return
+        if scope.block is None and scope.task is task and not scope.ended:
+            runner.resources[session._key] = session
+        scope = scope.prev
+
+
+bridge.before_await.append(find_kept)
+
+
 class Block:
     """A transaction or a savepoint: a node in the tree of blocks of a session.
 
@@ -205,6 +227,7 @@ class Block:
         inherited: the flag as it was in the block outside.
         cancelled: what aborted the transaction, or the savepoint, by cancelling a statement.
         of_test_case: it is the transaction that a test runs in (testcase.py).
+        is_transaction: a transaction is open in it.
         inner: the nested block that holds the lock now.
         queue: statements of child tasks that wait for the lock.
         gathers: how many `batch()` have statements wait for the end of the loop's turn.
@@ -215,10 +238,20 @@ class Block:
     size = 1  # pipelines under way at once
     in_order = True
 
+    is_transaction = True
+
     @property
     def awaited(self) -> str:
         """What its statements wait for (multiplexing.Source)."""
         return f"for the block that began at {self.origin}"
+
+    def __str__(self) -> str:
+        return f"the transaction block that began at {self.origin}"
+
+    @property
+    def outermost(self) -> bool:
+        """Whether the transaction begins and ends with it."""
+        return self.parent is None or not self.parent.is_transaction
 
     def __init__(self, session: Session, parent: Block | None, origin: str) -> None:
         self.session = session
@@ -290,9 +323,8 @@ class Block:
         if self.parent is not None and self.parent.ended:
             return self.parent.outlived_error()
         return TransactionManagementError(
-            f"The transaction block that began at {self.origin} has ended, but a task started "
-            "inside it still uses database "
-            f"{self.session.alias!r}. Await the task inside the block, or start it with "
+            f"A task that was started inside {self} still uses database {self.session.alias!r}, "
+            "but that has ended. Await the task inside the block, or start it with "
             "asyncorm.detached()."
         )
 
@@ -387,6 +419,59 @@ class Block:
         )
 
 
+class PlainBlock(Block):
+    """A block that is not native code's: its rollback flag is the wrapper's own."""
+
+    def __init__(self, session: Session, parent: Block | None, origin: str) -> None:
+        flags = session.wrapper.__dict__
+        before = flags.get("_plain_needs_rollback")
+        super().__init__(session, parent, origin)
+        flags["_plain_needs_rollback"] = before
+
+    @property
+    def needs_rollback(self) -> bool:
+        return bool(self.session.wrapper.__dict__.get("_plain_needs_rollback"))
+
+    @needs_rollback.setter
+    def needs_rollback(self, value: bool) -> None:
+        if not self.session.over:
+            self.session.wrapper.__dict__["_plain_needs_rollback"] = value
+
+
+class Loan(PlainBlock):
+    """A connection that synchronous code needs again as it is, lent to what it awaits meanwhile.
+
+    The tasks of what is awaited take turns on it as in a transaction block.
+    """
+
+    def __init__(self, session: Session, origin: str) -> None:
+        super().__init__(session, None, origin)
+        wrapper = session.wrapper
+        self.is_transaction = wrapper.in_atomic_block or not wrapper.autocommit
+
+    def __str__(self) -> str:
+        return (
+            f"synchronous code at {self.origin} that awaits something and keeps its connection for "
+            "what it has set there"
+        )
+
+    def take_back(self, failure: BaseException | None) -> None:
+        """What was awaited has ended; statements that it left running are waited for."""
+        runner = bridge.current()
+        assert runner is not None
+        try:
+            cancelled = failure if isinstance(failure, CancelledError) else None
+            self.acquire_to_leave(runner, cancelled)
+        except BaseException:
+            self.force_end()
+            raise
+        finally:
+            self.ended = True
+            self.scope.pop()
+            self.session.root = None
+        self.lock.release()
+
+
 UNKNOWN: Any = object()
 
 
@@ -479,6 +564,7 @@ class Session:
         pinned: kept by `asyncorm.connection()` or by a stream, whatever operations come and go.
         own: Django's own wrapper of the task that uses the session, None if there is none.
         cursors: server-side cursors of the session; open ones keep the connection.
+        opened: other cursors; open ones keep the connection while the operation awaits something.
         holder: the greenlet whose statement runs.
         acting: the block that `holder` enters or leaves.
         active: when the last statement began or ended (time.monotonic()).
@@ -500,6 +586,7 @@ class Session:
         self.keeper: Task[Any] | None = None
         self.origin = ""
         self.cursors: WeakSet[Any] | None = None
+        self.opened: list[weakref.ref[Any]] = []
         self.own: Any = UNKNOWN
         self.holder: Any = None
         self.acting: Block | None = None
@@ -519,7 +606,7 @@ class Session:
 
     def __str__(self) -> str:
         if self.root is not None:
-            return f"the transaction block that began at {self.root.origin}"
+            return str(self.root)
         if self.pinned:
             return f"a stream or connection() that began at {self.origin}"
         return "an operation"
@@ -670,11 +757,40 @@ class Session:
         """Whether a server-side cursor is open."""
         return self.cursors is not None and any(not cursor.closed for cursor in self.cursors)
 
-    def suspend(self) -> None:
-        """The operation awaits something else (bridge.Resource): hold nothing meanwhile."""
+    def suspend(self) -> Callable[[BaseException | None], None] | None:
+        """The operation awaits something else (bridge.Resource): hold nothing meanwhile.
+
+        Except what it has left in the server session, or an open cursor: then the connection stays,
+        and what is awaited has it, as it would have a synchronous operation's.
+        """
         conn = self.wrapper.connection
-        if conn is not None and conn._autocommit and self.holder is None and not self.kept:
-            self.detach()
+        if conn is None or self.holder is not None or self.root is not None:
+            return None
+        if not self._has_state(conn):
+            if not self.kept:
+                self.detach()
+            return None
+        self.root = loan = Loan(self, caller())
+        loan.scope.push()
+        return loan.take_back
+
+    def _has_state(self, conn: Connection) -> bool:
+        """Whether the operation's next statement may need this very connection."""
+        if not conn._autocommit:
+            return True
+        if self.source.keeps_state:
+            return False
+        return conn.touched or any(
+            (cursor := ref()) is not None and not cursor.closed for ref in self.opened
+        )
+
+    def note(self, cursor: Any) -> None:
+        """Remember a cursor that is being opened."""
+        if len(self.opened) >= _MANY_CURSORS:
+            self.opened = [
+                ref for ref in self.opened if (other := ref()) is not None and not other.closed
+            ]
+        self.opened.append(weakref.ref(cursor))
 
     def release(self) -> None:
         """The operation has ended (bridge.Resource)."""
@@ -935,8 +1051,7 @@ def refuse_beside_block(alias: str) -> None:
         if scope is not None and scope.block is not None:
             raise TransactionManagementError(
                 f"A synchronous connection of database {alias!r} was used in another thread "
-                "inside the transaction block that began at "
-                f"{scope.block.origin}: it would not be part of the transaction. Use 'await "
+                f"inside {scope.block}: it would not be part of the transaction. Use 'await "
                 "asyncorm.native(function)(...)' instead of "
                 "sync_to_async, or asyncorm.detached() to work outside the block."
             )

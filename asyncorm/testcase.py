@@ -37,7 +37,7 @@ from psycopg.pq import TransactionStatus
 
 from . import bridge, conf, driver, sessions
 from .bridge import Runner
-from .sessions import Block, Session
+from .sessions import Block, PlainBlock, Session
 
 _ACTIVE = TransactionStatus.ACTIVE
 _CANCEL_TIMEOUT = 2.0
@@ -148,7 +148,7 @@ class _Lock:
             self._holder, self._depth = None, 0
 
 
-class _CaseBlock(Block):
+class _CaseBlock(PlainBlock):
     """A block that synchronous code entered, whose rollback flag is also that of synchronous code.
 
     It is the test case's transaction, or, as a child of that, a thread's `transaction.atomic()`:
@@ -164,15 +164,6 @@ class _CaseBlock(Block):
     @property
     def of_test_case(self) -> bool:  # type: ignore[override]
         return self.parent is None
-
-    @property
-    def needs_rollback(self) -> bool:
-        return bool(self.session.wrapper.__dict__.get("_plain_needs_rollback"))
-
-    @needs_rollback.setter
-    def needs_rollback(self, value: bool) -> None:
-        if not self.session.over:
-            self.session.wrapper.__dict__["_plain_needs_rollback"] = value
 
 
 # The blocks that synchronous code around this has entered, by alias.

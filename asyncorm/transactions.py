@@ -254,7 +254,7 @@ def _lost(block: Block) -> bool:
     if block.needs_rollback:
         return block.cancelled is not None
     # Django's own atomic() is left to be as silent as it always is.
-    return block.parent is None and block.characteristics is not None and block.session.aborted
+    return block.outermost and block.characteristics is not None and block.session.aborted
 
 
 def _close_block(runner: Runner, block: Block) -> None:
@@ -271,9 +271,10 @@ def _close_block(runner: Runner, block: Block) -> None:
         if parent.inner is block:
             parent.inner = None
             parent.lock.release()
-    else:
-        session.root = None
+    if block.outermost:
         session.transaction_ended()
+    if parent is None:
+        session.root = None
         # The session is this operation's again, which gives it back when it ends.
         runner.resources[session._key] = session
 
@@ -376,7 +377,7 @@ class _Characteristics:
                 f"{', '.join(self.transaction)} is ignored in a test's transaction.", stacklevel=2
             )
             self.transaction = {}
-        if parent is not None and self.transaction:
+        if parent is not None and parent.is_transaction and self.transaction:
             raise TransactionManagementError(
                 f"{', '.join(self.transaction)} can be set for the outermost block only; this "
                 f"one is inside the block that began at {parent.origin}."
@@ -403,7 +404,7 @@ class _Characteristics:
                     [milliseconds],
                 )
                 before = cursor.fetchone()[0]
-            if block.parent is not None:  # else the end of the transaction puts it back
+            if not block.outermost:  # else the end of the transaction puts it back
                 self.saved_timeout = before
 
     def restore(self) -> None:

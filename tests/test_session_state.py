@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import copy
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 from django.conf import settings
 from django.contrib.auth.models import Permission
-from django.db import OperationalError, connections
+from django.db import OperationalError, connection, connections
+from django.db.models.signals import post_init
 from django.test import override_settings
 
 import asyncorm
@@ -142,6 +143,182 @@ def test_long_statements_are_looked_at_too(begin: str, end: str) -> None:
     for numbers in ("1", ", ".join(["1"] * 5000)):
         assert leaves_state(f"{begin} {numbers}, {end}")
         assert not leaves_state(f"SELECT {numbers}, 'reset' AS setting, prepared FROM listen")
+
+
+def execute(sql: str) -> Any:
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        return cursor.fetchone() if cursor.description else None
+
+
+STATES = [
+    ("SELECT pg_advisory_lock(4711)", "SELECT pg_advisory_unlock(4711)", True),
+    ("SET my.tenant = '7'", "SELECT current_setting('my.tenant', true)", "7"),
+    ("SELECT set_config('my.tenant', '7', false)", "SELECT current_setting('my.tenant')", "7"),
+    ("CREATE TEMPORARY TABLE mine AS SELECT 7 AS a", "SELECT a FROM mine", 7),
+]
+
+
+async def receive(sender: Any, instance: Permission, **kwargs: Any) -> None:
+    await asyncio.sleep(0)
+    if instance.name == "counted":
+        instance.count = await Permission.objects.filter(pk__gte=0).native_count()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def received() -> Iterator[None]:
+    post_init.connect(receive, sender=Permission)
+    yield
+    post_init.disconnect(receive, sender=Permission)
+
+
+@pytest.mark.parametrize(("leave", "look", "seen"), STATES)
+@pytest.mark.parametrize("how", ["await_", "receiver", "receiver with a query"])
+async def test_an_operation_keeps_its_session_state(
+    leave: str, look: str, seen: Any, how: str, received: None
+) -> None:
+    def work() -> Any:
+        execute(leave)
+        if how == "await_":
+            asyncorm.await_(asyncio.sleep(0.01))
+        else:
+            Permission(name="counted" if how == "receiver with a query" else "")
+        return execute(look)
+
+    assert await asyncorm.native(work)() == (seen,)
+    await settled()
+
+
+async def test_what_an_operation_with_session_state_awaits_has_the_state() -> None:
+    async def read() -> Any:
+        async with asyncorm.atomic():  # a transaction of its own
+            await value("SET LOCAL work_mem = '77MB'")
+            assert await value("SHOW work_mem") == "77MB"
+        async with asyncorm.connection():
+            assert await value("SHOW work_mem") == "4MB"
+        return await value("SELECT current_setting('my.tenant')")
+
+    async def awaited() -> Any:
+        return [await read(), *(await asyncio.gather(read(), read()))]  # child tasks take turns
+
+    def work() -> Any:
+        execute("SET my.tenant = '7'")
+        return asyncorm.await_(awaited()), execute("SELECT current_setting('my.tenant')")
+
+    assert await asyncorm.native(work)() == (["7"] * 3, ("7",))
+    await settled()
+    async with asyncorm.connection():
+        await value("SET my.tenant = '8'")
+        assert await asyncorm.native(lambda: asyncorm.await_(awaited()))() == ["8"] * 3
+
+
+async def test_mutual_exclusion_by_an_advisory_lock() -> None:
+    database = connections.settings["default"]
+    await asyncorm.close_pools()
+    database["OPTIONS"] = {**database["OPTIONS"], "pool": {"max_size": 4, "min_size": 0}}
+    inside: list[int] = []
+
+    def critical() -> None:
+        execute("SELECT pg_advisory_lock(4711)")
+        inside.append(1)
+        asyncorm.await_(asyncio.sleep(0.02))
+        assert len(inside) == 1
+        inside.clear()
+        execute("SELECT pg_advisory_unlock(4711)")
+
+    await asyncio.gather(*(asyncorm.native(critical)() for _ in range(4)))
+
+
+async def test_an_open_cursor_and_autocommit_keep_the_connection() -> None:
+    def with_cursor() -> Any:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            (before,) = cursor.fetchone()
+            assert asyncorm.await_(value("SELECT pg_backend_pid()")) == before
+            cursor.execute("SELECT pg_backend_pid()")
+            return before, cursor.fetchone()[0]
+
+    before, after = await asyncorm.native(with_cursor)()
+    assert before == after
+
+    def without_autocommit() -> Any:
+        connection.set_autocommit(False)
+        execute("SET LOCAL my.tenant = '7'")
+        seen = asyncorm.await_(value("SELECT current_setting('my.tenant')"))
+        connection.rollback()
+        connection.set_autocommit(True)
+        return seen
+
+    assert await asyncorm.native(without_autocommit)() == "7"
+
+
+async def test_an_operation_that_left_nothing_holds_nothing_while_it_awaits() -> None:
+    def work() -> Any:
+        execute("SELECT 1")
+        return asyncorm.await_(taken())
+
+    async def taken() -> int:
+        return asyncorm.pool_stats()["pool_available"]
+
+    assert await asyncorm.native(work)() == 1
+
+
+async def test_a_task_that_outlives_the_operation_has_a_connection_of_its_own() -> None:
+    tasks: list[asyncio.Task[Any]] = []
+    gone_on = asyncio.Event()
+
+    async def later() -> Any:
+        await gone_on.wait()
+        return await value("SELECT current_setting('my.tenant', true)")
+
+    async def start() -> None:
+        tasks.append(asyncio.create_task(later()))
+        tasks.append(asyncio.create_task(value("SELECT pg_sleep(0.1), 1")))  # under way at the end
+        await asyncio.sleep(0.02)
+
+    def work() -> Any:
+        execute("SET my.tenant = '7'")
+        asyncorm.await_(start())
+        return execute("SELECT current_setting('my.tenant')")
+
+    assert await asyncorm.native(work)() == ("7",)
+    gone_on.set()
+    assert await tasks[0] in (None, "")
+    await tasks[1]
+
+
+async def test_cancelled_while_it_awaits_with_session_state() -> None:
+    started = asyncio.Event()
+
+    async def never() -> None:
+        started.set()
+        await asyncio.gather(value("SELECT pg_sleep(60)"), value("SELECT pg_sleep(60)"))
+
+    def work() -> None:
+        execute("SET my.tenant = '7'")
+        asyncorm.await_(never())
+
+    task = asyncio.create_task(asyncorm.native(work)())
+    await started.wait()
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await settled()
+    assert await value("SELECT current_setting('my.tenant', true)") in (None, "")
+
+
+async def test_a_second_connection_for_what_is_awaited_names_the_holder() -> None:
+    async def outside() -> Any:
+        async with asyncorm.detached():
+            return await value("SELECT 1")
+
+    def work() -> Any:
+        execute("SET my.tenant = '7'")
+        return asyncorm.await_(outside())
+
+    with pytest.raises(OperationalError, match=r"Deadlock.*synchronous code at .*keeps"):
+        await asyncorm.native(work)()
 
 
 async def test_deadlock_on_the_pool_is_told_at_once() -> None:

@@ -359,10 +359,13 @@ class NativeWrapper:
         if session is not None and self.connection.unsettled and (name or self.connection.closed):
             self.connection.settle()
         cursor = super().create_cursor(name)  # type: ignore[misc]
-        if name and session is not None:
-            if session.cursors is None:
-                session.cursors = WeakSet()
-            session.cursors.add(cursor)
+        if session is not None:
+            if not name:
+                session.note(cursor)
+            else:
+                if session.cursors is None:
+                    session.cursors = WeakSet()
+                session.cursors.add(cursor)
         return cursor
 
     def execute_wrapper(self, wrapper: Callable[..., Any]) -> Any:
