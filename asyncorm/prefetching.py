@@ -76,13 +76,15 @@ def prefetch_one_level(instances: Any, prefetcher: Any, lookup: Any, level: int)
     if plan is None or id(lookup) not in plan.known:
         return _one_level(instances, prefetcher, lookup, level)
     fetch = plan.take(instances, lookup, level)
+    if fetch is not None and not fetch.future.done():
+        bridge.await_(fetch.future)
+        if not plan.sound:
+            fetch = None
     if fetch is None:
         objs, nested = _one_level(instances, prefetcher, lookup, level)
         nested = _as_objects(nested)
         plan.look_ahead(lookup.get_current_prefetch_to(level), objs, plan.lookups, nested)
     else:
-        if not fetch.future.done():
-            bridge.await_(fetch.future)
         objs, _ = _assign(fetch, instances, lookup, level)
         nested = fetch.nested
     plan.know(nested)
@@ -115,10 +117,24 @@ def _session(instance: Any, runner: Runner) -> Session | None:
         # asyncorm.connection() keeps a session whose state, say temporary tables, others lack.
         return None
     session = sessions.session_for(alias, runner)
-    conn = session.wrapper.connection if session is not None else None
-    if session is None or not (conn is None or conn.autocommit or session.root is not None):
-        return None
-    return session
+    return session if session is not None and _is_free(session) else None
+
+
+def _is_free(session: Session) -> bool:
+    """Whether a query on another connection, or of another task of the block, is the same query.
+
+    Others lack what the operation has set in its server session, and what a wrapper that is not
+    plainly Django's keeps for it.
+    """
+    if session.root is not None:
+        return True
+    wrapper = session.wrapper
+    conn = wrapper.connection
+    return (
+        (conn is None or (conn.autocommit and not conn.touched))
+        and wrapper.plain
+        and wrapper.execute_wrappers == sessions.everywhere
+    )
 
 
 def _as_objects(lookups: Iterable[Any]) -> list[Any]:
@@ -194,6 +210,7 @@ class _Plan:
         self._workers: set[Task[None]] = set()
         self._starting = 0
         self._ended = False
+        self._stateful = False
         # Where each relation of each model is followed first. The same one elsewhere may lead back
         # to the same objects, and is fetched already when Django comes there: it is not foreseen.
         self._first: dict[Any, str] = {}
@@ -263,6 +280,9 @@ class _Plan:
 
     def take(self, instances: list[Any], lookup: Any, level: int) -> _Fetch | None:
         """What was fetched, or is being fetched, for this very level of these very objects."""
+        if not self.sound:
+            self._waiting.clear()
+            return None
         fetches = self._fetches.get(_key(lookup, level), [])
         for fetch in fetches:
             if len(fetch.instances) == len(instances) and all(map(is_, fetch.instances, instances)):
@@ -273,7 +293,19 @@ class _Plan:
                 return None
         return None
 
+    @property
+    def sound(self) -> bool:
+        """Whether what was fetched is what the operation itself would fetch.
+
+        Not once code on the way, here or there, has set something in a server session.
+        """
+        if self._stateful or not _is_free(self.session):
+            self._stateful = True
+        return not self._stateful
+
     def _hire(self) -> None:
+        if not self.sound:
+            return
         # One of those that wait is for whoever has found them.
         wanted = len(self._waiting) - 1 - self._starting
         room = _MOST - len(self._workers) if self._block is not None else _room(self.session)
@@ -289,16 +321,19 @@ class _Plan:
             task.exception()  # Django's call does itself what a worker could not
 
     def _work(self) -> None:
+        session = sessions.require(self.session.alias)
         try:
             if self._block is None and self._waiting:
                 # Nothing is begun before there is a connection: until then it can be taken back.
-                sessions.require(self.session.alias).wrapper.ensure_connection()
+                session.wrapper.ensure_connection()
         finally:
             self._starting -= 1
-        while self._waiting and not self._ended:
+        while self._waiting and not self._ended and self.sound:
             fetch = self._waiting.popleft()
             fetch.run()
-            if fetch.error is None and not self._ended:
+            if not _is_free(session):
+                self._stateful = True
+            elif fetch.error is None and not self._ended:
                 to = fetch.lookup.get_current_prefetch_to(fetch.level)
                 self.look_ahead(to, list(fetch.result[0]), self.lookups, fetch.nested)
 

@@ -12,12 +12,13 @@ import django
 import pytest
 from django.apps import apps
 from django.contrib.contenttypes.models import ContentType
-from django.db import DataError, connection, models
+from django.db import DataError, connection, connections, models
 from django.db.models import (
     DateTimeField,
     Func,
     IntegerField,
     Prefetch,
+    TextField,
     Value,
     prefetch_related_objects,
 )
@@ -236,6 +237,114 @@ async def test_inside_connection_they_use_its_session() -> None:
             await cursor.execute("UPDATE shop_tag SET name = 'x'")
         books = Book.objects.prefetch_related("reviews", "tags", "publisher", "authors")
         assert {tag.name for book in await books.anative() for tag in book.tags.all()} == {"x"}
+
+
+# Only from an operation that has left nothing in its session
+
+
+def here(model: Any) -> Any:
+    """Rows that know where they were read, and what was set there."""
+    tenant = Func(template="current_setting('my.tenant', true)", output_field=TextField())
+    pid = Func(template="pg_backend_pid()", output_field=IntegerField())
+    return model.objects.annotate(pid=pid, tenant=tenant)
+
+
+def execute(statement: str, using: str = "default") -> None:
+    with connections[using].cursor() as cursor:
+        cursor.execute(statement)
+
+
+def places(using: str = "default", **others: Any) -> set[Any]:
+    """The server processes and the tenants of the rows that prefetching several lookups gave."""
+    lookups = (Prefetch(name, others.get(name, here(model))) for name, model in RELATED.items())
+    books = Book.objects.using(using).filter(pk__lte=4).prefetch_related(*lookups)
+    return {(row.pid, row.tenant) for rows in related(list(books)).values() for row in rows}
+
+
+async def places_before(prepare: Any, using: str = "default", **others: Any) -> tuple[Any, Any]:
+    def work() -> Any:
+        with contextlib.ExitStack() as stack:
+            prepare(stack)
+            return places(using, **others), backend_pid(using)
+
+    await asyncio.gather(*(native(value)("SELECT pg_sleep(0.05)", None, using) for _ in range(6)))
+    return await native(work)()
+
+
+async def test_from_an_untouched_operation_they_use_several_connections() -> None:
+    found, _ = await places_before(lambda stack: None)
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SET my.tenant = '7'",
+        "SELECT set_config('my.tenant', '7', false)",
+        "SET my.tenant = '7'; CREATE TEMPORARY TABLE mine (a int)",
+    ],
+)
+async def test_after_session_state_they_use_the_operations_connection(statement: str) -> None:
+    found, pid = await places_before(lambda stack: execute(statement))
+    assert found == {(pid, "7")}
+
+
+async def test_without_autocommit_or_with_an_execute_wrapper_too() -> None:
+    def in_a_transaction(stack: Any) -> None:
+        connection.set_autocommit(False)
+        stack.callback(connection.set_autocommit, True)
+        stack.callback(connection.rollback)
+        value("SELECT set_config('my.tenant', '7', true)")
+
+    found, pid = await places_before(in_a_transaction)
+    assert found == {(pid, "7")}
+
+    texts = []
+
+    def see(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        texts.append(context["connection"].connection.info.backend_pid)
+        return execute(sql, params, many, context)
+
+    found, pid = await places_before(
+        lambda stack: stack.enter_context(connection.execute_wrapper(see))
+    )
+    assert {where for where, _ in found} == {pid} == set(texts)
+
+
+class Tenants(models.QuerySet[Any]):
+    """Sets the tenant when it is evaluated, for itself and what comes after it."""
+
+    def _fetch_all(self) -> None:
+        if self._result_cache is None:
+            execute("SET my.tenant = '7'", self.db)
+        super()._fetch_all()
+
+
+@pytest.mark.parametrize("name", RELATED)
+async def test_what_a_lookup_sets_is_kept(name: str) -> None:
+    querysets: Any = Tenants(RELATED[name])
+    tenants = querysets.annotate(**here(RELATED[name]).query.annotations)
+
+    def work() -> Any:
+        after = list(RELATED)[list(RELATED).index(name) :]
+        lookups = [Prefetch(one, tenants if one == name else here(RELATED[one])) for one in RELATED]
+        books = list(Book.objects.filter(pk__lte=4).prefetch_related(*lookups))
+        found = related(books)
+        assert {row.tenant for one in after for row in found[one]} == {"7"}
+        return value("SELECT current_setting('my.tenant', true)")
+
+    await asyncio.gather(*(native(value)("SELECT pg_sleep(0.05)") for _ in range(6)))
+    assert await native(work)() == "7"
+
+
+async def test_a_wrapper_with_state_of_its_own() -> None:
+    def set_tenant(stack: Any) -> None:
+        connections["tenants"].tenant = "7"
+
+    with database("tenants", ENGINE="tests.project.tenants"):
+        found, pid = await places_before(set_tenant, "tenants")
+        await asyncorm.close_pools("tenants")
+    assert found == {(pid, "7")}
 
 
 # Equal to Django's

@@ -97,6 +97,12 @@ class NativeBackendMixin:
     rollback_exc = _OfBlock()
 
     @property
+    def plain(self) -> bool:
+        """Whether nobody's code but Django's and ours is in it."""
+        cls: Any = type(self)
+        return _is_plain(cls) and "cursor" not in self.__dict__
+
+    @property
     def watched(self) -> bool:
         """Whether somebody wants to see the statements."""
         # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
@@ -145,6 +151,23 @@ class NativeBackendMixin:
         """Django's, and native connections: a test database is about to be dropped or cloned."""
         pools.discard_pools(self.alias, now=True)  # type: ignore[attr-defined]
         super().close_pool()  # type: ignore[misc]
+
+
+# What a class has whose body is empty.
+_EMPTY = frozenset(
+    ("__module__", "__qualname__", "__doc__", "__firstlineno__", "__static_attributes__")
+)
+
+
+@cache
+def _is_plain(cls: Any) -> bool:
+    return all(
+        f"{base.__module__}.".startswith(_KNOWN) or vars(base).keys() <= _EMPTY
+        for base in cls.__mro__[:-1]
+    )
+
+
+_KNOWN = ("django.db.backends.", "django.contrib.gis.db.backends.", "asyncorm.")
 
 
 def _loop_runs() -> bool:

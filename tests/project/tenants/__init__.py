@@ -1,0 +1,1 @@
+"""A backend whose wrapper sets something for its tenant before each cursor."""
