@@ -40,11 +40,11 @@ from django.db.models.sql.subqueries import InsertQuery
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
-from . import bridge
+from . import bridge, verifying
 from .driver import Statement
 from .rows import RowMaker, tuple_of
 from .shapes import Unfit
-from .statements import UNPLANNED, Plan, counts, direct, recall, remember, serves
+from .statements import UNPLANNED, Compiled, Plan, counts, direct, hit, recall, remember, serves
 
 SLICE = 1000  # objects between two looks whether other tasks are to have a turn
 _TEXT_ARRAY, _TIMESTAMPTZ, _TIMESTAMPTZ_ARRAY = 1009, 1184, 1185
@@ -82,6 +82,8 @@ class Ready(NamedTuple):
 
 
 _INTEGER = Ready(frozenset({int}))
+_BOOLEAN = Ready(frozenset({bool}))
+_UUID = Ready(frozenset({UUID}))
 _STRING = Ready(frozenset({str}), bare=False)
 _JSON = Ready(frozenset({dict, list, str, int, float, bool}), bare=False)
 # For fields of exactly these classes, and foreign keys to them.
@@ -89,7 +91,7 @@ _READY: dict[type, Ready] = {
     models.AutoField: _INTEGER,
     models.BigAutoField: _INTEGER,
     models.BigIntegerField: _INTEGER,
-    models.BooleanField: Ready(frozenset({bool})),
+    models.BooleanField: _BOOLEAN,
     models.CharField: _STRING,
     models.DateField: Ready(frozenset({date})),
     models.DateTimeField: Ready(frozenset({datetime}), lambda v: v.utcoffset() is not None),
@@ -107,7 +109,7 @@ _READY: dict[type, Ready] = {
     models.TextField: _STRING,
     models.TimeField: Ready(frozenset({time}), lambda v: v.tzinfo is None),
     models.URLField: _STRING,
-    models.UUIDField: Ready(frozenset({UUID})),
+    models.UUIDField: _UUID,
 }
 
 
@@ -329,6 +331,7 @@ def _made(
         tuple(map(id, fields)), tuple(map(id, returning)),
     )  # fmt: skip
     plan = recall(key)
+    known = plan is not UNPLANNED
     statement = None
     if plan is not None:
         with suppress(Exception):  # Django will say what is wrong with a value
@@ -338,14 +341,55 @@ def _made(
                 counts["misses"] += 1
                 plan = _plan(compiler, wrapper, fields, returning)
                 remember(key, plan)
-            else:
-                counts["hits"] += 1
             if plan is not None:
                 statement = Statement(plan.query, params, types, formats, text=plan.text)
     if statement is None:
         counts["unfit"] += 1
         return None
+    if known:
+        elements = _elements(fields, params, formats, conn) if verifying.active else ()
+        compile = lambda: _again(compiler, fields, returning, formats, conn)  # noqa: E731
+        if not hit(key, plan, elements, 0, compile):
+            return None
     return plan, statement
+
+
+def compiled_again(
+    model: Any, fields: Any, objs: list[Any], returning: tuple[Any, ...], wrapper: Any
+) -> Compiled:
+    """Django's INSERT of objects that `pre_save()` has been called for: their values are there."""
+    query = InsertQuery(model)
+    query.insert_values(fields, objs, raw=True)
+    compiler: Any = query.get_compiler(using=wrapper.alias)
+    compiler.returning_fields = list(returning)
+    ((sql, params),) = compiler.as_sql()
+    return sql, params, maker_of_returned(compiler, wrapper, returning)
+
+
+def _again(
+    compiler: Any, fields: Any, returning: tuple[Any, ...], formats: Any, conn: Any
+) -> Compiled:
+    """The same of many objects, with its arrays dumped by psycopg."""
+    query, wrapper = compiler.query, compiler.connection
+    sql, lists, maker = compiled_again(query.model, fields, query.objs, returning, wrapper)
+    binary = [PyFormat.BINARY if format else PyFormat.TEXT for format in formats]
+    arrays = conn.transformer.dump_sequence(lists, binary)
+    return _in_step(sql), _elements(fields, arrays, formats, conn), maker
+
+
+def _elements(fields: Any, arrays: Any, formats: Any, conn: Any) -> list[Any]:
+    """What there is in the arrays: binary ones as they are, the texts of others."""
+    read = conn.transformer.get_loader(_TEXT_ARRAY, Format.TEXT).load
+    found: list[Any] = []
+    for field, array, format in zip(fields, arrays, formats, strict=True):
+        texts: Any = bytes(array) if format else read(array)
+        ready = _ready_of(field)
+        if ready is _UUID:
+            texts = [text and text.replace("-", "") for text in texts]
+        elif ready is _BOOLEAN:
+            texts = [text and text[0].lower() for text in texts]
+        found.append(texts)
+    return found
 
 
 def _plan(

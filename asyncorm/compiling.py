@@ -10,7 +10,7 @@ from django.db.models import QuerySet, prefetch_related_objects
 
 from . import bridge, planned, rows
 from .shapes import Shape
-from .statements import Plan, generation, items, same
+from .statements import Plan, generation, hit, items, same
 
 _MAX_TYPES = 32  # combinations of arguments' types for which a function keeps a plan
 
@@ -113,8 +113,10 @@ class compiled:
                 bound = None
                 if planned.enabled() and len(self._bound) < _MAX_TYPES:
                     bound = self._bound[key] = self._bind(args, kwargs)
-            if bound is not None and (found := _found(bound, values)) is not None:
-                return found
+            if bound is not None:
+                found = _found(bound, values, lambda: self._make(args, kwargs))
+                if found is not None:
+                    return found
         return list(self._make(args, kwargs))
 
     def _make(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -184,7 +186,7 @@ def _params(bound: _Bound, values: tuple[Any, ...], wrapper: Any) -> list[Any] |
     return params
 
 
-def _found(bound: _Bound, values: tuple[Any, ...]) -> list[Any] | None:
+def _found(bound: _Bound, values: tuple[Any, ...], make: Callable[[], Any]) -> list[Any] | None:
     queryset, plan = bound.queryset, bound.plan
     if queryset.db != bound.alias:  # the router has changed its mind
         return None
@@ -196,7 +198,10 @@ def _found(bound: _Bound, values: tuple[Any, ...]) -> list[Any] | None:
         params = _params(bound, values, wrapper)
     except Exception:  # Django will say what is wrong with a value
         return None
-    if params is None:
+    if params is None or not hit(
+        ("compiled", id(bound)), plan, params, bound.offset,
+        lambda: planned.compile_of(made := make(), made._iterable_class)(made.query, wrapper),
+    ):  # fmt: skip
         return None
     made = items(plan, params, bound.offset, wrapper, getattr(queryset, "_fetch_mode", None))
     if queryset._prefetch_related_lookups:

@@ -24,7 +24,8 @@ DEFAULTS: dict[str, Any] = {
     "MULTIPLEXING": True,
     # The most connections of a pool that are used at once; None: its size.
     "PARALLELISM": None,
-    # Keep the SQL that querysets of one shape are compiled to, for other values.
+    # Keep the SQL that querysets of one shape are compiled to, for other values. "verify": compare
+    # each statement from there with what Django's compiler makes of the queryset.
     "STATEMENT_CACHE": True,
     # Run the queries of independent lookups of prefetch_related() at once.
     "PARALLEL_PREFETCH": True,
@@ -32,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 _SWITCHES = [key for key, value in DEFAULTS.items() if isinstance(value, bool)]
+_WORDS = {"STATEMENT_CACHE": "verify"}  # what a switch may be beside True and False
 
 
 _values: dict[str, Any] | None = None
@@ -69,8 +71,10 @@ def problems() -> list[str]:
         if key not in DEFAULTS
     ]
     for key in _SWITCHES:
-        if not isinstance(value.get(key, False), bool):
-            found.append(f'ASYNCORM["{key}"] must be True or False.')
+        word, switch = _WORDS.get(key), value.get(key, False)
+        if not isinstance(switch, bool) and (word is None or switch != word):
+            choices = f'True, False or "{word}"' if word else "True or False"
+            found.append(f'ASYNCORM["{key}"] must be {choices}.')
     for key in ("LOCK_TIMEOUT", "FILL_DELAY"):
         seconds = value.get(key, DEFAULTS[key])
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:

@@ -38,7 +38,7 @@ from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 from psycopg.types.numeric import Int2, Int4, Int8
 
-from . import bridge, bulk, conf, rows, sessions
+from . import bridge, bulk, conf, rows, sessions, verifying
 from .bridge import Runner
 from .driver import Connection, LazyConnection, checked
 from .rows import RowMaker
@@ -51,6 +51,7 @@ from .statements import (
     clear,
     count_of,
     counts,
+    hit,
     items,
     plan_for,
     recall,
@@ -150,8 +151,7 @@ def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> tuple[Plan, lis
     asked = queryset.query
     if asked.extra and iterable is not query.ModelIterable:
         return None
-    make = _ITERABLES[iterable]
-    found = plan_for(asked, wrapper, make(queryset), iterable, queryset._fields)
+    found = plan_for(asked, wrapper, compile_of(queryset, iterable), iterable, queryset._fields)
     if found is not None and not asked.alias_map:  # it has its table once it is compiled
         asked.unref_alias(asked.get_initial_alias())
     return found
@@ -191,6 +191,11 @@ _ITERABLES: dict[Any, Callable[[Any], Any]] = {
     query.NamedValuesListIterable: _compile_named_tuples,
     query.FlatValuesListIterable: lambda queryset: _compile_first_values,
 }
+
+
+def compile_of(queryset: Any, iterable: Any) -> Callable[[Any, Any], Compiled]:
+    """What compiles the query of a queryset that is iterated by a class of Django's."""
+    return _ITERABLES[iterable](queryset)  # type: ignore[no-any-return]
 
 
 # Before Django 6.1 a deferred foreign key is fetched for that.
@@ -389,16 +394,22 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> tuple[Plan
     plan: Plan = known.plan
     if rows.is_watched(plan.maker.models):  # type: ignore[union-attr]
         return None
-    counts["hits"] += 1
-    return plan, params
+    compile = lambda: _compile_instances(_narrowed(queryset, names, values).query, wrapper)  # noqa: E731
+    return (plan, params) if hit(key, plan, params, 0, compile) else None
+
+
+def _narrowed(queryset: Any, names: list[str], values: list[Any]) -> Any:
+    """The queryset that `QuerySet.get()` would make."""
+    filtered = queryset.filter(**dict(zip(names, values, strict=True))).order_by()
+    filtered.query.set_limits(high=query.MAX_GET_RESULTS)
+    return filtered
 
 
 def _plan_get(
     queryset: Any, wrapper: Any, base: Shape, names: list[str], values: list[Any]
 ) -> _Get | None:
     """What `QuerySet.get()` would execute, as seen on the queryset that it would make."""
-    filtered = queryset.filter(**dict(zip(names, values, strict=True))).order_by()
-    filtered.query.set_limits(high=query.MAX_GET_RESULTS)
+    filtered = _narrowed(queryset, names, values)
     shape = Shape(filtered.query, wrapper)
     leaves = shape.leaves[len(base.leaves) :]
     lookups = [
@@ -462,9 +473,10 @@ def by_keys(
         params = keys if kind is type(keys[0]) else [kind(value) for value in keys]
     except Exception:
         return None
-    if rows.is_watched(plan.maker.models):
+    if rows.is_watched(plan.maker.models) or not hit(
+        key, plan, params, 0, lambda: _compile_instances(narrow().query, wrapper)
+    ):
         return None
-    counts["hits"] += 1
     return items(plan, params, 0, wrapper, mode)
 
 
@@ -678,14 +690,19 @@ def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, 
         params += known.params(pk, wrapper)
     except Exception:
         return None
-    counts["hits"] += 1
-    return plan, params
+    compile = lambda: _compile_write(_update_of(base_qs, pk, values), wrapper)  # noqa: E731
+    return (plan, params) if hit(whole, plan, params, 0, compile) else None
 
 
-def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> _ByKey | None:
+def _update_of(base_qs: Any, pk: Any, values: Any) -> Any:
     """What `QuerySet._update()` would execute."""
     update: Any = base_qs.filter(pk=pk).query.chain(UpdateQuery)
     update.add_update_fields(values)
+    return update
+
+
+def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> _ByKey | None:
+    update = _update_of(base_qs, pk, values)
     found = plan_for(update, wrapper, _compile_write)
     if found is None or len(update.where.children) != 1 or len(update.values) != len(values):
         return None
@@ -720,14 +737,20 @@ def _delete_plan(model: Any, wrapper: Any, keys: list[Any]) -> tuple[Plan, list[
         params = known.params(keys, wrapper)
     except Exception:
         return None
-    counts["hits"] += 1
-    return known.plan, params
+    plan: Plan = known.plan
+    compile = lambda: _compile_write(_delete_of(model, keys), wrapper)  # noqa: E731
+    return (plan, params) if hit(whole, plan, params, 0, compile) else None
 
 
-def _plan_delete(model: Any, wrapper: Any, keys: list[Any]) -> _ByKey | None:
+def _delete_of(model: Any, keys: list[Any]) -> Any:
     """What `DeleteQuery.delete_batch()` would execute."""
     delete: Any = DeleteQuery(model)
     delete.add_filter(f"{model._meta.pk.attname}__in", keys)
+    return delete
+
+
+def _plan_delete(model: Any, wrapper: Any, keys: list[Any]) -> _ByKey | None:
+    delete = _delete_of(model, keys)
     found = plan_for(delete, wrapper, _compile_write)
     if found is None or not found[0].is_certain or len(delete.where.children) != 1:
         return None
@@ -764,11 +787,15 @@ def _do_insert(original: Any) -> Any:
     ) -> Any:
         if type(manager) is Manager and (wrapper := native_wrapper(using)) is not None:
             columns, returning = tuple(fields), tuple(returning_fields or ())
-            plan = recall(_insert_key(wrapper, manager.model, raw, columns, returning))
+            key = _insert_key(wrapper, manager.model, raw, columns, returning)
+            plan = recall(key)
             if plan is not None and plan is not UNPLANNED:
                 params = _insert_params(columns, self, raw, wrapper, plan.ready)
-                if params is not None:
-                    counts["hits"] += 1
+                if params is not None and hit(
+                    key, plan, params, 0, lambda: bulk.compiled_again(
+                        manager.model, columns, [self], returning, wrapper
+                    ),
+                ):  # fmt: skip
                     return _inserted(plan, params, wrapper)
         return original(self, manager, using, fields, returning_fields, raw)
 
@@ -835,8 +862,11 @@ def _insert_plan(
             plan = None
         counts["misses"] += 1
         remember(key, plan)
-    else:
-        counts["hits"] += 1
+    elif not hit(
+        key, plan, params, 0,
+        lambda: bulk.compiled_again(query.model, fields, query.objs, returning, wrapper),
+    ):  # fmt: skip
+        return None
     return None if plan is None else (plan, params)
 
 
@@ -940,4 +970,5 @@ def install() -> None:
 def _settings_changed(**kwargs: Any) -> None:
     global _enabled
     _enabled = bool(conf.get("STATEMENT_CACHE"))
+    verifying.active = conf.get("STATEMENT_CACHE") == "verify"
     clear()

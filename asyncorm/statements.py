@@ -26,7 +26,7 @@ from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 from psycopg.types.json import Jsonb
 
-from . import sessions
+from . import sessions, verifying
 from .driver import Connection, Statement, checked
 from .pools import Pool
 from .rows import SLICE, RowMaker
@@ -236,7 +236,7 @@ def _numbered(sql: str, count: int, lists: Any) -> bytes | None:
 # The cache
 
 plans: dict[tuple[Any, ...], Any] = {}  # None: not to be planned
-counts = {"hits": 0, "misses": 0, "unfit": 0}
+counts = {"hits": 0, "misses": 0, "unfit": 0, "verified": 0}
 
 
 def statement_cache_stats() -> dict[str, int]:
@@ -244,8 +244,15 @@ def statement_cache_stats() -> dict[str, int]:
 
     `hits` and `misses` count the statements whose SQL was there and those that were compiled for
     it, `unfit` those that were left to Django's compiler; `size` is the number of shapes known.
+    With "verify" for the setting, `verified` counts the hits that Django's compiler confirmed,
+    `verified_shapes` how many shapes they were of, `different` those that it did not confirm.
     """
-    return {**counts, "size": len(plans)}
+    return {
+        **counts,
+        "size": len(plans),
+        "verified_shapes": len(verifying.shapes),
+        "different": verifying.different,
+    }
 
 
 _generation = 0
@@ -281,6 +288,27 @@ def remember(key: tuple[Any, ...], plan: Any) -> None:
     plans[key] = plan
 
 
+def hit(key: Any, plan: Plan, params: Any, offset: int, compile: Callable[[], Compiled]) -> bool:
+    """Count a hit; where hits are verified, False if Django's SQL is another one each time.
+
+    Args:
+        compile: makes Django's statement, of copies of whatever that changes.
+
+    Raises:
+        StatementCacheError: Django's statement is another one.
+    """
+    if verifying.active:
+        sent = (*_djangos(plan, params, offset), plan.maker)
+        families = [*[_NO_KIND] * len(plan.fixed), *plan.families]
+        if not verifying.holds(key, sent, families, compile):
+            remember(key, None)
+            counts["unfit"] += 1
+            return False
+        counts["verified"] += 1
+    counts["hits"] += 1
+    return True
+
+
 def same(left: Any, right: Any) -> bool:
     return len(left) == len(right) and all(map(_equal, left, right))
 
@@ -313,15 +341,15 @@ def plan_for(
     except Exception:  # whatever is wrong with the query, Django will say
         counts["unfit"] += 1
         return None
-    if plan is UNPLANNED:
+    known = plan is not UNPLANNED
+    if not known:
         try:
             plan = _plan(shape, compile(query, wrapper), fixed)
         except Exception:
             plan = None
         counts["misses"] += 1
         remember(key, plan)
-    elif plan is not None:
-        counts["hits"] += 1
+    params = None
     if plan is not None and plan.sources is not None:
         params = [*shape.bind(skips_null=False), *fixed]
         if not plan.proves(params):
@@ -331,11 +359,15 @@ def plan_for(
                 plan = None
             remember(key, plan)
         if plan is not None:
-            return plan, [params[i] for i in plan.picked], shape.offset
+            params = [params[i] for i in plan.picked]
     if plan is None:
         counts["unfit"] += 1
         return None
-    return plan, shape.bind(skips_null=plan.skips_null), shape.offset
+    if params is None:
+        params = shape.bind(skips_null=plan.skips_null)
+    if known and not hit(key, plan, params, shape.offset, lambda: compile(query.clone(), wrapper)):
+        return None
+    return plan, params, shape.offset
 
 
 UNPLANNED: Any = object()

@@ -1,6 +1,7 @@
 """Starts PostgreSQL for the session, creates the test databases, and offers the sample data.
 
-With ASYNCORM_TEST_LOOP=uvloop in the environment the tests run on that event loop.
+With ASYNCORM_TEST_LOOP=uvloop in the environment the tests run on that event loop; with
+ASYNCORM_TEST_CACHE=verify each hit of the statement cache is compared with Django's compiler.
 """
 
 import asyncio
@@ -26,6 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
         import uvloop
 
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    if cache := os.environ.get("ASYNCORM_TEST_CACHE"):
+        from asyncorm import conf
+
+        conf.DEFAULTS["STATEMENT_CACHE"] = cache  # also where a test has settings of its own
     server = SESSION.enter_context(postgres_server())
     # For this process and for those that tests start.
     os.environ["ASYNCORM_TEST_DATABASE"] = json.dumps(server.settings)
@@ -40,6 +45,17 @@ def pytest_configure(config: pytest.Config) -> None:
     for alias, database in databases().items():
         settings.DATABASES[alias].update(database)
     django.setup()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    from asyncorm import statement_cache_stats
+
+    stats = statement_cache_stats()
+    if stats["verified"]:
+        terminalreporter.write_line(
+            f"{stats['verified']:,} hits of {stats['verified_shapes']:,} shapes were verified, "
+            f"{stats['different']} different"
+        )
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

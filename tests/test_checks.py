@@ -29,6 +29,8 @@ def test_the_example_project_is_fine() -> None:
     [
         ({"SWAP_MANAGER": True}, "'SWAP_MANAGER'"),
         ({"SWAP_MANAGERS": 1}, "SWAP_MANAGERS"),
+        ({"SWAP_MANAGERS": "verify"}, "SWAP_MANAGERS"),
+        ({"STATEMENT_CACHE": "check"}, 'True, False or "verify"'),
         ({"LOCK_TIMEOUT": 0}, "LOCK_TIMEOUT"),
         ({"LOCK_TIMEOUT": True}, "LOCK_TIMEOUT"),
         ({"FILL_DELAY": "1"}, "FILL_DELAY"),

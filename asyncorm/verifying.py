@@ -1,0 +1,118 @@
+"""Verify mode: what the statement cache gives is compared with what Django makes of the query.
+
+`ASYNCORM = {"STATEMENT_CACHE": "verify"}`, for tests and staging: for each hit Django compiles as
+well, and its statement has to be the one that is about to be sent: the SQL, each parameter, what
+makes the items. It costs what the cache saves, and more.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from itertools import starmap, zip_longest
+from typing import Any
+
+from psycopg.types.json import Jsonb
+from psycopg.types.numeric import Int2, Int4, Int8
+
+active = False  # follows the setting (planned.py)
+different = 0  # statements; the errors may be caught by somebody
+shapes: set[int] = set()  # hashes of the keys that were verified
+
+Compiled = tuple[str, Any, Any]  # SQL, parameters, maker
+
+
+class StatementCacheError(AssertionError):
+    """The statement cache gave something else than Django's compiler: a fault of asyncorm."""
+
+
+def holds(key: Any, sent: Compiled, families: Any, compile: Callable[[], Compiled]) -> bool:
+    """Whether Django makes this statement; False if it makes another one each time.
+
+    Args:
+        families: of the parameters (statements.py), the first ones.
+        compile: makes Django's, of copies of whatever that changes.
+
+    Raises:
+        StatementCacheError: it is another one.
+    """
+    global different
+    expected = compile()
+    if not (found := _difference(expected, sent, families)):
+        shapes.add(hash(key))
+        return True
+    if _difference(expected, compile(), families):
+        return False
+    different += 1
+    raise StatementCacheError(
+        f"The statement cache gave another statement than Django's compiler ({found}). Please "
+        "report this to asyncorm; ASYNCORM = {'STATEMENT_CACHE': False} avoids it.\n"
+        f"Django's: {_shown(expected)}\nthe cache's: {_shown(sent)}"
+    )
+
+
+def _shown(statement: Compiled) -> str:
+    return f"{statement[0]}\n    with {list(statement[1])!r}"
+
+
+def _difference(expected: Compiled, sent: Compiled, families: Any) -> str:
+    """What differs, in words; nothing if the statements are equal."""
+    if expected[0] != sent[0]:
+        return "its SQL"
+    params: list[Any] = list(zip_longest(expected[1], sent[1], families, fillvalue={}))
+    if len(expected[1]) != len(sent[1]) or not all(starmap(_sent_alike, params[: len(sent[1])])):
+        return "its parameters"
+    if _described(expected[2]) != _described(sent[2]):
+        return "what is made of its rows"
+    return ""
+
+
+_INTEGERS = {int, Int2, Int4, Int8}
+
+
+def _sent_alike(a: Any, b: Any, family: Any) -> bool:
+    """Whether two parameters are equal; of integers, whether they are sent with the same type.
+
+    Django marks an integer for psycopg with its column's type; as literals they are the same.
+    """
+    if {type(a), type(b)} <= _INTEGERS:
+        oids = {family.get(type(a), type(a)), family.get(type(b), type(b))}
+        return int(a) == int(b) and len(oids) == 1
+    return equal(a, b)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values are the same to PostgreSQL and Python: down to types and bits."""
+    kind: Any = type(a)
+    if kind is not type(b):
+        return False
+    if kind is float:
+        return struct.pack("d", a) == struct.pack("d", b)
+    if kind in (list, tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if kind is dict:
+        return equal(list(a.items()), list(b.items()))
+    if kind is Jsonb:
+        return a.dumps == b.dumps and equal(a.obj, b.obj)
+    if kind in (memoryview, bytearray, bytes):
+        return bytes(a) == bytes(b)
+    if getattr(kind, "__eq__") is object.__eq__ and hasattr(a, "__dict__"):  # noqa: B009
+        return a is b or equal(vars(a), vars(b))
+    # Their repr() tells what == forgives: a Decimal's scale, a datetime's zone.
+    return bool(a == b) and (kind.__module__ not in ("decimal", "datetime") or repr(a) == repr(b))
+
+
+def _described(maker: Any) -> Any:
+    """How a maker makes its items, as far as that can be compared."""
+    return maker and (
+        maker.item,
+        maker.width,
+        maker.body,
+        maker.models,
+        maker.names_of_columns,
+        {
+            i: ([conv.__qualname__ for conv in convs], type(expression.output_field))
+            for i, (convs, expression) in maker.converters.items()
+        },
+        [str(value) for value in maker.names.values() if isinstance(value, type)],
+    )
