@@ -10,7 +10,8 @@ from django.db.models import QuerySet, prefetch_related_objects
 
 from . import bridge, planned, rows
 from .shapes import Shape
-from .statements import Plan, generation, hit, items, same
+from .statements import Plan, generation, hit, items
+from .verifying import equal
 
 _MAX_TYPES = 32  # combinations of arguments' types for which a function keeps a plan
 
@@ -137,15 +138,16 @@ class compiled:
             parts = list(_parts(queryset.query.where, skeleton.query.where, wrapper))
             # All but the lookups has to be the same, too.
             skeleton.query.where = queryset.query.where
-            shapes = [Shape(each.query, wrapper).key for each in (queryset, skeleton)]
+            shape, other = [Shape(each.query, wrapper) for each in (queryset, skeleton)]
             found = planned.queryset_plan(queryset, wrapper, queryset._iterable_class)
-            if found is None or not found[0].is_certain:
+            if found is None or found[0].picked is not None:
                 return None
-            if shapes[0] != shapes[1] or queryset._known_related_objects:
+            # With expressions the order is another one than that of the lookups in the tree.
+            if shape.mixed or shape.key != other.key or queryset._known_related_objects:
                 return None
             bound = _Bound(queryset, found[0], found[2], parts, generation())
             params = _params(bound, (*args, *kwargs.values()), wrapper)
-            return bound if params is not None and same(params, found[1]) else None
+            return bound if params is not None and equal(params, found[1]) else None
         except Exception:  # the arguments are used otherwise than as values
             return None
 

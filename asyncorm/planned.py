@@ -56,9 +56,9 @@ from .statements import (
     plan_for,
     recall,
     remember,
-    same,
     stand_ins,
 )
+from .tracing import Resolving
 
 _enabled = True
 
@@ -413,12 +413,13 @@ def _plan_get(
     shape = Shape(filtered.query, wrapper)
     leaves = shape.leaves[len(base.leaves) :]
     lookups = [
-        (type(leaf), leaf.lhs) for leaf, count in leaves if hasattr(leaf, "lhs") and count == 1
+        (type(leaf), leaf.lhs) for leaf, count, _ in leaves if hasattr(leaf, "lhs") and count == 1
     ]
     found = queryset_plan(filtered, wrapper, query.ModelIterable)
     if (
         found is None
-        or not found[0].is_certain
+        or found[0].picked is not None
+        or shape.mixed
         or len(lookups) != len(names)
         or base.params != shape.params[: len(base.params)]
     ):
@@ -429,7 +430,7 @@ def _plan_get(
         if sql != "%s":
             return None
         params += more
-    return _Get(found[0], lookups, base.kept) if same(params, found[1]) else None
+    return _Get(found[0], lookups, base.kept) if verifying.equal(params, found[1]) else None
 
 
 def by_keys(
@@ -483,10 +484,10 @@ def by_keys(
 def _plan_keys(narrowed: Any, wrapper: Any, keys: list[Any]) -> Any:
     found = queryset_plan(narrowed, wrapper, query.ModelIterable)
     kinds = set(map(type, found[1])) if found is not None else ()
-    if found is None or not found[0].is_certain or len(kinds) != 1:
+    if found is None or found[0].picked is not None or len(kinds) != 1:
         return None
     (kind,) = kinds
-    if kind not in _KEY_TYPES or not same(found[1], [kind(value) for value in keys]):
+    if kind not in _KEY_TYPES or not verifying.equal(found[1], [kind(value) for value in keys]):
         return None
     return found[0], kind
 
@@ -502,10 +503,7 @@ def _has_results(original: Any) -> Any:
 
     def has_results(self: Any, using: str) -> bool:
         wrapper = native_wrapper(using)
-        # It selects the number 1, which Django makes a parameter.
-        if wrapper is None or not (
-            found := plan_for(self, wrapper, compile, "exists", fixed=(Int4(1),))
-        ):
+        if wrapper is None or not (found := plan_for(self, wrapper, compile, "exists")):
             return bool(original(self, using))
         return count_of(*found, wrapper) > 0
 
@@ -533,7 +531,8 @@ def _get_aggregation(original: Any) -> Any:
     """`aggregate()`: the names and the row of values."""
 
     def compile(exprs: Any, query: Any, wrapper: Any) -> Compiled:
-        seen = _watched(lambda: original(query.clone(), wrapper.alias, dict(exprs)))
+        named = {name: Resolving(name, expression) for name, expression in exprs.items()}
+        seen = _watched(lambda: original(query.clone(), wrapper.alias, named))
         columns = list(seen.query.annotation_select.values())
         sql, params = seen.as_sql()
         if seen.has_composite_fields(columns) or wrapper.ops.get_db_converters(columns[0]):
@@ -752,10 +751,10 @@ def _delete_of(model: Any, keys: list[Any]) -> Any:
 def _plan_delete(model: Any, wrapper: Any, keys: list[Any]) -> _ByKey | None:
     delete = _delete_of(model, keys)
     found = plan_for(delete, wrapper, _compile_write)
-    if found is None or not found[0].is_certain or len(delete.where.children) != 1:
+    if found is None or found[0].picked is not None or len(delete.where.children) != 1:
         return None
     known = _ByKey(found[0], delete.where.children[0], wrapper)
-    return known if same(known.params(keys, wrapper), found[1]) else None
+    return known if verifying.equal(known.params(keys, wrapper), found[1]) else None
 
 
 def _execute_insert(original: Any) -> Any:

@@ -10,6 +10,8 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 - `Query.__dict__` and its attributes, `WhereNode`, `Col`, `BaseTable`, `Join`: what is read. An
   attribute that is not listed in `_PARTS` is unfit.
+- `ForeignObject.get_extra_restriction`, `.get_joining_fields`, `.get_joining_columns` and those of
+  `ForeignObjectRel`: overridden, a join does not depend on the field alone.
 - `Lookup.process_rhs`: the SQL and the parameters of a lookup's right side; in the key and in the
   parameters. `process_lhs()` and what is around both depend on the class and the column alone, for
   the lookups in `_LOOKUPS`.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import functools
 import re
 import uuid
 from collections.abc import Callable
@@ -31,6 +34,8 @@ from django.core.exceptions import FieldDoesNotExist
 from django.db.models import lookups
 from django.db.models.expressions import Col, ColPairs, Exists, Subquery
 from django.db.models.fields import related_lookups
+from django.db.models.fields.related import ForeignObject
+from django.db.models.fields.reverse_related import ForeignObjectRel
 from django.db.models.fields.tuple_lookups import TupleIn
 from django.db.models.sql.datastructures import BaseTable, Join
 from django.db.models.sql.query import Query
@@ -68,6 +73,9 @@ _YEARS = {
 }  # fmt: skip
 _SUBQUERIES = {Exists, Subquery}
 _KEYS = {"smallint", "integer", "bigint", "uuid"}
+
+
+Place = tuple[Any, int, Any]
 
 
 class _Keys:
@@ -124,24 +132,25 @@ class Shape:
 
     Attributes:
         key: hashable; queries with the same key have the same SQL.
-        params: of the lookups, as Django's compiler would make them, in its order.
-        leaves: the lookups with parameters, None or _LITERAL for what is compiled, and how many
-            each has.
-        values: the fields and values of an UPDATE, whose parameters come before `params`; None
-            or _LITERAL for the field of an expression's.
+        params: of the lookups, as Django's compiler would make them.
+        leaves: for each lookup with parameters of which kind they are, how many, and the node that
+            they are of. A kind is the lookup; None or _LITERAL for what is compiled.
+        values: the same of an UPDATE, with the parameters in place of their number: a kind is the
+            field, and there is no node, unless it is an expression.
         selected, spare: the parameters of the annotations that are selected, and of other
             expressions, which the statement may have somewhere or not.
-        chosen: of which kinds the parameters in `selected` are, as in `leaves`.
+        chosen, spared: of which kinds the parameters in those are, as in `leaves`.
+        named: the resolved expressions of `aggregate()` by name.
         grouping: the parameters of what Django leaves out if it is equal, where it groups, makes
             distinct or (`compares`) orders by it.
-        mixed: whether there are parameters of expressions, so that the order is to be seen.
+        mixed: whether there are parameters of expressions.
         offset: what LIMIT begins at, 0 for none.
         kept: objects whose id() is in the key.
     """
 
     __slots__ = (
         "chosen", "compares", "compiler", "grouping", "having", "kept", "key", "leaves", "mixed",
-        "offset", "params", "query", "selected", "spare", "values", "wrapper",
+        "named", "offset", "params", "query", "selected", "spare", "spared", "values", "wrapper",
     )  # fmt: skip
 
     def __init__(self, query: Any, wrapper: Any, *kind: Any) -> None:
@@ -153,9 +162,10 @@ class Shape:
         columns = opts.concrete_fields
         self.key: list[Any] = [wrapper.alias, type(query), *kind, id(columns)]
         self.params: list[Any] = []
-        self.leaves: list[tuple[Any, int]] = []
-        self.values: list[tuple[Any, Any]] = []
-        self.selected = self.chosen = self.spare = self.grouping = _NONE
+        self.leaves: list[Place] = []
+        self.values: list[tuple[Any, Any, Any]] = []
+        self.selected = self.chosen = self.spare = self.spared = self.grouping = _NONE
+        self.named: dict[str, Any] = {}
         self.mixed = self.having = self.compares = False
         self.compiler: Any = None
         self.kept: list[Any] = [columns]
@@ -189,7 +199,7 @@ class Shape:
 
     def kinds(self) -> tuple[Any, ...]:
         """Of the parameters in `selected`, as in `leaves`."""
-        return ((None, len(self.selected)),) if self.repeats else self.chosen
+        return tuple([(None, *rest) for _, *rest in self.chosen]) if self.repeats else self.chosen
 
     def where(self, node: Any) -> None:
         """A node of the WHERE tree."""
@@ -212,7 +222,7 @@ class Shape:
                     raise Unfit
                 key.append(tuple(sql) if type(sql) is list else sql)
                 self.params += params
-                self.leaves.append((child, len(params)))
+                self.leaves.append((child, len(params), child))
             elif cls is WhereNode and (child.connector == AND or child.connector == OR):
                 self.where(child)
             elif cls is TupleIn and type(child.lhs) is ColPairs and len(child.lhs) == 1:
@@ -250,7 +260,7 @@ class Shape:
         if params:
             self.params += params
             kind = child if cls in _YEARS else None if self.having else _kind(sql)
-            self.leaves.append((kind, len(params)))
+            self.leaves.append((kind, len(params), child))
             self.mixed = True
 
     def subquery(self, query: Any) -> _Inner:
@@ -260,6 +270,7 @@ class Shape:
         inner = _Inner(query, self.wrapper)
         self.key += (len(inner.key), *inner.key)
         self.spare += inner.spare
+        self.spared += inner.spared
         self.kept += inner.kept
         self.mixed = self.mixed or inner.mixed
         return inner
@@ -298,7 +309,7 @@ class Shape:
             params, kinds = inner.parameters()
         else:
             sql, found = self.compile(node)
-            params, kinds = tuple(found), ((_kind(sql), len(found)),)
+            params, kinds = tuple(found), ((_kind(sql), len(found), node),)
             self.key.append(sql)
             add_structure(node, self.key, self.kept)
         self.mixed = self.mixed or bool(params)
@@ -315,6 +326,7 @@ class Shape:
             self.chosen += kinds
         else:
             self.spare += params
+            self.spared += kinds
 
     def keys(self, lookup: Any) -> None:
         """One column among keys: what a forward relation's prefetch asks for."""
@@ -336,50 +348,70 @@ class Shape:
         self.key += (TupleIn, len(params), col.alias, id(col.target), id(col.output_field))
         self.kept += (col.target, col.output_field)
         self.params += params
-        self.leaves.append((_Keys(col), len(params)))
+        self.leaves.append((_Keys(col), len(params), lookup))
+
+    def places(self, *, skips_null: bool) -> list[Place]:
+        """All places for parameters, as in `leaves`, in the order of `bind()`."""
+        return [
+            *(
+                (kind, 0 if skips_null and _is_null(params, node) else len(params), node)
+                for kind, params, node in self.values
+            ),
+            *self.kinds(),
+            *self.leaves,
+            *self.spared,
+        ]
 
     def families(self, *, skips_null: bool) -> list[dict[type, int]]:
         """For each parameter, which values may be parameters of the server."""
         literals = {} if self.wrapper.features.uses_server_side_binding else _LITERALS
-        special: dict[Any, dict[type, int]] = {None: {}, _LITERAL: literals}
-        found = [
-            special[field] if field is None or field is _LITERAL else family(field, self.wrapper)
-            for field, value in self.values
-            if value is not None or not skips_null
-        ]
-        for leaf, count in (*self.kinds(), *self.leaves):
-            if leaf is None or leaf is _LITERAL:
-                found += [special[leaf]] * count
-                continue
-            lhs = leaf.lhs.lhs if type(leaf) in _YEARS else leaf.lhs
-            if type(lhs) is not Col:
+        found = []
+        for kind, count, node in self.places(skips_null=skips_null):
+            if kind is None:
                 kinds: dict[type, int] = {}
-            elif type(leaf) in _PATTERNS:
-                kinds = _TEXT
+            elif kind is _LITERAL:
+                kinds = literals
+            elif node is None:
+                kinds = family(kind, self.wrapper)
             else:
-                kinds = family(lhs.target, self.wrapper)
+                lhs = kind.lhs.lhs if type(kind) in _YEARS else kind.lhs
+                if type(lhs) is not Col:
+                    kinds = {}
+                elif type(kind) in _PATTERNS:
+                    kinds = _TEXT
+                else:
+                    kinds = family(lhs.target, self.wrapper)
             found += [kinds] * count
-        return found + [{}] * len(self.spare)
+        return found
 
     def lists(self, *, skips_null: bool) -> list[tuple[int, int]]:
         """Which parameters are a list that may be an array: where it begins and how long it is."""
         found = []
-        at = sum(value is not None or not skips_null for _, value in self.values)
-        at += len(self.selected)
-        for leaf, count in self.leaves:
-            if count > 1 and type(leaf) in _LISTS and type(leaf.lhs) is Col:
-                kind = leaf.lhs.target.db_type(self.wrapper)
-                if kind in _KEYS:
+        at = 0
+        for kind, count, _ in self.places(skips_null=skips_null):
+            if count > 1 and type(kind) in _LISTS and type(kind.lhs) is Col:
+                column = kind.lhs.target.db_type(self.wrapper)
+                if column in _KEYS:
                     found.append((at, count))
             at += count
         return found
 
     def bind(self, *, skips_null: bool) -> list[Any]:
-        """All parameters but the fixed ones and the offset."""
+        """All parameters but the constants and the offset."""
         if not self.values and not self.mixed:
             return self.params
-        values = [v for _, v in self.values if v is not None or not skips_null]
-        return [*values, *self.selected, *self.params, *self.spare]
+        written = [
+            param
+            for _, params, node in self.values
+            if not (skips_null and _is_null(params, node))
+            for param in params
+        ]
+        return [*written, *self.selected, *self.params, *self.spare]
+
+
+def _is_null(params: Any, node: Any) -> bool:
+    """Whether a value of an UPDATE is NULL: Django may write it into the SQL."""
+    return node is None and params[0] is None
 
 
 def shape_of_aggregates(query: Any, wrapper: Any, kind: tuple[Any, ...], named: Any) -> Shape:
@@ -398,7 +430,8 @@ def shape_of_aggregates(query: Any, wrapper: Any, kind: tuple[Any, ...], named: 
             for each in named.values()
         ]
         shape = Shape(query, wrapper, *kind, "resolved")
-        for name, node in zip(named, nodes, strict=True):
+        shape.named = dict(zip(named, nodes, strict=True))
+        for name, node in shape.named.items():
             shape.annotation(name, node, selected=True)
     else:
         shape.key += key
@@ -470,7 +503,9 @@ def _grouped(shape: Shape, value: Any) -> None:
         if type(each) is str:
             shape.key.append(each)
         else:
-            shape.spare += shape.expression(each)[0]
+            params, kinds = shape.expression(each)
+            shape.spare += params
+            shape.spared += kinds
 
 
 def _extra(shape: Shape, value: Any) -> None:
@@ -489,7 +524,11 @@ def _joins(shape: Shape, value: Any) -> None:
     for alias, join in value.items():
         if type(join) is BaseTable:
             shape.key += (alias, join.table_name, join.table_alias)
-        elif type(join) is Join and join.filtered_relation is None:
+        elif (
+            type(join) is Join
+            and join.filtered_relation is None
+            and _joins_plainly(*_classes_of(join.join_field))
+        ):
             shape.key += (
                 alias, join.table_name, join.table_alias, join.parent_alias, join.join_type,
                 join.nullable, id(join.join_field),
@@ -497,6 +536,24 @@ def _joins(shape: Shape, value: Any) -> None:
             shape.kept.append(join.join_field)
         else:
             raise Unfit
+
+
+def _classes_of(join_field: Any) -> tuple[Any, Any]:
+    return type(join_field), type(getattr(join_field, "field", None))
+
+
+@functools.cache
+def _joins_plainly(cls: Any, behind: Any) -> bool:
+    """Whether a field, or what leads back along one, joins by columns and nothing else: a condition
+    of its own, as that of a generic relation, has parameters or may depend on anything."""
+    classes: list[tuple[Any, Any]] = [(cls, ForeignObject)]
+    if issubclass(cls, ForeignObjectRel):
+        classes = [(cls, ForeignObjectRel), (behind, ForeignObject)]
+    return all(
+        getattr(one, name, None) is getattr(base, name, None)
+        for one, base in classes
+        for name in ("get_extra_restriction", "get_joining_fields", "get_joining_columns")
+    )
 
 
 def _tables(shape: Shape, value: Any) -> None:
@@ -628,10 +685,10 @@ def _updated(shape: Shape, value: Any) -> None:
             sql, params = shape.compile(item)
             shape.key += (id(field), sql)
             shape.kept.append(field)
-            shape.values += [(_kind(sql), param) for param in params]
+            shape.values.append((_kind(sql), params, item))
             shape.mixed = shape.mixed or bool(params)
             continue
-        shape.values.append((field, item))
+        shape.values.append((field, (item,), None))
         shape.kept.append(field)
         shape.key += (id(field), item is None)
 

@@ -1,9 +1,8 @@
 """The statement cache: what a query's shape is compiled to is kept, and used with other values.
 
-A new plan is made with Django's compiler, and not kept unless the compiler's parameters are those
-that the shape gives. In which order an expression's are among them is seen from that statement;
-where several were equal, it is looked at again once they are not. Whatever is not known to be safe
-is left to Django's compiler.
+A new plan is made with Django's compiler, and not kept unless each of the compiler's parameters is
+known to come from a certain one of the shape's (tracing.py). Whatever is not known to be safe is
+left to Django's compiler.
 
 A plan's statement is sent without a cursor, its values as parameters of the server where that means
 the same as the literals that Django writes into the SQL: each value's Python type must be the usual
@@ -18,13 +17,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from itertools import accumulate, islice
 from typing import Any
 
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
-from psycopg.types.json import Jsonb
 
 from . import sessions, verifying
 from .driver import Connection, Statement, checked
@@ -32,6 +31,7 @@ from .pools import Pool
 from .rows import SLICE, RowMaker
 from .session_state import leaves_state
 from .shapes import AS_DUMPED, BY_VALUE, LIMITS, Shape, Unfit, plain_orders, shape_of_aggregates
+from .tracing import Mark, Trace
 
 MAX_PLANS = 1024
 _TIMESTAMPTZ, _TEXT_FORMAT = 1184, Format.TEXT
@@ -46,11 +46,11 @@ class Plan:
         families: for each parameter what it may be to be sent as one.
         lists: which parameters are the elements of an array: where each begins and how many.
         maker: makes items of the rows; None where only the rows count.
-        fixed: parameters before all others that are always the same.
+        constants: where parameters are that are always the same, and what they are.
         skips_null: whether Django writes NULL into the SQL of an UPDATE itself.
         kept: objects whose id() is in the key.
-        sources: for each parameter, which of the shape's it may be: several were equal when the
-            statement was compiled. None: as the shape has them.
+        picked: for each parameter, which of the shape's it is; None: as the shape has them.
+        shared: pairs of the shape's places whose parameters are taken to be of one node.
         ready: for each field of an INSERT, which values need not be prepared (bulk.py).
     """
 
@@ -63,23 +63,22 @@ class Plan:
         maker: RowMaker | None,
         kept: Any,
         *,
-        fixed: tuple[Any, ...] = (),
+        constants: Any = (),
         skips_null: bool = False,
         with_offset: bool = False,
         lists: Any = (),
-        sources: list[frozenset[int]] | None = None,
+        picked: list[int] | None = None,
+        shared: Any = (),
     ) -> None:
         self.sql = sql
         self.maker = maker
         self.kept = kept
-        self.fixed = fixed
+        self.constants = constants
         self.skips_null = skips_null
-        self.sources = sources
-        self.picked = _picked(sources or ())
-        self.doubtful = [sorted(each) for each in sources or () if len(each) > 1]
+        self.picked = picked
+        self.shared = shared
         self.families = [*families, {int: 20}] if with_offset else families
-        for value in fixed:
-            sql = sql.replace("%s", f"{value:d}", 1)
+        sql = _written_out(sql, dict(constants))
         if with_offset:
             sql = f"{sql} OFFSET %s"
         self.lists = lists
@@ -96,14 +95,10 @@ class Plan:
         """Whether its parameters are the elements of one array: it serves arrays of all lengths."""
         return self.lists == [(0, len(self.families))] and "%%" not in self.sql
 
-    @property
-    def is_certain(self) -> bool:
-        """Whether each parameter can only be the one that the shape has in its place."""
-        return not self.doubtful and self.picked == [*range(len(self.picked))]
-
-    def proves(self, params: list[Any]) -> bool:
-        """Whether parameters that the statement may have in one place are equal."""
-        return all(len({_exactly(params[i]) for i in some}) == 1 for some in self.doubtful)
+    def holds(self, shape: Shape) -> bool:
+        """Whether what was one node when the statement was compiled is one now."""
+        nodes = [node for _, _, node in shape.places(skips_null=self.skips_null)]
+        return all(nodes[i] is nodes[j] for i, j in self.shared)
 
     def of_length(self, count: int) -> Plan:
         """The plan for so many keys, if it is one of keys."""
@@ -198,6 +193,15 @@ def _array(values: Any, family: dict[type, int]) -> tuple[bytes, int] | None:
 
 
 _ARRAYS, _UUIDS = {21: 1005, 23: 1007, 20: 1016}, 2951
+
+
+def _written_out(sql: str, constants: dict[int, Any]) -> str:
+    """The SQL with constants in the places of some parameters."""
+    parts = re.split(r"(%.)", sql, flags=re.DOTALL) if constants else [sql]
+    places = [i for i, part in enumerate(parts) if part == "%s"]
+    for place, value in constants.items():
+        parts[places[place]] = f"{value:d}"
+    return "".join(parts)
 
 
 def _numbered(sql: str, count: int, lists: Any) -> bytes | None:
@@ -299,7 +303,9 @@ def hit(key: Any, plan: Plan, params: Any, offset: int, compile: Callable[[], Co
     """
     if verifying.active:
         sent = (*_djangos(plan, params, offset), plan.maker)
-        families = [*[_NO_KIND] * len(plan.fixed), *plan.families]
+        families = list(plan.families)
+        for place, _ in plan.constants:
+            families.insert(place, _NO_KIND)
         if not verifying.holds(key, sent, families, compile):
             remember(key, None)
             counts["unfit"] += 1
@@ -307,16 +313,6 @@ def hit(key: Any, plan: Plan, params: Any, offset: int, compile: Callable[[], Co
         counts["verified"] += 1
     counts["hits"] += 1
     return True
-
-
-def same(left: Any, right: Any) -> bool:
-    return len(left) == len(right) and all(map(_equal, left, right))
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return False
-    return bool(a.obj == b.obj if type(a) is Jsonb else a == b)
 
 
 Compiled = tuple[str, Any, RowMaker | None]  # SQL, parameters, maker
@@ -327,7 +323,6 @@ def plan_for(
     wrapper: Any,
     compile: Callable[[Any, Any], Compiled],
     *kind: Any,
-    fixed: tuple[Any, ...] = (),
     expressions: Any = None,
 ) -> tuple[Plan, list[Any], int] | None:
     """A query's plan, its parameters and its offset; None: leave it to Django."""
@@ -341,30 +336,20 @@ def plan_for(
     except Exception:  # whatever is wrong with the query, Django will say
         counts["unfit"] += 1
         return None
-    known = plan is not UNPLANNED
+    known = plan is not UNPLANNED and (plan is None or not plan.shared or plan.holds(shape))
     if not known:
         try:
-            plan = _plan(shape, compile(query, wrapper), fixed)
+            plan = _plan(shape, compile, query, wrapper)
         except Exception:
             plan = None
         counts["misses"] += 1
         remember(key, plan)
-    params = None
-    if plan is not None and plan.sources is not None:
-        params = [*shape.bind(skips_null=False), *fixed]
-        if not plan.proves(params):
-            try:
-                plan = _plan(shape, compile(query, wrapper), fixed, plan.sources)
-            except Exception:
-                plan = None
-            remember(key, plan)
-        if plan is not None:
-            params = [params[i] for i in plan.picked]
     if plan is None:
         counts["unfit"] += 1
         return None
-    if params is None:
-        params = shape.bind(skips_null=plan.skips_null)
+    params = shape.bind(skips_null=plan.skips_null)
+    if plan.picked is not None:
+        params = [params[i] for i in plan.picked]
     if known and not hit(key, plan, params, shape.offset, lambda: compile(query.clone(), wrapper)):
         return None
     return plan, params, shape.offset
@@ -374,84 +359,79 @@ UNPLANNED: Any = object()
 _NO_KIND: dict[type, int] = {}
 
 
-def _plan(
-    shape: Shape,
-    compiled: Compiled,
-    fixed: tuple[Any, ...],
-    known: list[frozenset[int]] | None = None,
-) -> Plan:
-    sql, params, maker = compiled
-    skips_null, sources = False, None
-    if shape.mixed:
-        sources = _sources(params, [*shape.bind(skips_null=False), *fixed], known)
-        constants, always = [_NO_KIND] * len(fixed), ()
-    else:
-        constants, always, params = [], params[: len(fixed)], params[len(fixed) :]
-        skips_null = not same(params, shape.bind(skips_null=False))
-        if always != fixed or (skips_null and not same(params, shape.bind(skips_null=True))):
-            raise Unfit
+def _plan(shape: Shape, compile: Callable[[Any, Any], Compiled], query: Any, wrapper: Any) -> Plan:
+    trace = Trace()
+    places = shape.places(skips_null=False)
+    params = iter(shape.bind(skips_null=False))
+    for place, (_, count, node) in enumerate(places):
+        own = list(islice(params, count))
+        if own and node is not None:
+            trace.mark(node, place, own)
+    trace.named = shape.named
+    with trace.running(wrapper):
+        sql, compiled, maker = compile(query, wrapper)
+    plain = [param for param in compiled if type(param) is not Mark]
+    skips_null = len(plain) - len(trace.constants) != sum(node is None for _, _, node in places)
+    picked: list[int] | None
+    picked, constants = _sources(shape, trace, compiled, skips_null=skips_null)
     if shape.offset:
         end = f" OFFSET {shape.offset}"
         if not sql.endswith(end):
             raise Unfit
         sql = sql.removesuffix(end)
-    families = [*shape.families(skips_null=skips_null), *constants]
+    families = shape.families(skips_null=skips_null)
     lists = shape.lists(skips_null=skips_null)
-    if sources is not None:
-        picked = _picked(sources)
-        # What is there twice has to stay the same to PostgreSQL, which compares no parameters.
-        families = [
-            families[i]
-            if picked.count(i) == 1 and all(families[j] == families[i] for j in some)
-            else _NO_KIND
-            for i, some in zip(picked, sources, strict=True)
-        ]
+    if picked == [*range(len(families))]:
+        picked = None
+    else:
         lists = [
             (picked.index(at), count)
             for at, count in lists
             if at in picked and picked[picked.index(at) :][:count] == [*range(at, at + count)]
         ]
+        # What is there twice has to stay the same to PostgreSQL, which compares no parameters.
+        families = [families[i] if picked.count(i) == 1 else _NO_KIND for i in picked]
     return Plan(
         sql,
         families,
         maker,
         shape.kept,
-        fixed=always,
+        constants=constants,
         skips_null=skips_null,
         with_offset=shape.offset > 0,
         lists=lists,
-        sources=sources,
+        picked=picked,
+        shared=trace.shared,
     )
 
 
 def _sources(
-    params: Any, shapes: list[Any], known: list[frozenset[int]] | None
-) -> list[frozenset[int]]:
-    """Which of the shape's parameters each of the statement's can be.
+    shape: Shape, trace: Trace, compiled: Any, *, skips_null: bool
+) -> tuple[list[int], list[tuple[int, Any]]]:
+    """Which of the shape's parameters each of a statement's is, and which are constants.
 
-    Each is one of them, in whatever order Django writes them; which, is seen from the values. As
-    long as those that it can be are equal, it does not matter.
+    Raises:
+        Unfit: one has no source.
     """
-    places: dict[Any, set[int]] = {}
-    for i, value in enumerate(shapes):
-        places.setdefault(_exactly(value), set()).add(i)
-    found = [frozenset(places.get(_exactly(value), ())) for value in params]
-    if known is not None:
-        found = [some & others for some, others in zip(found, known, strict=True)]
-    if not all(found):
-        raise Unfit
-    return found
-
-
-def _exactly(value: Any) -> tuple[type, str]:
-    """What tells values apart that may be `==`: a Decimal's scale, a datetime's zone."""
-    if type(value) is Jsonb:
-        return Jsonb, repr((value.obj, value.dumps))
-    return type(value), repr(value)
-
-
-def _picked(sources: Iterable[frozenset[int]]) -> list[int]:
-    return [n if n in each else min(each) for n, each in enumerate(sources)]
+    places = shape.places(skips_null=skips_null)
+    starts = [*accumulate((count for _, count, _ in places), initial=0)]
+    # Values of an UPDATE have no marks: Django writes them first, one for each field.
+    written = [
+        i for i, (_, count, node) in zip(starts, places, strict=False) if count and node is None
+    ]
+    params = shape.bind(skips_null=skips_null)
+    picked: list[int] = []
+    constants = []
+    for number, param in enumerate(compiled):
+        if type(param) is Mark:
+            picked.append(starts[param.place] + param.number)
+        elif any(param is constant for constant in trace.constants):
+            constants.append((number, param))
+        elif len(picked) in written and verifying.equal(param, params[len(picked)]):
+            picked.append(len(picked))
+        else:
+            raise Unfit
+    return picked, constants
 
 
 def direct(wrapper: Any) -> Connection | None:
@@ -512,7 +492,9 @@ def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any,
 
 def _djangos(plan: Plan, params: list[Any], offset: int) -> tuple[str, tuple[Any, ...]]:
     """The SQL and the parameters that Django would have a cursor execute."""
-    return f"{plan.sql} OFFSET {offset}" if offset else plan.sql, (*plan.fixed, *params)
+    for place, value in plan.constants:
+        params = [*params[:place], value, *params[place:]]
+    return f"{plan.sql} OFFSET {offset}" if offset else plan.sql, tuple(params)
 
 
 @functools.cache
