@@ -16,6 +16,8 @@ Names used that psycopg (3.3.6 to 3.3.9) and psycopg_pool (3.3) do not document,
   somebody is told of them.
 - `psycopg.generators.execute`, `.send`: send what libpq holds; the former reads the results of a
   `Statement`, and what is left of a cancelled one.
+- `BaseConnection._isolation_level`, `._read_only`, `._deferrable`, `._pipeline`,
+  `._notice_handlers`, `._notify_handlers`: compared with what they were at the start.
 - `BaseConnection._start_query`, `._prepared` (`get`, `maybe_add_to_cache`, `validate`,
   `maintain_gen`, `_names`, `_to_flush`): BEGIN where one is due, and psycopg's own book of prepared
   statements, so that a `Statement` obeys `prepare_threshold`, `prepared_max` and ROLLBACK as a
@@ -47,6 +49,7 @@ import asyncio
 import contextvars
 import functools
 import logging
+import operator
 import select
 import traceback
 from asyncio import CancelledError, get_running_loop
@@ -62,6 +65,7 @@ from greenlet import getcurrent
 from psycopg import AsyncConnection, generators, pq, sql, waiting
 from psycopg._preparing import Prepare
 from psycopg.adapt import AdaptersMap, Transformer
+from psycopg.types import TypesRegistry
 from psycopg.types.string import TextLoader
 from psycopg_pool import AsyncConnectionPool
 from psycopg_pool._acompat import AEvent
@@ -80,6 +84,7 @@ _BUSY = 0.001  # seconds of input that needs no waiting before other tasks get a
 
 _WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
 _READY_R, _READY_W = psycopg.waiting.READY_R, psycopg.waiting.READY_W
+_OK = pq.ConnStatus.OK
 _IDLE = pq.TransactionStatus.IDLE
 _ACTIVE = pq.TransactionStatus.ACTIVE
 _UNKNOWN = pq.TransactionStatus.UNKNOWN
@@ -313,10 +318,24 @@ def checked(results: Sequence[Any], encoding: str) -> Any:
     return results[0]
 
 
+class _Types(TypesRegistry):
+    """A registry of types that counts its changes."""
+
+    version = 0
+
+    def add(self, info: Any) -> None:
+        super().add(info)
+        self.version += 1
+
+
 class _Adapters(AdaptersMap):
     """An adapters map that counts its changes, for who keeps a Transformer."""
 
     version = 0
+
+    def __init__(self, template: AdaptersMap) -> None:
+        super().__init__(template)
+        self.types: _Types = _Types(template.types)
 
     def register_dumper(self, *args: Any, **kwargs: Any) -> None:
         super().register_dumper(*args, **kwargs)
@@ -341,6 +360,21 @@ class _Context:
         self.connection = connection
 
 
+# What the server tells of a session when it changes: the settings that change what statements mean,
+# and who executes them (SET ROLE is seen in is_superuser only, search_path from PostgreSQL 18 on).
+_REPORTED = (
+    b"TimeZone", b"DateStyle", b"IntervalStyle", b"client_encoding", b"standard_conforming_strings",
+    b"search_path", b"session_authorization", b"is_superuser", b"default_transaction_read_only",
+    b"application_name",
+)  # fmt: skip
+# What psycopg keeps of a session.
+_kept = operator.attrgetter(
+    "row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max",
+    "_isolation_level", "_read_only", "_deferrable", "_pipeline", "_adapters", "_adapters.version",
+    "_adapters.types.version",
+)  # fmt: skip
+
+
 class Connection(psycopg.Connection[Any]):
     """What Django sees as its psycopg connection, over the libpq connection of a pooled one.
 
@@ -350,7 +384,6 @@ class Connection(psycopg.Connection[Any]):
     Attributes:
         lock: taken by psycopg around each statement; the session that holds the connection sets it.
         configured: whether Django has set time zone, role and so on.
-        touched: whether a statement left something in the server session that nobody else may see.
         pooled: the pool's connection underneath, None when there is none.
         unsettled: it is a `LazyConnection` and has no server connection yet.
         served_by: the server process that ran the last statement of an unsettled one.
@@ -360,14 +393,14 @@ class Connection(psycopg.Connection[Any]):
     served_by = 0
     lock: Any
     configured: bool
-    touched: bool
     pooled: PooledConnection | None
 
     def __init__(self, pgconn: Any, row_factory: Any = psycopg.rows.tuple_row) -> None:
         super().__init__(pgconn, row_factory)
         self.lock = NO_LOCK
         self.configured = False
-        self.touched = False
+        self._touched = False
+        self._start: tuple[Any, ...] | None = None
         self.pooled = None
         self._pool = None  # also tells psycopg not to warn about a connection it did not see closed
         self._waiter: asyncio.Future[int] | None = None
@@ -388,6 +421,29 @@ class Connection(psycopg.Connection[Any]):
         conn._adapters = _Adapters(psycopg.adapters if context is None else context.adapters)
         conn.prepare_threshold = options.get("prepare_threshold", 5)
         return conn
+
+    def begin(self) -> None:
+        """Take the session as it is now for that of a new connection: Django has configured it."""
+        self.configured = True
+        self._touched = False
+        self._start = self._settings()
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What is set in the session, of what can be seen without asking the server."""
+        handlers = (*self._notice_handlers, *self._notify_handlers)
+        return (*map(self.pgconn.parameter_status, _REPORTED), *_kept(self), handlers)
+
+    @property
+    def touched(self) -> bool:
+        """Whether something is left in the session that nobody else may see: by a statement, as far
+        as its text tells or the server told, or in psycopg's connection."""
+        if self._touched or self._start is None or self.pgconn.status != _OK:
+            return self._touched
+        return self._settings() != self._start
+
+    @touched.setter
+    def touched(self, value: bool) -> None:
+        self._touched = value
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's."""
@@ -904,7 +960,7 @@ class LazyConnection(Connection):
         lazy = cls.over(pgconn, conn._options)
         pgconn.notice_handler, pgconn.notify_handler = handlers
         lazy._adapters = _Adapters(conn.twin.adapters)  # connection_created may add some
-        lazy.configured = True
+        lazy.begin()
         return lazy  # type: ignore[return-value]
 
     def settle(self) -> None:

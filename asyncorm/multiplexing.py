@@ -28,7 +28,7 @@ from .driver import (
     Statement,
     finish,
 )
-from .session_state import contains, leaves_state, remembered
+from .session_state import leaves_state, plain, remembered
 
 MOST = 64  # statements in one pipeline
 SLOW = 0.2  # seconds without an answer after which a pipeline's statements count as slow
@@ -39,36 +39,38 @@ _FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _ABORTED = b"25P02"  # a statement in a transaction in which one has failed
 
-_READS = re.compile(r"\s*\(*\s*(?:SELECT|VALUES|TABLE)\b", re.IGNORECASE)
-_COMMANDS = re.compile(
-    r"\s*\(*\s*(?:SELECT|VALUES|TABLE|WITH|INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE
-)
-# What may wait for another transaction, or for time: nothing is put behind it.
+# All of these look at what `plain()` returns.
+_READS = re.compile(r"[\s(]*+(?:select|values|table)\b")
+_COMMANDS = re.compile(r"[\s(]*+(?:select|values|table|with|insert|update|delete|merge)\b")
+# What makes something, or may wait for another transaction, or for time: nothing is put behind it.
 _WAITS = re.compile(
-    r"\bFOR\s+(?:NO\s+KEY\s+)?UPDATE\b|\bFOR\s+(?:KEY\s+)?SHARE\b|\bpg_sleep|(?:\b|_)lock",
-    re.IGNORECASE,
+    r"\bfor\s+(?:no\s+key\s+)?update\b|\bfor\s+(?:key\s+)?share\b|\bpg_sleep|(?:\b|_)lock"
+    r"|\binto\b"
 )
-
-_WAITING = ("update", "share", "pg_sleep", "lock")  # one is in what that matches
+_WAITING = ("update", "share", "pg_sleep", "lock", "into")  # one is in what that matches
 
 
 @remembered
 def is_read(text: str) -> bool:
     """Whether a statement only reads, and so waits for nobody, as far as its text tells."""
+    command = plain(text)
     return (
-        _READS.match(text) is not None
+        command is not None
+        and _READS.match(command) is not None
         and is_single(text)
-        and not (contains(text, _WAITING) and _WAITS.search(text))
+        and not (any(word in command for word in _WAITING) and _WAITS.search(command))
     )
 
 
 @remembered
 def is_single(text: str) -> bool:
     """Whether a statement may be in a pipeline: one command, no session state, no COPY."""
+    command = plain(text)
     return (
-        ";" not in text.rstrip("; \n\t")
+        command is not None
+        and ";" not in command.rstrip("; \n\t")
+        and _COMMANDS.match(command) is not None
         and not leaves_state(text)
-        and _COMMANDS.match(text) is not None
     )
 
 

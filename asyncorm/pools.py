@@ -123,6 +123,11 @@ class Pool:
         """An idle DatabaseWrapper for native code, without a connection."""
         return self.wrappers.pop() if self.wrappers else self.make_wrapper()
 
+    def give_wrapper(self, wrapper: Any) -> None:
+        """Take back a wrapper; those that a burst needed beyond the pool's size are dropped."""
+        if len(self.wrappers) < self.size:
+            self.wrappers.append(wrapper)
+
     def take(self) -> Connection | None:
         """A free connection, None if there is none now."""
         if self.connections is None or (conn := self.connections.take()) is None:
@@ -165,6 +170,11 @@ class Pool:
                 return lazy
         beside = self.connections.some()
         return None if beside is None else LazyConnection.beside(beside)
+
+    def give_lazy(self, lazy: LazyConnection) -> None:
+        """Take back what stood for a connection, unless somebody has set something on it."""
+        if len(self.lazy) < self.size and not lazy.touched:
+            self.lazy.append(lazy)
 
     def stand_ins(self) -> tuple[Any, LazyConnection] | None:
         """A wrapper and a connection for statements without a session: nothing runs on them.

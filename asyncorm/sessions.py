@@ -705,7 +705,7 @@ class Session:
         conn.lock = NO_LOCK
         conn._pool = None
         if conn.unsettled:
-            self.pool.lazy.append(cast(LazyConnection, conn))
+            self.pool.give_lazy(cast(LazyConnection, conn))
             return
         if not conn._autocommit:
             if conn.pgconn.transaction_status != _IDLE:
@@ -807,7 +807,7 @@ class Session:
         wrapper.session = None
         wrapper.forget()
         if not self.pool.outdated and self.holder is None:  # or a statement is still to fail
-            self.pool.wrappers.append(wrapper)
+            self.pool.give_wrapper(wrapper)
 
     def serves(self, runner: Runner | None) -> bool:
         """Whether `runner` uses the session, rather than a finaliser that happens to run in it."""

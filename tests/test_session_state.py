@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -10,10 +11,17 @@ import pytest
 from django.conf import settings
 from django.contrib.auth.models import Permission
 from django.db import OperationalError, connection, connections
+from django.db.backends.signals import connection_created
 from django.db.models.signals import post_init
 from django.test import override_settings
+from psycopg import IsolationLevel, RawCursor, ServerCursor
+from psycopg.adapt import PyFormat
+from psycopg.rows import dict_row
+from psycopg.types import TypeInfo
+from psycopg.types.string import StrDumper, TextLoader
 
 import asyncorm
+from asyncorm.multiplexing import is_read, is_single
 from asyncorm.session_state import leaves_state
 
 pytestmark = pytest.mark.usefixtures("one_connection")
@@ -65,6 +73,20 @@ async def settled() -> None:
         ("PREPARE left_behind AS SELECT 1", "SELECT count(*) FROM pg_prepared_statements", 0),
         ("SET TIME ZONE 'Asia/Tokyo'", "SHOW timezone", "UTC"),
         ("/* a /* b */ c */ SET work_mem = '77MB'", "SHOW work_mem", "4MB"),
+        ("DO $$ BEGIN SET work_mem = '77MB'; END $$", "SHOW work_mem", "4MB"),
+        ("UPDATE pg_settings SET setting = 79872 WHERE name = 'work_mem'", "SHOW work_mem", "4MB"),
+        (
+            "SELECT U&\"set!005fconfig\" UESCAPE '!' ('work_mem', '77MB', false)",
+            "SHOW work_mem",
+            "4MB",
+        ),
+        ("CREATE TABLE pg_temp.left_behind (a int)", "SELECT to_regclass('left_behind')", None),
+        ("SELECT 1 AS a INTO pg_temp.left_behind", "SELECT to_regclass('left_behind')", None),
+        ("SELECT 1 AS a INTO TEMP left_behind", "SELECT to_regclass('left_behind')", None),
+        ("SET/**/LOCAL work_mem = '1MB'; SET/**/work_mem = '77MB'", "SHOW work_mem", "4MB"),
+        ("SELECT $a$ $$ $a$; SET work_mem = '77MB'", "SHOW work_mem", "4MB"),
+        ("SELECT E'\\''; SET work_mem = '77MB' --'", "SHOW work_mem", "4MB"),
+        ("SET local.left_behind = 'x'", "SELECT current_setting('local.left_behind', true)", ""),
         (
             "SELECT set_config('work_mem', '77MB', false), coalesce(NULL, true)",
             "SHOW work_mem",
@@ -100,12 +122,134 @@ async def test_state_of_a_transaction_is_not_reset_for_nothing() -> None:
 
 
 async def test_what_functions_hide_needs_the_setting() -> None:
-    hidden = "DO $$ BEGIN EXECUTE 'S' || 'ET work_mem = 99999'; END $$"
-    assert not leaves_state(hidden)
-    with override_settings(ASYNCORM={"RESET_ALWAYS": True}):
+    async with function("SET work_mem = 99999") as hidden:
+        assert not leaves_state(hidden)
+        with override_settings(ASYNCORM={"RESET_ALWAYS": True}):
+            await value(hidden)
+            await settled()
+            assert await value("SHOW work_mem") == "4MB"
+
+
+async def test_what_functions_hide_is_seen_if_the_server_tells_of_it() -> None:
+    """So it does of times and of who one is."""
+    zone, style = await value("SHOW timezone"), await value("SHOW datestyle")
+    async with function("SET TIME ZONE 'Asia/Tokyo'; SET datestyle = 'German'") as hidden:
+        assert not leaves_state(hidden)
         await value(hidden)
         await settled()
-        assert await value("SHOW work_mem") == "4MB"
+        assert (await value("SHOW timezone"), await value("SHOW datestyle")) == (zone, style)
+
+
+@contextlib.asynccontextmanager
+async def function(body: str) -> AsyncIterator[str]:
+    """A function that executes some SQL; the statement that calls it."""
+    await value(
+        "CREATE FUNCTION it_hides() RETURNS int LANGUAGE plpgsql AS "
+        f"$$ BEGIN {body}; RETURN 1; END $$"
+    )
+    try:
+        yield "SELECT it_hides()"
+    finally:
+        await value("DROP FUNCTION it_hides()")
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        "DISCARD ALL",
+        "RESET ROLE",
+        "DO $$ BEGIN RESET ROLE; END $$",
+        "SET SESSION AUTHORIZATION DEFAULT",
+    ],
+)
+async def test_the_next_holder_has_what_the_options_say(leave: str) -> None:
+    await value("CREATE ROLE it_is_assumed")
+    connections.settings["default"]["OPTIONS"]["assume_role"] = "it_is_assumed"
+    try:
+        await asyncorm.close_pools()
+        session = "SELECT current_user || ' ' || current_setting('TimeZone')"
+        before = await value(session)
+        assert before.startswith("it_is_assumed ")
+        for _ in range(2):
+            await value(leave)
+            await settled()
+            assert await value(session) == before
+    finally:
+        del connections.settings["default"]["OPTIONS"]["assume_role"]
+        await asyncorm.close_pools()
+        await value("DROP ROLE it_is_assumed")
+
+
+def notice(message: Any) -> None:
+    raise AssertionError(message)
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda conn: setattr(conn, "read_only", True),
+        lambda conn: setattr(conn, "isolation_level", IsolationLevel.SERIALIZABLE),
+        lambda conn: setattr(conn, "deferrable", True),
+        lambda conn: setattr(conn, "row_factory", dict_row),
+        lambda conn: setattr(conn, "cursor_factory", RawCursor),
+        lambda conn: setattr(conn, "server_cursor_factory", ServerCursor),
+        lambda conn: setattr(conn, "prepare_threshold", 1),
+        lambda conn: setattr(conn, "prepared_max", 1),
+        lambda conn: conn.add_notice_handler(notice),
+        lambda conn: conn.add_notify_handler(notice),
+        lambda conn: conn.adapters.register_loader("int4", TextLoader),
+        lambda conn: conn.adapters.register_dumper(int, StrDumper),
+        lambda conn: conn.adapters.types.add(TypeInfo("made_up", 123456, 123457)),
+        lambda conn: setattr(conn, "autocommit", False),
+    ],
+)
+async def test_what_is_set_on_psycopgs_connection_does_not_stay(leave: Any) -> None:
+    def look() -> Any:
+        connection = connections["default"]
+        connection.ensure_connection()
+        conn = connection.connection
+        with connection.cursor() as cursor:
+            cursor.execute("DO $$ BEGIN RAISE WARNING 'for whom?'; END $$")
+            cursor.execute("SELECT 1::int4")
+            row = cursor.fetchone()
+        return (
+            row, conn.read_only, conn.isolation_level, conn.deferrable, conn.row_factory,
+            conn.cursor_factory, conn.server_cursor_factory, conn.prepare_threshold,
+            conn.prepared_max, conn.autocommit, conn.adapters.types.get("made_up"),
+            conn.adapters.get_dumper(int, PyFormat.TEXT), list(conn._notify_handlers),
+        )  # fmt: skip
+
+    def set_it() -> None:
+        connections["default"].ensure_connection()
+        leave(connections["default"].connection)
+
+    before = await asyncorm.native(look)()
+    await settled()
+    await asyncorm.native(set_it)()
+    await settled()
+    assert await asyncorm.native(look)() == before
+
+
+async def test_what_connection_created_receivers_set_is_there_after_a_reset() -> None:
+    def receive(connection: Any, **kwargs: Any) -> None:
+        connection.connection.row_factory = dict_row
+
+    def row() -> Any:
+        with connections["default"].cursor() as cursor:
+            cursor.execute("SELECT 1 AS a")
+            return cursor.fetchone()
+
+    connection_created.connect(receive)
+    try:
+        await asyncorm.close_pools()
+        assert await asyncorm.native(row)() == {"a": 1}
+        assert asyncorm.pool_stats()["pool_available"] == 1, "it is what new connections have"
+        async with asyncorm.cursor() as cursor:
+            await cursor.execute("SET work_mem = '77MB'")
+        await settled()
+        assert await asyncorm.native(row)() == {"a": 1}
+    finally:
+        connection_created.disconnect(receive)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +265,14 @@ async def test_what_functions_hide_needs_the_setting() -> None:
         "SELECT pg_advisory_xact_lock(1)",
         "UPDATE a SET b = 1 /* traceparent='00-SET-01' */",
         "SELECT set_config('a.b', 'c d', true), set_config(%s, %s, true)",
+        "SELECT set_config('a'::text, %(b)s, TRUE)",
+        "SELECT ';SET x = 1', $$;SET x = 1$$, $a$;$$;SET x = 1$a$, E'\\';SET x = 1'",
+        'SELECT 1 AS ";SET x = 1", 2 AS "a"";SET x = 1"',
+        "-- ; SET\nSELECT 1 /* ; SET /* ; RESET */ ; RESET ALL */",
+        "SELECT temp, a$b$c FROM weather WHERE d$b$e = ';SET x = 1'",
+        "INSERT INTO a VALUES (%s) ON CONFLICT DO NOTHING",
+        "SET TRANSACTION READ ONLY",
+        "PREPARE TRANSACTION 'a'",
     ],
 )
 def test_ordinary_statements_leave_nothing(statement: str) -> None:
@@ -319,6 +471,44 @@ async def test_a_second_connection_for_what_is_awaited_names_the_holder() -> Non
 
     with pytest.raises(OperationalError, match=r"Deadlock.*synchronous code at .*keeps"):
         await asyncorm.native(work)()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CALL a_procedure()",
+        "DISCARD TEMP",
+        "DEALLOCATE ALL",
+        "SELECT set_config('a.b', 'c', %s)",
+        "SELECT 'a\\'; SET x = 1; --'",  # with standard_conforming_strings off it is one literal
+        "CREATE OR REPLACE TEMPORARY VIEW a AS SELECT 1",
+        "DECLARE a CURSOR WITH/**/HOLD FOR SELECT 1",
+        "SELECT 'it''s' -- it's\n; SET x = 1",
+        'SELECT 1 AS "a""b"; SET x = 1',
+        "SET ROLE a",
+        ";;RESET ALL",
+    ],
+)
+def test_what_may_leave_something_counts(statement: str) -> None:
+    assert leaves_state(statement)
+    assert not is_single(statement)
+    assert not is_read(statement)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "/**/", "/*", "--\n", "-", "'", '"', '"a".', "e'", "$a", " $a$", "u&", " ", "; ", "(", "a",
+        "set ", "create ", "create" + " " * 500, "set_config('a', ", "for ", "'a', ",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("around", ["{} SELECT 1", "SELECT ';{}'", "SET {}", "SELECT 1; {}"])
+def test_long_statements_are_looked_at_in_linear_time(piece: str, around: str) -> None:
+    text = around.format(piece * (1_000_000 // len(piece)))
+    began = time.process_time()
+    for look in (leaves_state, is_single, is_read):
+        look(text)
+    assert time.process_time() - began < 5, "0.3 s are usual; a quadratic way takes hours"
 
 
 async def test_deadlock_on_the_pool_is_told_at_once() -> None:

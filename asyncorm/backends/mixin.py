@@ -367,8 +367,7 @@ class NativeWrapper:
             conn._pool = self._native_pool  # type: ignore[assignment]
             with conn.lock:
                 super().connect()  # type: ignore[misc]
-            conn.configured = True
-            conn.touched = False
+            conn.begin()
             self.close_at = None  # the pool's max_lifetime; CONN_MAX_AGE is for synchronous code
         except BaseException:
             self.connection = None
