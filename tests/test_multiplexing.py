@@ -602,7 +602,8 @@ async def test_the_block_waits_for_statements_that_travel(grown: str) -> None:
     [
         ("SELECT 1", True, True),
         ("  (SELECT 1) UNION (SELECT 2);  ", True, True),
-        ("SELECT ';'", False, False),
+        ("SELECT ';'", True, True),
+        ("SELECT 1 INTO a", False, True),
         ("SELECT 1; DROP TABLE x", False, False),
         ("SELECT a FROM b FOR UPDATE", False, True),
         ("SELECT a FROM b FOR NO KEY UPDATE SKIP LOCKED", False, True),
