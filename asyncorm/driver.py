@@ -26,7 +26,6 @@ Names used that psycopg (3.3.6 to 3.3.9) and psycopg_pool (3.3) do not document,
 - `psycopg.adapt.Transformer`: psycopg's dumpers and loaders for a connection, without a cursor.
 - `psycopg.generators.copy_from`, `.copy_to`, `.copy_end`, `BaseCursor._start_copy_gen`: psycopg's
   own `Copy` waits for each row, and ends a COPY that failed by a request that blocks.
-- `psycopg.generators.pipeline_communicate`, `.fetch_many`: send a pipeline and read its results.
 - `BaseCursor._conn`, `._pgconn`, `._tx`, `._pos`, `._query_cls`, `._reset`, `._convert_query`,
   `._check_results`, `._set_results`: what `Cursor.execute()` does around sending, for a statement
   that is sent with others or has no cursor at first.
@@ -53,7 +52,6 @@ import operator
 import select
 import traceback
 from asyncio import CancelledError, get_running_loop
-from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from time import monotonic
@@ -95,9 +93,8 @@ _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _SHOULD = Prepare.SHOULD
 # A prepared statement cannot be executed any more: "cached plan must not change result type" and
 # "prepared statement does not exist".
-_STALE = (b"0A000", b"26000")
+STALE = (b"0A000", b"26000")
 _COPY_IN, _COPY_OUT = pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT
-_PIPELINE_SYNC = pq.ExecStatus.PIPELINE_SYNC
 
 
 ENDED = (
@@ -234,7 +231,8 @@ class Statement:
     """One SQL statement with its parameters as they go over the wire: needs no cursor.
 
     `Connection.run()` sends it and returns its result. The parts of that are separate, for several
-    in one pipeline: `send()` or `send_prepare()` and `send_prepared()`, then `checked()`.
+    in one pipeline (pipelines.py): `send()` or `send_prepare()` and `send_prepared()`, then
+    `checked()`.
 
     Attributes:
         query: the SQL in the connection's encoding, with $1, $2, ... for the parameters.
@@ -457,6 +455,11 @@ class Connection(psycopg.Connection[Any]):
         """Whether a task waits for the server on this connection."""
         return self._waiter is not None
 
+    @property
+    def unanswered(self) -> bool:
+        """Whether a task waits for the server's answer, and nothing of it is there to be read."""
+        return self._waiter is not None and self._state == _WAIT_R and not self._poll(_WAIT_R)
+
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run one of psycopg's generators: where it would block, other tasks run."""
         runner = getcurrent()
@@ -608,8 +611,8 @@ class Connection(psycopg.Connection[Any]):
         results = yield from generators.execute(pgconn)
         if key is not None:
             book.validate(key, prepare, name, results)
-        elif name and results and results[-1].error_field(_SQLSTATE) in _STALE:
-            self._forget(statement, name)
+        elif name and results and results[-1].error_field(_SQLSTATE) in STALE:
+            self.forget(statement, name)
             if alone:
                 statement.send(pgconn)
                 results = yield from generators.execute(pgconn)
@@ -630,9 +633,9 @@ class Connection(psycopg.Connection[Any]):
             timeout = max(0.0, runner.cleaning_until - monotonic())  # type: ignore[operator]
         try:
             if timeout is None:
-                return await self._drive(gen, state)
+                return await self.drive(gen, state)
             with anyio.move_on_after(timeout):
-                return await self._drive(gen, state)
+                return await self.drive(gen, state)
             if cleaning:
                 raise self._given_up(gen)
             raise psycopg.errors._WaitTimeout("wait timeout expired")
@@ -642,7 +645,7 @@ class Connection(psycopg.Connection[Any]):
                 raise
             # A COMMIT or the like: let it end, then deliver the cancellation (bridge.deliver).
             runner.cancelled = exc
-            task = get_running_loop().create_task(self._drive(gen, self._state))
+            task = get_running_loop().create_task(self.drive(gen, self._state))
             if not await finish(task, CANCEL_TIMEOUT):
                 raise self._given_up(gen) from exc
             return task.result()
@@ -656,46 +659,50 @@ class Connection(psycopg.Connection[Any]):
             "been committed."
         )
 
-    async def _drive(self, gen: Any, state: int) -> Any:
-        loop = get_running_loop()
-        fileno = self.pgconn.socket
+    async def drive(self, gen: Any, state: int) -> Any:
+        """Run a generator of psycopg's, or of the kind, that waits for what `state` says."""
         try:
             while True:
-                if state & _WAIT_W and (ready := self._poll(state)):
-                    # A socket is nearly always writable: no turn of the loop for that, within
-                    # reason.
-                    if monotonic() - self._yielded >= _BUSY:
-                        self._state = state
-                        await self._yield()
-                else:
-                    self._state = state
-                    self._waiter = future = loop.create_future()
-                    if state & _WAIT_R:
-                        loop.add_reader(fileno, _wake, future, _READY_R)
-                    if state & _WAIT_W:
-                        loop.add_writer(fileno, _wake, future, _READY_W)
-                    try:
-                        ready = await future
-                    finally:
-                        if self._waiter is future:
-                            self._unwatch(fileno)
-                        self._yielded = monotonic()
-                if self.pgconn.pgconn_ptr is None:  # type: ignore[attr-defined]
-                    # Closed meanwhile. psycopg's generators keep a pointer into memory that is free
-                    # now: they must not go on.
-                    raise psycopg.OperationalError(CLOSED)
-                state = gen.send(ready)
+                state = gen.send(await self.ready(state))
         except StopIteration as stop:
             return stop.value
-        except OSError as exc:
-            raise psycopg.OperationalError("The connection's socket is closed.") from exc
+
+    async def ready(self, state: int) -> int:
+        """Wait until the socket is ready, for what psycopg's generators yield; how it is ready."""
+        if state & _WAIT_W and (ready := self._poll(state)):
+            # A socket is nearly always writable: no turn of the loop for that, within reason.
+            if monotonic() - self._yielded >= _BUSY:
+                self._state = state
+                await self._yield()
+        else:
+            loop = get_running_loop()
+            fileno = self.pgconn.socket
+            self._state = state
+            self._waiter = future = loop.create_future()
+            try:
+                if state & _WAIT_R:
+                    loop.add_reader(fileno, _wake, future, _READY_R)
+                if state & _WAIT_W:
+                    loop.add_writer(fileno, _wake, future, _READY_W)
+                ready = await future
+            except OSError as exc:
+                raise psycopg.OperationalError("The connection's socket is closed.") from exc
+            finally:
+                if self._waiter is future:
+                    self._unwatch(fileno)
+                self._yielded = monotonic()
+        if self.pgconn.pgconn_ptr is None:  # type: ignore[attr-defined]
+            # Closed meanwhile. psycopg's generators keep a pointer into memory that is free now:
+            # they must not go on.
+            raise psycopg.OperationalError(CLOSED)
+        return ready
 
     async def _complete(self, gen: Any) -> Any:
         try:
             state = next(gen)
         except StopIteration as stop:
             return stop.value
-        return await self._drive(gen, state)
+        return await self.drive(gen, state)
 
     def _poll(self, state: int) -> int:
         if self._poller is None:
@@ -727,11 +734,11 @@ class Connection(psycopg.Connection[Any]):
         self.terminate()
 
     async def _cancel_and_drain(self) -> None:
-        await self._cancel()
+        await self.cancel_running()
         await self._drain()
-        await self._absorb_cancel()
+        await self.absorb_cancel()
 
-    async def _absorb_cancel(self) -> None:
+    async def absorb_cancel(self) -> None:
         # The request may have reached the server after the statement had ended: give it something
         # harmless to hit.
         self.pgconn.send_query(b"SELECT 1")
@@ -742,10 +749,10 @@ class Connection(psycopg.Connection[Any]):
         connection to be the caller's."""
         stopped = self.waiting
         if stopped:
-            await self._cancel()
+            await self.cancel_running()
         await turn()
         if stopped:
-            await self._absorb_cancel()
+            await self.absorb_cancel()
 
     async def _drain(self) -> None:
         results = await self._complete(generators.execute(self.pgconn))
@@ -778,103 +785,14 @@ class Connection(psycopg.Connection[Any]):
             loop.remove_reader(fileno)
             loop.remove_writer(fileno)
 
-    async def run_together(self, statements: Sequence[Statement]) -> list[list[Any]]:
-        """Send statements in one network round trip; the results of each.
-
-        Outside a transaction each is one of its own: one that fails changes nothing for the others.
-
-        A cancellation is for all of them: the server is asked to stop, and the connection is closed
-        unless it is idle soon.
-        """
-        results: list[list[Any]] = []
-        gen = self._pipelined(statements, results)
-        try:
-            await self._drive(gen, next(gen))
-        except CancelledError:
-            task = get_running_loop().create_task(self._stop(gen))
-            if not await finish(task, CANCEL_TIMEOUT) or task.exception() is not None:
-                gen.close()
-                self.terminate()
-            raise
-        except BaseException:
-            self.terminate()
-            raise
-        return results
-
-    def _pipelined(self, statements: Sequence[Statement], results: list[list[Any]]) -> Any:
-        yield from self._start_query()
-        pgconn = self.pgconn
-        book: Any = self._prepared
-        alone = pgconn.transaction_status == _IDLE
-        names: list[bytes] = []
-        for statement in statements:
-            prepare, name = book.get(statement, statement.prepare)
-            if prepare == _SHOULD:
-                name = (yield from self._prepare(statement, name)) if alone else b""
-            elif statement.prepare is not False:
-                book.maybe_add_to_cache(statement, prepare, name)
-            names.append(name)
-
-        def send() -> None:
-            for statement, name in zip(statements, names, strict=True):
-                if name:
-                    statement.send_prepared(pgconn, name)
-                else:
-                    statement.send(pgconn)
-                pgconn.pipeline_sync()
-
-        pgconn.enter_pipeline_mode()
-        received = yield from generators.pipeline_communicate(pgconn, deque([send]))
-        synced = 0
-        while True:
-            for result in received:
-                if result[0].status == _PIPELINE_SYNC:
-                    synced += 1
-                else:
-                    results.append(result)
-            if synced == len(statements):
-                break
-            received = [(yield from generators.fetch_many(pgconn))]
-        pgconn.exit_pipeline_mode()
-        for number, name in enumerate(names):
-            if name and results[number][-1].error_field(_SQLSTATE) in _STALE:
-                self._forget(statements[number], name)
-                if alone:
-                    statements[number].send(pgconn)
-                    results[number] = yield from generators.execute(pgconn)
-        if book._to_flush:
-            yield from book.maintain_gen(self)
-
-    def _prepare(self, statement: Statement, name: bytes) -> Any:
-        """The name under which the statement is prepared now; none if it cannot be."""
-        book: Any = self._prepared
-        statement.send_prepare(self.pgconn, name)
-        results = yield from generators.execute(self.pgconn)
-        if results[-1].status != _COMMAND_OK:
-            return b""  # executing it will say why
-        key = book.maybe_add_to_cache(statement, _SHOULD, name)
-        if key is not None:
-            book.validate(key, _SHOULD, name, results)
-        return name
-
-    def _forget(self, statement: Statement, name: bytes) -> None:
+    def forget(self, statement: Statement, name: bytes) -> None:
         """A table was altered, or a pooler changed the session: prepare it anew next time."""
         book: Any = self._prepared
         if book._names.pop(book.key(statement), None) is not None:
             book._to_flush.append(name)
 
-    async def _stop(self, gen: Any) -> None:
-        drain = get_running_loop().create_task(self._drive(gen, self._state))
-        try:
-            while not drain.done():
-                await self._cancel()  # ends the statement that runs; the one behind it begins
-                await asyncio.wait((drain,), timeout=0.05)
-            await drain
-            await self._absorb_cancel()
-        finally:
-            drain.cancel()
-
-    async def _cancel(self) -> None:
+    async def cancel_running(self) -> None:
+        """Have the server stop the statement that runs."""
         if psycopg.capabilities.has_cancel_safe():
             await waiting.wait_conn_async(self._cancel_gen(), 0.1)
         else:
@@ -1047,7 +965,7 @@ class PooledConnection(AsyncConnection[Any]):
     async def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         """psycopg's, as the twin waits: for the pool's own statements (check, rollback, reset)."""
         try:
-            return await self.twin._drive(gen, next(gen))
+            return await self.twin.drive(gen, next(gen))
         except StopIteration as stop:
             return stop.value
         except CancelledError:

@@ -18,16 +18,13 @@ from copy import copy
 from time import monotonic
 from typing import Any, Protocol
 
+import psycopg
 from psycopg import pq
 
 from . import bridge
 from .bridge import Runner
-from .driver import (
-    CANCEL_TIMEOUT,
-    Connection,
-    Statement,
-    finish,
-)
+from .driver import CANCEL_TIMEOUT, Connection, Statement, finish
+from .pipelines import Pipeline
 from .session_state import leaves_state, plain, remembered
 
 MOST = 64  # statements in one pipeline
@@ -140,10 +137,10 @@ class _Request:
     """One operation's statement.
 
     Attributes:
-        pipeline: those that it was sent with, once it is.
+        travelling: with those that it was sent with, once it is.
     """
 
-    __slots__ = ("future", "pid", "pipeline", "sent", "since", "statement", "text")
+    __slots__ = ("future", "pid", "sent", "since", "statement", "text", "travelling")
 
     def __init__(self, statement: Statement, text: str) -> None:
         self.statement = statement
@@ -152,17 +149,17 @@ class _Request:
         self.since = monotonic()
         self.pid = 0
         self.sent = self.since
-        self.pipeline: _Pipeline | None = None
+        self.travelling: _Travelling | None = None
 
 
-class _Pipeline:
+class _Travelling:
     """Statements under way together, and the task that waits for their results."""
 
     def __init__(self, requests: list[_Request]) -> None:
         self.requests = requests
         self.task = current_task()
         for request in requests:
-            request.pipeline = self
+            request.travelling = self
 
 
 class _Segment:
@@ -252,11 +249,11 @@ class Queue:
             task.exception()  # the requests have been told
 
     async def _drop(self, request: _Request, exc: BaseException) -> None:
-        pipeline = request.pipeline
-        if pipeline is None or (task := pipeline.task) is None:
+        travelling = request.travelling
+        if travelling is None or (task := travelling.task) is None:
             return  # it will not be sent, or has its result
         self._source.dropped(exc)
-        if all(other.future.done() for other in pipeline.requests):
+        if all(other.future.done() for other in travelling.requests):
             # Nobody else's statement is under way: the server stops before the caller goes on.
             task.cancel()
             await finish(task, 2 * CANCEL_TIMEOUT)
@@ -309,40 +306,91 @@ class Queue:
         return unserved
 
     def _send(self, runner: Runner, conn: Connection, requests: list[_Request]) -> None:
-        def look() -> None:
-            if conn.waiting:
-                for request in requests:
-                    slow.add(request.text)
-
-        pipeline = _Pipeline(requests)
+        pipeline = Pipeline(conn, [request.statement for request in requests])
+        travelling = _Travelling(requests)
         for request in requests:
             request.pid = conn.pgconn.backend_pid
             request.sent = monotonic()
-        handle = get_running_loop().call_later(SLOW, look)
+        looking = _Looking(conn, pipeline, requests)
+        # One connection only: they go on together, so that what they send next can travel together.
+        together: list[tuple[_Request, list[Any]]] = []
         try:
-            results = bridge.wait_for(
-                runner, conn.run_together([request.statement for request in requests])
-            )
+            for number, results in pipeline:
+                if self._source.size > 1:
+                    self._answer(requests[number], results)
+                else:
+                    together.append((requests[number], results))
+        except CancelledError:
+            bridge.wait_for(runner, pipeline.abort())
+            raise
+        except BaseException as exc:
+            conn.terminate()
+            if isinstance(exc, psycopg.Error):
+                self._answer_all(runner, together)
+                for request in requests[: pipeline.sent]:
+                    _fail(request.future, _in_doubt(exc))
+            raise
         finally:
-            handle.cancel()
-            pipeline.task = None
+            looking.end()
+            travelling.task = None
+        self._answer_all(runner, together)
         if len(requests) > 1:
             self._source.pool.pipelines += 1
             self._source.pool.statements_pipelined += len(requests)
-        broken = False  # a statement before this one failed, or its operation was cancelled
-        for request, result in zip(requests, results, strict=True):
-            aborted = broken or result[0].error_field(_SQLSTATE) == _ABORTED
-            if aborted and (exc := self._source.refusal()) is not None:
-                _fail(request.future, exc)
-            elif not request.future.done():
-                request.future.set_result(result)
-            if not broken:
-                broken = request.future.cancelled() or result[0].status == _FATAL_ERROR
-                if broken:  # whose operation hears of it first: Django's code may mark the block
-                    bridge.wait_for(runner, sleep(0))
         if self._source.in_order:
             # Who waited goes on before the connection is given to anybody else.
             bridge.wait_for(runner, sleep(0))
+
+    def _answer_all(self, runner: Runner, answers: list[tuple[_Request, list[Any]]]) -> None:
+        broken = False  # a statement before this one failed, or its operation was cancelled
+        for request, results in answers:
+            aborted = broken or results[0].error_field(_SQLSTATE) == _ABORTED
+            if aborted and (exc := self._source.refusal()) is not None:
+                _fail(request.future, exc)
+            else:
+                self._answer(request, results)
+            if not broken:
+                broken = request.future.cancelled() or results[-1].status == _FATAL_ERROR
+                if broken:  # whose operation hears of it first: Django's code may mark the block
+                    bridge.wait_for(runner, sleep(0))
+
+    def _answer(self, request: _Request, results: list[Any]) -> None:
+        if not request.future.done():
+            request.future.set_result(results)
+
+
+class _Looking:
+    """Looks now and then whether a pipeline waits for a slow statement."""
+
+    def __init__(self, conn: Connection, pipeline: Pipeline, requests: list[_Request]) -> None:
+        self._conn = conn
+        self._pipeline = pipeline
+        self._requests = requests
+        self._later()
+
+    def _later(self) -> None:
+        self._answered = self._pipeline.answered
+        self._handle = get_running_loop().call_later(SLOW, self._look)
+
+    def _look(self) -> None:
+        answered = self._pipeline.answered
+        # If this process was busy with other things, the answer has been there for long.
+        if answered == self._answered and self._conn.unanswered:
+            slow.add(self._requests[answered].text)
+        self._later()
+
+    def end(self) -> None:
+        """Look no more."""
+        self._handle.cancel()
+
+
+def _in_doubt(exc: psycopg.Error) -> psycopg.OperationalError:
+    doubt = psycopg.OperationalError(
+        "The connection was lost before the server had answered this statement; if it writes, that "
+        f"may or may not have been done. {exc}"
+    )
+    doubt.__cause__ = exc
+    return doubt
 
 
 def _fail(future: Future[Any], exc: BaseException) -> None:

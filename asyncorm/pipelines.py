@@ -1,0 +1,191 @@
+"""Several statements on one connection in one network round trip: libpq's pipeline mode.
+
+Names used that psycopg (3.3.6 to 3.3.9) does not document, beside those in driver.py, and why:
+
+- `psycopg.generators.fetch_many`, `.execute`: read results.
+- `BaseConnection._start_query`, `._prepared` (`get`, `maybe_add_to_cache`, `validate`,
+  `maintain_gen`, `_names`, `_to_flush`): BEGIN where one is due, and psycopg's own book of prepared
+  statements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import get_running_loop
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import psycopg
+from psycopg import generators, pq
+from psycopg._preparing import Prepare
+
+from . import bridge
+from .driver import CANCEL_TIMEOUT, CLOSED, STALE, Connection, Statement, Steps, checked, finish
+
+_IDLE = pq.TransactionStatus.IDLE
+_COMMAND_OK = pq.ExecStatus.COMMAND_OK
+_PIPELINE_SYNC = pq.ExecStatus.PIPELINE_SYNC
+_SQLSTATE = pq.DiagnosticField.SQLSTATE
+_SHOULD = Prepare.SHOULD
+_ANSWERED = 0  # what a generator yields instead of what it waits for
+_WAIT_RW, _READY_R = psycopg.waiting.WAIT_RW, psycopg.waiting.READY_R
+
+Answer = tuple[int, list[Any]]  # a statement's number, and all results up to its end
+
+
+class Pipeline:
+    """Statements that go out together, and their answers.
+
+    Outside a transaction each is one of its own: one that fails changes nothing for the others.
+
+    Attributes:
+        sent: how many of them libpq has.
+        answered: how many the server has finished with.
+    """
+
+    def __init__(self, conn: Connection, statements: Sequence[Statement]) -> None:
+        self._conn = conn
+        self._statements = statements
+        self.sent = 0
+        self.answered = 0
+        self._most = len(statements)
+        self._results: list[Any] = []  # so far, of the statement that is being answered
+        self._answer: Answer | None = None
+        self._again: list[int] = []
+        self._steps = self._run()
+        self._state = 0
+        self._ended = self._stopping = False
+
+    def __iter__(self) -> Iterator[Answer]:
+        """Send them and give each answer when it is complete; waits natively.
+
+        Raises:
+            psycopg.Error: the connection broke; the answers that had come were given before.
+        """
+        runner = bridge.current()
+        assert runner is not None
+        ready: Any = None
+        while True:
+            try:
+                self._state = self._steps.send(ready)
+            except StopIteration:
+                self._ended = True
+                return
+            if self._state == _ANSWERED:
+                assert self._answer is not None
+                yield self._answer
+            else:
+                ready = bridge.wait_for(runner, self._conn.ready(self._state))
+
+    async def abort(self) -> None:
+        """Have the server stop them; the connection is closed unless it is idle soon."""
+        if self._ended:
+            return
+        self._most = self.sent
+        self._stopping = True
+        task = get_running_loop().create_task(self._stop())
+        if not await finish(task, CANCEL_TIMEOUT) or task.exception() is not None:
+            self._steps.close()
+            self._conn.terminate()
+
+    async def _stop(self) -> None:
+        conn = self._conn
+        drain = get_running_loop().create_task(conn.drive(self._steps, self._state))
+        try:
+            while not drain.done():
+                await conn.cancel_running()  # the statement; the one behind it begins
+                await asyncio.wait((drain,), timeout=0.05)
+            await drain
+            await conn.absorb_cancel()
+        finally:
+            drain.cancel()
+
+    def _run(self) -> Steps:
+        conn = self._conn
+        yield from conn._start_query()
+        pgconn = conn.pgconn
+        book: Any = conn._prepared
+        alone = pgconn.transaction_status == _IDLE
+        names: list[bytes] = []
+        for statement in self._statements:
+            prepare, name = book.get(statement, statement.prepare)
+            if prepare == _SHOULD:
+                name = (yield from self._prepare(statement, name)) if alone else b""
+            elif statement.prepare is not False:
+                book.maybe_add_to_cache(statement, prepare, name)
+            names.append(name)
+        pgconn.enter_pipeline_mode()
+        yield from self._send(names, alone)
+        while self.answered < self.sent:
+            results = yield from generators.fetch_many(pgconn)
+            if not results:  # libpq has noticed that the connection is lost
+                checked(self._results, conn.info.encoding)
+                raise psycopg.OperationalError(pgconn.get_error_message() or CLOSED)
+            for result in results:
+                yield from self._take(result, names, alone)
+        pgconn.exit_pipeline_mode()
+        for number in self._again:
+            self._statements[number].send(pgconn)
+            yield from self._give(number, (yield from generators.execute(pgconn)))
+        if book._to_flush:
+            yield from book.maintain_gen(conn)
+
+    def _send(self, names: list[bytes], alone: bool) -> Steps:
+        # No more than the way to the server takes is kept in libpq's memory; what the server sends
+        # meanwhile is read, since it may wait for that before it reads on.
+        pgconn = self._conn.pgconn
+        full = False
+        while full or self.sent < self._most:
+            if not full:
+                statement, name = self._statements[self.sent], names[self.sent]
+                if name:
+                    statement.send_prepared(pgconn, name)
+                else:
+                    statement.send(pgconn)
+                pgconn.pipeline_sync()
+                self.sent += 1
+            elif (yield _WAIT_RW) & _READY_R:
+                pgconn.consume_input()
+                ended = False
+                while self.answered < self.sent and not pgconn.is_busy():
+                    result = pgconn.get_result()
+                    if result is not None:
+                        yield from self._take(result, names, alone)
+                    elif ended:
+                        break
+                    ended = result is None
+            full = pgconn.flush() != 0
+
+    def _take(self, result: Any, names: list[bytes], alone: bool) -> Steps:
+        results = self._results
+        if result.status != _PIPELINE_SYNC:
+            results.append(result)  # more than one where it is COMMIT that fails
+            return
+        number = self.answered
+        self._results = []
+        self.answered += 1
+        if (name := names[number]) and results[-1].error_field(_SQLSTATE) in STALE:
+            self._conn.forget(self._statements[number], name)
+            if alone:
+                self._again.append(number)
+                return
+        yield from self._give(number, results)
+
+    def _give(self, number: int, results: list[Any]) -> Steps:
+        # Before libpq reads on: the session's settings are those that the statement ran with.
+        if not self._stopping:
+            self._answer = number, results
+            yield _ANSWERED
+
+    def _prepare(self, statement: Statement, name: bytes) -> Any:
+        """The name under which the statement is prepared now; none if it cannot be."""
+        conn = self._conn
+        book: Any = conn._prepared
+        statement.send_prepare(conn.pgconn, name)
+        results = yield from generators.execute(conn.pgconn)
+        if results[-1].status != _COMMAND_OK:
+            return b""  # executing it will say why
+        key = book.maybe_add_to_cache(statement, _SHOULD, name)
+        if key is not None:
+            book.validate(key, _SHOULD, name, results)
+        return name
