@@ -2,6 +2,10 @@
 
 from django.core.exceptions import ImproperlyConfigured as _ImproperlyConfigured
 
+from . import internals as _internals
+
+_internals.require()  # before any of it is imported by name, or replaced
+
 from . import bridge as _bridge
 from .batch import batch
 from .bridge import await_, native

@@ -22,5 +22,10 @@ class AsyncormConfig(AppConfig):
         planned.install()
         related.install()
         bridge.set_guard(None)
-        for check in (checks.check_settings, checks.check_databases, checks.check_swap):
+        for check in (
+            checks.check_settings,
+            checks.check_databases,
+            checks.check_swap,
+            checks.check_internals,
+        ):
             django_checks.register(check, "asyncorm")

@@ -9,7 +9,7 @@ from django.apps import apps
 from django.core.checks import CheckMessage, Error, Warning
 from django.db import connections
 
-from . import conf, pools, sessions
+from . import conf, internals, pools, sessions, shapes
 
 MANY_CONNECTIONS = (
     50  # native and synchronous pools of one process; PostgreSQL's default max_connections is 100
@@ -118,4 +118,26 @@ def check_swap(**kwargs: Any) -> list[CheckMessage]:
                             id="asyncorm.W003",
                         )
                     )
+    return found
+
+
+def check_internals(**kwargs: Any) -> list[CheckMessage]:
+    """asyncorm.W010 and W011: undocumented names that the installed versions do not have."""
+    found: list[CheckMessage] = [
+        Warning(
+            f"ASYNCORM[{part!r}] is switched off: {'; '.join(map(str, names))}.",
+            hint="Everything else works; a release of asyncorm for these versions has it again.",
+            id="asyncorm.W010",
+        )
+        for part, names in internals.lost().items()
+    ]
+    if unknown := shapes.unknown_attributes():
+        found.append(
+            Warning(
+                f"This Django's Query has {', '.join(unknown)}, which asyncorm does not know: the "
+                "statement cache leaves every statement to Django's compiler.",
+                hint="A release of asyncorm for this Django has looked at it.",
+                id="asyncorm.W011",
+            )
+        )
     return found

@@ -8,6 +8,8 @@ from django.conf import settings as django_settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
+from . import internals
+
 DEFAULTS: dict[str, Any] = {
     # Make every a* method of the project's querysets, managers and models native.
     "SWAP_MANAGERS": False,
@@ -44,7 +46,9 @@ def get(name: str) -> Any:
     global _values
     values = _values
     if values is None:  # Django searches for a setting that is not there each time
-        values = _values = {**DEFAULTS, **(getattr(django_settings, "ASYNCORM", None) or {})}
+        values = {**DEFAULTS, **(getattr(django_settings, "ASYNCORM", None) or {})}
+        values.update(dict.fromkeys(internals.lost(), False))
+        _values = values
     return values[name]
 
 

@@ -215,6 +215,8 @@ def bulk_create(queryset: Any, objs: Any, batch_size: int | None) -> list[Any]:
                 "by. Call it on a queryset, for instance on all()."
             )
         queryset = queryset.get_queryset()
+    if not hasattr(QuerySet, "_batched_insert"):  # internals.py says so at start
+        raise NotSupportedError("bulk_create(method='copy') does not work with this Django.")
     queryset = queryset._chain()
     queryset._batched_insert = partial(_insert, queryset)
     return queryset.bulk_create(objs, batch_size)  # type: ignore[no-any-return]

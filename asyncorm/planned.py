@@ -38,7 +38,7 @@ from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 from psycopg.types.numeric import Int2, Int4, Int8
 
-from . import bridge, bulk, conf, rows, sessions, verifying
+from . import bridge, bulk, conf, internals, rows, sessions, verifying
 from .bridge import Runner
 from .driver import Connection, LazyConnection, checked
 from .rows import RowMaker
@@ -266,7 +266,7 @@ def _get(original: Any) -> Any:
     return _own_get
 
 
-_own_get: Any = None
+_own_get: Any = object()
 
 
 def _only(queryset: Any, found: list[Any]) -> Any:
@@ -920,7 +920,7 @@ def _batched_insert(original: Any) -> Any:
 
 def install() -> None:
     """Put the replacements in place, once, and follow the settings."""
-    if hasattr(Query.has_results, "_asyncorm"):
+    if internals.CACHE in internals.lost() or hasattr(Query.has_results, "_asyncorm"):
         return
     replacements: list[tuple[Any, str, Any]] = [
         (cls, "__iter__", _planned(cls)) for cls in _ITERABLES

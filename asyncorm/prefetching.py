@@ -26,9 +26,9 @@ from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, finish
 from .sessions import Session
 
-# Replaced by seam.py.
+# Replaced by seam.py. The latter may be missing (internals.py): this part is off then.
 _prefetch_related_objects = query.prefetch_related_objects
-_prefetch_one_level = query.prefetch_one_level
+_prefetch_one_level: Any = getattr(query, "prefetch_one_level", None)
 
 _MOST = 8  # workers inside a transaction block, where they share a connection
 _plans: dict[Runner, _Plan] = {}

@@ -47,7 +47,7 @@ from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
 from django.dispatch import dispatcher
 
-from . import bridge, prefetching, sessions, transactions
+from . import bridge, internals, prefetching, sessions, transactions
 
 
 class _Storage:
@@ -219,7 +219,8 @@ def install() -> None:
         dispatcher._run_parallel = _in_own_scopes(run_parallel)  # type: ignore[attr-defined]
     BaseHandler.get_response_async = _with_logs(BaseHandler.get_response_async)  # type: ignore[method-assign]
     FieldFile.save = _with_threaded_storage(FieldFile.save)  # type: ignore[method-assign]
-    for module in (django.db.models.query, django.db.models):
-        module.prefetch_related_objects = prefetching.prefetch_related_objects  # type: ignore[attr-defined]
-    django.db.models.query.prefetch_one_level = prefetching.prefetch_one_level
+    if internals.PREFETCH not in internals.lost():
+        for module in (django.db.models.query, django.db.models):
+            module.prefetch_related_objects = prefetching.prefetch_related_objects  # type: ignore[attr-defined]
+        django.db.models.query.prefetch_one_level = prefetching.prefetch_one_level
     FieldFile.delete = _with_threaded_storage(FieldFile.delete)  # type: ignore[method-assign]

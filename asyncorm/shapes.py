@@ -749,3 +749,11 @@ _PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "related_ids": _absent,
     "related_updates": _absent,
 }
+
+
+def unknown_attributes() -> list[str]:
+    """The attributes of a Query that this Django has and nothing is known about.
+
+    Every statement is unfit for the cache while there is one (`_PARTS`).
+    """
+    return sorted(vars(Query(None)).keys() - _PARTS.keys())

@@ -1,0 +1,337 @@
+"""Registers the names of Django, psycopg and psycopg_pool that asyncorm uses although they are not
+documented, and verifies them before anything is replaced.
+
+Each entry says where the names are, why they are used and what is lost without them. A name that
+only an optional part needs switches that part off, with a warning of `manage.py check`; without any
+other asyncorm refuses to start, naming the versions that it was tested with. Whoever uses another
+private name puts it here; tests/test_internals.py takes each of them away in turn.
+"""
+
+from __future__ import annotations
+
+import dis
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from types import CodeType
+from typing import Any
+
+from django.core.exceptions import ImproperlyConfigured
+
+# Optional parts: the key of the ASYNCORM setting that switches each of them off.
+CACHE = "STATEMENT_CACHE"
+PIPELINES = "MULTIPLEXING"
+PREFETCH = "PARALLEL_PREFETCH"
+
+# What each release was tested with; the same bounds stand in pyproject.toml.
+TESTED = {
+    "Django": ">=5.2,<6.2",
+    "psycopg": ">=3.3.6,<3.4",
+    "psycopg-pool": ">=3.3.2,<3.4",
+}
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of one module or class.
+
+    Attributes:
+        owner: "module" or "module:Class". A class has a name if it, a base or an annotation
+            defines it, or if a method of theirs assigns it to an attribute.
+        names: separated by spaces.
+        why: what they are used for.
+        part: the optional part that needs them; None: nothing works without.
+    """
+
+    owner: str
+    names: str
+    why: str
+    part: str | None = None
+
+    def full(self, name: str) -> str:
+        """One of the names with its owner; the owner for an empty one."""
+        owner = self.owner.replace(":", ".")
+        return f"{owner}.{name}" if name else owner
+
+
+PSYCOPG = (
+    Names("psycopg:Connection", "wait lock", "every statement goes through these; replaced"),
+    Names(
+        "psycopg:Connection",
+        "_exec_command",
+        "sends BEGIN, COMMIT, ROLLBACK, FETCH and CLOSE; replaced while somebody listens",
+    ),
+    Names(
+        "psycopg._connection_base:BaseConnection",
+        "_adapters _autocommit _cancel_gen _closed _isolation_level _read_only _deferrable"
+        " _begin_statement",
+        "what connect() and the pool set on a connection; ours is made around an open one",
+    ),
+    Names(
+        "psycopg._connection_base:BaseConnection",
+        "_start_query _prepared",
+        "BEGIN where one is due, and psycopg's own book of prepared statements",
+    ),
+    Names(
+        "psycopg._preparing:PrepareManager",
+        "get key maybe_add_to_cache validate maintain_gen _names _to_flush",
+        "that book: a statement without a cursor obeys prepare_threshold and prepared_max",
+    ),
+    Names("psycopg._preparing", "Prepare", "what it answers when a statement is due"),
+    Names(
+        "psycopg.generators",
+        "execute send copy_from copy_to copy_end fetch_many",
+        "send what libpq holds and read results, without blocking",
+    ),
+    Names(
+        "psycopg._cursor_base:BaseCursor",
+        "_conn _pgconn _tx _pos _query _query_cls _reset _convert_query _check_results"
+        " _set_results",
+        "what Cursor.execute() does around sending, for statements that are sent with others",
+    ),
+    Names(
+        "psycopg._cursor_base:BaseCursor",
+        "_start_copy_gen",
+        "psycopg's own Copy waits for each row and ends a failed COPY by a blocking request",
+    ),
+    Names("psycopg:ServerCursor", "_closed", "a stream that ended with its transaction"),
+    Names("psycopg.errors", "_NO_TRACEBACK _WaitTimeout", "what psycopg's wait() raises"),
+    Names("psycopg.waiting", "wait_conn_async WAIT_R WAIT_W READY_R READY_W", "drive generators"),
+    Names("psycopg.adapt", "Transformer", "dumpers and loaders of a connection, without a cursor"),
+)
+
+PSYCOPG_POOL = (
+    Names(
+        "psycopg_pool.pool_async:AsyncConnectionPool",
+        "_pool _nconns _nconns_min _min_size _waiting _check _reset _drained_at _stats _closed"
+        " _REQUESTS_NUM _created_at _expire_at",
+        "what getconn() and putconn() work on: a check-out without a task switch",
+    ),
+    Names(
+        "psycopg_pool.pool_async:AsyncConnectionPool",
+        "_connect",
+        "sees each new connection, and why there is none",
+    ),
+    Names(
+        "psycopg_pool.pool_async:AsyncConnectionPool",
+        "_start_workers _sched _sched_runner _workers worker run_task",
+        "its maintenance tasks, which end when they are cancelled and are waited for",
+    ),
+    Names("psycopg_pool.pool_async:WaitingClient", "set fail", "hand a connection to who waits"),
+    Names(
+        "psycopg_pool.pool_async",
+        "AddConnection ReturnConnection StopWorker",
+        "the pool's maintenance tasks",
+    ),
+    Names("psycopg_pool._acompat", "AEvent", "a scheduler that does not lose a cancellation"),
+    Names("psycopg_pool.sched_async:AsyncScheduler", "_event", "its event"),
+)
+
+_QUERYSET = "django.db.models.query"
+DJANGO = (
+    Names("django.db:connections", "_connections", "which wrapper an alias has in native code"),
+    Names("django.utils.asyncio", "get_running_loop", "what async_unsafe asks; replaced"),
+    Names("django.db.transaction:Atomic", "_from_testcase", "which block is a test's transaction"),
+    Names("django.core.handlers.base:BaseHandler", "get_response_async", "the log of a request"),
+    Names(
+        "django.db.backends.base.base:BaseDatabaseWrapper",
+        "connect ensure_connection _commit on_commit run_and_clear_commit_hooks _prepare_cursor"
+        " _cursor needs_rollback rollback_exc run_on_commit execute_wrappers queries_log"
+        " force_debug_cursor _thread_ident",
+        "the native wrapper overrides these or shares them otherwise",
+    ),
+    Names(
+        "django.db.backends.postgresql.base:DatabaseWrapper",
+        "pool _configure_connection ensure_timezone close_pool",
+        "Django's pooled mode, in which native code works",
+    ),
+    Names(
+        f"{_QUERYSET}:QuerySet",
+        "_iterable_class _fields _known_related_objects _query _result_cache _fetch_all"
+        " _prefetch_related_lookups _prefetch_done _sticky_filter _deferred_filter"
+        " _defer_next_filter _hints _db _add_hints _update _insert _clone _chain",
+        "what iteration, get() and prefetching depend on",
+    ),
+    Names(
+        f"{_QUERYSET}:QuerySet",
+        "_batched_insert _prepare_for_bulk_create",
+        "bulk_create() by columns, or by COPY",
+        CACHE,
+    ),
+    Names("django.db.models.manager:Manager", "_queryset_class", "a manager's methods"),
+    Names(
+        _QUERYSET,
+        "prefetch_one_level get_prefetcher",
+        "queries of independent lookups at once; replaced",
+        PREFETCH,
+    ),
+    Names(
+        _QUERYSET,
+        "ModelIterable ValuesIterable ValuesListIterable NamedValuesListIterable"
+        " FlatValuesListIterable RawModelIterable",
+        "rows from a plan; their __iter__ is replaced",
+    ),
+    Names(
+        "django.db.models.base:Model",
+        "_do_update _do_insert _get_pk_val _set_pk_val _is_pk_set _prepare_related_fields_for_save",
+        "save() without a query, after the first time",
+        CACHE,
+    ),
+    Names(
+        "django.db.models.sql.subqueries:DeleteQuery",
+        "delete_batch",
+        "DELETE of one row, after the first time",
+        CACHE,
+    ),
+    Names(
+        "django.db.models.sql.query:Query",
+        "has_results get_count get_aggregation get_external_cols unref_alias get_initial_alias",
+        "exists(), count() and aggregate() from a plan",
+        CACHE,
+    ),
+    Names(
+        "django.db.models.sql.compiler:SQLCompiler",
+        "execute_sql as_sql get_converters select klass_info annotation_col_map"
+        " has_composite_fields",
+        "what plans are made of",
+        CACHE,
+    ),
+    Names(
+        "django.db.models.sql.compiler",
+        "SQLUpdateCompiler SQLDeleteCompiler SQLInsertCompiler",
+        "writes from a plan",
+    ),
+    Names(
+        "django.db.models.sql.where:WhereNode",
+        "split_having_qualify",
+        "which conditions belong to HAVING",
+        CACHE,
+    ),
+    Names(
+        "django.db.models.expressions:Expression",
+        "_constructor_args get_source_expressions",
+        "what an expression was made with",
+    ),
+    Names("django.db.models.expressions:Col", "possibly_multivalued", "what is grouped by", CACHE),
+)
+
+ASGIREF = (
+    Names("asgiref.sync:AsyncToSync", "__call__ awaitable", "native code awaits instead"),
+    Names(
+        "asgiref.sync:SyncToAsync",
+        "threadlocal single_thread_executor",
+        "whether a thread works for a coroutine of a test",
+    ),
+)
+
+REGISTRY = {
+    "Django": DJANGO,
+    "psycopg": PSYCOPG,
+    "psycopg-pool": PSYCOPG_POOL,
+    "asgiref": ASGIREF,
+}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A registered name that the installed version has not."""
+
+    project: str
+    name: str
+    why: str
+    part: str | None
+
+    def __str__(self) -> str:
+        tested = f" (tested with {TESTED[self.project]})" if self.project in TESTED else ""
+        return f"{self.project} {installed(self.project)}{tested} has no {self.name}: {self.why}"
+
+
+def installed(project: str) -> str:
+    """The installed version of a project."""
+    try:
+        return version(project)
+    except PackageNotFoundError:
+        return "of an unknown version"
+
+
+@cache
+def missing() -> tuple[Missing, ...]:
+    """Each registered name that is not there."""
+    return tuple(
+        Missing(project, entry.full(name), entry.why, entry.part)
+        for project, entries in REGISTRY.items()
+        for entry in entries
+        for name in _absent(entry)
+    )
+
+
+def lost() -> dict[str, list[Missing]]:
+    """The optional parts that are switched off, and for want of what."""
+    found: dict[str, list[Missing]] = {}
+    for each in missing():
+        if each.part is not None:
+            found.setdefault(each.part, []).append(each)
+    return found
+
+
+def require() -> None:
+    """Verify what cannot be done without.
+
+    Raises:
+        django.core.exceptions.ImproperlyConfigured: something is missing, or libpq is.
+    """
+    try:
+        importlib.import_module("psycopg")
+    except ImportError as exc:
+        raise ImproperlyConfigured(
+            f"asyncorm cannot load psycopg: {exc}. Install it with a libpq of its own, "
+            'pip install "psycopg[binary,pool]", or see "Installation" in psycopg\'s documentation.'
+        ) from exc
+    needed = [each for each in missing() if each.part is None]
+    if needed:
+        raise ImproperlyConfigured(
+            "asyncorm cannot work with what is installed. "
+            + "; ".join(map(str, needed))
+            + ". Install versions within: "
+            + ", ".join(f'"{project}{bounds}"' for project, bounds in TESTED.items())
+            + "."
+        )
+
+
+def _absent(entry: Names) -> Iterator[str]:
+    module, _, path = entry.owner.partition(":")
+    try:
+        owner: Any = importlib.import_module(module)
+        for step in path.split(".") if path else ():
+            owner = getattr(owner, step)
+    except (ImportError, AttributeError):
+        yield ""
+        return
+    for name in entry.names.split():
+        if not hasattr(owner, name) and not _assigns(owner, name):
+            yield name
+
+
+def _assigns(owner: Any, name: str) -> bool:
+    if inspect.ismodule(owner):
+        return False
+    cls = owner if inspect.isclass(owner) else type(owner)
+    return any(
+        name in vars(base).get("__annotations__", ())
+        or any(_stores(member, name) for member in vars(base).values())
+        for base in cls.__mro__
+    )
+
+
+def _stores(member: Any, name: str) -> bool:
+    """Whether a function assigns to an attribute of a name."""
+    function = inspect.unwrap(getattr(member, "__func__", member))
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType) or name not in code.co_names:
+        return False
+    return any(
+        step.opname == "STORE_ATTR" and step.argval == name for step in dis.get_instructions(code)
+    )
