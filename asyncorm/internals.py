@@ -219,7 +219,9 @@ DJANGO = (
 )
 
 ASGIREF = (
-    Names("asgiref.sync:AsyncToSync", "__call__ awaitable", "native code awaits instead"),
+    Names(
+        "asgiref.sync:AsyncToSync", "awaitable", "native code awaits it instead of running a loop"
+    ),
     Names(
         "asgiref.sync:SyncToAsync",
         "threadlocal single_thread_executor",
