@@ -86,19 +86,18 @@ class _Keys:
 
 
 # For each column type: the Python types of values that may be parameters of the server, and the oid
-# to send them with; -1 is what psycopg's dumper says, which is the type of Django's literal too.
-AS_DUMPED = -1
+# to send them with. It is that of Django's literal, whatever the column is on the server: 0 for a
+# quoted one, what psycopg's dumper says for one with a cast; a number's depends on its value.
+AS_DUMPED, INTEGER, NUMBER = -1, -2, -3
 _INTEGERS: list[type] = [int, Int2, Int4, Int8]  # Django wraps some of them for psycopg
 _TEXT: dict[type, int] = {str: 0}
 _FAMILIES: dict[str, dict[type, int]] = {
-    "smallint": dict.fromkeys(_INTEGERS, 21),
-    "integer": dict.fromkeys(_INTEGERS, 23),
-    "bigint": dict.fromkeys(_INTEGERS, 20),
+    **dict.fromkeys(["smallint", "integer", "bigint"], dict.fromkeys(_INTEGERS, INTEGER)),
     "varchar": _TEXT,
     "text": _TEXT,
     "boolean": {bool: AS_DUMPED},
-    "numeric": {decimal.Decimal: AS_DUMPED},
-    "double precision": {float: AS_DUMPED},
+    "numeric": {decimal.Decimal: NUMBER},
+    "double precision": {float: NUMBER},
     "date": {datetime.date: AS_DUMPED},
     "timestamp with time zone": {datetime.datetime: AS_DUMPED},
     "time": {datetime.time: AS_DUMPED},
@@ -106,15 +105,12 @@ _FAMILIES: dict[str, dict[type, int]] = {
     "uuid": {uuid.UUID: AS_DUMPED},
     "jsonb": {Jsonb: AS_DUMPED},
 }
-# In an expression an integer has the type that a literal of it has, not that of a column; a date
-# and the like are literals with a cast. Strings are of unknown type there: not always resolved.
-BY_VALUE = -2
-_LITERALS: dict[type, int] = dict.fromkeys(_INTEGERS, BY_VALUE) | dict.fromkeys(
+# Strings are of unknown type: in an expression that is not always resolved as for a literal.
+_LITERALS: dict[type, int] = dict.fromkeys(_INTEGERS, INTEGER) | dict.fromkeys(
     [bool, datetime.date, datetime.datetime, datetime.timedelta, uuid.UUID], AS_DUMPED
 )
 # Where PostgreSQL compares expressions as they are written, two parameters are not the same.
 _COMPARING = re.compile(r"\b(GROUP BY|DISTINCT|OVER)\b")
-LIMITS = {21: 1 << 15, 23: 1 << 31, 20: 1 << 63}
 _LITERAL: Any = object()  # in the place of a lookup: parameters that may be sent as such
 _LISTS = {lookups.In, related_lookups.RelatedIn, _Keys}
 _NULL: dict[type, int] = {type(None): 0}
@@ -124,7 +120,10 @@ _NONE: tuple[Any, ...] = ()
 def family(field: Any, wrapper: Any) -> dict[type, int]:
     """Which values of a field may be parameters of the server."""
     kind = (field.db_type(wrapper) or "").partition("(")[0]
-    return _FAMILIES.get(kind, {}) | _NULL
+    kinds = _FAMILIES.get(kind, {})
+    if wrapper.features.uses_server_side_binding:  # Django has no literals
+        kinds = {each: AS_DUMPED if oid < 0 else oid for each, oid in kinds.items()}
+    return kinds | _NULL
 
 
 class Shape:
@@ -390,8 +389,11 @@ class Shape:
         at = 0
         for kind, count, _ in self.places(skips_null=skips_null):
             if count > 1 and type(kind) in _LISTS and type(kind.lhs) is Col:
-                column = kind.lhs.target.db_type(self.wrapper)
-                if column in _KEYS:
+                column = kind.lhs.target
+                # Of a list PostgreSQL makes an array of the column's type, which may be another one
+                # than the field says: real, say. No key is that.
+                is_key = column.primary_key or column.is_relation
+                if column.db_type(self.wrapper) in (_KEYS if is_key else {"uuid"}):
                     found.append((at, count))
             at += count
         return found

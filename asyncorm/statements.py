@@ -6,11 +6,11 @@ left to Django's compiler.
 
 A plan's statement is sent without a cursor, its values as parameters of the server where that means
 the same as the literals that Django writes into the SQL: each value's Python type must be the usual
-one for the column's type, integers are sent with the column's own type (in expressions, with that
-of a literal), strings without one (as a quoted literal has none). A list of keys goes as one array,
-as PostgreSQL makes one of IN (...) too: so lists of all lengths have one statement. Otherwise, and
-where somebody watches the statements (execute wrappers, DEBUG, CaptureQueriesContext), a cursor of
-Django's executes Django's SQL.
+one for the column's type, and it is sent with the type that PostgreSQL gives to the literal,
+strings without one (as a quoted literal has none). A list of keys goes as one array, as PostgreSQL
+makes one of IN (...) too: so lists of all lengths have one statement. Otherwise, and where somebody
+watches the statements (execute wrappers, DEBUG, CaptureQueriesContext), a cursor of Django's
+executes Django's SQL.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from decimal import Decimal
 from itertools import accumulate, islice
+from math import isfinite
 from typing import Any
+from uuid import UUID
 
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
@@ -30,10 +33,11 @@ from .driver import Connection, Statement, checked
 from .pools import Pool
 from .rows import SLICE, RowMaker
 from .session_state import leaves_state
-from .shapes import AS_DUMPED, BY_VALUE, LIMITS, Shape, Unfit, plain_orders, shape_of_aggregates
+from .shapes import AS_DUMPED, INTEGER, NUMBER, Shape, Unfit, plain_orders, shape_of_aggregates
 from .tracing import Mark, Trace
 
 MAX_PLANS = 1024
+_MAX_PARAMS = 65535  # of the server in one statement; literals have no limit
 _TIMESTAMPTZ, _TEXT_FORMAT = 1184, Format.TEXT
 _OWNERS = ("asyncorm", "psycopg", "typing", "builtins")
 
@@ -160,14 +164,12 @@ def _dumped(
         oid = family.get(type(value))
         if oid is None:
             return None
-        if oid == BY_VALUE:
-            if value <= -LIMITS[20]:
-                return None
-            oid = 23 if -LIMITS[23] < value < LIMITS[23] else 20
-        if oid == AS_DUMPED:
+        if oid == INTEGER:
+            oid = _INT4 if -_HALF <= value < _HALF else _of_literal(value)
+        elif oid == AS_DUMPED:
             dumped = True
-        elif (limit := LIMITS.get(oid)) is not None and not -limit <= value < limit:
-            return None
+        elif oid == NUMBER:
+            oid = _of_literal(value)
         oids.append(oid)
     transformer = conn.transformer
     values = transformer.dump_sequence(params, formats)
@@ -179,20 +181,37 @@ def _dumped(
     return values, oids
 
 
+_INT4, _INT8, _FLOAT8, _NUMERIC = 23, 20, 701, 1700
+_HALF = 1 << 31
+
+
+def _of_literal(value: Any) -> int:
+    """The oid of the type that PostgreSQL gives to a number written as a literal."""
+    if isinstance(value, float):
+        return _NUMERIC if isfinite(value) else _FLOAT8  # 'NaN'::float8
+    if isinstance(value, Decimal):
+        if value.as_tuple().exponent != 0:  # with a point, or not finite: 'NaN'::numeric
+            return _NUMERIC
+        value = int(value)
+    if -_HALF <= value < _HALF:
+        return _INT4
+    return _INT8 if -(_HALF << 32) <= value < _HALF << 32 else _NUMERIC
+
+
 def _array(values: Any, family: dict[type, int]) -> tuple[bytes, int] | None:
     """Keys as an array in PostgreSQL's form and its type's oid; None if not all are of a family."""
-    oids = {family.get(kind) for kind in set(map(type, values))}
-    if len(oids) != 1:
+    kinds = set(map(type, values))
+    if not kinds <= family.keys() or type(None) in kinds:
         return None
-    (oid,) = oids
-    if oid == AS_DUMPED:
+    if kinds == {UUID}:
         return f"{{{','.join(map(str, values))}}}".encode(), _UUIDS
-    if oid not in _ARRAYS or not (min(values) >= -LIMITS[oid] and max(values) < LIMITS[oid]):
-        return None
-    return f"{{{','.join(map(int.__repr__, values))}}}".encode(), _ARRAYS[oid]
+    oid = _ARRAYS.get(max(_of_literal(min(values)), _of_literal(max(values)), key=_WIDTHS.index))
+    return None if oid is None else (f"{{{','.join(map(int.__repr__, values))}}}".encode(), oid)
 
 
-_ARRAYS, _UUIDS = {21: 1005, 23: 1007, 20: 1016}, 2951
+# A list of literals has the type of its widest.
+_WIDTHS = [_INT4, _INT8, _NUMERIC]
+_ARRAYS, _UUIDS = {_INT4: 1007, _INT8: 1016}, 2951
 
 
 def _written_out(sql: str, constants: dict[int, Any]) -> str:
@@ -234,7 +253,8 @@ def _numbered(sql: str, count: int, lists: Any) -> bytes | None:
             skipped += size - 1
             made[-1] = f"{made[-1].removesuffix(begin)} = ANY(${number}"
             made.append(text[brackets - 1 :])
-    return "".join(made).encode() if number + skipped == count else None
+    fits = number + skipped == count and number <= _MAX_PARAMS
+    return "".join(made).encode() if fits else None
 
 
 # The cache
