@@ -71,7 +71,9 @@ class Runner(greenlet):
         self.outcome = None
         self.failure = None
 
-    def run(self, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    def run(self) -> None:
+        # The first operation comes as the others do: what is passed to this call is kept for ever.
+        func, args, kwargs = self.parent.switch()  # type: ignore[union-attr]
         while True:
             try:
                 self.outcome = func(*args, **kwargs)
@@ -114,7 +116,11 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
             "code calls the ORM without native()."
         ) from None
     runners = _idle.runners
-    runner = runners.pop() if runners else Runner()
+    if runners:
+        runner = runners.pop()
+    else:
+        runner = Runner()
+        runner.switch()
     parent = getcurrent()
     runner.parent = parent
     # The task's own Context, not a copy: context variables set on either side are seen on the

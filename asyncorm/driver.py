@@ -649,6 +649,10 @@ class Connection(psycopg.Connection[Any]):
             if not await finish(task, CANCEL_TIMEOUT):
                 raise self._given_up(gen) from exc
             return task.result()
+        except GeneratorExit:  # who waited is closed, and nobody else knows what was under way
+            gen.close()
+            self.terminate()
+            raise
 
     def _given_up(self, gen: Any) -> psycopg.OperationalError:
         gen.close()

@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import anyio
 import psycopg
 from django.db import DEFAULT_DB_ALIAS
 
-from . import bridge, conf
+from . import bridge, conf, generators
 from .contexts import EitherWay
 from .driver import Connection
+from .generators import Place
 from .pools import Pool, PoolDeadlock, deadlocked, holders
 
 Source: TypeAlias = "Pool | Limit"
@@ -245,7 +246,9 @@ class Parallelism(EitherWay[None]):
         return limit
 
     def __enter__(self) -> None:
-        _current.set(_Entered(self, _current.get()))
+        entered = _Entered(self, _open(_current.get()))
+        generators.enter(entered)
+        _current.set(entered)
 
     def __exit__(
         self,
@@ -254,13 +257,36 @@ class Parallelism(EitherWay[None]):
         traceback: TracebackType | None,
     ) -> None:
         entered = _current.get()
-        assert entered is not None and entered.parallelism is self
-        _current.set(entered.outer)
+        # Else it was entered in another context, or its generator was dropped.
+        if entered is not None and entered.parallelism is self:
+            generators.leave(entered)
+            _current.set(entered.outer)
 
 
-class _Entered(NamedTuple):
-    parallelism: Parallelism
-    outer: _Entered | None
+class _Entered:
+    """A `parallelism()` that a context is in.
+
+    Attributes:
+        left: the asynchronous generator that it was entered in was dropped.
+    """
+
+    left = False
+    places: tuple[Place, ...] = ()
+
+    def __init__(self, parallelism: Parallelism, outer: _Entered | None) -> None:
+        self.parallelism = parallelism
+        self.outer = outer
+
+    def dropped(self, place: Place) -> None:
+        """Its consumer is outside at once (generators.Entry)."""
+        self.left = True
+        _current.set(_open(_current.get()))
+
+
+def _open(entered: _Entered | None) -> _Entered | None:
+    while entered is not None and entered.left:
+        entered = entered.outer
+    return entered
 
 
 _current: ContextVar[_Entered | None] = ContextVar("asyncorm_parallelism", default=None)
@@ -272,6 +298,8 @@ def source(pool: Pool) -> Source:
 
 
 def _within(pool: Pool, entered: _Entered | None) -> Source:
+    if entered is not None and entered.left:
+        entered = _open(entered)
     if entered is None:
         if pool.top is None:
             size = conf.get("PARALLELISM")

@@ -8,13 +8,29 @@ chain of `Scope`s in a context variable, where the tasks started inside find it.
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import types
 import weakref
-from asyncio import CancelledError, Task, TimerHandle, current_task, get_running_loop, sleep
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from asyncio import (
+    AbstractEventLoop,
+    CancelledError,
+    Task,
+    TimerHandle,
+    current_task,
+    get_running_loop,
+    sleep,
+)
+from collections.abc import Callable, Coroutine, Generator, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncContextDecorator,
+    contextmanager,
+    nullcontext,
+)
 from contextvars import Context, ContextVar, copy_context
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE
 from time import monotonic
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -30,12 +46,14 @@ from greenlet import getcurrent
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
-from . import bridge, conf, limits, pools
+from . import bridge, conf, generators, limits, pools
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, NO_LOCK, Connection, LazyConnection, finish
+from .generators import Place
 from .multiplexing import Queue, is_read, is_single, slow, waited
 
 T = TypeVar("T")
+logger = logging.getLogger("asyncorm")
 _IDLE = TransactionStatus.IDLE
 _MANY_CURSORS = 64  # of one operation, before those that are closed are forgotten
 
@@ -50,11 +68,17 @@ class Scope:
         block: the transaction block, if it is one.
         task, context: where it was entered. A context variable alone does not identify a task:
             tasks may share a Context (Django 6.1 runs async receivers so) and a fixture is entered
-            in one task and used in others.
+            in one task and used in others. Neither is kept alive: when nobody is left who could
+            leave the scope, it ends.
         prev: the scope outside.
+        places: the asynchronous generators that it was entered in.
+        left: those of them that were dropped: only what closes them is still inside.
     """
 
-    __slots__ = ("alias", "block", "context", "ended", "prev", "session", "task")
+    __slots__ = (
+        "__weakref__", "_context", "_task", "alias", "block", "ended", "left", "places", "prev",
+        "session",
+    )  # fmt: skip
 
     def __init__(
         self, alias: str | None, session: Session | None, block: Block | None = None
@@ -62,22 +86,55 @@ class Scope:
         self.alias = alias
         self.session = session
         self.block = block
-        self.task = current_task_or_none()
-        self.context: Context | None = None
+        task = current_task_or_none()
+        self._task = None if task is None else weakref.ref(task)
+        self._context: weakref.ref[Context] | None = None
         self.ended = False
         self.prev: Scope | None = None
+        self.places: tuple[Place, ...] = ()
+        self.left: tuple[Place, ...] = ()
+
+    @property
+    def task(self) -> Task[Any] | None:
+        """The task that entered it, None if there was none or it is no more."""
+        return None if self._task is None else self._task()
+
+    @property
+    def context(self) -> Context | None:
+        """Where it was entered, None if it was not or that is no more."""
+        return None if self._context is None else self._context()
+
+    def is_of(self, task: Task[Any] | None) -> bool:
+        """Whether `task` entered it."""
+        return self._task is None if task is None else self.task is task
+
+    def is_mine(self, task: Task[Any] | None, around: tuple[Place, ...]) -> bool:
+        """Whether `task` entered it, or runs in a generator that did, in whichever task."""
+        return self.is_of(task) or (bool(around) and not set(around).isdisjoint(self.places))
+
+    def is_over(self, around: tuple[Place, ...]) -> bool:
+        """Whether it is, for code that runs in the generators `around`."""
+        return self.ended or (bool(self.left) and not set(self.left).issubset(around))
 
     def push(self) -> None:
         """Enter the scope in the current context."""
-        self.context = getcurrent().gr_context
-        self.prev = _innermost(self.task)
+        context = getcurrent().gr_context
+        self._context = None if context is None else weakref.ref(context)
+        task = self.task
+        around = generators.around()
+        prev = _innermost(task, around)
+        while prev is not None and prev.is_over(around) and prev.is_of(task):
+            prev = prev.prev
+        self.prev = prev
+        generators.enter(self)
         _scope.set(self)
-        if self.task is not None:
-            _entered[self.task] = self
+        if task is not None:
+            _entered[task] = self
 
     def pop(self) -> None:
-        """Leave the scope, in whichever task and order."""
+        """Leave the scope, in whichever task and order, and however often."""
         self.ended = True
+        generators.leave(self)
         top = value = _scope.get()
         while (
             value is not None and value.ended and (value is self or value.context is self.context)
@@ -85,13 +142,41 @@ class Scope:
             value = value.prev
         if value is not top:
             _scope.set(value)
-        if self.task is not None and (value := _entered.get(self.task)) is not None:
-            while value is not None and value.ended and value.task is self.task:
+        task = self.task
+        if task is not None and (value := _entered.get(task)) is not None:
+            while value is not None and value.ended and value.is_of(task):
                 value = value.prev
-            if value is not None and value.task is self.task:
-                _entered[self.task] = value
+            if value is not None and value.is_of(task):
+                _entered[task] = value
             else:
-                del _entered[self.task]
+                del _entered[task]
+
+    def __del__(self) -> None:
+        # No task and no context is in it, and nobody is there who would leave it.
+        if self._context is None or self.ended or self.session is None or self.session.is_lost:
+            return
+        logger.warning("Nobody has left %s: its connection is given back.", self.session)
+        self.ended = True
+        generators.leave(self)
+        work = let_go(self.session, _discard_all) if self.block is None else _roll_back(self.block)
+        later(self.session, work)
+
+    def dropped(self, place: Place) -> None:
+        """Nobody can continue a generator that it was entered in (generators.Entry).
+
+        The consumer is outside at once, and so is what it starts from now on.
+        """
+        self.left += (place,)
+        top = value = _scope.get()
+        task, context = current_task_or_none(), getcurrent().gr_context
+        while (
+            value is not None
+            and value.is_over(())
+            and (value.is_of(task) or value.context is context)
+        ):
+            value = value.prev
+        if value is not top:
+            _scope.set(value)
 
 
 _scope: ContextVar[Scope | None] = ContextVar("asyncorm_scope", default=None)
@@ -100,6 +185,15 @@ _scope: ContextVar[Scope | None] = ContextVar("asyncorm_scope", default=None)
 # would lose it: tasks that share a Context set it in turns, and asgiref and Django's Signal copy
 # the variables of a Context into another.
 _entered: WeakKeyDictionary[Task[Any], Scope] = WeakKeyDictionary()
+
+
+_roll_back: Callable[[Block], Coroutine[Any, Any, None]]
+
+
+def roll_back_by(leave: Callable[[Block], Coroutine[Any, Any, None]]) -> None:
+    """Have blocks that nobody leaves left by `leave` (transactions.py)."""
+    global _roll_back
+    _roll_back = leave
 
 
 @types.coroutine
@@ -129,10 +223,21 @@ def in_own_scope(coro: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
             value, step = exc, coro.throw
 
 
-def _innermost(task: Task[Any] | None) -> Scope | None:
-    if _entered and task is not None and (scope := _entered.get(task)) is not None:
-        return scope
-    return _scope.get()
+def _innermost(task: Task[Any] | None, around: tuple[Place, ...] = ()) -> Scope | None:
+    """The scope to begin with: the task's own, else that of its context; in a generator that others
+    drive, that of the generator.
+    """
+    scope = _entered.get(task) if _entered and task is not None else None
+    if scope is None:
+        scope = _scope.get()
+    for place in around:
+        for entry in reversed(list(place.entries)):
+            if isinstance(entry, Scope) and not entry.is_over(around):
+                inner = scope
+                while inner is not None and inner is not entry:
+                    inner = inner.prev
+                return scope if inner is entry else entry
+    return scope
 
 
 def current_task_or_none() -> Task[Any] | None:
@@ -151,22 +256,26 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
             ended.
         detached: stop at `detached()`.
     """
-    if not _entered and _scope.get() is None:
+    if not _entered and _scope.get() is None and not generators.places:
         return None
     task = current_task_or_none()
-    scope = _innermost(task)
+    around = generators.around()
+    scope = _innermost(task, around)
     context = None
     while scope is not None:
         if scope.alias == alias or scope.alias is None:
-            mine = scope.task is task
+            mine = scope.is_mine(task, around)
             if not mine and context is None:
                 context = getcurrent().gr_context
             shared = not mine and scope.context is context
-            if scope.ended:
-                block = scope.block
-                if outlived and not mine and not shared and block and block.is_transaction:
+            lost = scope.session is not None and scope.session.is_lost
+            if lost or scope.is_over(around):
+                if mine or shared or lost:
+                    if scope is _scope.get():  # for the tasks that are started from here
+                        _scope.set(scope.prev)
+                elif outlived and (block := scope.block) is not None and block.is_transaction:
                     raise block.outlived_error()
-            elif mine or not shared or (scope.task is not None and scope.task.done()):
+            elif mine or not shared or scope.task is None or scope.task.done():
                 # A scope that shares this Context but belongs to another running task is a
                 # sibling's.
                 if scope.session is None:
@@ -180,7 +289,7 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
 
 def in_block() -> bool:
     """Whether the current task is in a transaction block of any alias."""
-    if not _entered and _scope.get() is None:
+    if not _entered and _scope.get() is None and not generators.places:
         return False
     scopes = (find_scope(alias, outlived=False) for alias in connections.settings)
     return any(scope is not None and scope.block is not None for scope in scopes)
@@ -188,9 +297,10 @@ def in_block() -> bool:
 
 def keeps_connection() -> bool:
     """Whether the current task is inside `connection()`, of whichever alias."""
-    scope = _innermost(current_task_or_none())
+    around = generators.around()
+    scope = _innermost(current_task_or_none(), around)
     while scope is not None:
-        if scope.session is not None and scope.block is None and not scope.ended:
+        if scope.session is not None and scope.block is None and not scope.is_over(around):
             return True
         scope = scope.prev
     return False
@@ -201,13 +311,13 @@ def find_kept(runner: Runner) -> None:
 
     What it awaits may start child tasks, which do not inherit them.
     """
-    task = current_task_or_none()
-    scope = _innermost(task)
+    task, around = current_task_or_none(), generators.around()
+    scope = _innermost(task, around)
     while scope is not None:
         session = scope.session
         if session is None:
             return
-        if scope.block is None and scope.task is task and not scope.ended:
+        if scope.block is None and scope.is_mine(task, around) and not scope.is_over(around):
             runner.resources[session._key] = session
         scope = scope.prev
 
@@ -231,7 +341,8 @@ class Block:
         inner: the nested block that holds the lock now.
         queue: statements of child tasks that wait for the lock.
         gathers: how many `batch()` have statements wait for the end of the loop's turn.
-        characteristics: what `atomic()` set for the block (transactions.py).
+        atomic, characteristics: Django's object for the block, and what `asyncorm.atomic()` set for
+            it (transactions.py).
     """
 
     of_test_case = False
@@ -257,7 +368,8 @@ class Block:
         self.session = session
         self.parent = parent
         self.origin = origin
-        self.scope = Scope(session.alias, session, self)
+        scope = Scope(session.alias, session, self)
+        self._scope: Callable[[], Scope | None] = lambda: scope
         self.lock = anyio.Semaphore(1, max_value=1, fast_acquire=True)
         self.sids: frozenset[Any] = frozenset()
         self.inherited: bool = parent is not None and parent.needs_rollback
@@ -265,10 +377,29 @@ class Block:
         self.rollback_exc: BaseException | None = parent.rollback_exc if parent else None
         self.cancelled: BaseException | None = None
         self.inner: Block | None = None
+        self.atomic: Any = None
         self.characteristics: Any = None
         self.ended = False
         self.queue: Queue | None = None
         self.gathers = 0
+
+    @property
+    def scope(self) -> Scope | None:
+        """What is in the contexts of its tasks, None if nobody is left who could leave it."""
+        return self._scope()
+
+    def enter(self) -> None:
+        """Be the innermost block of the current context, which keeps it from now on."""
+        scope = self.scope
+        assert scope is not None
+        scope.push()
+        self._scope = weakref.ref(scope)
+
+    def end(self) -> None:
+        """Take no more statements but of who leaves it."""
+        self.ended = True
+        if (scope := self.scope) is not None:
+            scope.ended = True
 
     def queue_for(self, text: str) -> Queue | None:
         """Where a statement of a child task waits if the lock is taken, to go with others."""
@@ -382,7 +513,7 @@ class Block:
         self.session.terminate()
         block: Block | None = self
         while block is not None:
-            block.ended = block.scope.ended = True
+            block.end()
             inner, block.inner = block.inner, None
             if inner is not None:
                 block.lock.release()
@@ -467,7 +598,8 @@ class Loan(PlainBlock):
             raise
         finally:
             self.ended = True
-            self.scope.pop()
+            if (scope := self.scope) is not None:
+                scope.pop()
             self.session.root = None
         self.lock.release()
 
@@ -560,7 +692,8 @@ class Session:
         source: where connections come from: the pool, or a limit on it.
         pipelining: it is for statements of several operations, sent together.
         root: the outermost transaction block that is open, if any.
-        keeper, origin: the task that pinned the session, and where.
+        keeper, origin: the task that pinned the session (not kept alive), and where.
+        left: the stream or `connection()` that pinned it was dropped.
         pinned: kept by `asyncorm.connection()` or by a stream, whatever operations come and go.
         own: Django's own wrapper of the task that uses the session, None if there is none.
         cursors: server-side cursors of the session; open ones keep the connection.
@@ -572,6 +705,7 @@ class Session:
 
     pipelining = False
     settling = False
+    left = False
 
     over = False  # the test case that it belonged to has ended (testcase.py)
 
@@ -583,7 +717,8 @@ class Session:
         self.wrapper.session = self
         self.root: Block | None = None
         self.pinned = False
-        self.keeper: Task[Any] | None = None
+        self.keeper: weakref.ref[Task[Any]] | None = None
+        self.places: tuple[Place, ...] = ()
         self.origin = ""
         self.cursors: WeakSet[Any] | None = None
         self.opened: list[weakref.ref[Any]] = []
@@ -600,9 +735,33 @@ class Session:
         return self.pool.loop is get_running_loop()
 
     @property
+    def loop(self) -> AbstractEventLoop:
+        """The loop that its connection belongs to."""
+        return self.pool.loop
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its loop, and its connection with it, is closed."""
+        return self.pool.loop.is_closed()
+
+    @property
     def task(self) -> Task[Any] | None:
         """The task that keeps the connection beyond an operation, if any."""
-        return self.root.scope.task if self.root is not None else self.keeper
+        if self.root is not None:
+            return None if (scope := self.root.scope) is None else scope.task
+        return None if self.keeper is None else self.keeper()
+
+    @property
+    def closing(self) -> bool:
+        """Whether what keeps the connection was left, and gives it back in a moment."""
+        root = self.root
+        return self.left or (
+            root is not None and ((scope := root.scope) is None or scope.left != ())
+        )
+
+    def dropped(self, place: Place) -> None:
+        """Nobody can continue the stream or `connection()` any more (generators.Entry)."""
+        self.left = True
 
     def __str__(self) -> str:
         if self.root is not None:
@@ -771,7 +930,7 @@ class Session:
                 self.detach()
             return None
         self.root = loan = Loan(self, caller())
-        loan.scope.push()
+        loan.enter()
         return loan.take_back
 
     def _has_state(self, conn: Connection) -> bool:
@@ -831,11 +990,8 @@ class Session:
 
     def abandon(self, name: str) -> None:
         """A server-side cursor was dropped outside native code: close it later."""
-        loop = self.pool.loop
-        if self.root is None and not loop.is_closed():
-            loop.call_soon_threadsafe(
-                lambda: loop.create_task(self._abandoned(name), context=Context())
-            )
+        if self.root is None:
+            later(self, self._abandoned(name))
 
     async def _abandoned(self, name: str) -> None:
         def close() -> None:
@@ -1104,14 +1260,55 @@ async def hold(using: str | None) -> tuple[Session, bool]:
         new = not (session.root is not None or session.pinned)
         if new:
             session.pinned = True
-            session.keeper, session.origin = current_task_or_none(), origin
+            task = current_task_or_none()
+            session.keeper, session.origin = None if task is None else weakref.ref(task), origin
+            generators.enter(session)
         return session, new
 
     return await bridge.run(find)
 
 
-@asynccontextmanager
-async def connection(using: str | None = None) -> AsyncIterator[None]:
+class _Connection(AsyncContextDecorator):
+    """What `connection()` returns: a context manager and a decorator of coroutine functions."""
+
+    def __init__(self, using: str | None) -> None:
+        self.using = using
+        self._scope: Scope | None = None
+
+    def _recreate_cm(self) -> _Connection:  # for each call of a decorated function
+        return _Connection(self.using)
+
+    async def __aenter__(self) -> None:
+        session, new = await hold(self.using)
+        if not new:
+            return
+        try:
+            if session.wrapper.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"):
+                await run_in(session, _refuse_pooler, session)
+        except BaseException:
+            await let_go(session)
+            raise
+        self._scope = Scope(session.alias, session)
+        self._scope.push()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: types.TracebackType | None,
+    ) -> None:
+        scope, self._scope = self._scope, None
+        if scope is None:
+            return
+        assert scope.session is not None
+        scope.pop()
+        if can_wait(exc):
+            await let_go(scope.session, _discard_all)
+        else:
+            later(scope.session, let_go(scope.session, _discard_all))
+
+
+def connection(using: str | None = None) -> AbstractAsyncContextManager[None]:
     """Keep one connection for this task: for session state, temporary tables, advisory locks.
 
     The task's operations outside transactions, and the transactions that it begins, run on one
@@ -1126,23 +1323,42 @@ async def connection(using: str | None = None) -> AsyncIterator[None]:
         django.db.NotSupportedError: the alias has another engine, or is behind a pooler that keeps
             no server session (DISABLE_SERVER_SIDE_CURSORS is set).
     """
-    session, new = await hold(using)
-    if not new:
-        yield
-        return
-    if session.wrapper.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"):
-        try:
-            await run_in(session, _refuse_pooler, session)
-        except BaseException:
-            await let_go(session)
-            raise
-    scope = Scope(session.alias, session)
-    scope.push()
+    return _Connection(using)
+
+
+def can_wait(exc: BaseException | None) -> bool:
+    """Whether who leaves a context manager because of `exc` can await something.
+
+    Not in a coroutine that is closed, as that of a task that is destroyed: what it awaits would
+    not come back. An asynchronous generator that is closed can.
+    """
+    if not isinstance(exc, GeneratorExit):
+        return True
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_flags & (CO_COROUTINE | CO_ASYNC_GENERATOR):
+        outside = frame.f_back
+        if frame.f_globals.get("__name__") != "contextlib":
+            if frame.f_code.co_flags & CO_COROUTINE:
+                return False
+            if outside is None or outside.f_globals.get("__name__") != "contextlib":
+                return True
+        frame = outside
+    return True
+
+
+def later(session: Session, work: Coroutine[Any, Any, Any]) -> None:
+    """Have `work` done in a task of the session's loop: nobody can wait for it here."""
+    loop = session.loop
+
+    def start() -> None:
+        task = loop.create_task(work, context=Context())
+        _detached.add(task)
+        task.add_done_callback(_detached.discard)
+
     try:
-        yield
-    finally:
-        scope.pop()
-        await let_go(session, _discard_all)
+        loop.call_soon_threadsafe(start)
+    except RuntimeError:  # it is closed, and the connection with it
+        work.close()
 
 
 def _refuse_pooler(session: Session) -> None:
@@ -1165,6 +1381,8 @@ def _discard_all(session: Session) -> None:
     if conn is not None and conn.pooled is not None and not conn.closed:
         with conn.cursor() as cursor:
             cursor.execute("DISCARD ALL")
+        for stream in session.cursors or ():
+            stream._closed = True  # on the server it is
         conn.lock = NO_LOCK
         conn.pooled.renew()
         session.wrapper.connection = conn.pooled.twin
@@ -1209,6 +1427,7 @@ async def let_go(session: Session, clean: Callable[[Session], None] | None = Non
             raise
         finally:
             session.pinned, session.keeper = False, None
+            generators.leave(session)
             if session.streaming and conn is not None:
                 conn.terminate()
             session.cursors = None
@@ -1218,19 +1437,31 @@ async def let_go(session: Session, clean: Callable[[Session], None] | None = Non
     await clean_up(end, session)
 
 
-@asynccontextmanager
-async def detached() -> AsyncIterator[None]:
+class _Detached(AsyncContextDecorator):
+    """What `detached()` returns: a context manager and a decorator of coroutine functions."""
+
+    def __init__(self) -> None:
+        self._scope: Scope | None = None
+
+    def _recreate_cm(self) -> _Detached:
+        return _Detached()
+
+    async def __aenter__(self) -> None:
+        self._scope = Scope(None, None)
+        self._scope.push()
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._scope is not None:
+            self._scope.pop()
+
+
+def detached() -> AbstractAsyncContextManager[None]:
     """Work outside any transaction block or kept connection, on purpose.
 
     What runs inside, child tasks included, checks out connections of its own and commits on its
     own.
     """
-    scope = Scope(None, None)
-    scope.push()
-    try:
-        yield
-    finally:
-        scope.pop()
+    return _Detached()
 
 
 def detached_task(coro: Coroutine[Any, Any, T]) -> Task[T]:

@@ -250,6 +250,14 @@ class TestSession(Session):
         return True  # tasks of all loops share it
 
     @property
+    def loop(self) -> Any:
+        return self._loop
+
+    @property
+    def is_lost(self) -> bool:
+        return self.over
+
+    @property
     def root(self) -> Block | None:  # type: ignore[override]
         """The test case's transaction, as the block that operations outside any other are in."""
         try:

@@ -22,7 +22,7 @@ from psycopg import IsolationLevel
 from . import bridge, sessions, testcase
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT
-from .sessions import Block, Session
+from .sessions import Block, Scope, Session
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 logger = logging.getLogger("asyncorm")
@@ -122,12 +122,12 @@ def enter_block(
     if parent is not None:
         parent.acquire()
     block = Block(session, parent, origin)
-    block.characteristics = characteristics
+    block.atomic, block.characteristics = atomic, characteristics
     if parent is not None:
         parent.inner = block
     else:
         session.root = block
-    block.scope.push()
+    block.enter()
     try:
         with bridge.shield(runner), session.acting_for(runner, block):
             if characteristics is not None:
@@ -212,7 +212,7 @@ def reserved(session: Session, origin: str) -> Iterator[None]:
     block = Block(session, parent, origin)
     block.sids = parent.sids
     parent.inner = block
-    block.scope.push()
+    block.enter()
     try:
         yield
     finally:
@@ -259,7 +259,8 @@ def _lost(block: Block) -> bool:
 
 def _close_block(runner: Runner, block: Block) -> None:
     block.ended = True
-    block.scope.pop()
+    if (scope := block.scope) is not None:
+        scope.pop()
     session = block.session
     if block.characteristics is not None:
         block.characteristics.forget()
@@ -285,7 +286,7 @@ class Atomic:
     def __init__(self, using: str | None, **options: Any) -> None:
         self.using = using
         self.options = options
-        self._entered: list[tuple[Block, DjangoAtomic]] = []
+        self._entered: list[tuple[Block, Scope]] = []
 
     async def __aenter__(self) -> None:
         origin = sessions.caller()
@@ -306,7 +307,8 @@ class Atomic:
         characteristics = _Characteristics(session, **options)
         characteristics.check(session.innermost())
         block = enter_block(runner, session, django, origin, characteristics)
-        self._entered.append((block, django))
+        assert block.scope is not None
+        self._entered.append((block, block.scope))
 
     async def __aexit__(
         self,
@@ -315,24 +317,18 @@ class Atomic:
         traceback: TracebackType | None,
     ) -> None:
         task = sessions.current_task_or_none()
-        entry = next((e for e in reversed(self._entered) if e[0].scope.task is task), None)
-        block, django = entry = entry or self._entered[-1]
+        entry = next((e for e in reversed(self._entered) if e[1].is_of(task)), None)
+        block, scope = entry = entry or self._entered[-1]
         self._entered.remove(entry)
-
-        def exit_() -> None:
-            runner = bridge.current()
-            assert runner is not None
-            try:
-                leave_block(runner, block, django, exc_type, exc, traceback)
-            finally:
-                runner.lead = None
-
         if block.ended:  # with the block around it, by force
-            block.scope.pop()
+            scope.pop()
             if exc_type is None:
                 raise block.outlived_error()
+        elif sessions.can_wait(exc):
+            await _leave(block, exc_type, exc, traceback)
         else:
-            await sessions.run_in(block.session, exit_)
+            scope.pop()
+            sessions.later(block.session, _leave(block, exc_type, exc, traceback))
 
     def __call__(self, func: F) -> F:
         if not inspect.iscoroutinefunction(func):
@@ -347,6 +343,24 @@ class Atomic:
                 return await func(*args, **kwargs)
 
         return inner  # type: ignore[return-value]
+
+
+async def _leave(block: Block, *exc: Any) -> None:
+    def leave() -> None:
+        runner = bridge.current()
+        assert runner is not None
+        try:
+            leave_block(runner, block, block.atomic, *exc)
+        except Exception:
+            if exc[0] is not GeneratorExit:  # else it says nothing new
+                raise
+        finally:
+            runner.lead = None
+
+    await sessions.run_in(block.session, leave)
+
+
+sessions.roll_back_by(lambda block: _leave(block, GeneratorExit, GeneratorExit(), None))
 
 
 class _Characteristics:

@@ -429,7 +429,7 @@ class NativeWrapper:
         session = self.session
         if (
             autocommit
-            and self.connection is None
+            and (self.connection is None or self.connection.closed)
             and session is not None
             and session.acting is not None
         ):

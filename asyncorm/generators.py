@@ -1,0 +1,161 @@
+"""The asynchronous generators in which something was entered that others are in as well.
+
+A context variable that an asynchronous generator sets is set in its consumer too, and a `break`
+there closes the generator only later, in another task. So what is entered (a transaction block,
+`connection()`, `detached()`, `parallelism()`) is registered here with the generators around it:
+
+- it is told at the very moment that one of them is dropped, for the consumer is then outside;
+- what runs in a generator finds it, whichever task drives the generator.
+
+Names of Python's that are not documented, and why: `BaseEventLoop._asyncgens` holds the generators
+that began before we saw any (without it, on uvloop, the garbage collector is asked).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from inspect import CO_ASYNC_GENERATOR
+from types import AsyncGeneratorType, FrameType
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
+
+from greenlet import getcurrent
+
+Generator = AsyncGeneratorType[Any, Any]
+
+
+class Entry(Protocol):
+    """What is entered in a generator."""
+
+    places: tuple[Place, ...]
+
+    def dropped(self, place: Place) -> None:
+        """Nobody can continue the generator any more; it is about to be closed."""
+
+
+class Place:
+    """A generator in which something is entered.
+
+    Attributes:
+        entries: what is, in order.
+    """
+
+    def __init__(self, frame: FrameType, generator: Generator) -> None:
+        # Not the frame: it may keep what keeps the generator, which would then never be dropped.
+        self._frame = id(frame)
+        self._code = frame.f_code
+        self._generator: Callable[[], Generator | None] = ref(generator, self._dropped)
+        self.entries: WeakKeyDictionary[Entry, None] = WeakKeyDictionary()
+
+    def holds(self, frame: FrameType) -> bool:
+        """Whether it is the generator of `frame`; the number of an old frame may come again."""
+        generator = self._generator()
+        if generator is None:
+            return frame.f_code is self._code
+        return generator.ag_frame is frame
+
+    def _dropped(self, _: Any) -> None:
+        for entry in list(self.entries):
+            entry.dropped(self)
+
+    def forget(self) -> None:
+        """Nothing is entered there any more."""
+        if places.get(self._frame) is self:
+            del places[self._frame]
+        self._generator = _no_generator  # the other one refers to the place
+
+
+def _no_generator() -> None:
+    return None
+
+
+# By the id() of the generator's frame.
+places: dict[int, Place] = {}
+_started: dict[int, ref[Generator]] = {}
+
+
+def enter(entry: Entry) -> None:
+    """Register `entry` with the generators that the caller runs in, innermost first."""
+    _follow()
+    found: list[Place] = []
+    for frame in _frames():
+        place = places.get(id(frame))
+        if place is None or not place.holds(frame):
+            generator = _generator(frame)
+            if generator is None:  # it is being closed: nobody else is in it
+                continue
+            place = places[id(frame)] = Place(frame, generator)
+        place.entries[entry] = None
+        found.append(place)
+    entry.places = tuple(found)
+
+
+def leave(entry: Entry) -> None:
+    """Take `entry` out again, however often."""
+    for place in entry.places:
+        place.entries.pop(entry, None)
+        if not place.entries:
+            place.forget()
+
+
+def around() -> tuple[Place, ...]:
+    """The generators with something entered that the caller runs in, innermost first."""
+    if not places:
+        return ()
+    found = ((places.get(id(frame)), frame) for frame in _frames())
+    return tuple(place for place, frame in found if place is not None and place.holds(frame))
+
+
+def _frames() -> Iterator[FrameType]:
+    """The frames of asynchronous generators that the caller runs in, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    greenlet: Any = getcurrent()
+    while True:
+        while frame is not None:
+            if frame.f_code.co_flags & CO_ASYNC_GENERATOR:
+                yield frame
+            frame = frame.f_back
+        if (greenlet := greenlet.parent) is None:
+            return
+        frame = greenlet.gr_frame
+
+
+def _generator(frame: FrameType) -> Generator | None:
+    started = _started.get(id(frame))
+    generator = None if started is None else started()
+    if generator is not None and generator.ag_frame is frame:
+        return generator
+    try:
+        generators = getattr(asyncio.get_running_loop(), "_asyncgens", None)
+    except RuntimeError:  # no loop will close it either
+        return None
+    if generators is None:
+        generators = [o for o in gc.get_referrers(frame) if type(o) is AsyncGeneratorType]
+    return next((g for g in generators if g.ag_frame is frame), None)
+
+
+class _FirstIteration:
+    """The loop's hook for generators that begin, and ours."""
+
+    def __init__(self, hook: Callable[[Generator], None]) -> None:
+        self._hook = hook
+
+    def __call__(self, generator: Generator) -> None:
+        number = id(generator.ag_frame)
+
+        def forget(gone: ref[Generator]) -> None:
+            if _started.get(number) is gone:
+                del _started[number]
+
+        _started[number] = ref(generator, forget)
+        self._hook(generator)
+
+
+def _follow() -> None:
+    """See generators begin, as long as the loop of this thread runs."""
+    hook = sys.get_asyncgen_hooks().firstiter
+    if hook is not None and type(hook) is not _FirstIteration:
+        sys.set_asyncgen_hooks(firstiter=_FirstIteration(hook))  # type: ignore[arg-type]

@@ -1,0 +1,486 @@
+"""Blocks and the like in asynchronous generators: who is inside, and who is not any more."""
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from itertools import count
+from typing import Any
+
+import anyio
+import pytest
+from asgiref.sync import async_to_sync
+from django.db import connection
+from django.db.transaction import TransactionManagementError
+
+import asyncorm
+from asyncorm import limits
+from tests.project.myapp.models import Item
+from tests.support import all_given_back
+
+ids = count(1)
+
+
+@pytest.fixture(autouse=True)
+def clean(django_db_setup: Any, django_db_blocker: Any) -> Iterator[None]:
+    with django_db_blocker.unblock():
+        yield
+        with connection.cursor() as cursor:
+            cursor.execute("TRUNCATE myapp_item")
+        connection.close()
+
+
+async def add(name: str) -> Item:
+    return await Item.objects.native_create(remote_id=next(ids), name=name)
+
+
+async def names() -> list[str]:
+    return sorted(await Item.objects.values_list("name", flat=True).anative())
+
+
+async def committed() -> list[str]:
+    """What other connections see."""
+    async with asyncorm.detached():
+        return await names()
+
+
+async def backend() -> int:
+    async with asyncorm.cursor() as cursor:
+        await cursor.execute("SELECT pg_backend_pid()")
+        return (await cursor.fetchone())[0]  # type: ignore[index,no-any-return]
+
+
+# Generators that hold something
+
+
+async def in_block() -> AsyncIterator[int]:
+    async with asyncorm.atomic():
+        await add("lost")
+        yield 1
+        yield 2
+
+
+async def in_nested_blocks() -> AsyncIterator[int]:
+    async with asyncorm.atomic(), asyncorm.connection(), asyncorm.atomic():
+        await add("lost")
+        async for number in in_block():
+            yield number
+
+
+async def in_connection() -> AsyncIterator[int]:
+    async with asyncorm.connection():
+        await backend()
+        yield 1
+        yield 2
+
+
+async def streaming() -> AsyncIterator[int]:
+    async with asyncorm.atomic():
+        await add("lost")
+        await add("lost")
+        async for _ in Item.objects.native_iterator(chunk_size=1):
+            yield 1
+
+
+async def by_context_manager() -> AsyncIterator[int]:
+    @contextlib.asynccontextmanager
+    async def unit() -> AsyncIterator[None]:
+        async with asyncorm.atomic():
+            yield
+
+    async with unit():
+        await add("lost")
+        yield 1
+        yield 2
+
+
+async def in_another() -> AsyncIterator[int]:
+    async for number in in_block():
+        yield number
+
+
+GENERATORS = [
+    in_block,
+    in_nested_blocks,
+    in_connection,
+    streaming,
+    by_context_manager,
+    in_another,
+]
+
+
+# Ways to leave one
+
+
+async def by_break(make: Callable[[], AsyncIterator[int]]) -> None:
+    async for _ in make():
+        break
+
+
+async def by_return(make: Callable[[], AsyncIterator[int]]) -> int:
+    async for number in make():
+        return number
+    return 0
+
+
+async def by_exception(make: Callable[[], AsyncIterator[int]]) -> None:
+    with contextlib.suppress(ZeroDivisionError):
+        async for _ in make():
+            raise ZeroDivisionError
+
+
+async def by_anext(make: Callable[[], AsyncIterator[int]]) -> int:
+    return await anext(make())
+
+
+async def by_comprehension(make: Callable[[], AsyncIterator[int]]) -> None:
+    with contextlib.suppress(ZeroDivisionError):
+        [1 / (number - 1) async for number in make()]
+
+
+async def by_variable(make: Callable[[], AsyncIterator[int]]) -> None:
+    generator = make()
+    await anext(generator)
+    await anext(generator)
+    del generator
+
+
+async def by_cancellation(make: Callable[[], AsyncIterator[int]]) -> None:
+    with contextlib.suppress(asyncio.TimeoutError):
+        async with asyncio.timeout(0.01):
+            async for _ in make():
+                await asyncio.sleep(30)
+
+
+async def by_anyio(make: Callable[[], AsyncIterator[int]]) -> None:
+    with anyio.move_on_after(0.01):
+        async for _ in make():
+            await anyio.sleep(30)
+
+
+async def by_closing(make: Callable[[], AsyncIterator[int]]) -> None:
+    async with contextlib.aclosing(make()) as generator:  # type: ignore[type-var]
+        async for _ in generator:
+            break
+
+
+async def by_throwing(make: Callable[[], AsyncIterator[int]]) -> None:
+    generator: Any = make()
+    await anext(generator)
+    with contextlib.suppress(ZeroDivisionError):
+        await generator.athrow(ZeroDivisionError)
+
+
+WAYS = [
+    by_break,
+    by_return,
+    by_exception,
+    by_anext,
+    by_comprehension,
+    by_variable,
+    by_cancellation,
+    by_anyio,
+    by_closing,
+    by_throwing,
+]
+
+
+@pytest.mark.parametrize("make", GENERATORS)
+@pytest.mark.parametrize("leave", WAYS)
+async def test_the_consumer_is_outside_at_once(
+    leave: Callable[..., Awaitable[Any]], make: Callable[[], AsyncIterator[int]]
+) -> None:
+    await leave(make)
+    await add("kept")
+    await asyncio.gather(add("kept"), add("kept"))
+    async with asyncorm.atomic():
+        await add("kept")
+        await leave(make)
+        await add("kept")
+    await all_given_back()
+    assert await names() == ["kept"] * 5
+    stats = asyncorm.pool_stats()
+    assert stats["pool_size"] == stats["pool_available"] <= stats["pool_max"]
+
+
+@pytest.mark.parametrize("make", GENERATORS)
+async def test_a_block_around_is_not_left(make: Callable[[], AsyncIterator[int]]) -> None:
+    with contextlib.suppress(ZeroDivisionError):
+        async with asyncorm.atomic():
+            await by_break(make)
+            await add("lost")
+            await asyncio.gather(add("lost"), add("lost"))
+            raise ZeroDivisionError
+    await all_given_back()
+    assert await names() == []
+
+
+async def test_detached_in_a_generator() -> None:
+    async def outside() -> AsyncIterator[int]:
+        async with asyncorm.detached():
+            await add("kept")
+            yield 1
+
+    with contextlib.suppress(ZeroDivisionError):
+        async with asyncorm.atomic():
+            await by_break(outside)
+            await add("lost")
+            await asyncio.gather(add("lost"), add("lost"))
+            raise ZeroDivisionError
+    assert await names() == ["kept"]
+
+
+async def test_parallelism_in_a_generator() -> None:
+    async def limited() -> AsyncIterator[int]:
+        with asyncorm.parallelism(1):
+            yield 1
+
+    def limit() -> Any:
+        return limits._current.get()
+
+    await by_break(limited)
+    assert limit() is None
+    with asyncorm.parallelism(3):
+        outside = limit()
+        async for _ in limited():
+            assert limit() is not outside
+            break
+        assert limit() is outside
+        assert len({*await asyncio.gather(*(backend() for _ in range(9)))}) <= 3
+    assert limit() is None
+
+
+async def test_tasks_that_the_generator_started() -> None:
+    """They were started in its block, and are not in what the consumer does then."""
+    go = asyncio.Event()
+    tasks = []
+
+    async def late() -> None:
+        await go.wait()
+        await add("never")
+
+    async def starts() -> AsyncIterator[int]:
+        async with asyncorm.atomic():
+            tasks.append(asyncio.create_task(late()))
+            yield 1
+
+    await by_break(starts)
+    tasks.append(asyncio.create_task(add("kept")))  # type: ignore[arg-type]
+    go.set()
+    with pytest.raises(TransactionManagementError, match=r"test_generators\.py"):
+        await tasks[0]
+    await tasks[1]
+    assert await names() == ["kept"]
+
+
+@pytest.mark.parametrize("inside", [in_block, in_connection, by_context_manager])
+async def test_a_generator_that_is_dropped_elsewhere(inside: Any) -> None:
+    """By the garbage collector, in another thread."""
+    for thread in (False, True):
+        generator = inside()
+        await anext(generator)
+        cycle = [generator]
+        cycle.append(cycle)
+        del generator, cycle
+        await (asyncio.to_thread(gc.collect) if thread else asyncio.sleep(0, gc.collect()))
+        await add("kept")
+        await asyncio.gather(add("kept"), add("kept"))
+        await all_given_back()
+    assert await names() == ["kept"] * 6
+
+
+@pytest.mark.parametrize("make", GENERATORS)
+def test_nothing_is_left_in_the_thread(make: Callable[[], AsyncIterator[int]]) -> None:
+    """asgiref copies the context of a coroutine back."""
+
+    async def gathered() -> None:
+        await asyncio.gather(add("kept"), add("kept"))
+
+    async def suspended() -> None:
+        generator = make()
+        held.append(generator)
+        await anext(generator)
+
+    async def left() -> None:
+        await by_break(make)
+
+    held: list[Any] = []
+    for peek in (left, suspended):
+        async_to_sync(peek)()
+        async_to_sync(add)("kept")
+        async_to_sync(gathered)()
+        asyncio.run(gathered())
+    assert async_to_sync(names)() == ["kept"] * 10
+
+
+# Who is inside
+
+
+async def step_here(generator: Any) -> Any:
+    return await anext(generator)
+
+
+async def step_in_a_task(generator: Any) -> Any:
+    return await asyncio.create_task(step_here(generator))
+
+
+async def step_in_time(generator: Any) -> Any:
+    return await asyncio.wait_for(anext(generator), 30)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("step", [step_here, step_in_a_task, step_in_time])
+async def test_steps_driven_by_different_tasks(step: Any, fails: bool) -> None:
+    """As for heartbeats between the events of a stream."""
+
+    async def events() -> AsyncIterator[int]:
+        async with asyncorm.connection():
+            pid = await backend()
+            yield 0
+            assert await backend() == pid
+            async with asyncorm.atomic():
+                for number in range(3):
+                    await add("event")
+                    yield number
+                    assert await names() == ["event"] * (number + 1)
+                    assert await backend() == pid
+                    async with asyncorm.atomic():
+                        await Item.objects.select_for_update().anative()
+                if fails:
+                    raise ZeroDivisionError
+
+    generator = events()
+    with contextlib.suppress(StopAsyncIteration, ZeroDivisionError):
+        while True:
+            await step(generator)
+    await all_given_back()
+    assert await names() == ([] if fails else ["event"] * 3)
+
+
+async def test_the_body_of_a_loop_is_inside() -> None:
+    async def twice() -> AsyncIterator[int]:
+        async with asyncorm.atomic():
+            yield 1
+            yield 2
+            asyncorm.set_rollback(True)
+
+    async for _ in twice():
+        await add("lost")
+        await asyncio.gather(add("lost"), add("lost"))
+        async with asyncorm.atomic():
+            await add("lost")
+        assert await committed() == []
+    assert await names() == []
+    await add("kept")
+    assert await committed() == ["kept"]
+
+
+async def test_context_managers_and_dependencies_keep_others_inside() -> None:
+    async def dependency() -> AsyncIterator[int]:
+        async with asyncorm.atomic():
+            yield 1
+
+    async def handler() -> None:
+        await asyncio.gather(add("lost"), add("lost"))
+        assert await committed() == []
+        raise ZeroDivisionError
+
+    async def by_hand() -> None:
+        generator: Any = dependency()
+        await anext(generator)
+        try:
+            await handler()
+        except ZeroDivisionError as exc:
+            await generator.athrow(exc)
+
+    async def by_contextlib() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            manager: Any = contextlib.asynccontextmanager(dependency)
+            await stack.enter_async_context(manager())
+            await handler()
+
+    for drive in (by_hand, by_contextlib):
+        with pytest.raises(ZeroDivisionError):
+            await drive()
+        assert await names() == []
+
+
+async def test_a_block_of_the_consumer_inside_that_of_a_generator() -> None:
+    async def twice() -> AsyncIterator[int]:
+        async with asyncorm.atomic():
+            yield 1
+            await add("inner")
+            yield 2
+
+    generator = twice()
+    await anext(generator)
+    async with asyncorm.atomic():
+        await add("outer")
+        await anext(generator)  # its statement is in the innermost block
+    with contextlib.suppress(StopAsyncIteration):
+        await anext(generator)
+    assert await committed() == ["inner", "outer"]
+
+
+# What nobody leaves
+
+
+async def all_collected() -> None:
+    async with asyncio.timeout(30):
+        while True:
+            gc.collect()
+            stats = asyncorm.pool_stats()
+            if stats["pool_available"] == stats["pool_size"]:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def entered_by_hand() -> None:
+    await asyncorm.atomic().__aenter__()
+    await asyncorm.atomic().__aenter__()
+    await add("lost")
+
+
+async def on_a_stack() -> None:
+    stack = contextlib.AsyncExitStack()
+    await stack.enter_async_context(asyncorm.atomic())
+    await stack.enter_async_context(asyncorm.atomic())
+    await add("lost")
+
+
+async def kept() -> None:
+    await asyncorm.connection().__aenter__()
+    await backend()
+
+
+async def waiting_for_nobody() -> None:
+    async with asyncorm.connection(), asyncorm.atomic(), asyncorm.atomic():
+        await add("lost")
+        await asyncio.get_running_loop().create_future()
+
+
+@pytest.mark.parametrize("forget", [entered_by_hand, on_a_stack, kept, waiting_for_nobody])
+async def test_what_nobody_leaves_is_given_back(
+    forget: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = asyncio.create_task(forget())
+    await asyncio.wait((task,), timeout=0.5)
+    del task
+    await all_collected()
+    await add("kept")
+    assert await committed() == ["kept"]
+    assert "test_generators.py" in caplog.text or forget is waiting_for_nobody
+
+
+async def test_a_block_is_not_forgotten_while_somebody_is_in_it() -> None:
+    async def inside() -> None:
+        await asyncorm.atomic().__aenter__()
+        await add("lost")
+        gc.collect()
+        await asyncio.sleep(0)
+        await asyncio.gather(add("lost"), add("lost"))
+        assert await committed() == []
+
+    await asyncio.create_task(inside())
+    await all_collected()
+    assert await names() == []
