@@ -11,7 +11,7 @@ LOWEST := .venv-lowest
 BENCH ?= .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest soak chaos lint format bench bench-distance bench-profile compat compat-fast compat-redirected compat-apps compat-matrix docs pictures build clean FORCE
+.PHONY: help install demo test test-lowest test-next soak chaos lint format bench bench-distance bench-profile compat compat-fast compat-redirected compat-apps compat-matrix docs pictures build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ test: $(VENV)/.installed  ## run the tests
 
 test-lowest: $(LOWEST)/.installed  ## run the tests on the lowest versions of what we depend on
 	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-next: $(VENV)/.installed  ## run them on pre-releases and on every Python here; reports, never fails
+	$(VENV)/bin/python -m compat.next $(PYTEST_ARGS)
 
 soak: $(VENV)/.installed  ## 10,000 random programs against the model, 20,000 random querysets (SEED=...)
 	ASYNCORM_MODEL_PROFILE=soak ASYNCORM_MODEL_SEED=$(or $(SEED),$(shell date +%s)) \

@@ -39,8 +39,8 @@ class Names:
     """Names of one module or class.
 
     Attributes:
-        owner: "module" or "module:Class". A class has a name if it, a base or an annotation
-            defines it, or if a method of theirs assigns it to an attribute.
+        owner: "module" or "module:Class". A class has a name if it or a base defines it, or if a
+            method of theirs assigns it to an attribute.
         names: separated by spaces.
         why: what they are used for.
         part: the optional part that needs them; None: nothing works without.
@@ -321,11 +321,7 @@ def _assigns(owner: Any, name: str) -> bool:
     if inspect.ismodule(owner):
         return False
     cls = owner if inspect.isclass(owner) else type(owner)
-    return any(
-        name in vars(base).get("__annotations__", ())
-        or any(_stores(member, name) for member in vars(base).values())
-        for base in cls.__mro__
-    )
+    return any(any(_stores(member, name) for member in vars(base).values()) for base in cls.__mro__)
 
 
 def _stores(member: Any, name: str) -> bool:

@@ -51,9 +51,6 @@ def _rename_uses(members: Any, project: str, name: str) -> None:
     for member in list(members):
         if inspect.isclass(member) and _is_of(member, project) and member not in _seen:
             _seen.add(member)
-            notes = vars(member).get("__annotations__", {})
-            if name in notes:
-                notes[name + GONE] = notes.pop(name)
             _rename_uses(vars(member).values(), project, name)
         if isinstance(member, property):
             member = member.fget
