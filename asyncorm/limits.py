@@ -21,7 +21,7 @@ from . import bridge, conf, generators
 from .contexts import EitherWay
 from .driver import Connection
 from .generators import Place
-from .pools import Pool, PoolDeadlock, deadlocked, holders
+from .pools import Pool, PoolDeadlock, Suspicion, deadlocked, holders, suspicion
 
 Source: TypeAlias = "Pool | Limit"
 
@@ -95,8 +95,7 @@ class Limit:
         try:
             self._turns.acquire_nowait()
         except anyio.WouldBlock:
-            with self.asked():
-                bridge.wait_for(runner, self._turns.acquire())
+            bridge.wait_for(runner, self._turn())
         try:
             conn = self._keep_or_take()
             if conn is None:
@@ -106,6 +105,12 @@ class Limit:
             self._turns.release()
             raise
         return conn
+
+    async def _turn(self) -> None:
+        with self.asked() as suspicion:
+            if suspicion is not None:
+                await suspicion()
+            await self._turns.acquire()
 
     def _keep_or_take(self) -> Connection | None:
         while self._kept:
@@ -139,26 +144,29 @@ class Limit:
         return self.parent if isinstance(self.parent, Pool) else self.parent.pool
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
+    def asked(self) -> Iterator[Suspicion | None]:
         """The current task waits for a connection inside.
 
-        Raises:
-            PoolDeadlock: who has the connections waits for one, too.
+        Returns:
+            what to await first if who has the connections seems to wait for one, too; it raises
+            PoolDeadlock.
         """
         task = current_task()
         self.asking.add(task)
         try:
-            sessions = [conn.lock for conn in self._out]
-            if deadlocked(sessions, self.size, self.asking):
-                raise PoolDeadlock(
-                    f"Deadlock on database {self.alias!r}: each of the {self.size} connections "
-                    "that asyncorm.parallelism() allows here is held by a task that waits for "
-                    f"another one: {holders(sessions)}. Allow more, or do not use a second "
-                    "connection while holding one."
-                )
-            yield
+            yield suspicion(self._deadlock)
         finally:
             self.asking.discard(task)
+
+    def _deadlock(self) -> PoolDeadlock | None:
+        sessions = [conn.lock for conn in self._out]
+        if not deadlocked(sessions, self.size, self.asking):
+            return None
+        return PoolDeadlock(
+            f"Deadlock on database {self.alias!r}: each of the {self.size} connections that "
+            "asyncorm.parallelism() allows here is held by a task that waits for another one: "
+            f"{holders(sessions)}. Allow more, or do not use a second connection while holding one."
+        )
 
 
 class Kept:

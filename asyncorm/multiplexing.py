@@ -123,8 +123,10 @@ class Source(Protocol):
     def connection(self) -> AbstractContextManager[Connection]:
         """Wait for a connection and have it to oneself inside; called natively."""
 
-    def asked(self) -> AbstractContextManager[None]:
-        """The current task waits inside for its statement; may refuse it."""
+    def asked(self) -> AbstractContextManager[Any]:
+        """The current task waits inside for its statement; may refuse it, or give what to await
+        first.
+        """
 
     def dropped(self, exc: BaseException) -> None:
         """A statement goes on although the operation that wanted it was cancelled."""
@@ -210,7 +212,9 @@ class Queue:
         Raises:
             psycopg.Error: there was no connection to be had, or it broke.
         """
-        with self._source.asked():
+        with self._source.asked() as suspicion:
+            if suspicion is not None:
+                await suspicion()
             request = _Request(statement, text)
             self._join(request)
             try:

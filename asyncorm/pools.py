@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
@@ -59,10 +59,29 @@ def deadlocked(sessions: Iterable[Any], size: int, asking: Container[Any]) -> bo
     """
     held = 0
     for session in sessions:
-        if getattr(session, "task", None) not in asking:
+        if getattr(session, "closing", False) or getattr(session, "task", None) not in asking:
             return False
         held += 1
     return held >= size
+
+
+Suspicion: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
+
+
+def suspicion(error: Callable[[], PoolDeadlock | None]) -> Suspicion | None:
+    """What raises PoolDeadlock if `error()` still gives one after a turn of the loop.
+
+    What is about to be closed had its chance to give its connection back then.
+    """
+    if error() is None:
+        return None
+
+    async def look_again() -> None:
+        await asyncio.sleep(0)
+        if (still := error()) is not None:
+            raise still
+
+    return look_again
 
 
 class PoolDeadlock(psycopg.OperationalError):
@@ -214,7 +233,9 @@ class Pool:
             await self._open(wrapper)
         assert self.connections is not None
         try:
-            with self.asked(admitted=wrapper.session.pipelining):
+            with self.asked(admitted=wrapper.session.pipelining) as suspicion:
+                if suspicion is not None:
+                    await suspicion()
                 task = asyncio.current_task()
                 cancels = task.cancelling() if task is not None else 0
                 with self._warning_if_slow():
@@ -252,14 +273,17 @@ class Pool:
         return waiting
 
     @contextmanager
-    def asked(self, admitted: bool = False) -> Iterator[None]:
+    def asked(self, admitted: bool = False) -> Iterator[Suspicion | None]:
         """The current task waits for a connection, or for its statement to be sent on one.
 
         Args:
             admitted: for statements that wait already.
 
+        Returns:
+            what to await first if who has the connections seems to wait for one, too; it raises
+            PoolDeadlock.
+
         Raises:
-            PoolDeadlock: who has the connections waits for one, too.
             psycopg.OperationalError: as many wait already as `max_waiting` allows.
         """
         most = self.options.get("max_waiting", 0)
@@ -272,16 +296,19 @@ class Pool:
         task = asyncio.current_task()
         self.asking.add(task)
         try:
-            if deadlocked(self._sessions(), self.size, self.asking):
-                raise PoolDeadlock(
-                    f"Deadlock on the native pool of database {self.alias!r}: each of its "
-                    f"{self.size} connections is held by a task that waits for another one: "
-                    f"{holders(self._sessions())}. Raise OPTIONS['pool']['max_size'], or do not "
-                    "use a second connection while holding one."
-                )
-            yield
+            yield suspicion(self._deadlock)
         finally:
             self.asking.discard(task)
+
+    def _deadlock(self) -> PoolDeadlock | None:
+        if not deadlocked(self._sessions(), self.size, self.asking):
+            return None
+        return PoolDeadlock(
+            f"Deadlock on the native pool of database {self.alias!r}: each of its {self.size} "
+            f"connections is held by a task that waits for another one: "
+            f"{holders(self._sessions())}. Raise OPTIONS['pool']['max_size'], or do not use a "
+            "second connection while holding one."
+        )
 
     @contextmanager
     def _warning_if_slow(self) -> Iterator[None]:

@@ -633,7 +633,7 @@ class _PoolSource:
         with session:
             yield session.wrapper.connection
 
-    def asked(self) -> AbstractContextManager[None]:
+    def asked(self) -> AbstractContextManager[Any]:
         return self.source.asked()
 
     def dropped(self, exc: BaseException) -> None:

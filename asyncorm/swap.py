@@ -141,14 +141,11 @@ def has_foreign() -> bool:
 _foreign: bool | None = None
 
 
-async def _aiterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
+def _aiterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
     """QuerySet.aiterator(): asynchronous iteration in chunks from a server-side cursor."""
-    if active() and is_native(self.iterator):
-        rows = self.native_iterator(chunk_size)
-    else:
-        rows = _django_aiterator(self, chunk_size)
-    async for row in rows:
-        yield row
+    if active() and is_native(self.iterator):  # not in a generator around it: aclose() closes it
+        return self.native_iterator(chunk_size)  # type: ignore[no-any-return]
+    return _django_aiterator(self, chunk_size)  # type: ignore[no-any-return]
 
 
 _django_aiterator: Any = None

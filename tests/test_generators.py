@@ -10,13 +10,14 @@ from typing import Any
 import anyio
 import pytest
 from asgiref.sync import async_to_sync
-from django.db import connection
+from django.db import OperationalError, connection
 from django.db.transaction import TransactionManagementError
+from django.test import override_settings
 
 import asyncorm
 from asyncorm import limits
 from tests.project.myapp.models import Item
-from tests.support import all_given_back
+from tests.support import all_given_back, database
 
 ids = count(1)
 
@@ -484,3 +485,65 @@ async def test_a_block_is_not_forgotten_while_somebody_is_in_it() -> None:
     await asyncio.create_task(inside())
     await all_collected()
     assert await names() == []
+
+
+# Streams that are left
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("limited", [False, True])
+async def test_a_stream_that_is_being_closed_is_no_deadlock(size: int, limited: bool) -> None:
+    async def first(alias: str) -> Item:
+        async for item in Item.objects.using(alias).order_by("pk").native_iterator(chunk_size=1):
+            return item
+        raise AssertionError
+
+    async def request(alias: str) -> None:
+        for _ in range(3):
+            item = await first(alias)
+            await item.native_save()
+
+    await add("a")
+    await add("b")
+    options = {"pool": {"min_size": 0, "max_size": 4 if limited else size, "timeout": 30}}
+    with database(OPTIONS=options) as alias:
+        with asyncorm.parallelism(size if limited else 100, using=alias):
+            await asyncio.gather(*(request(alias) for _ in range(20)))
+        await all_given_back(alias)
+        await asyncorm.close_pools(alias)
+
+
+async def test_two_that_hold_what_they_wait_for_are_told() -> None:
+    await add("a")
+    await add("b")
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 1, "timeout": 30}}) as alias:
+        items = Item.objects.using(alias)
+        rows: Any = items.native_iterator(chunk_size=1)
+        await anext(rows)
+        with pytest.raises(OperationalError, match="Deadlock"):
+            await items.native_count()
+        await rows.aclose()
+        assert await items.native_count() == 2
+        await asyncorm.close_pools(alias)
+
+
+@pytest.mark.parametrize("way", ["aiterator", "native_iterator"])
+async def test_closing_a_stream_gives_its_connection_back(way: str) -> None:
+    await add("a")
+    await add("b")
+    with override_settings(ASYNCORM={"SWAP_MANAGERS": True}):
+        for queryset in (Item.objects.all(), Item.objects):
+            rows = getattr(queryset, way)(chunk_size=1)
+            async with contextlib.aclosing(rows):
+                async for _ in rows:
+                    break
+                stats = asyncorm.pool_stats()
+                assert stats["pool_available"] == stats["pool_size"] - 1
+            stats = asyncorm.pool_stats()
+            assert stats["pool_available"] == stats["pool_size"]
+        async with asyncorm.atomic():
+            async with contextlib.aclosing(getattr(Item.objects, way)(chunk_size=1)) as rows:
+                await anext(rows)
+            async with asyncorm.cursor() as cursor:
+                await cursor.execute("SELECT count(*) FROM pg_cursors WHERE name <> ''")
+                assert await cursor.fetchone() == (0,)
