@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sized
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -47,9 +48,14 @@ def _summary(timeline: Timeline) -> str:
     connections = {span.connection for span in timeline.queries}
     total = max((span.ended for span in timeline.spans), default=0.0)
     return (
-        f"{len(timeline.queries)} queries of {len(timeline.by_task)} tasks on {len(connections)} "
-        f"connections, {total * 1000:.1f} ms"
+        f"{_counted(timeline.queries, 'query', 'queries')} of "
+        f"{_counted(timeline.by_task, 'task', 'tasks')} on "
+        f"{_counted(connections, 'connection', 'connections')}, {total * 1000:.1f} ms"
     )
+
+
+def _counted(some: Sized, one: str, many: str) -> str:
+    return f"{len(some)} {one if len(some) == 1 else many}"
 
 
 def as_text(timeline: Timeline) -> str:

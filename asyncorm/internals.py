@@ -139,9 +139,14 @@ DJANGO = (
     Names(
         "django.db.backends.base.base:BaseDatabaseWrapper",
         "connect ensure_connection _commit on_commit run_and_clear_commit_hooks _prepare_cursor"
-        " _cursor needs_rollback rollback_exc run_on_commit execute_wrappers queries_log"
-        " force_debug_cursor _thread_ident",
+        " _cursor make_cursor needs_rollback rollback_exc run_on_commit execute_wrappers"
+        " queries_log force_debug_cursor _thread_ident",
         "the native wrapper overrides these or shares them otherwise",
+    ),
+    Names(
+        "django.db.backends.utils:CursorWrapper",
+        "execute executemany _execute _execute_with_wrappers",
+        "compared with Django's own: a tool that replaced one is to see each query",
     ),
     Names(
         "django.db.backends.postgresql.base:DatabaseWrapper",

@@ -528,16 +528,26 @@ async def close_pools(using: str | None = None) -> None:
 
 
 def pool_stats(using: str | None = None) -> dict[str, int]:
-    """Statistics of one alias's native pool on the running event loop, as plain numbers.
+    """Statistics of one alias's native pool, as plain numbers.
 
-    The keys are psycopg_pool's (`pool_size`, `pool_available`, `requests_waiting`, ...): see its
-    "Pool stats". Empty before the first native call.
+    On an event loop those of its own pool; elsewhere, say in the thread of an exporter of metrics,
+    the sums over all loops of the process. The keys are psycopg_pool's (`pool_size`,
+    `pool_available`, `requests_waiting`, ...): see its "Pool stats". Empty before the first native
+    call.
 
     Args:
         using: a database alias; the default one by default.
     """
-    pool = find(using or DEFAULT_DB_ALIAS)
-    return {} if pool is None else pool.stats()
+    alias = using or DEFAULT_DB_ALIAS
+    try:
+        found = [find(alias)]
+    except RuntimeError:  # no loop runs in this thread
+        found = [by_alias.get(alias) for by_alias in list(_pools.values())]
+    total: Counter[str] = Counter()
+    for pool in found:
+        if pool is not None:
+            total.update(pool.stats())
+    return dict(total)
 
 
 def discard_pools(alias: str | None = None, *, now: bool = False) -> None:

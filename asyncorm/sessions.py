@@ -820,7 +820,8 @@ class Session:
                 bridge.wait_for(runner, sleep(0))  # they came first
         since = monotonic()
         conn = self.source.get(self.wrapper)
-        waited(self.alias, "for a connection", since)
+        if not self.pipelining:  # or the statements' own tasks have waited, and say so
+            waited(self.alias, "for a connection", since)
         return conn
 
     def queue_for(self, text: str) -> Queue | None:

@@ -318,3 +318,18 @@ async def test_a_slow_checkout_is_warned_of(
 async def _begin(alias: str) -> None:
     async with asyncorm.detached(), asyncorm.atomic(alias):
         pass
+
+
+async def test_only_the_users_tasks() -> None:
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
+
+        async def count() -> None:
+            await Tag.objects.using(alias).native_count()
+
+        await count()
+        async with asyncorm.timeline() as seen:
+            tasks = [asyncio.create_task(count()) for _ in range(12)]
+            await asyncio.gather(*tasks)
+        await asyncorm.close_pools(alias)
+    assert {span.task for span in seen.spans} == {task.get_name() for task in tasks}
+    assert str(seen).startswith("12 queries of 12 tasks on ")

@@ -1,10 +1,11 @@
-"""django-debug-toolbar and OpenTelemetry see native queries: real requests, in a process."""
+"""Tools see native queries: django-debug-toolbar, OpenTelemetry, Sentry, exporters of metrics."""
 
 import asyncio
 import json
 from typing import Any
 
 import pytest
+from django.db.backends.utils import CursorWrapper
 
 import asyncorm
 from tests.project.shop.models import Tag
@@ -152,3 +153,68 @@ async def test_a_span_for_each_query(shop_data: Any) -> None:
     assert {s.attributes["db.operation.name"] for s in counts} == {"SELECT"}
     (failed,) = [s for s in queries if s.attributes["db.query.text"] == "SELECT nothing"]
     assert failed.status.status_code is trace.StatusCode.ERROR
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_whoever_replaces_the_cursors_execute_sees_each_statement() -> None:
+    tags = await Tag.objects.native_bulk_create([Tag(name="a"), Tag(name="b")])
+    await asyncio.gather(*(Tag.objects.native_get(pk=tags[0].pk) for _ in range(30)))  # planned
+    seen: list[str] = []
+    execute = CursorWrapper.execute
+
+    def record(self: Any, sql: Any, params: Any = None) -> Any:
+        seen.append(sql)
+        return execute(self, sql, params)
+
+    async def work() -> None:
+        await Tag.objects.native_get(pk=tags[0].pk)
+        await asyncio.gather(*(Tag.objects.native_get(pk=tags[0].pk) for _ in range(30)))
+        await Tag.objects.filter(name="a").native_count()
+        await Tag.objects.filter(name="b").native_update(name="c")
+        await tags[0].native_save()
+        async with asyncorm.cursor() as cursor:
+            await cursor.execute("SELECT 1")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CursorWrapper, "execute", record)
+        await work()
+    assert len(seen) == 35
+    await work()  # as before, and unseen
+    assert len(seen) == 35
+
+
+@pytest.mark.slow
+def test_sentrys_spans(shop_data: Any) -> None:
+    pytest.importorskip("sentry_sdk")
+    before = """
+import sentry_sdk
+from sentry_sdk.integrations.django import DjangoIntegration
+from sentry_sdk.transport import Transport
+sent = []
+class Kept(Transport):
+    def capture_envelope(self, envelope):
+        sent.extend(item.payload.json for item in envelope.items if item.payload.json)
+sentry_sdk.init(dsn="http://x@127.0.0.1:1/1", traces_sample_rate=1.0, transport=Kept,
+    integrations=[DjangoIntegration()], default_integrations=False)
+EXTRA_APPS, EXTRA_MIDDLEWARE, EXTRA = [], [], {}
+EXTRA_URLS = list
+"""
+    after = """
+async def main():
+    with sentry_sdk.start_transaction(name="page", op="http"):
+        await asyncio.gather(Tag.objects.acount(), Book.objects.afirst())
+settings.DEBUG = False
+asyncio.run(main())
+sentry_sdk.flush()
+print(json.dumps([s["description"] for e in sent for s in e.get("spans", []) if s["op"] == "db"]))
+"""
+    queries = [text for text in run(before, after) if text.startswith("SELECT")]
+    assert len(queries) == 2, queries
+
+
+async def test_statistics_from_another_thread(shop_data: Any) -> None:
+    await Tag.objects.native_count()
+    here = asyncorm.pool_stats()
+    elsewhere = await asyncio.to_thread(asyncorm.pool_stats)  # an exporter of metrics
+    assert here.keys() == elsewhere.keys() and elsewhere["pool_size"] >= here["pool_size"] == 1
+    assert await asyncio.to_thread(asyncorm.pool_stats, "no alias") == {}

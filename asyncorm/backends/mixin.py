@@ -32,14 +32,17 @@ import inspect
 import os
 from collections.abc import Callable
 from functools import cache, cached_property
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
+import django
 import psycopg
 from django.conf import settings
 from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
+from django.db.backends.utils import CursorWrapper
 from django.db.transaction import TransactionManagementError
 from django.db.utils import DatabaseError, InterfaceError, OperationalError
 from psycopg.pq import ConnStatus
@@ -106,7 +109,12 @@ class NativeBackendMixin:
     def watched(self) -> bool:
         """Whether somebody wants to see the statements."""
         # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
-        return bool(self.execute_wrappers or self.queries_logged or "cursor" in self.__dict__)  # type: ignore[attr-defined]
+        return bool(
+            self.execute_wrappers  # type: ignore[attr-defined]
+            or self.queries_logged  # type: ignore[attr-defined]
+            or "cursor" in self.__dict__
+            or _cursors_are_patched()
+        )
 
     def ensure_connection(self) -> None:
         """Django's, except on a running loop's thread and beside a native transaction.
@@ -176,6 +184,31 @@ def _loop_runs() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+_DJANGO = os.path.dirname(django.__file__)
+_functions: tuple[Any, ...] = ()
+_patched = False
+
+
+def _cursors_are_patched() -> bool:
+    """Whether somebody has put functions in the place of those of Django's cursors.
+
+    Tools that record queries do (Sentry, Datadog, New Relic, tests): they are to see each of them.
+    """
+    global _functions, _patched
+    now = (
+        CursorWrapper.execute, CursorWrapper.executemany, CursorWrapper._execute,  # type: ignore[attr-defined]
+        CursorWrapper._execute_with_wrappers, BaseDatabaseWrapper.cursor,  # type: ignore[attr-defined]
+        BaseDatabaseWrapper._cursor, BaseDatabaseWrapper.make_cursor,  # type: ignore[attr-defined]
+    )  # fmt: skip
+    if now != _functions:
+        _patched = not all(
+            type(each) is FunctionType and each.__code__.co_filename.startswith(_DJANGO)
+            for each in now
+        )
+        _functions = now
+    return _patched
 
 
 class _Pool:
@@ -324,7 +357,7 @@ class NativeWrapper:
         if self.unpooled:
             return super().watched  # type: ignore[misc, no-any-return]
         state = self.__dict__
-        if sessions.everywhere or settings.DEBUG or "cursor" in state:
+        if sessions.everywhere or settings.DEBUG or "cursor" in state or _cursors_are_patched():
             return True
         own = _known(self)
         return bool(
