@@ -23,6 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _FINISHED = object()
+_this: Callable[[], Any] = getcurrent  # the runner, in what only runners run
 _MAX_IDLE = 128  # greenlets kept for reuse in each thread: creating one costs more than a call
 
 
@@ -71,17 +72,24 @@ class Runner(greenlet):
         self.outcome = None
         self.failure = None
 
-    def run(self) -> None:
-        # The first operation comes as the others do: what is passed to this call is kept for ever.
-        func, args, kwargs = self.parent.switch()  # type: ignore[union-attr]
+    @staticmethod
+    def run() -> None:
+        # No method, no argument, and no reference to the greenlet while it is suspended: it would
+        # keep itself alive when it is dropped, and the first operation's objects until then.
         while True:
-            try:
-                self.outcome = func(*args, **kwargs)
-            except BaseException as exc:
-                self.failure = exc
-            del func, args, kwargs
             # `parent` is whoever resumed us last; it comes back with the next operation.
-            func, args, kwargs = self.parent.switch(_FINISHED)  # type: ignore[union-attr]
+            func, args, kwargs = _this().parent.switch(_FINISHED)
+            try:
+                _this().outcome = func(*args, **kwargs)
+            except BaseException as exc:
+                _this().failure = exc
+            del func, args, kwargs
+
+
+def _new_runner() -> Runner:
+    runner = Runner()
+    runner.switch()  # to where it takes an operation
+    return runner
 
 
 class _Idle(threading.local):
@@ -116,13 +124,10 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
             "code calls the ORM without native()."
         ) from None
     runners = _idle.runners
-    if runners:
-        runner = runners.pop()
-    else:
-        runner = Runner()
-        runner.switch()
+    runner = runners.pop() if runners else _new_runner()
     parent = getcurrent()
     runner.parent = parent
+    out: Any = None
     # The task's own Context, not a copy: context variables set on either side are seen on the
     # other.
     runner.gr_context = parent.gr_context
@@ -157,7 +162,7 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         runner.shields = 0
         runner.cancelled = runner.cleaning_until = None
         runner.gr_context = None  # do not keep the task's context alive
-        if len(runners) < _MAX_IDLE:
+        if out is _FINISHED and len(runners) < _MAX_IDLE:
             runners.append(runner)
 
 

@@ -513,7 +513,10 @@ class Connection(psycopg.Connection[Any]):
         """The rows of a result as tuples."""
         transformer = self.transformer
         transformer.set_pgresult(result)
-        return transformer.load_rows(0, result.ntuples, tuple)  # type: ignore[no-any-return]
+        try:
+            return transformer.load_rows(0, result.ntuples, tuple)  # type: ignore[no-any-return]
+        finally:
+            transformer.set_pgresult(None)  # an idle connection keeps no rows
 
     def cursor_on(self, result: Any, read: int) -> Any:
         """A cursor that has executed the statement of a result, and has read so many rows."""

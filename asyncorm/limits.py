@@ -48,6 +48,7 @@ class Limit:
         self.parent = parent
         self.size = size
         self.gathers = gathers
+        self.limits: WeakKeyDictionary[Parallelism, Limit] = WeakKeyDictionary()
         self.asking: set[Any] = set()
         self._turns = anyio.Semaphore(size, max_value=size, fast_acquire=True)
         self._kept: list[Connection] = []
@@ -243,14 +244,12 @@ class Parallelism(EitherWay[None]):
         self.alias = using or DEFAULT_DB_ALIAS
         self.gathers = gathers
         self.kept = kept
-        self._limits: WeakKeyDictionary[Source, Limit] = WeakKeyDictionary()
 
     def within(self, parent: Source) -> Limit:
         """The limit for the pool of one loop, or for a part of it."""
-        limit = self._limits.get(parent)
+        limit: Limit | None = parent.limits.get(self)
         if limit is None:
-            limit = Limit(self.kept or parent, self.size, self.gathers)
-            self._limits[parent] = limit
+            limit = parent.limits[self] = Limit(self.kept or parent, self.size, self.gathers)
         return limit
 
     def __enter__(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iter
 from contextlib import contextmanager
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
@@ -28,6 +29,7 @@ logger = logging.getLogger("asyncorm")
 _IGNORED = ("open", "close_returns", "connection_class", "kwargs", "reconnect_timeout")
 _DEFAULTS = {"min_size": 4, "timeout": 30.0}  # psycopg_pool's own
 _MAX_SIZE = 10  # without a "pool" key
+_MAX_IDLE = 32  # wrappers and lazy connections that are kept beyond a burst
 _WHERE = ("NAME", "USER", "PASSWORD", "HOST", "PORT")
 
 
@@ -98,6 +100,7 @@ class Pool:
         asking: tasks that wait for a connection.
         current: not discarded; sessions leave one that is at their next checkout.
         queue: statements that wait for a connection; set by sessions.py.
+        limits: those of `parallelism()` that were entered (limits.py).
         top: itself, or the limit that the PARALLELISM setting puts on it (limits.py).
         lazy: idle lazy connections.
         pipelines, statements_pipelined: how many statements went together with others, in how many
@@ -126,6 +129,7 @@ class Pool:
         self.asking: set[asyncio.Task[Any] | None] = set()
         self._warned = float("-inf")
         self.lazy: list[LazyConnection] = []
+        self.limits: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self.pipelines = 0
         self.statements_pipelined = 0
         self._stand_ins: tuple[Any, LazyConnection] | None = None
@@ -143,8 +147,8 @@ class Pool:
         return self.wrappers.pop() if self.wrappers else self.make_wrapper()
 
     def give_wrapper(self, wrapper: Any) -> None:
-        """Take back a wrapper; those that a burst needed beyond the pool's size are dropped."""
-        if len(self.wrappers) < self.size:
+        """Take back a wrapper; those that only a burst needed are dropped."""
+        if len(self.wrappers) < max(self.size, _MAX_IDLE):
             self.wrappers.append(wrapper)
 
     def take(self) -> Connection | None:
@@ -192,7 +196,7 @@ class Pool:
 
     def give_lazy(self, lazy: LazyConnection) -> None:
         """Take back what stood for a connection, unless somebody has set something on it."""
-        if len(self.lazy) < self.size and not lazy.touched:
+        if len(self.lazy) < _MAX_IDLE and not lazy.touched:
             self.lazy.append(lazy)
 
     def stand_ins(self) -> tuple[Any, LazyConnection] | None:

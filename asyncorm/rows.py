@@ -110,24 +110,25 @@ class RowMaker:
         code = self._made.get((oids, as_text))
         if code is None:
             code = self._made[oids, as_text] = self._compile(oids, as_text)
-        transformer.set_pgresult(result)
         size = result.ntuples
         try:
-            if size <= SLICE:
-                return code(transformer.load_rows(0, size, tuple), db, wrapper, mode)
             items: list[Any] = []
             for start in range(0, size, SLICE):
+                transformer.set_pgresult(result)  # another statement may have used it meanwhile
                 part = transformer.load_rows(start, min(start + SLICE, size), tuple)
-                items += code(part, db, wrapper, mode)
-                if conn.give_turn():  # another statement may have used it meanwhile
-                    transformer.set_pgresult(result)
+                made = code(part, db, wrapper, mode)
+                if size <= SLICE:
+                    return made
+                items += made
+                conn.give_turn()
             return items
         except ValueError:
             if not as_text:
                 raise
+        finally:
+            transformer.set_pgresult(None)  # an idle connection keeps no rows
         # A timestamp that Python's datetime does not know: have psycopg say so.
-        conn.transformer.set_pgresult(result)
-        rows = conn.transformer.load_rows(0, size, tuple)
+        rows = conn.rows(result)
         return self.make_loaded(rows, db, wrapper, mode)
 
     def make_loaded(self, rows: list[Any], db: str, wrapper: Any, mode: Any) -> list[Any]:

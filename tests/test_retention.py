@@ -1,0 +1,143 @@
+"""What a burst of operations needed, and what a statement returned, is not kept."""
+
+import asyncio
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+
+import asyncorm
+from asyncorm import await_, bridge, native, pools
+from asyncorm.bridge import Runner
+from tests.project.shop.models import Book, Tag
+from tests.support import database, sleep
+
+pytestmark = pytest.mark.usefixtures("shop_data")
+
+MOST = 128  # greenlets that a thread keeps
+
+
+@pytest.fixture(autouse=True)
+def _no_runners_of_others() -> None:
+    """Greenlets that earlier tests left in this thread are of no interest."""
+    bridge._idle.runners.clear()
+
+
+def runners() -> int:
+    gc.collect()
+    return sum(type(thing) is Runner for thing in gc.get_objects())
+
+
+async def waiting(count: int) -> None:
+    """So many operations at once that await something."""
+    entered = asyncio.Event()
+    inside = 0
+
+    def operation() -> None:
+        nonlocal inside
+        inside += 1
+        if inside == count:
+            entered.set()
+        await_(entered.wait())
+
+    await asyncio.gather(*[native(operation)() for _ in range(count)])
+
+
+async def test_greenlets_of_a_burst_end() -> None:
+    for _ in range(3):
+        await waiting(2000)
+        assert runners() <= MOST
+
+
+def test_greenlets_end_with_their_thread() -> None:
+    before = runners()
+    for _ in range(3):
+        thread = threading.Thread(target=lambda: asyncio.run(waiting(200)))
+        thread.start()
+        thread.join()
+        assert runners() == before
+
+
+async def test_greenlets_keep_nothing_of_an_operation() -> None:
+    class Big:
+        def use(self, other: "Big") -> "Big":
+            return other
+
+    async def operation() -> weakref.ref[Any]:
+        big = Big()
+        assert await native(big.use)(big) is big
+        with pytest.raises(AttributeError):
+            await native(lambda: big.gone)()  # type: ignore[attr-defined]
+        return weakref.ref(big)
+
+    left = await asyncio.gather(*[operation() for _ in range(10)])
+    gc.collect()
+    assert [ref() for ref in left] == [None] * 10
+
+
+async def test_wrappers_and_connections_of_a_burst_are_dropped() -> None:
+    def several(using: str) -> None:
+        for _ in range(2):
+            assert Tag.objects.using(using).count() == 6
+            sleep_a_little(using)
+
+    def sleep_a_little(using: str) -> None:
+        from django.db import connections
+
+        with connections[using].cursor() as cursor:
+            cursor.execute("SELECT 1")
+
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2, "timeout": 60}}) as alias:
+        for _ in range(2):
+            await asyncio.gather(*[native(several)(alias) for _ in range(500)])
+            pool = pools.find(alias)
+            assert pool is not None
+            assert len(pool.wrappers) <= 32
+            assert len(pool.lazy) <= 32
+            kinds = (type(pool.wrappers[0]), type(pool.connections.some().twin))  # type: ignore[union-attr]
+            gc.collect()
+            for kind in kinds:
+                left = [thing for thing in gc.get_objects() if isinstance(thing, kind)]
+                assert len(left) < 100, "those of other tests included"
+            del left
+        await asyncorm.close_pools(alias)
+
+
+async def test_idle_connections_keep_no_result() -> None:
+    def rows(using: str) -> list[Any]:
+        books = list(Book.objects.using(using).order_by("pk"))
+        with_times = list(Book.objects.using(using).values_list("pk", "title").order_by("pk"))
+        assert len(books) == len(with_times) > 1
+        return [weakref.ref(book) for book in books]
+
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
+        for _ in range(3):  # the second time from the statement cache
+            some = await asyncio.gather(*[native(rows)(alias) for _ in range(4)])
+            await native(lambda: Book.objects.using(alias).get(pk=1))()
+            await Tag.objects.using(alias).native_count()
+        pool = pools.find(alias)
+        assert pool is not None
+        twins = [conn.twin for conn in pool.connections.live]  # type: ignore[union-attr]
+        assert len(twins) == 2
+        for twin in twins:
+            assert twin.transformer.pgresult is None
+            assert twin.text_transformer.pgresult is None
+        gc.collect()
+        assert not [ref for refs in some for ref in refs if ref() is not None]
+        await asyncorm.close_pools(alias)
+
+
+async def test_limits_end_with_their_pool() -> None:
+
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
+        limit = asyncorm.parallelism(2, using=alias)
+        async with limit:
+            await native(sleep)(0)
+            await Tag.objects.using(alias).native_count()
+        pool: Any = weakref.ref(pools.find(alias))
+        await asyncorm.close_pools(alias)
+        gc.collect()
+        assert pool() is None
+    assert limit.size == 2
