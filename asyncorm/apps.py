@@ -15,17 +15,20 @@ class AsyncormConfig(AppConfig):
     def ready(self) -> None:
         """Install the replacements and the native_* methods; the rest is up to the swap."""
         from . import checks, planned, querysets, related, seam, swap
+        from ._requests import djangos
 
         seam.install()
         querysets.install()
         swap.install()
         planned.install()
         related.install()
+        djangos.install()
         bridge.set_guard(None)
         for check in (
             checks.check_settings,
             checks.check_databases,
             checks.check_swap,
             checks.check_internals,
+            checks.check_requests,
         ):
             django_checks.register(check, "asyncorm")

@@ -1,4 +1,4 @@
-"""ASGI: pools opened and closed with the server, limits and ATOMIC_REQUESTS for requests."""
+"""ASGI: requests on the loop, pools opened and closed with the server, limits, ATOMIC_REQUESTS."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mutabl
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.db import OperationalError, connections
 from psycopg_pool import PoolTimeout
 
 from . import bridge, limits, pools, sessions, transactions
+from ._requests.views import native_view
 
 F = TypeVar("F", bound=Callable[..., Any])
 Message = MutableMapping[str, Any]
@@ -25,8 +26,45 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 logger = logging.getLogger("asyncorm")
 
+__all__ = [
+    "AtomicRequestsMiddleware",
+    "atomic_requests",
+    "get_asgi_application",
+    "lifespan",
+    "limited",
+    "native_view",
+    "open_pools",
+]
+
 _AGAIN = 0.5  # seconds between attempts to reach the server at start-up
 _FILL_TIMEOUT = 10.0  # seconds for the connections after the first
+
+
+def get_asgi_application() -> Application:
+    """Return Django's ASGI application, with the whole request on the event loop.
+
+        from asyncorm.asgi import get_asgi_application
+
+    In place of django.core.asgi's function of that name. Django's own middleware, sessions and
+    signals need no thread then; other people's middleware and synchronous views stay in the
+    request's thread until ASYNCORM["NATIVE_MIDDLEWARE"] and ["NATIVE_VIEWS"] name them.
+
+    Raises:
+        django.core.exceptions.ImproperlyConfigured: "asyncorm" is not in INSTALLED_APPS, or the
+            ASYNCORM setting names something that does not exist.
+    """
+    # Tools (ddtrace, OpenTelemetry) replace Django's function: it is called by its name.
+    import django.core.asgi
+
+    from ._requests.handler import NativeHandler
+
+    asgi: Any = django.core.asgi
+    original = asgi.ASGIHandler
+    asgi.ASGIHandler = NativeHandler
+    try:
+        return cast(Application, asgi.get_asgi_application())
+    finally:
+        asgi.ASGIHandler = original
 
 
 def lifespan(
@@ -77,6 +115,7 @@ def lifespan(
             await receive()
         await send({"type": "lifespan.shutdown.complete"})
 
+    application.app = app  # type: ignore[attr-defined]
     return application
 
 
@@ -101,6 +140,7 @@ def limited(app: Application, parallelism: int, using: str | None = None) -> App
             async with limits.parallelism(parallelism, using):
                 await app(scope, receive, send)
 
+    application.app = app  # type: ignore[attr-defined]
     return application
 
 

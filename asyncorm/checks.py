@@ -141,3 +141,14 @@ def check_internals(**kwargs: Any) -> list[CheckMessage]:
             )
         )
     return found
+
+
+def check_requests(**kwargs: Any) -> list[CheckMessage]:
+    """asyncorm.E005, W004 and I001 to I003: NATIVE_MIDDLEWARE, NATIVE_VIEWS and the handler."""
+    if conf.problems():
+        return []
+    from ._requests import checks
+
+    if found := checks.check_names():
+        return found
+    return [*checks.check_thread_locals(), *checks.check_admin(), *checks.check_handler()]

@@ -31,6 +31,16 @@ DEFAULTS: dict[str, Any] = {
     "STATEMENT_CACHE": True,
     # Run the queries of independent lookups of prefetch_related() at once.
     "PARALLEL_PREFETCH": True,
+    # Requests (asyncorm.asgi.get_asgi_application()): other people's middleware that runs on the
+    # loop, by dotted name, or "__all__"; the same of synchronous views, by name or prefix, or True.
+    "NATIVE_MIDDLEWARE": [],
+    "NATIVE_VIEWS": [],
+    # A client that goes away cancels native synchronous code, too.
+    "CANCEL_NATIVE_VIEWS": False,
+    # Django's AsyncClient goes through our handler; None: if ASGI_APPLICATION does.
+    "NATIVE_HANDLER": None,
+    # Seconds that one step may keep the loop busy before a warning names it; None: 0.1 with DEBUG.
+    "SLOW_STEP": None,
 }
 
 
@@ -91,6 +101,21 @@ def problems() -> list[str]:
     most = value.get("PARALLELISM")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         found.append('ASYNCORM["PARALLELISM"] must be a positive number of connections, or None.')
+    for key, everything in (("NATIVE_MIDDLEWARE", "__all__"), ("NATIVE_VIEWS", True)):
+        names = value.get(key, [])
+        if names != everything and not (
+            isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        ):
+            found.append(f'ASYNCORM["{key}"] must be a list of dotted names, or {everything!r}.')
+    if value.get("NATIVE_HANDLER") not in (None, True, False):
+        found.append('ASYNCORM["NATIVE_HANDLER"] must be True, False or None.')
+    seconds = value.get("SLOW_STEP")
+    if seconds not in (None, False) and (
+        isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0
+    ):
+        found.append(
+            'ASYNCORM["SLOW_STEP"] must be a positive number of seconds, None, or False (never).'
+        )
     return found
 
 

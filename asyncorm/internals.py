@@ -12,7 +12,7 @@ from __future__ import annotations
 import dis
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -135,7 +135,11 @@ DJANGO = (
     Names("django.db:connections", "_connections", "which wrapper an alias has in native code"),
     Names("django.utils.asyncio", "get_running_loop", "what async_unsafe asks; replaced"),
     Names("django.db.transaction:Atomic", "_from_testcase", "which block is a test's transaction"),
-    Names("django.core.handlers.base:BaseHandler", "get_response_async", "the log of a request"),
+    Names(
+        "django.core.handlers.base:BaseHandler",
+        "get_response_async load_middleware",
+        "the log of a request; the middleware of an AsyncClient",
+    ),
     Names(
         "django.db.backends.base.base:BaseDatabaseWrapper",
         "connect ensure_connection _commit on_commit run_and_clear_commit_hooks _prepare_cursor"
@@ -241,6 +245,42 @@ REGISTRY = {
     "asgiref": ASGIREF,
 }
 
+# What asyncorm.asgi.get_asgi_application() needs besides; verified when it is called.
+REQUESTS = {
+    "Django": (
+        Names(
+            "django.core.handlers.base:BaseHandler",
+            "load_middleware adapt_method_mode make_view_atomic get_response get_response_async"
+            " _template_response_middleware",
+            "the handler calls Django's synchronous chain of middleware and views natively",
+        ),
+        Names("django.core.handlers.base", "import_string", "where each middleware runs; replaced"),
+        Names(
+            "django.core.handlers.asgi:ASGIHandler",
+            "handle read_body create_request run_get_response send_response chunk_bytes"
+            " listen_for_disconnect",
+            "a request from the server to the response; handle() is replaced",
+        ),
+        Names("django.core.handlers.asgi", "get_script_prefix", "the same"),
+        Names("django.core.asgi", "ASGIHandler", "Django's function makes our handler; replaced"),
+        Names("django.http.response:HttpResponseBase", "_resource_closers", "what closing runs"),
+        Names("django.utils.deprecation:MiddlewareMixin", "__acall__", "only hops to a thread"),
+        Names("django.dispatch:Signal", "_live_receivers", "sends a request's signals on the loop"),
+        Names("django.core.cache.backends.base", "sync_to_async", "asynchronous caches; replaced"),
+        Names("django.contrib.sessions.backends.base", "sync_to_async", "and sessions; replaced"),
+        Names("django.middleware.csrf", "_get_failure_view", "a view of the project's; replaced"),
+        Names("django.middleware.gzip", "compress_string", "waits for a thread; replaced"),
+        Names("django.urls:URLResolver", "resolve_error_handler", "views of the project; replaced"),
+    ),
+    "asgiref": (
+        Names(
+            "asgiref.sync:SyncToAsync",
+            "thread_sensitive_context context_to_thread_executor",
+            "whether anything of a request ran in its thread",
+        ),
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Missing:
@@ -267,9 +307,13 @@ def installed(project: str) -> str:
 @cache
 def missing() -> tuple[Missing, ...]:
     """Each registered name that is not there."""
+    return _missing_of(REGISTRY)
+
+
+def _missing_of(registry: Mapping[str, tuple[Names, ...]]) -> tuple[Missing, ...]:
     return tuple(
         Missing(project, entry.full(name), entry.why, entry.part)
-        for project, entries in REGISTRY.items()
+        for project, entries in registry.items()
         for entry in entries
         for name in _absent(entry)
     )
@@ -297,7 +341,19 @@ def require() -> None:
             f"asyncorm cannot load psycopg: {exc}. Install it with a libpq of its own, "
             'pip install "psycopg[binary,pool]", or see "Installation" in psycopg\'s documentation.'
         ) from exc
-    needed = [each for each in missing() if each.part is None]
+    _require_none_of([each for each in missing() if each.part is None])
+
+
+def require_for_requests() -> None:
+    """Verify what a native handler needs.
+
+    Raises:
+        django.core.exceptions.ImproperlyConfigured: something is missing.
+    """
+    _require_none_of(_missing_of(REQUESTS))
+
+
+def _require_none_of(needed: Sequence[Missing]) -> None:
     if needed:
         raise ImproperlyConfigured(
             "asyncorm cannot work with what is installed. "

@@ -17,9 +17,6 @@ native code.
 - `django.dispatch.dispatcher._run_parallel` (Django 6.1): runs asynchronous receivers in tasks that
   share one Context; the block that one of them is in must not be that of a task that another
   starts.
-- `BaseHandler.get_response_async`: runs in a request's task. With DEBUG on, its context gets
-  Django's own wrappers, so that the tasks that the request starts find them, and log their queries
-  there: `connection.queries` is the whole request's then.
 - `django.db.models.fields.files.FieldFile.save`, `.delete`: the storage works in a thread while the
   model is saved natively.
 - `django.db.models.query.prefetch_related_objects`, `.prefetch_one_level`: the queries of several
@@ -39,9 +36,7 @@ from typing import Any
 import django.db.models.query
 import django.utils.asyncio
 from asgiref.sync import AsyncToSync, SyncToAsync, sync_to_async
-from django.conf import settings
 from django.core.exceptions import SynchronousOnlyOperation
-from django.core.handlers.base import BaseHandler
 from django.db import connections
 from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
@@ -159,18 +154,6 @@ def _in_own_scopes(original: Callable[..., Any]) -> Callable[..., Any]:
     return run_parallel
 
 
-def _with_logs(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    async def get_response_async(self: Any, request: Any) -> Any:
-        if settings.DEBUG:
-            for alias in connections:
-                if sessions.native_class(alias) is not None:
-                    connections[alias]
-        return await original(self, request)
-
-    return get_response_async
-
-
 class _ThreadedStorage:
     """A storage whose methods run in Django's thread while native code waits."""
 
@@ -217,7 +200,6 @@ def install() -> None:
     AsyncToSync.__call__ = _call(AsyncToSync.__call__)  # type: ignore[method-assign]
     if run_parallel := getattr(dispatcher, "_run_parallel", None):
         dispatcher._run_parallel = _in_own_scopes(run_parallel)  # type: ignore[attr-defined]
-    BaseHandler.get_response_async = _with_logs(BaseHandler.get_response_async)  # type: ignore[method-assign]
     FieldFile.save = _with_threaded_storage(FieldFile.save)  # type: ignore[method-assign]
     if internals.PREFETCH not in internals.lost():
         for module in (django.db.models.query, django.db.models):

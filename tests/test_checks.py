@@ -20,7 +20,7 @@ def found() -> list[CheckMessage]:
 
 def test_the_example_project_is_fine() -> None:
     assert found() == []
-    with override_settings(ASYNCORM={"SWAP_MANAGERS": True}):
+    with override_settings(ASYNCORM={"SWAP_MANAGERS": True}, ASGI_APPLICATION=None):
         assert found() == []
 
 

@@ -1,0 +1,161 @@
+"""System checks of requests: names that do not exist, state of threads, what still hops.
+
+They also tell, with the swap and Django's own handler, that there is another one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from django.apps import apps
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Info, Warning
+from django.core.handlers.asgi import ASGIHandler
+from django.urls import URLPattern, get_resolver
+from django.utils.deprecation import MiddlewareMixin
+from django.utils.module_loading import import_string
+
+from .. import conf
+from . import middleware, names, views
+from .thread_locals import makes_thread_local
+
+logger = logging.getLogger("asyncorm")
+
+_HINT = (
+    "Use get_asgi_application() of asyncorm.asgi in asgi.py: Django's middleware runs on the event "
+    "loop then, without threads."
+)
+# Where applications around others keep them.
+_INNER = ("app", "application", "inner", "application_mapping")
+
+
+def check_names() -> list[CheckMessage]:
+    """asyncorm.E005: NATIVE_MIDDLEWARE and NATIVE_VIEWS."""
+    return [Error(text, id="asyncorm.E005") for text in names.problems()]
+
+
+def check_thread_locals() -> list[CheckMessage]:
+    """asyncorm.W004 and I002: state of threads in modules of native code."""
+    found: list[CheckMessage] = []
+    for what, module, native in _entries():
+        if not makes_thread_local(module):
+            continue
+        if native:
+            found.append(
+                Warning(
+                    f"{what} runs natively, and its module {module} makes a threading.local: all "
+                    "requests would share it.",
+                    hint="Use a contextvars.ContextVar in its place, or asgiref.local.Local.",
+                    id="asyncorm.W004",
+                )
+            )
+        else:
+            found.append(
+                Info(
+                    f"{what} stays in threads: its module {module} makes a threading.local.",
+                    id="asyncorm.I002",
+                )
+            )
+    return found
+
+
+def check_admin() -> list[CheckMessage]:
+    """asyncorm.I003: the ModelAdmins that run natively because their AdminSite does."""
+    if not apps.is_installed("django.contrib.admin"):
+        return []
+    from django.contrib.admin.sites import all_sites
+
+    found: list[CheckMessage] = []
+    for site in all_sites:
+        if not views.is_native(site.index):
+            continue
+        admins = {type(each) for each in site._registry.values()}
+        others = sorted(
+            f"{each.__module__}.{each.__qualname__}"
+            for each in admins
+            if not each.__module__.startswith("django.")
+        )
+        if others:
+            found.append(
+                Info(
+                    f"The admin {site.name!r} runs natively, and with it {', '.join(others)}.",
+                    hint="What blocks in them, other than the ORM, blocks the event loop.",
+                    id="asyncorm.I003",
+                )
+            )
+    return found
+
+
+def check_handler() -> list[CheckMessage]:
+    """asyncorm.I001: the swap is on, and requests are served by Django's own handler."""
+    path = getattr(settings, "ASGI_APPLICATION", None)
+    if not path or not conf.get("SWAP_MANAGERS"):
+        return []
+    try:
+        handler = find_handler(import_string(path))
+    except Exception:  # it is not for us to report
+        return []
+    if type(handler) is not ASGIHandler:
+        return []
+    return [Info(f"{path} is served by Django's own handler.", hint=_HINT, id="asyncorm.I001")]
+
+
+def find_handler(app: Any) -> ASGIHandler | None:
+    """Django's handler inside an ASGI application, as far as it can be found."""
+    seen: list[Any] = []
+    waiting = [app]
+    while waiting and len(seen) < 100:
+        each = waiting.pop()
+        if isinstance(each, ASGIHandler):
+            return each
+        if each is None or any(each is other for other in seen):
+            continue
+        seen.append(each)
+        if isinstance(each, dict):
+            waiting += each.values()
+        else:
+            waiting += [getattr(each, name, None) for name in _INNER]
+    return None
+
+
+def hint_once() -> None:
+    """Say at the first request that Django's own handler hops to threads, and for what."""
+    hopping = [path for path in settings.MIDDLEWARE if _hops(import_string(path))]
+    if hopping:
+        logger.warning(
+            "Requests are served by Django's own handler, which hops to a thread for %s. %s",
+            ", ".join(hopping), _HINT,
+        )  # fmt: skip
+
+
+def _hops(factory: Any) -> bool:
+    if not getattr(factory, "async_capable", False):
+        return True
+    return getattr(factory, "__acall__", None) is MiddlewareMixin.__acall__
+
+
+def _entries() -> Iterator[tuple[str, str, bool]]:
+    """Middleware and views that are named: what, its module, and whether it runs natively."""
+    for path in settings.MIDDLEWARE:
+        if not middleware.is_own(path):
+            native = middleware.is_named(path)
+            if native or conf.get("NATIVE_MIDDLEWARE") == middleware.ALL:
+                yield path, import_string(path).__module__, native
+    told = set()
+    for view in _views(get_resolver().url_patterns):
+        native = views.is_native(view)
+        if native or conf.get("NATIVE_VIEWS") is True:
+            for module in views.modules(view):
+                if not module.startswith("django.") and (module, native) not in told:
+                    told.add((module, native))
+                    yield f"A view of {module}", module, native
+
+
+def _views(patterns: Any) -> Iterator[Any]:
+    for pattern in patterns:
+        if isinstance(pattern, URLPattern):
+            yield pattern.callback
+        else:
+            yield from _views(pattern.url_patterns)

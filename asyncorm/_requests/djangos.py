@@ -1,0 +1,78 @@
+"""What is replaced in Django's own handlers while the app is installed.
+
+- `BaseHandler.get_response_async`: with DEBUG on, the context of a request's task gets Django's own
+  wrappers, so that the tasks that the request starts find them, and log their queries there:
+  `connection.queries` is the whole request's then. With the swap, the first request says that there
+  is a handler without threads.
+- `BaseHandler.load_middleware`: that of an AsyncClient makes a native chain where that is asked
+  for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from django.conf import settings
+from django.core.handlers.base import BaseHandler
+from django.db import connections
+
+from .. import sessions, swap
+
+_CHAIN = "asyncorm_chain"
+_hinted = False
+
+
+def install() -> None:
+    """Put the replacements in place, once."""
+    handler: Any = BaseHandler
+    if not hasattr(handler.get_response_async, "__wrapped__"):
+        handler.get_response_async = _get_response_async(handler.get_response_async)
+        handler.load_middleware = _load_middleware(handler.load_middleware)
+
+
+def keep_logs() -> None:
+    """Have Django's own wrappers in this context, which keep the queries of a request's tasks."""
+    for alias in connections:
+        if sessions.native_class(alias) is not None:
+            connections[alias]
+
+
+def _get_response_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def get_response_async(self: Any, request: Any) -> Any:
+        if settings.DEBUG:
+            keep_logs()
+        if (chain := self.__dict__.get(_CHAIN)) is not None:
+            return await chain.respond(request)
+        if not _hinted and swap.active():
+            _hint(self)
+        return await original(self, request)
+
+    return get_response_async
+
+
+def _hint(handler: Any) -> None:
+    global _hinted
+    from django.core.handlers.asgi import ASGIHandler
+
+    if isinstance(handler, ASGIHandler):
+        from . import checks
+
+        _hinted = True
+        checks.hint_once()
+
+
+def _load_middleware(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_middleware(self: Any, is_async: bool = False) -> None:
+        if is_async and type(self).__module__ == "django.test.client":
+            from . import client
+
+            if (chain := client.chain_for_client()) is not None:
+                self.__dict__[_CHAIN] = self._middleware_chain = chain
+                return
+        original(self, is_async)
+
+    return load_middleware

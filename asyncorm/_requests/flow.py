@@ -1,0 +1,148 @@
+"""Where the steps of a request run, and which of them a client that goes away cancels.
+
+A request's middleware and views are called as synchronous code that runs natively. From there one
+step may be awaited (`awaited`), another work in the request's thread (`in_thread`); what is called
+from a coroutine or a thread comes back by `on_the_loop`. Coroutines of the project are cancelled
+when the client goes away. Native code is not, as it would not be in a thread: a payment must not
+stop between two statements.
+"""
+
+from __future__ import annotations
+
+import sys
+from asyncio import Task, current_task
+from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
+from typing import Any, cast
+
+from asgiref.sync import sync_to_async
+
+from .. import bridge, conf
+
+
+class Running:
+    """A request on its way.
+
+    Attributes:
+        gone: the client has gone away, or the server wants the request to end.
+        native_view: the view runs natively, and so does what its response leaves to be done.
+        finished: the senders of each `request_finished` that is still to be sent.
+    """
+
+    def __init__(self) -> None:
+        self.gone = False
+        self.native_view = False
+        self.finished: list[Any] = []
+        self._told = False
+        self._inside: Task[Any] | None = None
+
+    def enter(self, inside: Task[Any] | None) -> Task[Any] | None:
+        """Say which task may be cancelled from now on, if any; which it was before."""
+        before, self._inside = self._inside, inside
+        if self.gone and not self._told:
+            self._cancel()
+        return before
+
+    def leave(self) -> None:
+        """Cancel what may be, now or as soon as that is reached."""
+        self.gone = True
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self._inside is not None:
+            self._told = True
+            self._inside.cancel()
+
+
+_running: ContextVar[Running | None] = ContextVar("asyncorm_running_request", default=None)
+
+
+def current() -> Running | None:
+    """The request that the caller belongs to, if a handler of ours serves it."""
+    return _running.get()
+
+
+def begin(running: Running) -> None:
+    """Have the current task, and those that it starts, belong to a request."""
+    _running.set(running)
+
+
+async def cancellable(
+    call: Callable[..., Coroutine[Any, Any, Any]], /, *args: Any, **kw: Any
+) -> Any:
+    """Await code that is cancelled when the client goes away."""
+    if (running := _running.get()) is None:
+        return await call(*args, **kw)
+    before = running.enter(current_task())
+    try:
+        return await call(*args, **kw)
+    finally:
+        running.enter(before)
+
+
+async def natively(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Run a step of the request natively; it is not cancelled unless the project wants that."""
+    running = _running.get()
+    if running is None or conf.get("CANCEL_NATIVE_VIEWS"):
+        return await cancellable(bridge.run, func, *args, **kwargs)
+    before = running.enter(None)
+    try:
+        return await bridge.run(func, *args, **kwargs)
+    finally:
+        running.enter(before)
+
+
+def on_the_loop(func: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Make a coroutine function of a native step."""
+
+    async def call(*args: Any) -> Any:
+        return await natively(func, *args)
+
+    return call
+
+
+def awaited(func: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+    """Make a native step of a coroutine function."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return bridge.await_(cancellable(func, *args, **kwargs))
+
+    return _method_like(func, call)
+
+
+def in_thread(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a native step of a function that works in the request's thread, as on Django's handler.
+
+    Like asgiref, it sees the exception that is being handled.
+    """
+    threaded = sync_to_async(func, thread_sensitive=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return bridge.await_(while_handling(sys.exception(), threaded, *args, **kwargs))
+
+    return _method_like(func, call)
+
+
+async def while_handling(
+    exc: BaseException | None,
+    call: Callable[..., Coroutine[Any, Any, Any]],
+    /,
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    """Await a call as in the `except` block of an exception of another greenlet."""
+    if exc is None:
+        return await cancellable(call, *args, **kw)
+    traceback = exc.__traceback__
+    try:
+        raise exc
+    except BaseException:
+        exc.__traceback__ = traceback
+        return await cancellable(call, *args, **kw)
+
+
+def _method_like(func: Any, call: Any) -> Callable[..., Any]:
+    # Django names the class of a middleware whose method returned nothing.
+    if (owner := getattr(func, "__self__", None)) is not None:
+        call.__self__ = owner
+    return cast(Callable[..., Any], call)

@@ -1,0 +1,185 @@
+"""Which middleware runs natively, and how the others are put into a native chain.
+
+Django's own (by the dotted name in MIDDLEWARE) and those in ASYNCORM["NATIVE_MIDDLEWARE"] are
+called as synchronous code that runs natively. The others keep Django's rules: asynchronous ones run
+on the loop, synchronous ones in the request's thread, together with their neighbours.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
+from django.core.handlers import base
+from django.core.handlers.exception import convert_exception_to_response
+from django.utils.deprecation import MiddlewareMixin
+from django.utils.module_loading import import_string
+
+from .. import conf
+from . import flow
+from .thread_locals import makes_thread_local
+
+ALL = "__all__"
+_METHODS = ("process_view", "process_template_response", "process_exception")
+_ATOMIC_REQUESTS = "asyncorm.asgi.AtomicRequestsMiddleware"
+_import_lock = threading.Lock()
+
+
+@contextmanager
+def placed() -> Iterator[None]:
+    """Have Django's `load_middleware()` put each middleware where it belongs."""
+    inner = _Inner()
+    with _import_lock:
+        # Sentry replaces the name, too, to put a class of its own around each.
+        original = base.import_string  # type: ignore[attr-defined]
+        base.import_string = lambda path: _place(path, original(path), inner)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            base.import_string = original  # type: ignore[attr-defined]
+
+
+def is_own(path: str) -> bool:
+    """Whether an entry of MIDDLEWARE is Django's own; a subclass elsewhere is not."""
+    return path.startswith("django.") and _raw(path).__module__.startswith("django.")
+
+
+def is_named(path: str) -> bool:
+    """Whether the project says that an entry of MIDDLEWARE runs natively."""
+    names = conf.get("NATIVE_MIDDLEWARE")
+    if path == _ATOMIC_REQUESTS:
+        return True
+    middleware = _raw(path)
+    if names == ALL:
+        return not makes_thread_local(middleware.__module__)
+    return path in names or any(_raw(name) is middleware for name in names)
+
+
+def stays_behind(path: str) -> bool:
+    """Whether an entry of MIDDLEWARE keeps Django's rules under our handler."""
+    return not is_own(path) and not is_named(path)
+
+
+def problem(name: str) -> str | None:
+    """What is wrong with an entry of NATIVE_MIDDLEWARE, in words for the user."""
+    try:
+        middleware = import_string(name)
+    except ImportError as exc:
+        return f"cannot be imported ({exc})"
+    if not callable(middleware):
+        return "is no middleware: it cannot be called with get_response"
+    if inspect.isclass(middleware) and not any("__call__" in vars(cls) for cls in middleware.mro()):
+        return "is no middleware: the class has no __call__()"
+    try:
+        inspect.signature(middleware).bind(lambda request: None)
+    except TypeError:
+        return "is no middleware: it cannot be called with get_response"
+    except ValueError:  # no signature to be had
+        pass
+    return None
+
+
+def _raw(path: str) -> Any:
+    """What a dotted name stands for, without what tools put around it while it is loaded."""
+    return import_string(path)
+
+
+class _Inner:
+    """What has been loaded so far, from the view outwards.
+
+    Attributes:
+        threaded: on Django's handler the chain would be synchronous here.
+    """
+
+    threaded = False
+
+
+def _place(path: str, factory: Any, inner: _Inner) -> Any:
+    can_sync = getattr(factory, "sync_capable", True)
+    can_async = getattr(factory, "async_capable", False)
+    if not can_sync and not can_async:
+        return factory  # Django refuses it
+    if is_own(path):
+        return _Native(factory, asynchronous=False)
+    if is_named(path):
+        return _Native(factory, asynchronous=_has_async_form(path, factory))
+    if can_async and not (inner.threaded and can_sync):
+        return _Foreign(factory, inner, threaded=False)
+    return _Foreign(factory, inner, threaded=True)
+
+
+def _has_async_form(path: str, factory: Any) -> bool:
+    """Whether a middleware that runs natively is better used as a coroutine.
+
+    What was written for the loop does not block it. A MiddlewareMixin only hops to a thread.
+    """
+    if not getattr(factory, "async_capable", False):
+        return False
+    if not getattr(factory, "sync_capable", True):
+        return True
+    own: Any = getattr(_raw(path), "__acall__", None)
+    return own is not MiddlewareMixin.__acall__
+
+
+class _Native:
+    """A middleware that runs natively, as Django's loader sees it: in one form only."""
+
+    def __init__(self, factory: Any, asynchronous: bool) -> None:
+        self.sync_capable = not asynchronous
+        self.async_capable = asynchronous
+        self._factory = factory
+
+    def __call__(self, get_response: Callable[..., Any]) -> Any:
+        return self._factory(get_response)
+
+
+class _Foreign:
+    """Other people's middleware, which keeps Django's rules."""
+
+    def __init__(self, factory: Any, inner: _Inner, threaded: bool) -> None:
+        self.sync_capable = threaded
+        self.async_capable = not threaded
+        self._factory = factory
+        self._inner = inner
+        self._threaded = threaded
+
+    def __call__(self, get_response: Callable[..., Any]) -> Any:
+        if self._threaded:
+            # Neighbours in the same thread call each other.
+            neighbour = getattr(getattr(get_response, "__wrapped__", None), "threaded", None)
+            get_response = neighbour or async_to_sync(flow.on_the_loop(get_response))
+        middleware = self._factory(get_response)
+        self._inner.threaded = self._threaded
+        return middleware and _Guest(middleware, self._threaded)
+
+
+class _Guest:
+    """One of other people's middleware in a native chain.
+
+    Attributes:
+        threaded: what a neighbour in the request's thread calls.
+    """
+
+    threaded: Callable[..., Any] | None = None
+
+    def __init__(self, middleware: Any, threaded: bool) -> None:
+        if threaded:
+            self.threaded = convert_exception_to_response(middleware)
+            self._call = flow.in_thread(self.threaded)
+        else:
+            self._call = middleware
+            if iscoroutinefunction(middleware):
+                markcoroutinefunction(self)
+        for name in _METHODS:
+            method = getattr(middleware, name, None)
+            if method is not None:
+                setattr(
+                    self, name, method if iscoroutinefunction(method) else flow.in_thread(method)
+                )
+
+    def __call__(self, request: Any) -> Any:
+        return self._call(request)

@@ -1,0 +1,546 @@
+"""The whole request on the loop: asyncorm.asgi.get_asgi_application()."""
+
+import asyncio
+import contextvars
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from django.contrib.auth import login
+from django.contrib.auth.models import User
+from django.core.asgi import get_asgi_application as djangos
+from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import got_request_exception, request_finished, request_started
+from django.db import connection, connections, transaction
+from django.http import FileResponse, Http404, HttpResponse, StreamingHttpResponse
+from django.template import engines
+from django.template.response import TemplateResponse
+from django.test import AsyncClient
+from django.urls import path
+from django.utils.functional import SimpleLazyObject
+from django.views.generic import ListView
+
+import asyncorm
+from asyncorm.asgi import get_asgi_application, lifespan, native_view
+from tests.asgi_client import ask
+from tests.project.myapp.models import Item
+from tests.support import (
+    administrator,
+    all_given_back,
+    eventually,
+    server_connections,
+    watched_threads,
+)
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+# As `startproject` makes it.
+DEFAULT = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+ENGINES = ["db", "cached_db", "cache", "signed_cookies"]
+
+seen: list[Any] = []
+mark: contextvars.ContextVar[str] = contextvars.ContextVar("mark", default="unset")
+
+
+def here() -> str:
+    return "loop" if threading.current_thread() is threading.main_thread() else "thread"
+
+
+async def empty(request: Any) -> HttpResponse:
+    return HttpResponse("empty")
+
+
+async def one(request: Any) -> HttpResponse:
+    return HttpResponse((await Item.objects.aget(remote_id=1)).name)
+
+
+async def user(request: Any) -> HttpResponse:
+    user = await request.auser()
+    count = await request.session.aget("count", 0) + 1
+    await request.session.aset("count", count)
+    return HttpResponse(f"{user.username} {count} {await Item.objects.acount()}")
+
+
+async def enter(request: Any) -> HttpResponse:
+    await asyncorm.native(login)(
+        request, await User.objects.aget(), "django.contrib.auth.backends.ModelBackend"
+    )
+    return HttpResponse("in")
+
+
+async def missing(request: Any) -> HttpResponse:
+    raise Http404
+
+
+async def broken(request: Any) -> HttpResponse:
+    raise ZeroDivisionError
+
+
+def threaded(request: Any) -> HttpResponse:
+    return HttpResponse(f"{here()} {Item.objects.count()}")
+
+
+@native_view
+def natively(request: Any) -> HttpResponse:
+    request.session["natively"] = True
+    return HttpResponse(f"{here()} {Item.objects.count()} {mark.get()}")
+
+
+class Items(ListView):
+    model = Item
+    template_name = "unused"
+
+    def render_to_response(self, context: Any, **kwargs: Any) -> Any:
+        template = engines["django"].from_string(
+            "{% for item in object_list %}{{ item.name }}{% endfor %} {{ here }}"
+        )
+        lazily = SimpleLazyObject(here)
+        return TemplateResponse(self.request, template, {**context, "here": lazily})
+
+
+@native_view
+class NativeItems(Items):
+    pass
+
+
+urlpatterns = [
+    path("empty/", empty),
+    path("one/", one),
+    path("user/", user),
+    path("enter/", enter),
+    path("missing/", missing),
+    path("broken/", broken),
+    path("threaded/", threaded),
+    path("natively/", natively),
+    path("items/", Items.as_view()),
+    path("native/items/", NativeItems.as_view()),
+]
+
+
+@pytest.fixture(autouse=True)
+def _project(settings: Any) -> None:
+    settings.ROOT_URLCONF = __name__
+    settings.MIDDLEWARE = DEFAULT
+    settings.ASYNCORM = {"SWAP_MANAGERS": True}
+    seen.clear()
+
+
+@pytest.fixture
+async def item() -> Item:
+    return await Item.objects.native_create(remote_id=1, name="one")
+
+
+@pytest.fixture
+async def someone() -> User:
+    return await User.objects.native_create(username="someone", is_active=True)
+
+
+async def body(app: Any, path: str, **headers: Any) -> str:
+    answer = await ask(app, path, **headers)
+    assert answer.status == 200, answer
+    return answer.body
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_asynchronous_views_need_no_thread(
+    settings: Any, engine: str, item: Item, someone: User
+) -> None:
+    settings.SESSION_ENGINE = f"django.contrib.sessions.backends.{engine}"
+    app = get_asgi_application()
+    await body(app, "/one/")  # the first one opens a connection
+    with watched_threads() as threads:
+        cookies = (await ask(app, "/enter/")).cookies
+        for n in range(20):
+            answer = await ask(
+                app, "/user/", cookie="; ".join("=".join(each) for each in cookies.items())
+            )
+            assert answer.body == f"someone {n + 1} 1"
+            cookies |= answer.cookies
+            assert await body(app, "/empty/") == "empty"
+            assert await body(app, "/one/") == "one"
+            assert (await ask(app, "/missing/")).status == 404
+            assert (await ask(app, "/nothing")).status == 404
+            assert (await ask(app, "/empty")).status == 301
+            assert (await ask(app, "/broken/")).status == 500
+            assert (await ask(app, "/empty/", method="POST")).status == 403
+    assert threads == []
+    await all_given_back()
+
+
+async def test_django_has_threads_there(item: Item) -> None:
+    with watched_threads() as threads:
+        await body(djangos(), "/empty/")
+    assert threads
+
+
+async def test_synchronous_views_stay_in_threads_until_they_are_named(
+    settings: Any, item: Item
+) -> None:
+    app = get_asgi_application()
+    assert await body(app, "/threaded/") == "thread 1"
+    assert await body(app, "/natively/") == "loop 1 unset"
+    assert await body(app, "/items/") == "one thread"
+    assert await body(app, "/native/items/") == "one loop"
+    settings.ASYNCORM = {"NATIVE_VIEWS": [f"{__name__}.threaded", f"{__name__}.Items"]}
+    with watched_threads() as threads:
+        assert await body(app, "/threaded/") == "loop 1"
+        assert await body(app, "/items/") == "one loop"
+    assert threads == []
+    settings.ASYNCORM = {"NATIVE_VIEWS": True}
+    assert await body(app, "/threaded/") == "loop 1"
+
+
+async def test_a_thousand_threaded_views_leave_no_connection(
+    item: Item, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = get_asgi_application()
+    options = {
+        **connections.settings["default"]["OPTIONS"],
+        "pool": False,  # of synchronous connections
+        "application_name": "threaded",
+    }
+    monkeypatch.setitem(connections.settings["default"], "OPTIONS", options)
+    gc.disable()  # it would close them, some time
+    try:
+        with administrator() as ask_server:
+            for _ in range(100):
+                answers = await asyncio.gather(*[body(app, "/threaded/") for _ in range(10)])
+                assert set(answers) == {"thread 1"}
+            await eventually(lambda: server_connections(ask_server, "threaded") == 0)
+    finally:
+        gc.enable()
+
+
+# Signals
+
+
+@contextmanager
+def receivers(*pairs: Any) -> Iterator[None]:
+    for signal, receiver in pairs:
+        signal.connect(receiver)
+    try:
+        yield
+    finally:
+        for signal, receiver in pairs:
+            signal.disconnect(receiver)
+
+
+def synchronously(signal: Any, **kwargs: Any) -> None:
+    seen.append((signal, here(), Item.objects.count()))
+
+
+async def asynchronously(signal: Any, **kwargs: Any) -> None:
+    seen.append((signal, here(), await Item.objects.acount()))
+
+
+async def test_other_peoples_receivers_of_requests_signals(item: Item) -> None:
+    app = get_asgi_application()
+    signals = [request_started, request_finished]
+    with (
+        receivers(*[(signal, asynchronously) for signal in signals]),
+        watched_threads() as threads,
+    ):
+        await body(app, "/empty/")
+    assert threads == []
+    assert seen == [(request_started, "loop", 1), (request_finished, "loop", 1)]
+    seen.clear()
+    with receivers(*[(signal, synchronously) for signal in signals]):
+        await body(app, "/empty/")
+    assert seen == [(request_started, "thread", 1), (request_finished, "thread", 1)]
+    seen.clear()
+    with receivers(*[(signal, synchronously) for signal in signals]):
+        await body(app, "/threaded/")
+    assert seen == [(request_started, "thread", 1), (request_finished, "thread", 1)]
+
+
+async def test_receivers_of_exceptions_see_them() -> None:
+    import sys
+
+    def receiver(request: Any, **kwargs: Any) -> None:
+        seen.append((request.path, here(), type(sys.exception())))
+
+    with receivers((got_request_exception, receiver)):
+        assert (await ask(get_asgi_application(), "/broken/")).status == 500
+    assert seen == [("/broken/", "thread", ZeroDivisionError)]
+
+
+# Context
+
+
+def marking(get_response: Any) -> Any:
+    def middleware(request: Any) -> Any:
+        mark.set("middleware")
+        response = get_response(request)
+        response["x-mark"] = mark.get()
+        return response
+
+    return middleware
+
+
+async def marked(request: Any) -> HttpResponse:
+    before = mark.get()
+    mark.set("view")
+    return HttpResponse(before)
+
+
+urlpatterns.append(path("marked/", marked))
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_context_variables_are_seen_both_ways(settings: Any, named: bool) -> None:
+    settings.MIDDLEWARE = [*DEFAULT, f"{__name__}.marking"]
+    if named:
+        settings.ASYNCORM = {"NATIVE_MIDDLEWARE": [f"{__name__}.marking"]}
+    answer = await ask(get_asgi_application(), "/marked/")
+    assert answer.body == "middleware"
+    assert (b"x-mark", b"view") in answer.headers
+    assert mark.get() == "unset"
+
+
+# Transactions
+
+
+@native_view
+def failing_write(request: Any) -> HttpResponse:
+    Item.objects.create(remote_id=100)
+    raise ZeroDivisionError
+
+
+@native_view
+def in_a_transaction(request: Any) -> HttpResponse:
+    return HttpResponse(str(connection.in_atomic_block))
+
+
+urlpatterns += [path("failing/", failing_write), path("transaction/", in_a_transaction)]
+
+
+async def test_atomic_requests(settings: Any) -> None:
+    app = get_asgi_application()
+    assert await body(app, "/transaction/") == "False"
+    assert (await ask(app, "/failing/")).status == 500
+    assert await Item.objects.acount() == 1
+    connections.settings["default"]["ATOMIC_REQUESTS"] = True
+    try:
+        assert await body(app, "/transaction/") == "True"
+        assert (await ask(app, "/failing/")).status == 500
+    finally:
+        connections.settings["default"]["ATOMIC_REQUESTS"] = False
+    assert await Item.objects.acount() == 1
+    await all_given_back()
+
+
+def atomically(get_response: Any) -> Any:
+    def middleware(request: Any) -> Any:
+        with transaction.atomic():
+            Item.objects.create(remote_id=50)
+            response = get_response(request)
+            transaction.set_rollback(True)
+        return response
+
+    return middleware
+
+
+async def pid(request: Any) -> HttpResponse:
+    return HttpResponse(f"{await Item.objects.acount()} {connection.in_atomic_block}")
+
+
+urlpatterns.append(path("pid/", pid))
+
+
+async def test_a_native_middleware_has_the_view_in_its_transaction(settings: Any) -> None:
+    settings.MIDDLEWARE = [*DEFAULT, f"{__name__}.atomically"]
+    settings.ASYNCORM = {
+        "SWAP_MANAGERS": True, "NATIVE_MIDDLEWARE": [f"{__name__}.atomically"],
+    }  # fmt: skip
+    app = get_asgi_application()
+    assert (await body(app, "/pid/")).startswith("1 ")
+    assert await body(app, "/natively/") == "loop 1 unset"
+    assert await Item.objects.acount() == 0
+    await all_given_back()
+
+
+# Clients that go away
+
+
+async def waits(request: Any) -> HttpResponse:
+    seen.append("begun")
+    try:
+        await asyncio.sleep(30)
+    except asyncio.CancelledError:
+        seen.append("cancelled")
+        raise
+    return HttpResponse()
+
+
+@native_view
+def pays(request: Any) -> HttpResponse:
+    Item.objects.create(remote_id=1)
+    seen.append("begun")
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_sleep(0.5)")
+    Item.objects.create(remote_id=2)
+    seen.append("paid")
+    return HttpResponse()
+
+
+urlpatterns += [path("waits/", waits), path("pays/", pays)]
+
+
+@pytest.mark.parametrize("way", ["disconnect", "cancel"])
+async def test_a_client_that_goes_away_cancels_asynchronous_views(way: str) -> None:
+    gone = asyncio.Event()
+    task = asyncio.create_task(ask(get_asgi_application(), "/waits/", gone=gone))
+    await eventually(lambda: seen)
+    gone.set() if way == "disconnect" else task.cancel()
+    await asyncio.wait([task], timeout=5)
+    assert seen == ["begun", "cancelled"]
+    assert task.cancelled() == (way == "cancel")
+
+
+@pytest.mark.parametrize("way", ["disconnect", "cancel"])
+async def test_native_synchronous_views_go_on_to_their_end(settings: Any, way: str) -> None:
+    app = get_asgi_application()
+    finished: list[Any] = []
+    with receivers((request_finished, receiver := lambda **kwargs: finished.append(kwargs))):
+        gone = asyncio.Event()
+        task = asyncio.create_task(ask(app, "/pays/", gone=gone))
+        await eventually(lambda: seen)
+        gone.set() if way == "disconnect" else task.cancel()
+        await asyncio.wait([task], timeout=5)
+        assert seen == ["begun", "paid"]
+        assert len(finished) == 1
+    assert receiver
+    assert await Item.objects.acount() == 2
+    await all_given_back()
+    settings.ASYNCORM = {"SWAP_MANAGERS": True, "CANCEL_NATIVE_VIEWS": True}
+    await Item.objects.all().adelete()
+    seen.clear()
+    gone = asyncio.Event()
+    task = asyncio.create_task(ask(app, "/pays/", gone=gone))
+    await eventually(lambda: seen)
+    gone.set()
+    await asyncio.wait([task], timeout=5)
+    assert seen == ["begun"]
+    await all_given_back()
+
+
+async def test_a_view_is_cancelled_that_begins_after_the_client_went_away(settings: Any) -> None:
+    settings.MIDDLEWARE = [f"{__name__}.slowly"]
+    settings.ASYNCORM = {"NATIVE_MIDDLEWARE": "__all__"}
+    gone = asyncio.Event()
+    task = asyncio.create_task(ask(get_asgi_application(), "/waits/", gone=gone))
+    await eventually(lambda: seen)
+    gone.set()
+    await asyncio.wait([task], timeout=5)
+    assert seen == ["middleware", "begun", "cancelled"]
+
+
+def slowly(get_response: Any) -> Any:
+    def middleware(request: Any) -> Any:
+        seen.append("middleware")
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_sleep(0.3)")
+        return get_response(request)
+
+    return middleware
+
+
+# Streams
+
+
+def rows(request: Any) -> StreamingHttpResponse:
+    def content() -> Iterator[str]:
+        seen.append(here())
+        for item in Item.objects.order_by("pk").iterator(chunk_size=10):
+            yield f"{item.remote_id}\n"
+        seen.append("end")
+
+    return StreamingHttpResponse(content())
+
+
+def file(request: Any) -> FileResponse:
+    return FileResponse(open(__file__, "rb"))
+
+
+urlpatterns += [path("rows/", rows), path("rows/native/", native_view(lambda r: rows(r)))]
+urlpatterns += [path("file/", file)]
+
+
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
+@pytest.mark.parametrize("native", [True, False])
+async def test_synchronous_iterators_are_streamed_where_their_view_ran(native: bool) -> None:
+    await Item.objects.abulk_create([Item(remote_id=n) for n in range(50)])
+    app = get_asgi_application()
+    answer = await ask(app, "/rows/native/" if native else "/rows/")
+    assert [part.decode() for part in answer.parts] == [f"{n}\n" for n in range(50)]
+    assert seen == ["loop" if native else "thread", "end"]
+    await all_given_back()
+
+
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
+async def test_files() -> None:
+    answer = await ask(get_asgi_application(), "/file/")
+    with open(__file__) as source:  # noqa: ASYNC230
+        assert answer.body == source.read()
+
+
+async def test_djangos_warning_stays(item: Item) -> None:
+    with pytest.warns(Warning, match="must consume synchronous iterators"):
+        await body(get_asgi_application(), "/rows/native/")
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"NATIVE_MIDDLEWARE": ["no.such.Middleware"]}, "'no.such.Middleware' cannot be imported"),
+        ({"NATIVE_MIDDLEWARE": ["tests.project.myapp.models.Item"]}, "no __call__"),
+        ({"NATIVE_MIDDLEWARE": [f"{__name__}.DEFAULT"]}, "is no middleware"),
+        ({"NATIVE_MIDDLEWARE": [f"{__name__}.here"]}, "is no middleware"),
+        ({"NATIVE_VIEWS": ["no.such.view"]}, "'no.such.view' does not exist"),
+        ({"NATIVE_VIEWS": [f"{__name__}.nonsense"]}, "has no nonsense"),
+    ],
+)
+async def test_bad_names_are_refused_at_the_start(settings: Any, changes: Any, words: str) -> None:
+    settings.ASYNCORM = changes
+    with pytest.raises(ImproperlyConfigured, match=words):
+        get_asgi_application()
+
+
+async def test_asyncclient_goes_where_requests_go(settings: Any, item: Item) -> None:
+    def asked(**changes: Any) -> AsyncClient:
+        settings.ASYNCORM = {"NATIVE_VIEWS": True, **changes}
+        return AsyncClient()
+
+    response = await asked(NATIVE_HANDLER=True).get("/threaded/")
+    assert (response.content, response.asgi_request.path) == (b"loop 1", "/threaded/")
+    response = await asked(NATIVE_HANDLER=False).get("/threaded/")
+    assert response.content == b"thread 1"
+    settings.ASGI_APPLICATION = f"{__name__}.application"
+    globals()["application"] = lifespan(get_asgi_application())
+    assert (await asked().get("/threaded/")).content == b"loop 1"
+    globals()["application"] = lifespan(djangos())
+    assert (await asked().get("/threaded/")).content == b"thread 1"
+
+
+async def test_asyncclient_raises_what_views_raise(settings: Any) -> None:
+    settings.ASYNCORM = {"NATIVE_HANDLER": True}
+    with pytest.raises(ZeroDivisionError):
+        await AsyncClient().get("/broken/")
+    response = await AsyncClient(raise_request_exception=False).get("/broken/")
+    assert response.status_code == 500
+    assert response.exc_info[0] is ZeroDivisionError
+    assert (await AsyncClient().get("/missing/")).status_code == 404
