@@ -41,6 +41,7 @@ from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
 from . import bridge, verifying
+from .binding import has_djangos_type
 from .driver import Statement
 from .rows import RowMaker, tuple_of
 from .shapes import Unfit
@@ -323,7 +324,7 @@ def _made(
         or query.on_conflict  # type: ignore[attr-defined]
         or query.raw
         or not fields
-        or not all(type(field).pre_save in PRE_SAVES for field in fields)
+        or not all(type(f).pre_save in PRE_SAVES and has_djangos_type(f) for f in fields)
     ):
         return None
     key = (

@@ -44,6 +44,7 @@ from django.db.models.sql.where import AND, OR, WhereNode
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
+from .binding import has_placeholder
 from .expressions import Unfit as Unfit
 from .expressions import add_field, add_structure, add_unresolved, pattern
 
@@ -332,7 +333,7 @@ class Shape:
         (col,) = lookup.lhs.get_cols()
         if (
             type(lookup.rhs) is not list
-            or _has_placeholder(col.output_field)
+            or has_placeholder(col.output_field)
             or len(lookup.rhs) > MAX_PARAMS
         ):
             raise Unfit
@@ -667,15 +668,11 @@ def _kind(sql: str) -> Any:
     return None if _COMPARING.search(sql) else _LITERAL
 
 
-def _has_placeholder(field: Any) -> bool:
-    return hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
-
-
 def _updated(shape: Shape, value: Any) -> None:
     if shape.query.related_updates or shape.query.count_active_tables() > 1:
         raise Unfit
     for field, _, item in value:
-        if _has_placeholder(field):
+        if has_placeholder(field):
             raise Unfit
         if hasattr(item, "resolve_expression"):
             if item.contains_aggregate or item.contains_over_clause or type(item) is ColPairs:

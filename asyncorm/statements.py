@@ -5,7 +5,8 @@ known to come from a certain one of the shape's (tracing.py). Whatever is not kn
 left to Django's compiler.
 
 A plan's statement is sent without a cursor, its values as parameters of the server where that means
-the same as the literals that Django writes into the SQL: each value's Python type must be the usual
+the same as the literals that Django writes into the SQL: all SQL is of Django's own (binding.py),
+each value's Python type must be the usual
 one for the column's type, and it is sent with the type that PostgreSQL gives to the literal,
 strings without one (as a quoted literal has none). A list of keys goes as one array, as PostgreSQL
 makes one of IN (...) too: so lists of all lengths have one statement. Otherwise, and where somebody
@@ -29,6 +30,7 @@ from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
 from . import sessions, verifying
+from .binding import in_place_of_expressions
 from .driver import Connection, Statement, checked
 from .pools import Pool
 from .rows import SLICE, RowMaker
@@ -73,6 +75,7 @@ class Plan:
         lists: Any = (),
         picked: list[int] | None = None,
         shared: Any = (),
+        by_server: bool = True,
     ) -> None:
         self.sql = sql
         self.maker = maker
@@ -86,8 +89,9 @@ class Plan:
         if with_offset:
             sql = f"{sql} OFFSET %s"
         self.lists = lists
-        self.query = _numbered(sql, len(self.families), lists)
-        if self.query is None and lists:
+        by_server = by_server and in_place_of_expressions(sql)
+        self.query = _numbered(sql, len(self.families), lists) if by_server else None
+        if self.query is None and by_server and lists:
             self.lists = ()
             self.query = _numbered(sql, len(self.families), ())
         self.formats = [PyFormat.TEXT] * len(self.families)
@@ -422,6 +426,7 @@ def _plan(shape: Shape, compile: Callable[[Any, Any], Compiled], query: Any, wra
         lists=lists,
         picked=picked,
         shared=trace.shared,
+        by_server=trace.is_djangos,
     )
 
 

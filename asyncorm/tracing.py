@@ -25,6 +25,7 @@ from typing import Any
 from django.db.models import Value
 from greenlet import getcurrent
 
+from . import binding
 from .expressions import Unfit
 from .verifying import equal
 
@@ -56,6 +57,7 @@ class Trace:
     Attributes:
         shared: pairs of places with one and the same node, whose parameters are the first one's.
         constants: parameters that Django puts into every statement of this kind.
+        is_djangos: whether all SQL is that of Django's own classes (binding.py).
     """
 
     def __init__(self) -> None:
@@ -64,6 +66,7 @@ class Trace:
         self.shared: list[tuple[int, int]] = []
         self.constants: list[Any] = []
         self.named: dict[str, Any] = {}
+        self.is_djangos = True
         self._inside = False
 
     def mark(self, node: Any, place: int, params: Any) -> None:
@@ -77,6 +80,7 @@ class Trace:
 
     def compile(self, compile: Any, compiler: Any, node: Any) -> Any:
         """`SQLCompiler.compile()`, with marks for the parameters of the outermost marked node."""
+        self.is_djangos = self.is_djangos and binding.is_djangos(node)
         known = None if self._inside else getattr(node, "__dict__", {}).get(self.name)
         if known is None:
             sql, params = compile(node)

@@ -11,10 +11,14 @@ from zoneinfo import ZoneInfo
 import pytest
 from django.contrib.contenttypes.models import ContentType
 from django.db import connection, models, transaction
-from django.db.models import Case, Count, Exists, F, OuterRef, Q, Value, When
+from django.db.models import Case, Count, Exists, F, OuterRef, Q, Subquery, Value, When
+from django.db.models.expressions import CombinedExpression, RawSQL
+from django.db.models.functions import Abs, Cast, Coalesce, ExtractDay, Lower
+from django.db.models.lookups import GreaterThan
 
 import asyncorm
 from asyncorm import statements
+from asyncorm.binding import in_place_of_expressions
 from tests.checked import hits_checked
 from tests.compare import differences
 from tests.project.shop.models import Book, Event, Note, Review
@@ -307,3 +311,240 @@ async def test_a_range_of_a_queryset() -> None:
         )
 
     await same_as_djangos(between, (1,), (2,), (1,))
+
+
+# Text of the user's
+
+
+class Days(models.Func):
+    template = "INTERVAL '%(expressions)s days'"
+    output_field = models.DurationField()
+
+
+class Tagged(models.Func):
+    template = "$tag$%(expressions)s$tag$"
+    output_field = models.TextField()
+
+
+class Half(models.Transform):
+    lookup_name = "half"
+    template = "(%(expressions)s / 2)"
+
+
+class Prefixed(models.Lookup):
+    lookup_name = "prefixed"
+
+    def as_sql(self, compiler: Any, connection: Any) -> Any:
+        lhs, lhs_params = self.process_lhs(compiler, connection)
+        rhs, rhs_params = self.process_rhs(compiler, connection)
+        return f"{lhs} = '{rhs}'", [*lhs_params, *rhs_params]
+
+
+class Scaled(models.DecimalField):
+    """A type whose name is the user's."""
+
+    def db_type(self, connection: Any) -> str:
+        return "numeric(10, 1)"
+
+
+class Twice(models.IntegerField):
+    def get_placeholder(self, value: Any, compiler: Any, connection: Any) -> str:
+        return "(2 * %s)"
+
+    def get_placeholder_sql(self, value: Any, compiler: Any, connection: Any) -> Any:
+        return "(2 * %s)", [value]
+
+
+class Sold(models.Model):
+    """The table of books."""
+
+    pages = Twice()
+    sold = models.BigIntegerField()
+
+    class Meta:
+        app_label = "not_installed"
+        managed = False
+        db_table = "shop_book"
+
+
+def sold(**changes: Any) -> Any:
+    with transaction.atomic():
+        count = Sold.objects.filter(pk__gt=1).update(**changes)
+        found = list(Sold.objects.order_by("pk").values())
+        transaction.set_rollback(True)
+    return count, found
+
+
+def deleted(queryset: Any) -> Any:
+    with transaction.atomic():
+        found = queryset.delete()
+        transaction.set_rollback(True)
+    return found
+
+
+USERS: dict[str, Callable[[int], Any]] = {
+    "extra(where)": lambda v: list(
+        by_pk.extra(where=["pages * interval '1 day' < interval '%s days'"], params=[v])
+    ),
+    "extra(where) counted": lambda v: by_pk.extra(
+        where=["pages * interval '1 day' < interval '%s days'"], params=[v]
+    ).count(),
+    "extra(where) deleted": lambda v: deleted(
+        Review.objects.extra(where=["stars * interval '1 day' > interval '%s days'"], params=[v])
+    ),
+    "extra(where) beside a filter": lambda v: list(
+        by_pk.extra(where=["title <> '%%s $1'"]).filter(pages__gt=v)
+    ),
+    "extra(select)": lambda v: list(by_pk.extra(select={"x": "'%s'"}, select_params=[v])),
+    "extra(select) in values": lambda v: list(
+        by_pk.extra(select={"x": "pages + 1"}).filter(pk__gt=v).values_list("x", "pk")
+    ),
+    "extra(order_by)": lambda v: list(Book.objects.filter(pk__gt=v).extra(order_by=["-id"])),
+    "extra(tables)": lambda v: list(
+        by_pk.filter(pk__gt=v).extra(tables=["shop_tag"], where=["shop_tag.id = shop_book.id"])
+    ),
+    "RawSQL in a literal": lambda v: rows(title__gt=RawSQL("'c%s'", (v,))),
+    "RawSQL in an order": lambda v: rows(
+        pk__in=RawSQL(
+            "SELECT id FROM (SELECT -id AS a, pages, id FROM shop_book ORDER BY %s LIMIT 2) q", (v,)
+        )
+    ),
+    "RawSQL in E''": lambda v: rows(title__gt=RawSQL("E'\\'%s'", (v,))),
+    "RawSQL after a comment": lambda v: rows(pages__gt=RawSQL("/* it's */ %s", (v,))),
+    "RawSQL in a comment": lambda v: rows(pages__gt=RawSQL("/* %s */ 1", (v,))),
+    "RawSQL that groups": lambda v: list(
+        Book.objects.values(m=RawSQL("pages %% %s", (v,))).annotate(n=Count("pk")).order_by("m")
+    ),
+    "a type modifier": lambda v: by_pk.extra(
+        where=["rating < 1.2345::numeric(10,%s)"], params=[v]
+    ).count(),
+    "a template": lambda v: rows(pages__lt=ExtractDay(Days(Value(v)))),
+    "a template with dollars": lambda v: rows(title__gt=Tagged(Value(v))),
+    "a template given": lambda v: rows(
+        title__gt=Lower(Value(v, models.TextField()), template="lower('%(expressions)s')")
+    ),
+    "a function given": lambda v: list(
+        by_pk.annotate(
+            m=models.Func(
+                Value(v),
+                function="interval '1 day' * ",
+                template="%(function)s%(expressions)s",
+                output_field=models.DurationField(),
+            )
+        )
+    ),
+    "a joiner given": lambda v: list(
+        by_pk.annotate(m=Coalesce(F("pages"), Value(v), arg_joiner=" + 1, "))
+    ),
+    "extra of a function": lambda v: list(
+        by_pk.annotate(m=Days(Value(v), template="INTERVAL '%(expressions)s %(of)s'", of="hour"))
+    ),
+    "a function in update()": lambda v: updated(
+        title=Cast(Days(Value(v)), models.CharField(max_length=30))
+    ),
+    "a function in aggregate()": lambda v: Book.objects.aggregate(
+        m=models.Sum(Days(Value(v)), output_field=models.DurationField())
+    ),
+    "a template of an aggregate": lambda v: Book.objects.aggregate(
+        m=Count("pk", filter=Q(pages__gt=v), template="COUNT(%(expressions)s) + '%(more)s'", more=1)
+    ),
+    "a subquery's template": lambda v: list(
+        by_pk.annotate(
+            m=Subquery(
+                Review.objects.filter(book=OuterRef("pk"), stars__gt=v).values("pk"),
+                template="(SELECT count(*) FROM (%(subquery)s) q)",
+                output_field=models.IntegerField(),
+            )
+        )
+    ),
+    "a type of the user's": lambda v: list(
+        by_pk.annotate(m=Cast(F("rating"), Scaled(max_digits=10, decimal_places=v)))
+    ),
+    "a connector of the user's": lambda v: list(
+        by_pk.annotate(m=CombinedExpression(F("pages"), "- 2 *", Value(v)))
+    ),
+    "a lookup of the user's": lambda v: rows(Prefixed(F("pages"), v)),
+    "a transform of the user's": lambda v: rows(GreaterThan(Half(F("pages")), v)),
+    "placeholders of the user's": lambda v: (sold(pages=v), sold(pages=F("pages") + v)),
+    "in HAVING": lambda v: list(
+        by_pk.annotate(n=Count("tags")).filter(n__lt=ExtractDay(Days(Value(v))))
+    ),
+    "in a subquery": lambda v: list(
+        by_pk.annotate(m=Exists(Review.objects.filter(stars__lt=ExtractDay(Days(Value(v))))))
+    ),
+    "in an ordering": lambda v: list(Book.objects.order_by(Days(Value(v)), "pk")),
+    "in a condition": lambda v: list(
+        by_pk.annotate(m=Case(When(pages__lt=ExtractDay(Days(Value(v))), then=1), default=0))
+    ),
+    "in a filtered relation": lambda v: list(
+        by_pk.annotate(
+            of=models.FilteredRelation("reviews", condition=Q(reviews__stars__gt=v))
+        ).values_list("pk", "of__stars").order_by("pk", "of__stars")
+    ),
+}  # fmt: skip
+
+
+def rows(*args: Any, **kwargs: Any) -> list[Any]:
+    return list(by_pk.filter(*args, **kwargs))
+
+
+@pytest.mark.parametrize("name", USERS)
+async def test_text_of_the_users_has_its_values_where_django_writes_them(name: str) -> None:
+    def function(v: int) -> Any:
+        return first_line(USERS[name], v)
+
+    await same_as_djangos(function, (2,), (3,), (2,), (107,))
+    bound = [
+        plan
+        for plan in statements.plans.values()
+        if isinstance(plan, statements.Plan) and plan.query is not None and "$1" in plan.text
+    ]
+    # Beside it there may be others, as the one that reads what was written.
+    assert len(bound) <= name.startswith(("a function in update", "placeholders", "extra(where) d"))
+
+
+async def test_classes_that_somebody_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`as_postgresql()` is the documented way to give a function other SQL."""
+
+    def longer(v: int) -> Any:
+        return list(by_pk.annotate(m=Abs(F("pages") - v)))
+
+    def as_postgresql(self: Any, compiler: Any, connection: Any) -> Any:
+        return self.as_sql(compiler, connection, template="(interval '%(expressions)s days')")
+
+    await same_as_djangos(longer, (1,), (2,))
+    monkeypatch.setattr(Abs, "as_postgresql", as_postgresql, raising=False)
+
+    def days(v: int) -> Any:
+        return list(by_pk.annotate(m=Abs(Value(v), output_field=models.DurationField())))
+
+    await same_as_djangos(days, (1,), (2,), (3,))
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT '%s'", "SELECT E'\\'%s'", "SELECT $$%s$$", "SELECT $a$ $$ %s $a$", 'SELECT "%s"',
+        "SELECT 1 -- %s", "SELECT /* /* */ %s */ 1", "SELECT U&\"%s\"", "SELECT interval %s",
+        "SELECT date %s", "SELECT 1::numeric(10,%s)", "SELECT CAST(1 AS numeric(10, %s))",
+        "SELECT 1 ORDER BY %s", "SELECT 1 GROUP BY a, %s", "SELECT %s::text", "SELECT a[%s]",
+        "SELECT x ORDER BY a, %s LIMIT 1", "SELECT string_agg(a ORDER BY %s)",
+        "SELECT 1 WHERE a LIKE 'x' ESCAPE %s", "SELECT ARRAY[%s]", "SELECT 1)%s",
+    ],
+)  # fmt: skip
+def test_places_that_are_none_for_parameters(sql: str) -> None:
+    assert not in_place_of_expressions(sql)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT %s", "SELECT a %% %s, '%%s', \"b\" FROM t WHERE a IN (%s, %s) AND NOT (%s = b)",
+        "SELECT a WHERE b BETWEEN %s AND %s OR UPPER(c::text) LIKE UPPER(%s) ORDER BY 1 LIMIT %s",
+        "SELECT CASE WHEN a > %s THEN %s ELSE %s END, (SELECT 1 ORDER BY a) WHERE a < %s OFFSET %s",
+        "INSERT INTO t (a, b) VALUES (%s, %s) RETURNING id", "UPDATE t SET a = %s WHERE b = (%s)",
+        "SELECT (%s)::text, a::numeric(10, 2) + %s", "SELECT UNNEST((%s)::integer[])",
+    ],
+)  # fmt: skip
+def test_places_for_parameters(sql: str) -> None:
+    assert in_place_of_expressions(sql)
