@@ -5,7 +5,6 @@ A `Limit` stands between sessions and their pool, or between them and a wider li
 
 from __future__ import annotations
 
-from asyncio import current_task
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from .contexts import EitherWay
 from .driver import Connection
 from .generators import Place
 from .pools import Pool, PoolDeadlock, Suspicion, deadlocked, holders, suspicion
+from .tasks import current_and_represented
 
 Source: TypeAlias = "Pool | Limit"
 
@@ -152,12 +152,12 @@ class Limit:
             what to await first if who has the connections seems to wait for one, too; it raises
             PoolDeadlock.
         """
-        task = current_task()
-        self.asking.add(task)
+        tasks = current_and_represented()
+        self.asking.update(tasks)
         try:
             yield suspicion(self._deadlock)
         finally:
-            self.asking.discard(task)
+            self.asking.difference_update(tasks)
 
     def _deadlock(self) -> PoolDeadlock | None:
         sessions = [conn.lock for conn in self._out]

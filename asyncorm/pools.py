@@ -19,6 +19,7 @@ from psycopg_pool import PoolClosed, PoolTimeout
 
 from . import bridge, conf
 from .driver import Connection, ConnectionPool, LazyConnection, OwnLock, PooledConnection
+from .tasks import current_and_represented
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -297,12 +298,12 @@ class Pool:
                 f"connections are in use and {self.waiting} tasks wait already, as many as "
                 "OPTIONS['pool']['max_waiting'] allows."
             )
-        task = asyncio.current_task()
-        self.asking.add(task)
+        tasks = current_and_represented()
+        self.asking.update(tasks)
         try:
             yield suspicion(self._deadlock)
         finally:
-            self.asking.discard(task)
+            self.asking.difference_update(tasks)
 
     def _deadlock(self) -> PoolDeadlock | None:
         if not deadlocked(self._sessions(), self.size, self.asking):

@@ -51,6 +51,7 @@ from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, NO_LOCK, Connection, LazyConnection, finish
 from .generators import Place
 from .multiplexing import Queue, is_read, is_single, slow, waited
+from .tasks import represented
 
 T = TypeVar("T")
 logger = logging.getLogger("asyncorm")
@@ -111,6 +112,12 @@ class Scope:
     def is_mine(self, task: Task[Any] | None, around: tuple[Place, ...]) -> bool:
         """Whether `task` entered it, or runs in a generator that did, in whichever task."""
         return self.is_of(task) or (bool(around) and not set(around).isdisjoint(self.places))
+
+    def is_for(self, task: Task[Any] | None) -> bool:
+        """Whether `task` stands for the one that entered it; other child tasks do not inherit
+        `connection()`.
+        """
+        return any(self.is_of(other) for other in represented(task))
 
     def is_over(self, around: tuple[Place, ...]) -> bool:
         """Whether it is, for code that runs in the generators `around`."""
@@ -281,7 +288,7 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
                 if scope.session is None:
                     if detached:
                         return None
-                elif mine or scope.block is not None:  # child tasks do not inherit `connection()`
+                elif mine or scope.block is not None or scope.is_for(task):
                     return scope
         scope = scope.prev
     return None
@@ -317,7 +324,8 @@ def find_kept(runner: Runner) -> None:
         session = scope.session
         if session is None:
             return
-        if scope.block is None and scope.is_mine(task, around) and not scope.is_over(around):
+        mine = scope.is_mine(task, around) or scope.is_for(task)
+        if scope.block is None and mine and not scope.is_over(around):
             runner.resources[session._key] = session
         scope = scope.prev
 

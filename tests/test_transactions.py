@@ -31,7 +31,7 @@ from psycopg.errors import DeadlockDetected, SerializationFailure
 
 import asyncorm
 from tests.project.myapp.models import Item
-from tests.support import all_given_back
+from tests.support import all_given_back, database
 
 ids = count(1)
 
@@ -1037,6 +1037,48 @@ async def test_a_kept_connection_with_blocks_and_tasks() -> None:
         assert mine not in await asyncio.gather(backend(), backend())
     assert await committed() == ["a"]
     await all_given_back()
+
+
+async def test_wait_for_in_a_kept_connection() -> None:
+    """Before Python 3.12 it runs what it is given in a task of its own."""
+
+    async def in_time() -> int:
+        return await asyncio.wait_for(asyncio.wait_for(backend(), 30), 30)
+
+    async def in_block() -> int:
+        async with asyncorm.atomic():
+            await add("a")
+            pids = {await backend(), await in_time(), *await asyncio.gather(backend(), in_time())}
+        assert len(pids) == 1
+        return pids.pop()
+
+    async def gathered() -> list[int]:
+        return await asyncio.gather(backend(), in_time(), backend(), in_time())
+
+    async with asyncorm.connection():
+        mine = await backend()
+        assert await in_time() == mine
+        assert await asyncio.wait_for(in_block(), 30) == mine
+        assert mine not in await gathered()
+        assert mine not in await asyncio.wait_for(gathered(), 30)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(in_time()) for _ in range(3)]
+        assert mine not in [task.result() for task in tasks]
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(sleep_on_server(60), 0.05)
+        assert await in_time() == await backend() == mine
+    assert await committed() == ["a"]
+    await all_given_back()
+
+
+async def test_wait_for_a_second_connection_is_a_deadlock() -> None:
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 1, "timeout": 60}}) as alias:
+        async with asyncorm.connection(alias):
+            await Item.objects.using(alias).native_count()
+            async with asyncorm.detached():
+                with pytest.raises(OperationalError, match="Deadlock"):
+                    await asyncio.wait_for(Item.objects.using(alias).native_count(), 30)
+        await asyncorm.close_pools(alias)
 
 
 # Fixtures: entered and left in different tasks
