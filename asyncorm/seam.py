@@ -66,6 +66,9 @@ class _Storage:
             # On the loop's thread: what is installed there (CaptureQueriesContext) is for the test.
             # In another thread: synchronous code that the test calls by sync_to_async().
             return sessions.test_sessions[alias].wrapper
+        elif (block := sessions.block_of_coroutine(alias)) is not None:
+            # For transaction.on_commit(), set_rollback() and the like; statements are refused.
+            return block.session.wrapper
         return getattr(self.local, alias)
 
     def __setattr__(self, alias: str, wrapper: Any) -> None:

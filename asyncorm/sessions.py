@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import types
 import weakref
@@ -17,6 +18,7 @@ from asyncio import (
     CancelledError,
     Task,
     TimerHandle,
+    _get_running_loop,
     current_task,
     get_running_loop,
     sleep,
@@ -587,6 +589,7 @@ class Loan(PlainBlock):
         super().__init__(session, None, origin)
         wrapper = session.wrapper
         self.is_transaction = wrapper.in_atomic_block or not wrapper.autocommit
+        self.sids = frozenset(wrapper.savepoint_ids)
 
     def __str__(self) -> str:
         return (
@@ -1207,6 +1210,25 @@ def require(alias: str | None) -> Session:
     if session is None:
         raise refuse_foreign(alias or DEFAULT_DB_ALIAS)
     return session
+
+
+def refuses_synchronous_code(alias: str) -> bool:
+    """Whether a coroutine calls, on the loop's thread, what uses a database of ours."""
+    return (
+        _get_running_loop() is not None
+        and not bridge.in_native_code()
+        and not os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE")
+        and native_class(alias) is not None
+    )
+
+
+def block_of_coroutine(alias: str) -> Block | None:
+    """The transaction block that the caller is in, on the thread of its loop."""
+    if _get_running_loop() is None:
+        return None
+    scope = find_scope(alias, outlived=False)
+    block = None if scope is None else scope.block
+    return block if block is not None and block.session.on_this_loop else None
 
 
 def refuse_beside_block(alias: str) -> None:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import warnings
-from asyncio import CancelledError, ensure_future, sleep
+from asyncio import CancelledError, Future, ensure_future, sleep
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any, TypeVar, overload
 
 import anyio
-from django.db import DEFAULT_DB_ALIAS, DatabaseError
+from django.core.exceptions import SynchronousOnlyOperation
+from django.db import DEFAULT_DB_ALIAS, DatabaseError, transaction
 from django.db.transaction import Atomic as DjangoAtomic
 from django.db.transaction import TransactionManagementError, get_connection
 from psycopg import IsolationLevel
@@ -72,6 +73,13 @@ def leave(
 def _enter_plainly(atomic: DjangoAtomic, beside_native: bool) -> None:
     alias = atomic.using or DEFAULT_DB_ALIAS
     inside = beside_native and alias in sessions.test_sessions and not _of_test_case(atomic)
+    if not inside and beside_native and sessions.refuses_synchronous_code(alias):
+        # Django would ask the connection, which tells it nothing here: its wrapper would stay in
+        # the block.
+        raise SynchronousOnlyOperation(
+            "You cannot call this from an async context - use a thread or sync_to_async. In a "
+            "coroutine a transaction is 'async with asyncorm.atomic()'."
+        )
     if inside:
         testcase.enter_thread(alias)
     try:
@@ -502,35 +510,48 @@ def atomic(
     return Atomic(using, **options)
 
 
-def _block(using: str | None) -> Block | None:
-    scope = sessions.find_scope(using or DEFAULT_DB_ALIAS)
-    return scope.block if scope is not None else None
-
-
 def on_commit(callback: Callable[[], Any], using: str | None = None, robust: bool = False) -> None:
     """Call `callback` after the outermost block has committed; never if it, or the savepoint around
     this call, is rolled back.
 
     Callbacks run in order, outside the transaction. What one returns is awaited if it is awaitable.
-    Outside a block it is called at once, and an awaitable that it returns is scheduled as a task.
+    Outside a block it is called at once, and an awaitable that it returns is scheduled as a task,
+    whose exception goes to the loop's exception handler. In a coroutine
+    django.db.transaction.on_commit() does the same.
 
     Args:
         callback: takes no arguments.
         using: a database alias; the default one by default.
         robust: log an exception and go on, instead of raising it (after the commit).
+
+    Raises:
+        django.db.transaction.TransactionManagementError: autocommit is turned off, and there is no
+            block.
     """
     if not callable(callback):
         raise TypeError("on_commit()'s callback must be a callable.")
-    block = _block(using)
-    if block is not None:
-        if block.ended:  # it is being committed or rolled back, and what it registered is known
+    alias = using or DEFAULT_DB_ALIAS
+    scope = sessions.find_scope(alias)
+    if scope is not None and (session := scope.session) is not None:
+        block, wrapper = scope.block, session.wrapper
+        if block is not None and block.ended:  # what it registered is known
             raise block.outlived_error()
-        hook = block.session.hook(callback)
-        block.session.wrapper.run_on_commit.append((set(block.sids), hook, robust))
-        return
+        if wrapper.in_atomic_block and block is not None:
+            wrapper.run_on_commit.append((set(block.sids), session.hook(callback), robust))
+            return
+        if wrapper.connection is not None and not wrapper.autocommit:
+            raise TransactionManagementError(
+                "on_commit() cannot be used in manual transaction management"
+            )
     if bridge.in_native_code():
         sessions.require(using).wrapper.on_commit(callback, robust)
-        return
+    elif sessions.current_task_or_none() is None:
+        transaction.on_commit(callback, using, robust)
+    else:
+        _call(callback, robust)
+
+
+def _call(callback: Callable[[], Any], robust: bool) -> None:
     try:
         result = callback()
     except Exception:
@@ -541,7 +562,24 @@ def on_commit(callback: Callable[[], Any], using: str | None = None, robust: boo
     if inspect.isawaitable(result):
         task = ensure_future(result)
         _tasks.add(task)
-        task.add_done_callback(_tasks.discard)
+        task.add_done_callback(functools.partial(_called, callback, robust))
+
+
+def _called(callback: Callable[[], Any], robust: bool, task: Future[Any]) -> None:
+    _tasks.discard(task)
+    error = None if task.cancelled() else task.exception()
+    if error is None:
+        return
+    if robust:
+        logger.error("Error calling %r in on_commit().", callback, exc_info=error)
+    else:  # nobody is there to raise it to
+        task.get_loop().call_exception_handler(
+            {
+                "message": f"Error in what {callback!r} returned, called by on_commit()",
+                "exception": error,
+                "future": task,
+            }
+        )
 
 
 _tasks: set[Any] = set()
@@ -556,8 +594,8 @@ def set_rollback(rollback: bool, using: str | None = None) -> None:
     Raises:
         django.db.transaction.TransactionManagementError: outside a block.
     """
-    block = _block(using)
-    if block is None:
+    scope = sessions.find_scope(using or DEFAULT_DB_ALIAS)
+    if scope is None or (block := scope.block) is None:
         raise TransactionManagementError(
             "The rollback flag doesn't work outside of an 'atomic' block."
         )

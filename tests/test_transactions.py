@@ -12,6 +12,7 @@ import anyio
 import psycopg
 import pytest
 from asgiref.sync import sync_to_async
+from django.core.exceptions import SynchronousOnlyOperation
 from django.db import (
     DatabaseError,
     IntegrityError,
@@ -26,12 +27,13 @@ from django.db.models.signals import post_save
 from django.db.transaction import TransactionManagementError
 from django.dispatch import Signal
 from django.test import override_settings
+from django.test.utils import CaptureQueriesContext
 from psycopg import IsolationLevel
 from psycopg.errors import DeadlockDetected, SerializationFailure
 
 import asyncorm
 from tests.project.myapp.models import Item
-from tests.support import all_given_back, database
+from tests.support import all_given_back, database, eventually
 
 ids = count(1)
 
@@ -1079,6 +1081,105 @@ async def test_wait_for_a_second_connection_is_a_deadlock() -> None:
                 with pytest.raises(OperationalError, match="Deadlock"):
                     await asyncio.wait_for(Item.objects.using(alias).native_count(), 30)
         await asyncorm.close_pools(alias)
+
+
+# Django's own functions in a coroutine
+
+
+async def test_djangos_functions_in_a_coroutine_are_about_the_block() -> None:
+    """Celery's delay_on_commit() calls transaction.on_commit(), for instance."""
+    called: list[str] = []
+
+    async def awaited() -> None:
+        await asyncio.sleep(0)
+        called.append("awaited")
+
+    async with asyncorm.atomic():
+        assert connection.in_atomic_block
+        assert not transaction.get_autocommit()
+        assert not transaction.get_rollback()
+        transaction.on_commit(lambda: called.append("called"))
+        transaction.on_commit(awaited)  # type: ignore[arg-type]
+        async with asyncorm.atomic():
+            transaction.on_commit(lambda: called.append("lost"))
+            transaction.set_rollback(True)
+            assert transaction.get_rollback()
+        assert not transaction.get_rollback()
+        await asyncio.gather(add("a"), add("b"))
+        with CaptureQueriesContext(connection) as queries:
+            await add("c")
+        with pytest.raises(SynchronousOnlyOperation):
+            connection.cursor()
+        assert called == []
+    assert len(queries) == 1
+    assert called == ["called", "awaited"]
+    with contextlib.suppress(ZeroDivisionError):
+        async with asyncorm.atomic():
+            transaction.on_commit(lambda: called.append("lost"))
+            raise ZeroDivisionError
+    async with asyncorm.atomic():
+        await add("lost")
+        transaction.set_rollback(True)
+    assert not connection.in_atomic_block
+    transaction.on_commit(lambda: called.append("at once"))
+    assert called == ["called", "awaited", "at once"]
+    assert await committed() == ["a", "b", "c"]
+
+
+async def test_djangos_atomic_in_a_coroutine_is_refused() -> None:
+    called: list[str] = []
+    for inside in (False, True):
+        async with asyncorm.atomic() if inside else contextlib.nullcontext():
+            with pytest.raises(SynchronousOnlyOperation, match=r"asyncorm\.atomic"):
+                with transaction.atomic():
+                    await add("lost")
+            assert connection.in_atomic_block is inside
+            transaction.on_commit(lambda: called.append("django"))
+            asyncorm.on_commit(lambda: called.append("ours"))
+            await add("a")
+    assert called == ["django", "ours"] * 2
+    assert await committed() == ["a", "a"]
+
+
+async def test_on_commit_without_autocommit() -> None:
+    called: list[int] = []
+    async with asyncorm.connection():
+        await asyncorm.native(transaction.set_autocommit)(False)
+        for on_commit in (asyncorm.on_commit, asyncorm.native(transaction.on_commit)):
+            with pytest.raises(TransactionManagementError, match="manual transaction"):
+                await (on_commit(lambda: called.append(1)) or asyncio.sleep(0))
+        async with asyncorm.atomic():
+            asyncorm.on_commit(lambda: called.append(2))
+        assert called == []
+        await asyncorm.native(transaction.commit)()
+        await asyncorm.native(transaction.set_autocommit)(True)
+        asyncorm.on_commit(lambda: called.append(3))
+    assert called == [2, 3]
+
+
+def test_on_commit_in_synchronous_code() -> None:
+    called: list[int] = []
+    with transaction.atomic():
+        asyncorm.on_commit(lambda: called.append(1))
+        assert called == []
+    asyncorm.on_commit(lambda: called.append(2))
+    assert called == [1, 2]
+
+
+async def test_errors_of_awaited_callbacks_outside_a_block(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fails() -> None:
+        raise ZeroDivisionError
+
+    for robust in (True, False):
+        caplog.clear()
+        asyncorm.on_commit(fails, robust=robust)
+        await eventually(lambda: bool(caplog.records))
+        record = caplog.records[0]
+        assert record.name == ("asyncorm" if robust else "asyncio")
+        assert "fails" in record.getMessage()
+        assert record.exc_info is not None and record.exc_info[0] is ZeroDivisionError
 
 
 # Fixtures: entered and left in different tasks

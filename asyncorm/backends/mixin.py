@@ -47,7 +47,7 @@ from django.db.transaction import TransactionManagementError
 from django.db.utils import DatabaseError, InterfaceError, OperationalError
 from psycopg.pq import ConnStatus
 
-from .. import bridge, pools, sessions
+from .. import bridge, pools, sessions, transactions
 from ..driver import ENDED, Connection, InTurn, PooledConnection
 
 
@@ -136,8 +136,18 @@ class NativeBackendMixin:
         return cursor
 
     def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
-        """Django's; what a callback of native code returns is awaited in a test, too."""
-        if callable(func) and bridge.in_native_code() and self.session is not None:
+        """Django's; what a callback of native code returns is awaited in a test, too.
+
+        In a coroutine, where this connection is not asked, it is asyncorm's.
+        """
+        alias: str = self.alias  # type: ignore[attr-defined]
+        if sessions.refuses_synchronous_code(alias) and (
+            not self.in_atomic_block or sessions.block_of_coroutine(alias) is not None  # type: ignore[attr-defined]
+        ):
+            transactions.on_commit(func, alias, robust)
+            return
+        native = bridge.in_native_code() or _loop_runs()
+        if callable(func) and native and self.session is not None:
             func = self.session.hook(func)
         super().on_commit(func, robust)  # type: ignore[misc]
 
@@ -369,7 +379,12 @@ class NativeWrapper:
         """ensure_timezone() has new connections made by itself."""
 
     def ensure_connection(self) -> None:
-        """Django's: not that of NativeBackendMixin, which is for synchronous wrappers."""
+        """Django's: not that of NativeBackendMixin, which is for synchronous wrappers.
+
+        Nothing in a coroutine, as there.
+        """
+        if self.session is not None and not bridge.in_native_code() and _loop_runs():
+            return
         super(NativeBackendMixin, self).ensure_connection()  # type: ignore[misc]
 
     def close_if_unusable_or_obsolete(self) -> None:
@@ -449,7 +464,10 @@ class NativeWrapper:
         """Django's, with the savepoints of the caller's own block."""
         block = self.session.innermost() if self.session is not None else None
         if block is None or not callable(func):
-            super().on_commit(func, robust)  # type: ignore[misc]
+            # Not that of NativeBackendMixin, which is for synchronous wrappers.
+            super(NativeBackendMixin, self).on_commit(  # type: ignore[misc]
+                _awaiting(func) if callable(func) and bridge.in_native_code() else func, robust
+            )
         elif block.ended:
             raise block.outlived_error()
         else:
