@@ -40,12 +40,13 @@ from django.db.models.sql.subqueries import InsertQuery
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
-from . import bridge, verifying
+from . import bridge, grounds, verifying
 from .binding import has_djangos_type
 from .driver import Statement
+from .grounds import Ground
 from .rows import RowMaker, tuple_of
 from .shapes import Unfit
-from .statements import UNPLANNED, Compiled, Plan, counts, direct, hit, recall, remember, serves
+from .statements import UNPLANNED, Compiled, Plan, counts, direct, hit, learn, recall, serves
 
 SLICE = 1000  # objects between two looks whether other tasks are to have a turn
 _TEXT_ARRAY, _TIMESTAMPTZ, _TIMESTAMPTZ_ARRAY = 1009, 1184, 1185
@@ -340,8 +341,8 @@ def _made(
             params, types, formats = zip(*arrays, strict=True)
             if plan is UNPLANNED:
                 counts["misses"] += 1
-                plan = _plan(compiler, wrapper, fields, returning)
-                remember(key, plan)
+                make = functools.partial(_plan, compiler, wrapper, fields, returning)
+                plan = learn(key, query.model, make)
             if plan is not None:
                 statement = Statement(plan.query, params, types, formats, text=plan.text)
     if statement is None:
@@ -395,8 +396,12 @@ def _elements(fields: Any, arrays: Any, formats: Any, conn: Any) -> list[Any]:
 
 def _plan(
     compiler: Any, wrapper: Any, fields: tuple[Any, ...], returning: tuple[Any, ...]
-) -> Plan | None:
-    """The plan of an INSERT with an array for each field, None if Django makes another one."""
+) -> tuple[Plan, Ground]:
+    """The plan of an INSERT with an array for each field.
+
+    Raises:
+        Unfit: Django makes another one.
+    """
     objs = compiler.query.objs
     compiler.returning_fields = list(returning)
     compiler.query.objs = [copy(obj) for obj in objs[:2]]  # pre_save() may change them
@@ -405,13 +410,12 @@ def _plan(
     finally:
         compiler.query.objs = objs
     if len(params) != len(fields) or not all(type(p) is list and len(p) == 2 for p in params):
-        return None
-    try:
-        maker = maker_of_returned(compiler, wrapper, returning)
-    except Unfit:
-        return None
+        raise Unfit
+    maker = maker_of_returned(compiler, wrapper, returning)
     plan = Plan(_in_step(sql), [{} for _ in fields], maker, (fields, returning))
-    return plan if plan.query is not None else None
+    if plan.query is None:
+        raise Unfit
+    return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())
 
 
 _UNNEST = re.compile(r"SELECT \* FROM UNNEST\((.*\[\])\)", re.DOTALL)

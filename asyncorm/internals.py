@@ -224,6 +224,12 @@ DJANGO = (
         "_constructor_args get_source_expressions",
         "what an expression was made with",
     ),
+    Names(
+        "django.db.models.options:Options",
+        "db_table managed concrete_fields all_parents",
+        "what tables and columns a plan rests on",
+        CACHE,
+    ),
     Names("django.db.models.expressions:Col", "possibly_multivalued", "what is grouped by", CACHE),
 )
 

@@ -29,6 +29,7 @@ from typing import Any
 import django
 from django.core.signals import setting_changed
 from django.db.models import Manager, Model, query
+from django.db.models.lookups import Lookup
 from django.db.models.sql import compiler
 from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
 from django.db.models.sql.constants import ROW_COUNT
@@ -38,9 +39,10 @@ from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 from psycopg.types.numeric import Int2, Int4, Int8
 
-from . import bridge, bulk, conf, internals, rows, sessions, verifying
+from . import bridge, bulk, conf, grounds, internals, rows, sessions, verifying
 from .bridge import Runner
 from .driver import Connection, LazyConnection, checked
+from .grounds import Ground
 from .rows import RowMaker
 from .shapes import MAX_PARAMS, Shape, Unfit, family
 from .statements import (
@@ -53,7 +55,9 @@ from .statements import (
     counts,
     hit,
     items,
+    learn,
     plan_for,
+    plans,
     recall,
     remember,
     stand_ins,
@@ -238,8 +242,17 @@ class _Get:
         self.lookups = lookups
         self.kept = kept
 
+    def params(self, base: list[Any], values: list[Any], wrapper: Any) -> list[Any]:
+        """The parameters of the queryset and of the keywords."""
+        params = list(base)
+        for (cls, lhs), value in zip(self.lookups, values, strict=True):
+            sql, more = cls(lhs, value).process_rhs(None, wrapper)
+            if sql != "%s":
+                raise Unfit
+            params += more
+        return params
 
-@functools.cache
+
 def _filters_as_django(cls: Any) -> bool:
     """Whether a queryset class leaves to Django what `get()` is made of."""
     return all(
@@ -353,7 +366,6 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> tuple[Plan
     mode = _mode(queryset)
     if (
         queryset._iterable_class is not query.ModelIterable
-        or not _filters_as_django(type(queryset))  # type: ignore[arg-type]
         or queryset._prefetch_related_lookups
         or queryset._sticky_filter
         or queryset._known_related_objects
@@ -368,7 +380,7 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> tuple[Plan
     if not PLAIN_VALUES.issuperset(types):
         return None
     try:
-        shape = Shape(queryset._query, wrapper, "get", *names, types)
+        shape = Shape(queryset._query, wrapper, "get", type(queryset), *names, types)
         base = queryset._query
         if base.distinct_fields or base.low_mark or base.high_mark is not None:
             return None
@@ -379,16 +391,15 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> tuple[Plan
         if known is UNPLANNED:
             if not bridge.in_native_code():  # to compile may need a connection
                 return None
-            known = _plan_get(queryset, wrapper, shape, names, values)
-            remember(key, known)
+            known = learn(
+                key,
+                queryset.model,
+                lambda: _plan_get(queryset, wrapper, shape, names, values),
+                type(queryset),
+            )
             if known is None:
                 return None
-        params = shape.params
-        for (cls, lhs), value in zip(known.lookups, values, strict=True):
-            sql, more = cls(lhs, value).process_rhs(None, wrapper)
-            if sql != "%s":
-                return None
-            params += more
+        params = known.params(shape.params, values, wrapper)
     except Exception:
         return None
     plan: Plan = known.plan
@@ -407,7 +418,7 @@ def _narrowed(queryset: Any, names: list[str], values: list[Any]) -> Any:
 
 def _plan_get(
     queryset: Any, wrapper: Any, base: Shape, names: list[str], values: list[Any]
-) -> _Get | None:
+) -> tuple[_Get, Ground]:
     """What `QuerySet.get()` would execute, as seen on the queryset that it would make."""
     filtered = _narrowed(queryset, names, values)
     shape = Shape(filtered.query, wrapper)
@@ -420,17 +431,19 @@ def _plan_get(
         found is None
         or found[0].picked is not None
         or shape.mixed
+        or not _filters_as_django(type(queryset))
         or len(lookups) != len(names)
         or base.params != shape.params[: len(base.params)]
     ):
-        return None
-    params = list(base.params)
-    for (cls, lhs), value in zip(lookups, values, strict=True):
-        sql, more = cls(lhs, value).process_rhs(None, wrapper)
-        if sql != "%s":
-            return None
-        params += more
-    return _Get(found[0], lookups, base.kept) if verifying.equal(params, found[1]) else None
+        raise Unfit
+    known = _Get(found[0], lookups, base.kept)
+    if not verifying.equal(known.params(base.params, values, wrapper), found[1]):
+        raise Unfit
+    ground = grounds.of_query(
+        filtered.query, shape.kept, known.plan.maker, wrapper,
+        [cls for cls, _ in lookups], type(queryset), short=True,
+    )  # fmt: skip
+    return known, ground
 
 
 def by_keys(
@@ -452,7 +465,7 @@ def by_keys(
         return None
     try:
         many = len(keys) > 1
-        shape = Shape(queryset.query, wrapper, "keys", what, many, type(keys[0]))
+        shape = Shape(queryset.query, wrapper, "keys", type(queryset), what, many, type(keys[0]))
         key = tuple(shape.key)
         known: Any = recall(key)
         if known is _BY_LENGTH:
@@ -461,11 +474,12 @@ def by_keys(
         if known is UNPLANNED:
             if len(keys) > MAX_PARAMS:
                 return None
-            known = _plan_keys(narrow(), wrapper, keys)
+            make = functools.partial(_plan_keys, queryset, narrow, wrapper, keys)
+            known = learn(key, queryset.model, make, type(queryset))
             if many and known is not None and not known[0].is_of_keys:
-                remember(key, _BY_LENGTH)
-                key = (*key, len(keys))
-            remember(key, known)
+                whole = *key, len(keys)
+                plans[whole] = found = plans[key]
+                remember(key, _BY_LENGTH, found[1])
         if known is None:
             return None
         plan, kind = known
@@ -481,15 +495,33 @@ def by_keys(
     return items(plan, params, 0, wrapper, mode)
 
 
-def _plan_keys(narrowed: Any, wrapper: Any, keys: list[Any]) -> Any:
+def _plan_keys(
+    queryset: Any, narrow: Callable[[], Any], wrapper: Any, keys: list[Any]
+) -> tuple[tuple[Plan, type], Ground]:
+    """The plan of a narrowed queryset, and the type that its field gives the keys."""
+    narrowed = narrow()
     found = queryset_plan(narrowed, wrapper, query.ModelIterable)
+    shape = Shape(narrowed.query, wrapper)
     kinds = set(map(type, found[1])) if found is not None else ()
-    if found is None or found[0].picked is not None or len(kinds) != 1:
-        return None
+    columns = [leaf.lhs.target for leaf, *_ in shape.leaves]
+    if (
+        found is None
+        or found[0].picked is not None
+        or len(kinds) != 1
+        # Any other field is asked for each key.
+        or not all(map(bulk.as_is, columns))
+    ):
+        raise Unfit
     (kind,) = kinds
     if kind not in _KEY_TYPES or not verifying.equal(found[1], [kind(value) for value in keys]):
-        return None
-    return found[0], kind
+        raise Unfit
+    targets = [getattr(field, "target_field", field) for field in columns]
+    ground = grounds.of_query(
+        narrowed.query, [*shape.kept, *targets], found[0].maker, wrapper,
+        [type(leaf) for leaf, *_ in shape.leaves if isinstance(leaf, Lookup)],
+        type(queryset), short=True,
+    )  # fmt: skip
+    return (found[0], kind), ground
 
 
 _BY_LENGTH: Any = object()  # lists of each length have a plan of their own
@@ -616,7 +648,7 @@ class _ByKey:
         sql: of its right side.
     """
 
-    def __init__(self, plan: Plan, leaf: Any, wrapper: Any, kept: Any = None) -> None:
+    def __init__(self, plan: Plan, leaf: Any, wrapper: Any, kept: Any = ()) -> None:
         self.plan = plan
         self.lookup = type(leaf), leaf.lhs
         self.sql = leaf.process_rhs(None, wrapper)[0]
@@ -679,8 +711,8 @@ def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, 
         if known is None:
             return None
         if known is UNPLANNED:
-            known = _plan_save(base_qs, wrapper, pk, values)
-            remember(whole, known)
+            make = functools.partial(_plan_save, base_qs, wrapper, pk, values)
+            known = learn(whole, base_qs.model, make)
             if known is None:
                 return None
         plan: Plan = known.plan
@@ -700,13 +732,20 @@ def _update_of(base_qs: Any, pk: Any, values: Any) -> Any:
     return update
 
 
-def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> _ByKey | None:
+def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[_ByKey, Ground]:
     update = _update_of(base_qs, pk, values)
     found = plan_for(update, wrapper, _compile_write)
     if found is None or len(update.where.children) != 1 or len(update.values) != len(values):
-        return None
+        raise Unfit
     kept = [field for field, _, _ in values]
-    return _ByKey(found[0], update.where.children[0], wrapper, kept)
+    known = _ByKey(found[0], update.where.children[0], wrapper, kept)
+    return known, _ground_by_key(update, known, wrapper)
+
+
+def _ground_by_key(written: Any, known: _ByKey, wrapper: Any) -> Ground:
+    cls, lhs = known.lookup
+    kept = [*known.kept, lhs.target, lhs.output_field]
+    return grounds.of_query(written, kept, None, wrapper, [cls], short=True)
 
 
 def _delete_batch(original: Any) -> Any:
@@ -729,8 +768,8 @@ def _delete_plan(model: Any, wrapper: Any, keys: list[Any]) -> tuple[Plan, list[
         whole = wrapper.alias, DeleteQuery, model, model._meta.db_table, type(keys[0])
         known: Any = recall(whole)
         if known is UNPLANNED:
-            known = _plan_delete(model, wrapper, keys)
-            remember(whole, known)
+            make = functools.partial(_plan_delete, model, wrapper, keys)
+            known = learn(whole, model, make)
         if known is None:
             return None
         params = known.params(keys, wrapper)
@@ -748,13 +787,15 @@ def _delete_of(model: Any, keys: list[Any]) -> Any:
     return delete
 
 
-def _plan_delete(model: Any, wrapper: Any, keys: list[Any]) -> _ByKey | None:
+def _plan_delete(model: Any, wrapper: Any, keys: list[Any]) -> tuple[_ByKey, Ground]:
     delete = _delete_of(model, keys)
     found = plan_for(delete, wrapper, _compile_write)
     if found is None or found[0].picked is not None or len(delete.where.children) != 1:
-        return None
+        raise Unfit
     known = _ByKey(found[0], delete.where.children[0], wrapper)
-    return known if verifying.equal(known.params(keys, wrapper), found[1]) else None
+    if not verifying.equal(known.params(keys, wrapper), found[1]):
+        raise Unfit
+    return known, _ground_by_key(delete, known, wrapper)
 
 
 def _execute_insert(original: Any) -> Any:
@@ -855,12 +896,9 @@ def _insert_plan(
         counts["unfit"] += 1
         return None
     if plan is UNPLANNED:
-        try:
-            plan, params = _plan_insert(compiler, wrapper, fields, returning, params)
-        except Exception:
-            plan = None
+        make = functools.partial(_plan_insert, compiler, wrapper, fields, returning, params)
+        plan = learn(key, query.model, make)
         counts["misses"] += 1
-        remember(key, plan)
     elif not hit(
         key, plan, params, 0,
         lambda: bulk.compiled_again(query.model, fields, query.objs, returning, wrapper),
@@ -871,7 +909,8 @@ def _insert_plan(
 
 def _plan_insert(
     compiler: Any, wrapper: Any, fields: Any, returning: tuple[Any, ...], params: list[Any]
-) -> tuple[Plan, list[Any]]:
+) -> tuple[Plan, Ground]:
+    """The plan of an INSERT; `params` become those of its first statement."""
     compiler.returning_fields = list(returning)
     ((sql, found),) = compiler.as_sql()
     # A time of pre_save() is another one by now, and the object has that.
@@ -884,7 +923,8 @@ def _plan_insert(
     kinds = [family(field, wrapper) for field in fields]
     plan = Plan(sql, kinds, maker, (fields, returning))
     plan.ready = [bulk.as_is(field) for field in fields]
-    return plan, list(found)
+    params[:] = found
+    return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())
 
 
 def _prepare_for_bulk_create(original: Any) -> Any:

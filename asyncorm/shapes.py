@@ -160,7 +160,7 @@ class Shape:
         self.wrapper = wrapper
         opts = query.model._meta
         columns = opts.concrete_fields
-        self.key: list[Any] = [wrapper.alias, type(query), *kind, id(columns)]
+        self.key: list[Any] = [wrapper.alias, type(query), *kind, id(columns), opts.db_table]
         self.params: list[Any] = []
         self.leaves: list[Place] = []
         self.values: list[tuple[Any, Any, Any]] = []

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from decimal import Decimal
 from itertools import accumulate, islice
@@ -26,12 +27,14 @@ from math import isfinite
 from typing import Any
 from uuid import UUID
 
+from django.db.models.lookups import Lookup
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
-from . import sessions, verifying
+from . import grounds, sessions, verifying
 from .binding import in_place_of_expressions
 from .driver import Connection, Statement, checked
+from .grounds import Ground
 from .pools import Pool
 from .rows import SLICE, RowMaker
 from .session_state import leaves_state
@@ -263,7 +266,7 @@ def _numbered(sql: str, count: int, lists: Any) -> bytes | None:
 
 # The cache
 
-plans: dict[tuple[Any, ...], Any] = {}  # None: not to be planned
+plans: dict[tuple[Any, ...], tuple[Any, Ground]] = {}  # None: not to be planned
 counts = {"hits": 0, "misses": 0, "unfit": 0, "verified": 0}
 
 
@@ -301,19 +304,42 @@ def clear() -> None:
 
 def recall(key: tuple[Any, ...]) -> Any:
     """A plan, None where there is to be none, UNPLANNED if the shape is new."""
-    plan = plans.get(key, UNPLANNED)
-    if plan is not UNPLANNED and len(plans) >= MAX_PLANS:
-        plans[key] = plans.pop(key, plan)  # those used least recently go first
+    if not grounds.are_sound():
+        return None
+    found = plans.get(key)
+    if found is None:
+        return UNPLANNED
+    plan, ground = found
+    if not ground.holds():
+        plans.pop(key, None)
+        return UNPLANNED
+    if len(plans) >= MAX_PLANS:
+        plans[key] = plans.pop(key, found)  # those used least recently go first
     return plan
 
 
-def remember(key: tuple[Any, ...], plan: Any) -> None:
+def remember(key: tuple[Any, ...], plan: Any, ground: Ground) -> None:
     while len(plans) >= MAX_PLANS:
         try:
             del plans[next(iter(plans))]
         except (KeyError, RuntimeError, StopIteration):  # another thread was faster
             break
-    plans[key] = plan
+    plans[key] = plan, ground
+
+
+def learn(
+    key: tuple[Any, ...], model: Any, make: Callable[[], tuple[Any, Ground]], *classes: type
+) -> Any:
+    """Make, remember and return what is known by a key, None where making it raises.
+
+    Args:
+        classes: what that rests on, beside the model.
+    """
+    known, ground = None, None
+    with suppress(Exception):
+        known, ground = make()
+    remember(key, known, ground or Ground(classes, [model]))
+    return known
 
 
 def hit(key: Any, plan: Plan, params: Any, offset: int, compile: Callable[[], Compiled]) -> bool:
@@ -331,7 +357,7 @@ def hit(key: Any, plan: Plan, params: Any, offset: int, compile: Callable[[], Co
         for place, _ in plan.constants:
             families.insert(place, _NO_KIND)
         if not verifying.holds(key, sent, families, compile):
-            remember(key, None)
+            remember(key, None, Ground(()))
             counts["unfit"] += 1
             return False
         counts["verified"] += 1
@@ -362,12 +388,8 @@ def plan_for(
         return None
     known = plan is not UNPLANNED and (plan is None or not plan.shared or plan.holds(shape))
     if not known:
-        try:
-            plan = _plan(shape, compile, query, wrapper)
-        except Exception:
-            plan = None
+        plan = _made(key, query, shape, compile)
         counts["misses"] += 1
-        remember(key, plan)
     if plan is None:
         counts["unfit"] += 1
         return None
@@ -377,6 +399,23 @@ def plan_for(
     if known and not hit(key, plan, params, shape.offset, lambda: compile(query.clone(), wrapper)):
         return None
     return plan, params, shape.offset
+
+
+def _made(
+    key: tuple[Any, ...],
+    query: Any,
+    shape: Shape,
+    compile: Callable[[Any, Any], Compiled],
+) -> Plan | None:
+    """A new plan, remembered; None if there is to be none."""
+    wrapper = shape.wrapper
+    lookups = [type(leaf) for leaf, *_ in shape.leaves if isinstance(leaf, Lookup)]
+
+    def make() -> tuple[Plan, Ground]:
+        plan = _plan(shape, compile, query, wrapper)
+        return plan, grounds.of_query(shape.query, shape.kept, plan.maker, wrapper, lookups)
+
+    return learn(key, query.model, make, *lookups)  # type: ignore[no-any-return]
 
 
 UNPLANNED: Any = object()
@@ -473,7 +512,10 @@ def _connection(wrapper: Any) -> Connection | None:
 
 def serves(conn: Connection, wrapper: Any) -> bool:
     """Whether a statement means the same there as in a cursor of the wrapper."""
-    return _are_djangos_cursors(type(wrapper), conn.cursor_factory) and _same_zone(conn, wrapper)  # type: ignore[arg-type]
+    return (
+        _are_djangos_cursors(type(wrapper), conn.cursor_factory)  # type: ignore[arg-type]
+        and _same_zone(conn, wrapper)
+    )
 
 
 def stand_ins(alias: str) -> tuple[Pool, Any, Connection] | None:

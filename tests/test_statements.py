@@ -866,7 +866,7 @@ async def test_a_list_of_keys_is_one_parameter() -> None:
         queryset = queryset.all()
         expected = await in_thread(list, queryset)
         assert differences(sorted(expected, key=by_key), await ordered(queryset.all())) == []
-    arrays = [plan for plan in statements.plans.values() if plan and plan.lists]
+    arrays = [plan for plan, _ in statements.plans.values() if getattr(plan, "lists", None)]
     assert [plan.query.count(b"$") for plan in arrays] == [1, 3, 3, 1, 1]
     assert all(b" = ANY($" in plan.query for plan in arrays)
 

@@ -1,0 +1,332 @@
+"""What plans rest on: code that is Django's own, tables, columns and lookups as they were.
+
+A plan leaves out what Django would do again for each query: it calls no `Query.build_filter()`, no
+`SQLCompiler.as_sql()`, no `Model.from_db()`. That is right as long as what it leaves out is of
+Django's own and would do the same as when the plan was made. So nothing is planned where somebody
+else has put something in the place of a function of Django's, or has overridden one that the SQL or
+the items depend on; and each time a plan is used, the classes that it rests on must have the
+contents that they had. A mock, a hook of another package, a lookup registered later are honoured at
+once, and no longer than they are there.
+
+Names of Django (5.2 to 6.1) used beyond the documented API, and why:
+
+- The classes in `_CLASSES`, those of fields, models and lookups: their contents are looked at.
+- `RegisterLookupMixin.class_lookups`, `.instance_lookups`: what `register_lookup()` fills.
+- `Options.db_table`, `.managed`, `.concrete_fields`, `.all_parents`, `Field.column`: what SQL is
+  made of.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from inspect import getattr_static
+from operator import attrgetter, itemgetter
+from types import FunctionType
+from typing import Any
+
+from django.core.exceptions import FieldDoesNotExist
+from django.db.backends import utils
+from django.db.backends.postgresql import compiler as postgresql_compiler
+from django.db.backends.postgresql import operations
+from django.db.models import Field, Model, expressions, fields, lookups, query
+from django.db.models.fields import (
+    files,
+    generated,
+    json,
+    mixins,
+    related,
+    related_lookups,
+    reverse_related,
+    tuple_lookups,
+)
+from django.db.models.sql import compiler, datastructures, subqueries, where
+from django.db.models.sql import query as sql_query
+from django.db.models.sql.datastructures import Join
+
+from .expressions import Unfit
+
+_OWNERS = {"django", "asyncorm", "builtins", "functools", "contextlib", "typing", "types", "abc"}
+# What every plan rests on.
+_CLASSES = (
+    query.QuerySet, sql_query.Query, subqueries.UpdateQuery, subqueries.InsertQuery,
+    subqueries.DeleteQuery, compiler.SQLCompiler, compiler.SQLInsertCompiler,
+    compiler.SQLUpdateCompiler, compiler.SQLDeleteCompiler, compiler.SQLAggregateCompiler,
+    where.WhereNode, datastructures.BaseTable, Join, expressions.Col, lookups.IsNull,
+    operations.DatabaseOperations,
+)  # fmt: skip
+# Names that Django looks for without having them in its base classes.
+_ASKED_FOR = {
+    "from_db_value", "get_placeholder", "get_placeholder_sql", "as_sql", "as_postgresql",
+    "get_db_converters", "select_format", "__call__", "__getattribute__", "__getattr__",
+}  # fmt: skip
+# What a field class may override: its values are asked for each time, the rest makes no SQL.
+_LOOKED_UP = {"get_lookup", "get_transform", "get_lookups", "get_class_lookups", "_get_lookup"}
+_FREE = {
+    "_get_default",
+    "get_prep_value", "get_db_prep_value", "get_db_prep_save", "from_db_value", "to_python",
+    "pre_save", "value_from_object", "value_to_string", "formfield", "deconstruct", "clone",
+    "check", "validate", "run_validators", "clean", "validators", "contribute_to_class",
+    "contribute_to_related_class", "set_attributes_from_name", "get_default", "has_default",
+    "save_form_data", "get_choices", "get_internal_type", "descriptor_class", "attr_class",
+    "db_type", "rel_db_type", "db_parameters", "db_check", "db_type_parameters", "rel_class",
+    "description", "choices", "flatchoices", "error_messages", "get_limit_choices_to",
+    "update_dimension_fields", "forward_related_accessor_class", "related_accessor_class",
+}  # fmt: skip
+
+
+def is_anothers(value: Any) -> bool:
+    """Whether an attribute of a class of Django's comes from somebody else."""
+    if isinstance(value, FunctionType):
+        inner = value.__dict__.get("__wrapped__")
+        # functools.wraps() copies __module__, but not this.
+        owner = value.__globals__.get("__name__", "")
+    elif isinstance(value, type):
+        return False
+    else:
+        found = (getattr_static(value, name, None) for name in _WITHIN)
+        inner = next((each for each in found if isinstance(each, FunctionType)), None)
+        owner = type(value).__module__
+    return owner.partition(".")[0] not in _OWNERS or (inner is not None and is_anothers(inner))
+
+
+_WITHIN = ("__func__", "__wrapped__", "fget", "func")
+_looked_at: dict[type, tuple[Any, bool]] = {}
+
+
+@functools.cache
+def _names(cls: type) -> set[str]:
+    """What Django's class has, as far as it was seen at first."""
+    return {name for each in cls.__mro__ for name in vars(each)} - {"__class_getitem__"}
+
+
+def is_djangos(cls: type) -> bool:
+    """Whether nothing that a class of Django's does is somebody else's now."""
+    known = _looked_at.get(cls)
+    if known is None or _contents(cls) != known[0]:
+        names = _names(cls) | _ASKED_FOR
+        own = not any(name in names and is_anothers(value) for name, value in vars(cls).items())
+        known = _looked_at[cls] = _contents(cls), own
+    return known[1]
+
+
+def are_djangos(*classes: type) -> bool:
+    """Whether each class, and what it inherits, is Django's as it was made."""
+    return all(is_djangos(each) for cls in classes for each in cls.__mro__[:-1])
+
+
+class _Name(str):
+    """A name in a class's namespace that counts how often Python looks through that namespace.
+
+    Python remembers what it has found for an attribute of a class until something in that class or
+    in one of its bases changes, whatever it is; only then it looks again, and compares the name.
+    """
+
+    looks = 0
+
+    def __eq__(self, other: object) -> bool:
+        self.looks += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+class _Family:
+    """Classes of Django's, with one look at which it is seen that none of them has changed."""
+
+    def __init__(self, classes: set[type]) -> None:
+        leaves = [cls for cls in classes if not any(cls in each.__mro__[1:] for each in classes)]
+        leaves.sort(key=lambda cls: (-len(cls.__mro__), cls.__qualname__))
+        self._name = _Name("unchanged")
+        self._heir: Any = type("_Heir", tuple(leaves), {self._name: None})
+
+    def changes(self) -> int:
+        """A number that is another one once any of the classes has been changed."""
+        self._heir.unchanged  # noqa: B018
+        return self._name.looks
+
+
+_ORM = {
+    cls
+    for module in (
+        query, lookups, expressions, fields, files, generated, json, mixins, related,
+        related_lookups, reverse_related, tuple_lookups, compiler, datastructures, sql_query,
+        subqueries, where, operations, postgresql_compiler, utils,
+    )
+    for cls in vars(module).values()
+    if type(cls) is type
+    and cls.__module__.startswith("django.db.")
+    and not issubclass(cls, BaseException | tuple | list | type)
+    and "__slots__" not in vars(cls)
+}  # fmt: skip
+_FIELDS = {cls for cls in _ORM if issubclass(cls, Field)}  # each new field changes a counter there
+_orm, _of_fields = _Family(_ORM - _FIELDS).changes, _Family(_FIELDS).changes
+_COUNTERS = {"creation_counter", "auto_creation_counter"}
+_in_field = itemgetter(*vars(Field).keys() - _COUNTERS)
+_in_model = itemgetter("__init__", "from_db")
+
+
+def _contents(cls: type) -> Any:
+    if cls is Field:
+        return len(vars(cls)), _in_field(vars(cls))
+    return len(vars(cls)), _in_model(vars(cls)) if cls is Model else [*vars(cls).values()]
+
+
+class Ground:
+    """What one plan rests on.
+
+    Args:
+        classes: whose contents matter.
+        models: whose tables and columns, and whose instances' making, matter.
+    """
+
+    __slots__ = ("_fields", "_kept", "_of_fields", "_of_orm", "_options", "_others")
+
+    def __init__(self, classes: Iterable[type], models: Iterable[Any] = ()) -> None:
+        options = list(dict.fromkeys(model._meta for model in models))
+        concrete = list(dict.fromkeys(f for opts in options for f in opts.concrete_fields))
+        all_of = dict.fromkeys([*classes, *map(type, concrete), *models, *map(type, models)])
+        parts = {part for cls in all_of for part in cls.__mro__} - {object, type}
+        registered = [vars(cls).get("class_lookups") for cls in parts]
+        registered += [vars(field).get("instance_lookups") for field in concrete]
+        self._of_orm = _Seen(_orm, parts & _ORM - _FIELDS)
+        self._of_fields = _Seen(_of_fields, parts & _FIELDS)
+        self._others = [vars(cls).values() for cls in parts - _ORM - {Model}]
+        self._others += [each.values() for each in registered if each]
+        self._fields = [vars(field) for field in concrete]
+        self._options = options
+        self._kept = self._now()
+
+    def _now(self) -> Any:
+        return (
+            _contents(Model),
+            [[*values] for values in self._others],
+            [*map(len, self._fields)],  # a mock on a field itself
+            [*map(_COLUMN, self._fields)],
+            [*map(_TABLE, self._options)],
+        )
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        return self._of_orm.holds() and self._of_fields.holds() and bool(self._now() == self._kept)
+
+
+_COLUMN = itemgetter("column")
+_TABLE = attrgetter("db_table", "concrete_fields", "managed")
+
+
+class _Seen:
+    """Classes of a family as they were."""
+
+    __slots__ = ("_changes", "_classes", "_contents", "_number")
+
+    def __init__(self, changes: Callable[[], int], classes: set[type]) -> None:
+        self._changes = changes
+        self._classes = list(classes)
+        self._number = changes()
+        self._contents = [*map(_contents, self._classes)]
+
+    def holds(self) -> bool:
+        if self._number != (number := self._changes()):
+            if [*map(_contents, self._classes)] != self._contents:
+                return False
+            self._number = number
+        return True
+
+
+_base = _Seen(_orm, set(_CLASSES))
+_sound = all(map(is_djangos, _CLASSES))
+
+
+def are_sound() -> bool:
+    """Whether what every plan rests on is Django's own."""
+    global _base, _sound
+    if not _base.holds():
+        _base = _Seen(_orm, set(_CLASSES))
+        _sound = all(map(is_djangos, _CLASSES))
+    return _sound
+
+
+def of_query(
+    asked: Any,
+    kept: Iterable[Any],
+    maker: Any,
+    wrapper: Any,
+    compared: Iterable[type],
+    *more: type,
+    short: bool = False,
+) -> Ground:
+    """What the plan of a compiled query rests on.
+
+    Args:
+        kept: objects that its key tells by their identity: fields, and tuples of them.
+        compared: the classes of its lookups.
+        more: other classes.
+        short: whether the lookups themselves are looked up no more.
+
+    Raises:
+        Unfit: something of it is not Django's.
+    """
+    compared, ops = tuple(compared), type(wrapper.ops)
+    told = {f for each in kept for f in (each if isinstance(each, tuple) else (each,))}
+    told |= {join.join_field for join in asked.alias_map.values() if type(join) is Join}
+    of_relations = {getattr(f, "field", f) for f in told}
+    models = {m for f in told for m in (_model(f), f.is_relation and f.related_model) if m}
+    models |= {asked.model, *_ordered_by(asked), *(maker.models if maker is not None else ())}
+    models |= {parent for model in models for parent in model._meta.all_parents}
+    made = type(asked.get_compiler(connection=wrapper))
+    columns = {f for model in models for f in model._meta.concrete_fields}
+    if not (
+        are_djangos(made, ops, *compared)
+        and all(speaks_for_itself(f, short) for f in of_relations | columns)
+    ):
+        raise Unfit
+    return Ground([made, ops, *compared, *map(type, of_relations), *more], models)
+
+
+def _model(field: Any) -> Any:
+    return getattr(field, "model", None)  # an output field has none
+
+
+def _ordered_by(asked: Any) -> Iterator[Any]:
+    """The models of the columns that a query is ordered by."""
+    for name in asked.order_by or asked.get_meta().ordering or ():
+        model = asked.model
+        for step in name.removeprefix("-").split("__") if type(name) is str else ():
+            try:
+                model = model._meta.get_field(step).related_model
+            except FieldDoesNotExist:  # pk, an annotation
+                break
+            if model is None:
+                break
+            yield model
+
+
+def speaks_for_itself(field: Any, short: bool = False) -> bool:
+    """Whether the SQL that a field makes depends on nothing but its class and its state."""
+    cls = type(field)
+    return not (
+        # A method that was put on the field itself.
+        any(isinstance(getattr_static(cls, name, None), FunctionType) for name in vars(field))
+        or not all(map(is_djangos, filter(_is_made_by_django, cls.__mro__[:-1])))
+        or _overrides(cls, short)
+    )
+
+
+def _is_made_by_django(cls: type) -> bool:
+    return cls.__module__.startswith("django.")
+
+
+def _overrides(cls: type, short: bool) -> bool:
+    """Whether a field class of somebody else's overrides what SQL is made of."""
+    others = [each for each in cls.__mro__[:-1] if not _is_made_by_django(each)]
+    if not others:
+        return False
+    base = next(filter(_is_made_by_django, cls.__mro__), Field)
+    bound = {name for name in _names(base) if not name.startswith(("__", "_check"))} | _ASKED_FOR
+    bound -= _FREE if short else _FREE | _LOOKED_UP
+    return any(
+        name in bound and (callable(value) or hasattr(value, "__get__"))
+        for each in others
+        for name, value in vars(each).items()
+    )
