@@ -226,8 +226,8 @@ DJANGO = (
     ),
     Names(
         "django.db.models.options:Options",
-        "db_table managed concrete_fields all_parents",
-        "what tables and columns a plan rests on",
+        "all_parents",
+        "what tables a plan rests on",
         CACHE,
     ),
     Names("django.db.models.expressions:Col", "possibly_multivalued", "what is grouped by", CACHE),
