@@ -21,7 +21,7 @@ from typing import Any
 
 from django.db.models import aggregates, expressions, functions, lookups
 from django.db.models.fields import related_lookups, tuple_lookups
-from django.db.models.sql.compiler import PositionRef
+from django.db.models.sql import compiler
 from django.db.models.sql.datastructures import BaseTable, Join
 from django.db.models.sql.query import Query
 from django.db.models.sql.where import WhereNode
@@ -57,6 +57,7 @@ _NAMES: dict[Any, str] = {
         "RelatedExact RelatedGreaterThan RelatedGreaterThanOrEqual RelatedIn RelatedIsNull"
         " RelatedLessThan RelatedLessThanOrEqual"
     ),
+    compiler: "PositionRef",
     tuple_lookups: (
         "Tuple TupleExact TupleGreaterThan TupleGreaterThanOrEqual TupleIn TupleIsNull"
         " TupleLessThan TupleLessThanOrEqual"
@@ -64,7 +65,7 @@ _NAMES: dict[Any, str] = {
 }
 # Of django.contrib.postgres, which is imported only where it is used.
 _AGGREGATES = {"ArrayAgg", "BitAnd", "BitOr", "BoolAnd", "BoolOr", "JSONBAgg"}
-_KNOWN = {BaseTable, Join, PositionRef, Query, WhereNode} | {
+_KNOWN = {BaseTable, Join, Query, WhereNode} | {
     getattr(module, name)
     for module, names in _NAMES.items()
     for name in names.split()

@@ -203,9 +203,21 @@ DJANGO = (
     ),
     Names(
         "django.db.models.sql.compiler:SQLCompiler",
-        "execute_sql as_sql get_converters select klass_info annotation_col_map"
+        "execute_sql as_sql compile get_converters select klass_info annotation_col_map"
         " has_composite_fields",
         "what plans are made of",
+        CACHE,
+    ),
+    Names(
+        "django.db.backends.base.operations:BaseDatabaseOperations",
+        "compiler",
+        "the compilers see which node each parameter is of",
+        CACHE,
+    ),
+    Names(
+        "django.db.models.fields.related:ForeignObject",
+        "get_extra_restriction get_joining_fields",
+        "overridden, a join has conditions of its own",
         CACHE,
     ),
     Names(

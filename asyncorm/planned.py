@@ -388,7 +388,7 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> tuple[Plan
         known: Any = recall(key)
         if known is None:
             return None
-        if known is UNPLANNED:
+        if known is UNPLANNED or not known.plan.is_current:
             if not bridge.in_native_code():  # to compile may need a connection
                 return None
             known = learn(

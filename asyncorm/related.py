@@ -196,7 +196,7 @@ def _ahead(along: Relation, descriptor: Any, instances: Any) -> Any:
         queryset = descriptor.get_queryset(instance=instances[0])
         rows = planned.by_keys(
             queryset,
-            (id(field), "ahead"),
+            (field, "ahead"),
             wanted,
             lambda: descriptor.get_prefetch_querysets(instances)[0],
         )

@@ -116,6 +116,7 @@ _LITERAL: Any = object()  # in the place of a lookup: parameters that may be sen
 _LISTS = {lookups.In, related_lookups.RelatedIn, _Keys}
 _NULL: dict[type, int] = {type(None): 0}
 _NONE: tuple[Any, ...] = ()
+_NO_NAMES: dict[str, Any] = {}
 
 
 def family(field: Any, wrapper: Any) -> dict[type, int]:
@@ -165,7 +166,7 @@ class Shape:
         self.leaves: list[Place] = []
         self.values: list[tuple[Any, Any, Any]] = []
         self.selected = self.chosen = self.spare = self.spared = self.grouping = _NONE
-        self.named: dict[str, Any] = {}
+        self.named = _NO_NAMES
         self.mixed = self.having = self.compares = False
         self.compiler: Any = None
         self.kept: list[Any] = [columns]

@@ -60,6 +60,7 @@ class Plan:
         kept: objects whose id() is in the key.
         picked: for each parameter, which of the shape's it is; None: as the shape has them.
         shared: pairs of the shape's places whose parameters are taken to be of one node.
+        columns: of the models that are selected beside the query's own, which the key has.
         ready: for each field of an INSERT, which values need not be prepared (bulk.py).
     """
 
@@ -87,6 +88,8 @@ class Plan:
         self.skips_null = skips_null
         self.picked = picked
         self.shared = shared
+        beside = maker.models[1:] if maker is not None else ()
+        self.columns = [(model._meta, model._meta.concrete_fields) for model in beside]
         self.families = [*families, {int: 20}] if with_offset else families
         sql = _written_out(sql, dict(constants))
         if with_offset:
@@ -106,10 +109,18 @@ class Plan:
         """Whether its parameters are the elements of one array: it serves arrays of all lengths."""
         return self.lists == [(0, len(self.families))] and "%%" not in self.sql
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the models selected beside the query's own still have the same fields."""
+        return all(opts.concrete_fields is fields for opts, fields in self.columns)
+
     def holds(self, shape: Shape) -> bool:
         """Whether what was one node when the statement was compiled is one now."""
-        nodes = [node for _, _, node in shape.places(skips_null=self.skips_null)]
-        return all(nodes[i] is nodes[j] for i, j in self.shared)
+        if self.shared:
+            nodes = [node for _, _, node in shape.places(skips_null=self.skips_null)]
+            if not all(nodes[i] is nodes[j] for i, j in self.shared):
+                return False
+        return self.is_current
 
     def of_length(self, count: int) -> Plan:
         """The plan for so many keys, if it is one of keys."""
@@ -386,7 +397,7 @@ def plan_for(
     except Exception:  # whatever is wrong with the query, Django will say
         counts["unfit"] += 1
         return None
-    known = plan is not UNPLANNED and (plan is None or not plan.shared or plan.holds(shape))
+    known = plan is not UNPLANNED and (plan is None or plan.holds(shape))
     if not known:
         plan = _made(key, query, shape, compile)
         counts["misses"] += 1

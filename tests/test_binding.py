@@ -548,3 +548,46 @@ def test_places_that_are_none_for_parameters(sql: str) -> None:
 )  # fmt: skip
 def test_places_for_parameters(sql: str) -> None:
     assert in_place_of_expressions(sql)
+
+
+# What changes later
+
+
+async def test_a_field_that_a_model_gets_later() -> None:
+    """In the statement of its own, and of another that selects it as well."""
+
+    class Meta:
+        app_label = "not_installed"
+        managed = False
+        db_table = "shop_publisher"
+
+    publisher: Any = type(
+        "LatePublisher",
+        (models.Model,),
+        {"__module__": __name__, "Meta": Meta, "name": models.CharField(max_length=100)},
+    )
+    book: Any = type(
+        "LateBook",
+        (models.Model,),
+        {
+            "__module__": __name__,
+            "Meta": type("Meta", (Meta,), {"db_table": "shop_book"}),
+            "title": models.CharField(max_length=200),
+            "publisher": models.ForeignKey(publisher, models.CASCADE, related_name="books"),
+        },
+    )
+
+    def read(v: int) -> list[Any]:
+        return [
+            publisher.objects.get(pk=v),
+            list(publisher.objects.filter(pk__gt=v).order_by("pk").values()),
+            list(book.objects.select_related("publisher").filter(pk__lt=v).order_by("pk")),
+            book.objects.select_related("publisher").get(pk=v),
+            list(publisher.objects.filter(pk=v).prefetch_related("books").order_by("pk")),
+        ]
+
+    assert await same_as_djangos(read, (1,), (2,), (1,)) >= 8
+    publisher.add_to_class("founded", models.DateField(null=True))
+    assert await same_as_djangos(read, (1,), (2,), (1,)) >= 8
+    book.add_to_class("pages", models.IntegerField(default=0))
+    assert await same_as_djangos(read, (1,), (2,), (1,)) >= 8
