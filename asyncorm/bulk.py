@@ -42,7 +42,7 @@ from psycopg.pq import Format
 
 from . import bridge, grounds, verifying
 from .binding import has_djangos_type
-from .driver import Statement
+from .driver import Reading, Statement
 from .grounds import Ground
 from .rows import RowMaker, tuple_of
 from .shapes import Unfit
@@ -246,7 +246,12 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
     plan, statement = made
     wrapper.validate_no_broken_transaction()
     with wrapper.wrap_database_errors:
-        return _rows(plan, conn.run(statement), wrapper, conn)
+        maker = plan.maker
+        if maker is None:
+            conn.run(statement)
+            return []
+        loaded = conn.run(Reading(statement, maker.load))
+        return maker.made(loaded, conn.give_turn, wrapper.alias, wrapper, None)
 
 
 def insert_batches(

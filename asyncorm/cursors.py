@@ -13,11 +13,28 @@ from psycopg.pq import ExecStatus
 from psycopg.rows import tuple_row
 
 from . import bridge, sessions
-from .driver import checked
+from .driver import Answer, Connection, Statement
 from .multiplexing import is_single
-from .statements import direct, stand_ins
+from .statements import NotServed, direct, serves, stand_in
 
 TUPLES_OK = ExecStatus.TUPLES_OK
+
+
+class _Raw:
+    """SQL and parameters as a cursor takes them (a `Command`)."""
+
+    def __init__(self, text: str, params: Any, wrapper: Any) -> None:
+        self.text = text
+        self.params = params
+        self.wrapper = wrapper
+
+    def bind(self, conn: Connection) -> Statement:
+        if not serves(conn, self.wrapper):
+            raise NotServed
+        return conn.bound(self.text, self.params)
+
+    def read(self, conn: Connection, result: Any) -> Answer:
+        return conn.answer(result, conn.transformer)
 
 
 class AsyncCursor:
@@ -50,7 +67,7 @@ class AsyncCursor:
         self._close()
         wrapper.validate_no_broken_transaction()
         with wrapper.wrap_database_errors:
-            self._keep(conn.run(conn.bound(text, params)), wrapper, conn)
+            self._keep(conn.run(_Raw(text, params, wrapper)), wrapper, conn)
 
     async def _share(self, text: Any, params: Any) -> bool:
         """Have a statement travel with others while all connections are in use, if it may.
@@ -59,25 +76,29 @@ class AsyncCursor:
         """
         if type(text) is not str:
             return False
-        if (found := stand_ins(self._using or DEFAULT_DB_ALIAS)) is None:
+        if (found := stand_in(self._using or DEFAULT_DB_ALIAS)) is None:
             return False
-        pool, wrapper, conn = found
+        pool, wrapper = found
+        conn = pool.take_lazy()
         queue = sessions.queue_without_session(pool, text)
-        if queue is None or conn.row_factory is not tuple_row:
+        if queue is None or conn is None or conn.row_factory is not tuple_row:
             return False
         bridge.check()
         self._close()
         with wrapper.wrap_database_errors:
-            results = await queue.submit(conn.bound(text, params), text)
-            self._keep(checked(results, conn.info.encoding), wrapper, conn)
+            try:
+                answer = await queue.submit(_Raw(text, params, wrapper))
+            except NotServed:
+                return False
+        self._keep(answer, wrapper, conn)
         return True
 
-    def _keep(self, result: Any, wrapper: Any, conn: Any) -> None:
-        rows = iter(conn.rows(result)) if result.status == TUPLES_OK else None
+    def _keep(self, answer: Answer, wrapper: Any, conn: Any) -> None:
+        rows = iter(answer.rows) if answer.result.status == TUPLES_OK else None
 
         def make() -> Any:
-            read = 0 if rows is None else result.ntuples - length_hint(rows)
-            return wrapper.make_cursor(conn.cursor_on(result, read))
+            read = 0 if rows is None else answer.result.ntuples - length_hint(rows)
+            return wrapper.make_cursor(conn.cursor_on(answer, read))
 
         self._rows, self._make = rows, make
 

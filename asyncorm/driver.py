@@ -54,8 +54,9 @@ import traceback
 from asyncio import CancelledError, get_running_loop
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from contextlib import suppress
+from itertools import chain
 from time import monotonic
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import anyio
 import psycopg
@@ -71,6 +72,8 @@ from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
 
 from .bridge import Runner, deliver
 from .session_state import leaves_state
+from .turns import BUSY as _BUSY
+from .turns import turn
 
 T = TypeVar("T")
 
@@ -78,7 +81,7 @@ logger = logging.getLogger("psycopg.pool")
 
 # Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
 CANCEL_TIMEOUT = 5.0
-_BUSY = 0.001  # seconds of input that needs no waiting before other tasks get a turn
+SLICE = 100  # rows loaded, or made into objects, before other tasks may have a turn
 
 _WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
 _READY_R, _READY_W = psycopg.waiting.READY_R, psycopg.waiting.READY_W
@@ -112,6 +115,9 @@ class _NoLock:
         raise psycopg.InterfaceError(ENDED)
 
     def queue_for(self, text: str) -> None:
+        raise psycopg.InterfaceError(ENDED)
+
+    def settle(self) -> None:
         raise psycopg.InterfaceError(ENDED)
 
     def __exit__(self, *exc: object) -> None: ...
@@ -164,14 +170,17 @@ class _Cursor:
         if self.closed:
             raise psycopg.InterfaceError("the cursor is closed")
         self._reset()
-        self._tx = Transformer(self)
-        self._query = pgq = self._convert_query(query, params)  # for the query log
-        statement = _sent(pgq, text)
-        results = queue.run(statement, text)
+        answer = queue.run(_Executing(self, query, params, text))
         conn.served_by = queue.served_by
-        self._check_results(results)
-        self._set_results(results)
+        conn._yielded = monotonic()
+        self.show(answer)
         return self
+
+    def show(self: Any, answer: Answer) -> None:
+        """Have executed the statement of an answer."""
+        self._tx = answer
+        self._pgconn = _Nowhere(answer.encoding)
+        self._set_results([answer.result])
 
     def fetchmany(self: Any, size: int = 0) -> Any:
         """As psycopg's; Django reads large results so, in small parts."""
@@ -222,17 +231,98 @@ def _text(query: Any) -> str:
     return query.decode("utf-8", "replace") if isinstance(query, bytes) else str(query.as_string())
 
 
+class _Executing:
+    """A cursor's statement on the connection of others (a `Command`)."""
+
+    def __init__(self, cursor: Any, query: Any, params: Any, text: str) -> None:
+        self.cursor = cursor
+        self.query = query
+        self.params = params
+        self.text = text
+
+    def bind(self, conn: Connection) -> Statement:
+        cursor = self.cursor
+        adapters = cursor._adapters if _has_own(cursor._adapters) else conn.adapters
+        self.transformer = Transformer(_Context(adapters, conn))
+        cursor._query = query = cursor._query_cls(self.transformer)  # for the query log, too
+        query.convert(self.query, self.params)
+        return _sent(query, self.text)
+
+    def read(self, conn: Connection, result: Any) -> Answer:
+        return conn.answer(result, self.transformer)
+
+
+def _has_own(adapters: Any) -> bool:
+    """Whether something was registered in an adapters map since it was copied from another."""
+    return bool(
+        any(adapters._own_loaders)
+        or any(adapters._own_dumpers_by_oid)
+        or any(adapters._own_dumpers.values())
+        or adapters.types._own_state
+    )
+
+
+class Answer:
+    """The result of a statement with its rows loaded: nothing is left to be read from a connection.
+
+    For a cursor it is the `Transformer` of that result.
+    """
+
+    def __init__(self, result: Any, rows: list[tuple[Any, ...]], encoding: str) -> None:
+        self.result = result
+        self.rows = rows
+        self.encoding = encoding
+
+    def set_pgresult(self, result: Any, **kwargs: Any) -> None:
+        """It has it already."""
+
+    def load_row(self, row: int, make_row: Any) -> Any:
+        """As psycopg's."""
+        return make_row(self.rows[row]) if row < len(self.rows) else None
+
+    def load_rows(self, row0: int, row1: int, make_row: Any) -> list[Any]:
+        """As psycopg's."""
+        rows = self.rows[row0:row1]
+        return rows if make_row is tuple else list(map(make_row, rows))
+
+
+class _Nowhere:
+    """What a cursor has in place of a libpq connection, while it has none or needs none."""
+
+    status = pq.ConnStatus.BAD  # for its repr()
+
+    def __init__(self, encoding: str = "utf-8") -> None:
+        self._encoding = encoding
+
+
 @functools.cache
 def _native_cursor(cls: Any) -> Any:
     return type(cls.__name__, (_Cursor, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
+class Command(Protocol):
+    """A statement that is not bound yet: for whichever connection will run it."""
+
+    @property
+    def text(self) -> str:
+        """The SQL, with or without its values."""
+
+    def bind(self, conn: Connection) -> Statement:
+        """The statement with its values, as it has to be for a connection's settings now."""
+
+    def read(self, conn: Connection, result: Any) -> Any:
+        """What is wanted of its result, which the connection has just given.
+
+        Nobody has used the connection since, and nothing is read from it later.
+        """
+
+
 class Statement:
     """One SQL statement with its parameters as they go over the wire: needs no cursor.
 
-    `Connection.run()` sends it and returns its result. The parts of that are separate, for several
-    in one pipeline (pipelines.py): `send()` or `send_prepare()` and `send_prepared()`, then
-    `checked()`.
+    `Connection.run()` sends it and returns its result: it is a `Command` that is bound. The parts
+    of that are separate, for several in one pipeline (pipelines.py): `send()` or `send_prepare()`
+    and `send_prepared()`, then `checked()`.
 
     Attributes:
         query: the SQL in the connection's encoding, with $1, $2, ... for the parameters.
@@ -269,6 +359,14 @@ class Statement:
         self.leaves_state = leaves_state
         self.prepare: bool | None = None
 
+    def bind(self, conn: Connection) -> Statement:
+        """It is bound."""
+        return self
+
+    def read(self, conn: Connection, result: Any) -> Any:
+        """The result as it is."""
+        return result
+
     def send(self, pgconn: Any) -> None:
         """Have libpq send it, unprepared."""
         pgconn.send_query_params(
@@ -293,6 +391,27 @@ def _sent(query: Any, text: str) -> Statement:
     else:  # none, or bound on the client: the text has their values
         statement.prepare = False
     return statement
+
+
+class Reading:
+    """A bound statement of whose result something is wanted (a `Command`).
+
+    Args:
+        load: called with the result and the connection.
+    """
+
+    def __init__(self, statement: Statement, load: Callable[[Any, Connection], Any]) -> None:
+        self.statement = statement
+        self.text = statement.text
+        self.load = load
+
+    def bind(self, conn: Connection) -> Statement:
+        """It is bound."""
+        return self.statement
+
+    def read(self, conn: Connection, result: Any) -> Any:
+        """What `load` makes of the result."""
+        return self.load(result, conn)
 
 
 def checked(results: Sequence[Any], encoding: str) -> Any:
@@ -489,13 +608,13 @@ class Connection(psycopg.Connection[Any]):
         return self.per_settings(_text_transformer)
 
     def per_settings(self, make: Callable[[Connection], T]) -> T:
-        """What `make` gives for the adapters and the session's settings of times as they are now:
-        loaders remember them."""
+        """What `make` gives for the adapters and the session's settings of times and texts as they
+        are now: dumpers and loaders remember them."""
         status = self.pgconn.parameter_status
         adapters: Any = self._adapters
         current = (
             adapters.version, status(b"TimeZone"), status(b"DateStyle"),
-            status(b"IntervalStyle"),
+            status(b"IntervalStyle"), status(b"client_encoding"),
         )  # fmt: skip
         made_for, made = self._made.get(make, (None, None))
         if made_for != current:
@@ -509,20 +628,33 @@ class Connection(psycopg.Connection[Any]):
         query.convert(text, params)
         return _sent(query, text)
 
-    def rows(self, result: Any) -> list[tuple[Any, ...]]:
-        """The rows of a result as tuples."""
-        transformer = self.transformer
-        transformer.set_pgresult(result)
+    def load(self, result: Any, transformer: Any) -> list[list[tuple[Any, ...]]]:
+        """The rows of a result that was just given, some at a time.
+
+        Other tasks have a turn now and then; the caller holds the connection.
+        """
+        size = result.ntuples
+        parts = []
         try:
-            return transformer.load_rows(0, result.ntuples, tuple)  # type: ignore[no-any-return]
+            for start in range(0, size or 1, SLICE):
+                transformer.set_pgresult(result)  # the operation may have used it meanwhile
+                parts.append(transformer.load_rows(start, min(start + SLICE, size), tuple))
+                if size > SLICE:
+                    self.give_turn()
         finally:
             transformer.set_pgresult(None)  # an idle connection keeps no rows
+        return parts
 
-    def cursor_on(self, result: Any, read: int) -> Any:
-        """A cursor that has executed the statement of a result, and has read so many rows."""
+    def answer(self, result: Any, transformer: Any) -> Answer:
+        """A result with all that is to be read of it."""
+        parts = self.load(result, transformer) if result.status == _TUPLES_OK else []
+        rows = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
+        return Answer(result, rows, self.info.encoding)
+
+    def cursor_on(self, answer: Answer, read: int) -> Any:
+        """A cursor that has executed the statement of an answer, and has read so many rows."""
         cursor: Any = self.cursor()
-        cursor._tx = Transformer(cursor)
-        cursor._set_results([result])
+        cursor.show(answer)
         cursor._pos = read
         return cursor
 
@@ -536,7 +668,8 @@ class Connection(psycopg.Connection[Any]):
         runner = getcurrent()
         if type(runner) is not Runner or runner.shields:
             return False
-        runner.parent.switch(self._yield())  # type: ignore[union-attr]
+        runner.parent.switch(turn())  # type: ignore[union-attr]
+        self._yielded = monotonic()
         return True
 
     def fetch(self, name: str, count: int) -> Any:
@@ -549,8 +682,8 @@ class Connection(psycopg.Connection[Any]):
         with self.lock:
             return self.wait(self._exec_command(command.as_bytes(self)))
 
-    def run(self, statement: Statement) -> Any:
-        """Execute a statement and return its result (a `psycopg.pq.PGresult`).
+    def run(self, command: Command) -> Any:
+        """Execute a command and return what it wants of its result.
 
         As `Cursor.execute()`: in the transaction that is open, prepared on the server from its
         `prepare_threshold`th time on, together with those of other operations where that is due.
@@ -558,16 +691,18 @@ class Connection(psycopg.Connection[Any]):
         Raises:
             psycopg.Error: what a cursor would raise.
         """
-        queue = self.lock.queue_for(statement.text)
+        queue = self.lock.queue_for(command.text)
         if queue is not None:
-            results = queue.run(statement, statement.text)
+            value = queue.run(command)
             self.served_by = queue.served_by
-            return checked(results, self.info.encoding)
+            self._yielded = monotonic()
+            return value
         if self.unsettled:
             self.settle()  # type: ignore[attr-defined]
         try:
             with self.lock:
-                return self.wait(self._run(statement))
+                result = self.wait(self._run(command.bind(self)))
+                return command.read(self, result)
         except psycopg.errors._NO_TRACEBACK as exc:
             raise exc.with_traceback(None)  # noqa: B904
 
@@ -619,11 +754,16 @@ class Connection(psycopg.Connection[Any]):
             if alone:
                 statement.send(pgconn)
                 results = yield from generators.execute(pgconn)
+        result = self.checked(results)
+        if book._to_flush:
+            yield from book.maintain_gen(self)
+        return result
+
+    def checked(self, results: Sequence[Any]) -> Any:
+        """`checked()` for results of this connection."""
         result = results[0] if len(results) == 1 else None
         if result is None or (result.status != _TUPLES_OK and result.status != _COMMAND_OK):
             result = checked(results, self.info.encoding)
-        if book._to_flush:
-            yield from book.maintain_gen(self)
         return result
 
     async def _yield(self) -> None:
@@ -867,49 +1007,100 @@ def unwatch_commands(begin: Callable[[Any, str], Callable[[], None]]) -> None:
         psycopg.Connection._exec_command = _exec_command  # type: ignore[method-assign]
 
 
+class Start(NamedTuple):
+    """What the connections of a pool have when they are new: of no connection in particular.
+
+    Attributes:
+        pgconn: for cursors without a connection.
+    """
+
+    adapters: AdaptersMap
+    row_factory: Any
+    cursor_factory: Any
+    server_version: int
+    pgconn: Any = _Nowhere()
+
+    @classmethod
+    def of(cls, conn: Connection) -> Start:
+        """That of a connection which is new."""
+        adapters = AdaptersMap(conn.adapters)  # connection_created may have added some
+        return cls(adapters, conn.row_factory, conn.cursor_factory, conn.info.server_version)
+
+    @property
+    def has_known_cursors(self) -> bool:
+        """Whether its cursors are made without asking a connection for more than is here."""
+        return all(
+            cls.__module__.partition(".")[0] in ("asyncorm", "django", "psycopg", "typing")
+            for cls in self.cursor_factory.__mro__[:-1]
+        )
+
+
 class LazyConnection(Connection):
     """Stands for a connection of the pool until one is needed.
 
     Single statements go to a queue and travel with those of other operations (see multiplexing.py).
     Whatever else is asked of it waits for a connection, and from then on this object is a second
-    face of that one: they share all their attributes.
+    face of that one: they share all their attributes. Until then it has none of any connection.
     """
 
     unsettled = True
+    configured = True
+    touched = False
+    closed = False
+    _autocommit = True
+    _closed = False
+    _waiter = None
+    _beginning: Start
 
-    @classmethod
-    def beside(cls, conn: PooledConnection) -> LazyConnection:
-        """One that looks like `conn` (encoding, server version, adapters)."""
-        pgconn = conn.pgconn
-        handlers = pgconn.notice_handler, pgconn.notify_handler
-        lazy = cls.over(pgconn, conn._options)
-        pgconn.notice_handler, pgconn.notify_handler = handlers
-        lazy._adapters = _Adapters(conn.twin.adapters)  # connection_created may add some
-        lazy.begin()
-        return lazy  # type: ignore[return-value]
+    def __init__(self, start: Start) -> None:
+        self.__dict__.update(_beginning=start, lock=NO_LOCK, _pool=None, _yielded=monotonic())
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.settle()
+        return getattr(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OF_LAZY:
+            self.settle()
+        object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at 0x{id(self):x}>"
+
+    def __del__(self, *args: Any) -> None:
+        """There is nothing to close."""
 
     def settle(self) -> None:
         """Wait for a connection and be it."""
         conn = self.lock.settle()
-        self.__dict__ = conn.__dict__
-        self.__class__ = Connection  # type: ignore[assignment]
+        object.__setattr__(self, "__dict__", conn.__dict__)
+        object.__setattr__(self, "__class__", Connection)
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """As Connection.wait(), on a connection of its own."""
-        beside = self.pgconn
         self.settle()
-        # What a cursor or a pipeline kept of the connection when it was made.
-        for owner in gen.gi_frame.f_locals.values():
-            for name in ("_pgconn", "pgconn"):
-                if getattr(owner, name, None) is beside:
-                    setattr(owner, name, self.pgconn)
         return self.wait(gen, interval, timeout)
 
+    @property
+    def row_factory(self) -> Any:  # type: ignore[override]
+        """That of the pool's connections."""
+        return self._beginning.row_factory
+
+    @property
+    def cursor_factory(self) -> Any:  # type: ignore[override]
+        """That of the pool's connections."""
+        return self._beginning.cursor_factory
+
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
-        """As psycopg's; a server-side one needs a session."""
-        if args or kwargs.get("name"):
+        """As psycopg's; one that is not as usual needs a session."""
+        if args or kwargs or not self._beginning.has_known_cursors:
             self.settle()
-        return super().cursor(*args, **kwargs)
+            return self.cursor(*args, **kwargs)
+        cursor = self._beginning.cursor_factory(self._beginning)
+        cursor._conn = self
+        return cursor
 
     def terminate(self) -> None:
         """There is nothing to close."""
@@ -922,6 +1113,9 @@ class LazyConnection(Connection):
 
     def cancel_safe(self, *, timeout: float = 30.0) -> None:
         """There is nothing to cancel."""
+
+
+_OF_LAZY = ("lock", "_pool", "served_by", "_yielded")
 
 
 async def finish(task: asyncio.Task[Any], timeout: float) -> bool:
@@ -1187,10 +1381,6 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
     def opened(self) -> int:
         """How many connections there are, those that are being opened included."""
         return int(self._nconns)
-
-    def some(self) -> PooledConnection | None:
-        """An open connection that Django has configured, whoever has it."""
-        return next((conn for conn in self.live if conn.twin.configured and not conn.closed), None)
 
 
 AsyncCallback = Callable[[PooledConnection], Any]

@@ -23,7 +23,7 @@ from psycopg import pq
 
 from . import bridge
 from .bridge import Runner
-from .driver import CANCEL_TIMEOUT, Connection, Statement, finish
+from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, finish
 from .pipelines import Pipeline
 from .session_state import leaves_state, plain, remembered
 
@@ -142,12 +142,11 @@ class _Request:
         travelling: with those that it was sent with, once it is.
     """
 
-    __slots__ = ("future", "pid", "sent", "since", "statement", "text", "travelling")
+    __slots__ = ("command", "future", "pid", "sent", "since", "travelling")
 
-    def __init__(self, statement: Statement, text: str) -> None:
-        self.statement = statement
-        self.text = text
-        self.future: Future[list[Any]] = get_running_loop().create_future()
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.future: Future[Any] = get_running_loop().create_future()
         self.since = monotonic()
         self.pid = 0
         self.sent = self.since
@@ -199,15 +198,15 @@ class Queue:
         """Whether pipelines are under way or about to wait for their connection."""
         return bool(self._tasks)
 
-    def run(self, statement: Statement, text: str) -> list[Any]:
+    def run(self, command: Command) -> Any:
         """`submit()` for the running operation."""
         runner = bridge.current()
         assert runner is not None
         bridge.deliver(runner)
-        return bridge.wait_for(runner, self.submit(statement, text))
+        return bridge.wait_for(runner, self.submit(command))
 
-    async def submit(self, statement: Statement, text: str) -> list[Any]:
-        """Have a statement of the current task executed; its results.
+    async def submit(self, command: Command) -> Any:
+        """Have a command of the current task executed; what it wants of its result.
 
         Raises:
             psycopg.Error: there was no connection to be had, or it broke.
@@ -215,10 +214,10 @@ class Queue:
         with self._source.asked() as suspicion:
             if suspicion is not None:
                 await suspicion()
-            request = _Request(statement, text)
+            request = _Request(command)
             self._join(request)
             try:
-                results = await request.future
+                value = await request.future
             except CancelledError as exc:
                 await self._drop(request, exc)
                 raise
@@ -226,7 +225,7 @@ class Queue:
         if waits and request.sent - request.since > 0.001:
             source = self._source
             waited(source.pool.alias, source.awaited, request.since, request.sent)
-        return results
+        return value
 
     def _join(self, request: _Request) -> None:
         segment = self._open
@@ -310,34 +309,37 @@ class Queue:
         return unserved
 
     def _send(self, runner: Runner, conn: Connection, requests: list[_Request]) -> None:
-        pipeline = Pipeline(conn, [request.statement for request in requests])
         travelling = _Travelling(requests)
+        bound = self._bind(conn, requests)
+        requests = list(bound)
+        pipeline = Pipeline(conn, list(bound.values()))
         for request in requests:
             request.pid = conn.pgconn.backend_pid
             request.sent = monotonic()
         looking = _Looking(conn, pipeline, requests)
         # One connection only: they go on together, so that what they send next can travel together.
-        together: list[tuple[_Request, list[Any]]] = []
+        together: list[_Answer] = []
         try:
             for number, results in pipeline:
+                answer = _Answer(requests[number], results, conn)
                 if self._source.size > 1:
-                    self._answer(requests[number], results)
+                    answer.give()
                 else:
-                    together.append((requests[number], results))
+                    together.append(answer)
         except CancelledError:
             bridge.wait_for(runner, pipeline.abort())
             raise
         except BaseException as exc:
             conn.terminate()
             if isinstance(exc, psycopg.Error):
-                self._answer_all(runner, together)
+                self._give_all(runner, together)
                 for request in requests[: pipeline.sent]:
                     _fail(request.future, _in_doubt(exc))
             raise
         finally:
             looking.end()
             travelling.task = None
-        self._answer_all(runner, together)
+        self._give_all(runner, together)
         if len(requests) > 1:
             self._source.pool.pipelines += 1
             self._source.pool.statements_pipelined += len(requests)
@@ -345,22 +347,56 @@ class Queue:
             # Who waited goes on before the connection is given to anybody else.
             bridge.wait_for(runner, sleep(0))
 
-    def _answer_all(self, runner: Runner, answers: list[tuple[_Request, list[Any]]]) -> None:
+    def _bind(self, conn: Connection, requests: list[_Request]) -> dict[_Request, Statement]:
+        """The statements of those whose values can be sent; the others are told why not."""
+        bound: dict[_Request, Statement] = {}
+        for request in requests:
+            try:
+                bound[request] = request.command.bind(conn)
+            except Exception as exc:
+                if not request.future.done():
+                    request.future.set_exception(exc)
+            conn.give_turn()
+        return bound
+
+    def _give_all(self, runner: Runner, answers: list[_Answer]) -> None:
         broken = False  # a statement before this one failed, or its operation was cancelled
-        for request, results in answers:
-            aborted = broken or results[0].error_field(_SQLSTATE) == _ABORTED
-            if aborted and (exc := self._source.refusal()) is not None:
-                _fail(request.future, exc)
+        for answer in answers:
+            future = answer.request.future
+            if (broken or answer.aborted) and (exc := self._source.refusal()) is not None:
+                _fail(future, exc)
             else:
-                self._answer(request, results)
+                answer.give()
             if not broken:
-                broken = request.future.cancelled() or results[-1].status == _FATAL_ERROR
+                broken = future.cancelled() or answer.failed
                 if broken:  # whose operation hears of it first: Django's code may mark the block
                     bridge.wait_for(runner, sleep(0))
 
-    def _answer(self, request: _Request, results: list[Any]) -> None:
+
+class _Answer:
+    """What the server says to one operation's statement, read on the connection that ran it."""
+
+    def __init__(self, request: _Request, results: list[Any], conn: Connection) -> None:
+        self.request = request
+        self.failed = results[-1].status == _FATAL_ERROR
+        self.aborted = self.failed and results[0].error_field(_SQLSTATE) == _ABORTED
+        self.value: Any = None
+        self.error: Exception | None = None
         if not request.future.done():
-            request.future.set_result(results)
+            try:
+                self.value = request.command.read(conn, conn.checked(results))
+            except Exception as exc:
+                self.error = exc
+
+    def give(self) -> None:
+        """Have the operation go on."""
+        future = self.request.future
+        if future.done():
+            return
+        if self.error is not None:
+            future.set_exception(self.error)
+        else:
+            future.set_result(self.value)
 
 
 class _Looking:
@@ -380,7 +416,7 @@ class _Looking:
         answered = self._pipeline.answered
         # If this process was busy with other things, the answer has been there for long.
         if answered == self._answered and self._conn.unanswered:
-            slow.add(self._requests[answered].text)
+            slow.add(self._requests[answered].command.text)
         self._later()
 
     def end(self) -> None:

@@ -41,14 +41,16 @@ from psycopg.types.numeric import Int2, Int4, Int8
 
 from . import bridge, bulk, conf, grounds, internals, rows, sessions, verifying
 from .bridge import Runner
-from .driver import Connection, LazyConnection, checked
+from .driver import SLICE, Connection, LazyConnection
 from .grounds import Ground
 from .rows import RowMaker
 from .shapes import MAX_PARAMS, Shape, Unfit, family
 from .statements import (
     UNPLANNED,
     Compiled,
+    NotServed,
     Plan,
+    Planned,
     chunks,
     clear,
     count_of,
@@ -60,9 +62,10 @@ from .statements import (
     plans,
     recall,
     remember,
-    stand_ins,
+    stand_in,
 )
 from .tracing import Resolving
+from .turns import Turns
 
 _enabled = True
 
@@ -114,7 +117,7 @@ def _in_turns(made: Any, wrapper: Any) -> Iterator[Any]:
     try:
         for number, item in enumerate(made, 1):
             yield item
-            if not number % rows.SLICE:
+            if not number % SLICE:
                 give_turn(wrapper)
     finally:
         if hasattr(made, "close"):  # from Django 6.1 on it may be a map
@@ -339,9 +342,9 @@ async def _without_operation(
     Args:
         find: returns the plan and the parameters, given a wrapper.
     """
-    if (found := stand_ins(alias)) is None:
+    if (found := stand_in(alias)) is None:
         return None
-    pool, wrapper, conn = found
+    pool, wrapper = found
     if (planned := find(wrapper)) is None:
         return None
     plan, params = planned
@@ -350,12 +353,16 @@ async def _without_operation(
         return None
     bridge.check()
     with wrapper.wrap_database_errors:
-        statement = plan.bound(conn, params)
-        if statement is None:
+        try:
+            loaded = await queue.submit(Planned(plan, params, 0, wrapper))
+        except NotServed:
             return None
-        results = await queue.submit(statement, plan.text)
-        result = checked(results, conn.info.encoding)
-        return plan.maker.make(result, conn, alias, wrapper, mode)  # type: ignore[union-attr]
+        turns = Turns()
+        made: list[Any] = []
+        for part in loaded.take():
+            made += plan.maker.make_part(loaded, part, alias, wrapper, mode)  # type: ignore[union-attr]
+            await turns.wait()
+        return made
 
 
 def _mode(queryset: Any) -> Any:

@@ -18,7 +18,14 @@ from django.db import DEFAULT_DB_ALIAS
 from psycopg_pool import PoolClosed, PoolTimeout
 
 from . import bridge, conf
-from .driver import Connection, ConnectionPool, LazyConnection, OwnLock, PooledConnection
+from .driver import (
+    Connection,
+    ConnectionPool,
+    LazyConnection,
+    OwnLock,
+    PooledConnection,
+    Start,
+)
 from .tasks import current_and_represented
 
 if TYPE_CHECKING:
@@ -30,7 +37,7 @@ logger = logging.getLogger("asyncorm")
 _IGNORED = ("open", "close_returns", "connection_class", "kwargs", "reconnect_timeout")
 _DEFAULTS = {"min_size": 4, "timeout": 30.0}  # psycopg_pool's own
 _MAX_SIZE = 10  # without a "pool" key
-_MAX_IDLE = 32  # wrappers and lazy connections that are kept beyond a burst
+_MAX_IDLE = 32  # wrappers that are kept beyond a burst
 _WHERE = ("NAME", "USER", "PASSWORD", "HOST", "PORT")
 
 
@@ -103,7 +110,7 @@ class Pool:
         queue: statements that wait for a connection; set by sessions.py.
         limits: those of `parallelism()` that were entered (limits.py).
         top: itself, or the limit that the PARALLELISM setting puts on it (limits.py).
-        lazy: idle lazy connections.
+        start: what its connections have at their start; None before the first.
         pipelines, statements_pipelined: how many statements went together with others, in how many
             round trips.
     """
@@ -129,11 +136,11 @@ class Pool:
         self._closer: AsyncGenerator[None, None] | None = None
         self.asking: set[asyncio.Task[Any] | None] = set()
         self._warned = float("-inf")
-        self.lazy: list[LazyConnection] = []
         self.limits: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self.pipelines = 0
         self.statements_pipelined = 0
-        self._stand_ins: tuple[Any, LazyConnection] | None = None
+        self.start: Start | None = None
+        self._stand_in: Any = None
 
     def _where(self) -> tuple[Any, ...]:
         return tuple(map(self.settings_dict.get, _WHERE))
@@ -145,7 +152,7 @@ class Pool:
 
     def take_wrapper(self) -> Any:
         """An idle DatabaseWrapper for native code, without a connection."""
-        return self.wrappers.pop() if self.wrappers else self.make_wrapper()
+        return self.wrappers.pop() if self.wrappers else self._new_wrapper()
 
     def give_wrapper(self, wrapper: Any) -> None:
         """Take back a wrapper; those that only a burst needed are dropped."""
@@ -170,8 +177,8 @@ class Pool:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is a connection, whoever has it."""
-        return self.connections is not None and self.connections.some() is not None
+        """Whether there has been a connection."""
+        return self.start is not None
 
     @property
     def has_free(self) -> bool:
@@ -184,35 +191,31 @@ class Pool:
         conns = self.connections
         return 0 if conns is None or conns.waiting else conns.free + self.size - conns.opened
 
+    def begin(self, conn: Connection) -> None:
+        """A new connection is ready: what it has is what all of the pool's have at their start."""
+        conn.begin()
+        if self.start is None:
+            self.start = Start.of(conn)
+
     def take_lazy(self) -> LazyConnection | None:
-        """Something that stands for a connection; None if none is open yet."""
-        if self.connections is None:
-            return None
-        if self.lazy:
-            lazy = self.lazy.pop()
-            if not lazy.closed:
-                return lazy
-        beside = self.connections.some()
-        return None if beside is None else LazyConnection.beside(beside)
+        """Something that stands for a connection; None if there was none yet."""
+        return None if self.start is None else LazyConnection(self.start)
 
-    def give_lazy(self, lazy: LazyConnection) -> None:
-        """Take back what stood for a connection, unless somebody has set something on it."""
-        if len(self.lazy) < _MAX_IDLE and not lazy.touched:
-            self.lazy.append(lazy)
+    def stand_in(self) -> Any:
+        """A wrapper for statements without a session: nothing runs on it.
 
-    def stand_ins(self) -> tuple[Any, LazyConnection] | None:
-        """A wrapper and a connection for statements without a session: nothing runs on them.
-
-        None if no connection is open yet.
+        None if there was no connection yet.
         """
-        if self._stand_ins is None or self._stand_ins[1].closed:
-            lazy = self.take_lazy()
-            if lazy is None:
-                return None
-            wrapper = self.make_wrapper()
-            wrapper.session = None
-            self._stand_ins = wrapper, lazy
-        return self._stand_ins
+        if self._stand_in is None and self.start is not None:
+            self._stand_in = self._new_wrapper()
+            self._stand_in.session = None
+        return self._stand_in
+
+    def _new_wrapper(self) -> Any:
+        wrapper = self.make_wrapper()
+        if self.start is not None:  # it would ask a connection
+            wrapper.__dict__["pg_version"] = self.start.server_version
+        return wrapper
 
     def checkin(self, conn: Connection) -> None:
         """Give a connection back; one that is not idle is rolled back or replaced."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from inspect import getattr_static
 from itertools import count
 from typing import Any
@@ -46,7 +46,6 @@ from .shapes import Unfit
 _TIMESTAMPTZ, _JSONB = 1184, 3802
 _DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)
 _WITH_MODES = hasattr(ModelState, "fetch_mode")
-SLICE = 100  # rows made into objects before other tasks may have a turn
 
 _read_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _read_timestamp = datetime.datetime.fromisoformat
@@ -77,6 +76,40 @@ def is_watched(models: tuple[Any, ...]) -> bool:
     )
 
 
+class Loaded:
+    """The rows of a result as psycopg has loaded them.
+
+    Attributes:
+        parts: the rows, some at a time.
+        oids: the types of the columns.
+        times: psycopg's loader of timestamps, if they are the server's text still, in UTC.
+    """
+
+    __slots__ = ("oids", "parts", "times")
+
+    def __init__(self, parts: list[list[Any]], oids: tuple[int, ...], times: Any) -> None:
+        self.parts = parts
+        self.oids = oids
+        self.times = times
+
+    def take(self) -> Iterator[list[Any]]:
+        """Each part, which is not kept."""
+        self.parts.reverse()
+        while self.parts:
+            yield self.parts.pop()
+
+    def with_times(self, part: list[Any]) -> list[Any]:
+        """Rows in which psycopg has loaded the timestamps, too."""
+        load = self.times(_TIMESTAMPTZ).load  # without a connection: in UTC, from ISO format
+        return [
+            tuple(
+                load(value.encode()) if oid == _TIMESTAMPTZ and value is not None else value
+                for value, oid in zip(row, self.oids, strict=True)
+            )
+            for row in part
+        ]
+
+
 class RowMaker:
     """Makes the items of one kind of queryset from rows.
 
@@ -104,35 +137,51 @@ class RowMaker:
         return name
 
     def make(self, result: Any, conn: Connection, db: str, wrapper: Any, mode: Any) -> list[Any]:
-        """The items for a result of the server; other tasks have a turn now and then."""
+        """The items for a result that a connection has just given; other tasks have a turn now and
+        then.
+
+        The caller has the connection to himself.
+        """
+        return self.made(self.load(result, conn), conn.give_turn, db, wrapper, mode)
+
+    def load(self, result: Any, conn: Connection) -> Loaded:
+        """What psycopg makes of a result, as the session was when it ran the statement: nothing of
+        it depends on the connection any more."""
         oids = tuple([result.ftype(i) for i in range(result.nfields)])
+        times = None
         if _TIMESTAMPTZ in oids:
-            transformer, as_text = conn.per_settings(_loaders)
+            transformer, times = conn.per_settings(_loaders)
         else:
-            transformer, as_text = conn.transformer, False
-        code = self._made.get((oids, as_text))
+            transformer = conn.transformer
+        return Loaded(conn.load(result, transformer), oids, times)
+
+    def made(
+        self, loaded: Loaded, turn: Callable[[], Any], db: str, wrapper: Any, mode: Any
+    ) -> list[Any]:
+        """The items for loaded rows; `turn()` may let other tasks run."""
+        if len(loaded.parts) == 1:
+            return self.make_part(loaded, loaded.parts[0], db, wrapper, mode)
+        items: list[Any] = []
+        for part in loaded.take():
+            items += self.make_part(loaded, part, db, wrapper, mode)
+            turn()
+        return items
+
+    def make_part(
+        self, loaded: Loaded, part: list[Any], db: str, wrapper: Any, mode: Any
+    ) -> list[Any]:
+        """The items for some of the rows."""
+        as_text = loaded.times is not None
+        code = self._made.get((loaded.oids, as_text))
         if code is None:
-            code = self._made[oids, as_text] = self._compile(oids, as_text)
-        size = result.ntuples
+            code = self._made[loaded.oids, as_text] = self._compile(loaded.oids, as_text)
         try:
-            items: list[Any] = []
-            for start in range(0, size, SLICE):
-                transformer.set_pgresult(result)  # another statement may have used it meanwhile
-                part = transformer.load_rows(start, min(start + SLICE, size), tuple)
-                made = code(part, db, wrapper, mode)
-                if size <= SLICE:
-                    return made
-                items += made
-                conn.give_turn()
-            return items
+            return code(part, db, wrapper, mode)
         except ValueError:
-            if not as_text:
+            if loaded.times is None:
                 raise
-        finally:
-            transformer.set_pgresult(None)  # an idle connection keeps no rows
         # A timestamp that Python's datetime does not know: have psycopg say so.
-        rows = conn.rows(result)
-        return self.make_loaded(rows, db, wrapper, mode)
+        return self.make_loaded(loaded.with_times(part), db, wrapper, mode)
 
     def make_loaded(self, rows: list[Any], db: str, wrapper: Any, mode: Any) -> list[Any]:
         """The items for rows that a cursor has loaded."""
@@ -169,9 +218,11 @@ class RowMaker:
         return scope["code"]  # type: ignore[no-any-return]
 
 
-def _loaders(conn: Connection) -> tuple[Any, bool]:
-    """The loaders for rows with timestamps, and whether those stay as text."""
-    return (conn.text_transformer, True) if _in_utc(conn) else (conn.transformer, False)
+def _loaders(conn: Connection) -> tuple[Any, Any]:
+    """The loaders for rows with timestamps, and that of timestamps if those stay as text."""
+    if not _in_utc(conn):
+        return conn.transformer, None
+    return conn.text_transformer, conn.adapters.get_loader(_TIMESTAMPTZ, 0)  # type: ignore[arg-type]
 
 
 def _in_utc(conn: Connection) -> bool:

@@ -806,8 +806,8 @@ class Session:
         """What serves an operation of single statements while every connection is in use."""
         return self.pool.take_lazy() if self._shares else None
 
-    def shared(self, text: str) -> tuple[Queue, LazyConnection] | None:
-        """Where a statement waits for others' connection, and what has its adapters meanwhile.
+    def shared(self, text: str) -> Queue | None:
+        """Where a statement waits for others' connection.
 
         None: the operation has a connection, or gets one.
         """
@@ -815,12 +815,12 @@ class Session:
             self.wrapper.connection is not None
             or not self._shares
             or not self.pool.current
+            or self.pool.start is None
             or not _travels(self.source, text)
-            or (stand_ins := self.pool.stand_ins()) is None
         ):
             return None
         self._entitled(getcurrent())
-        return _queue(self.source, self.pool), stand_ins[1]
+        return _queue(self.source, self.pool)
 
     def _checkout(self) -> Connection:
         if self.source.gathers and (conn := self.source.take()) is not None:
@@ -876,7 +876,6 @@ class Session:
         conn.lock = NO_LOCK
         conn._pool = None
         if conn.unsettled:
-            self.pool.give_lazy(cast(LazyConnection, conn))
             return
         if not conn._autocommit:
             if conn.pgconn.transaction_status != _IDLE:

@@ -33,13 +33,14 @@ from psycopg.pq import Format
 
 from . import grounds, sessions, verifying
 from .binding import in_place_of_expressions
-from .driver import Connection, Statement, checked
+from .driver import SLICE, Connection, Statement
 from .grounds import Ground
 from .pools import Pool
-from .rows import SLICE, RowMaker
+from .rows import RowMaker
 from .session_state import leaves_state
 from .shapes import AS_DUMPED, INTEGER, NUMBER, Shape, Unfit, plain_orders, shape_of_aggregates
 from .tracing import Mark, Trace
+from .turns import Turns
 
 MAX_PLANS = 1024
 _MAX_PARAMS = 65535  # of the server in one statement; literals have no limit
@@ -523,14 +524,13 @@ def _connection(wrapper: Any) -> Connection | None:
 
 def serves(conn: Connection, wrapper: Any) -> bool:
     """Whether a statement means the same there as in a cursor of the wrapper."""
-    return (
-        _are_djangos_cursors(type(wrapper), conn.cursor_factory)  # type: ignore[arg-type]
-        and _same_zone(conn, wrapper)
+    return _are_djangos_cursors(type(wrapper), conn.cursor_factory) and (  # type: ignore[arg-type]
+        conn.unsettled or _same_zone(conn, wrapper)  # the one that runs it is looked at, too
     )
 
 
-def stand_ins(alias: str) -> tuple[Pool, Any, Connection] | None:
-    """The pool, and a wrapper and a connection for a statement that travels without an operation.
+def stand_in(alias: str) -> tuple[Pool, Any] | None:
+    """The pool, and a wrapper for a statement that travels without an operation.
 
     None: the current task has or gets a connection, or somebody would notice.
 
@@ -538,27 +538,53 @@ def stand_ins(alias: str) -> tuple[Pool, Any, Connection] | None:
         TransactionManagementError: the task has outlived its block.
     """
     pool = sessions.crowded(alias)
-    if pool is None or (found := pool.stand_ins()) is None:
+    if pool is None or pool.start is None:
         return None
-    wrapper, conn = found
-    return None if wrapper.watched or not serves(conn, wrapper) else (pool, wrapper, conn)
+    wrapper = pool.stand_in()
+    factory = pool.start.cursor_factory
+    known = _are_djangos_cursors(type(wrapper), factory)  # type: ignore[arg-type]
+    return (pool, wrapper) if known and not wrapper.watched else None
+
+
+class NotServed(Exception):
+    """A connection's cursors are not like those that the wrapper would have: use one."""
+
+
+class Planned:
+    """A plan's statement for whichever connection runs it (a `Command`).
+
+    It gives the loaded rows, or how many there were where the plan has no maker.
+    """
+
+    def __init__(self, plan: Plan, params: Any, offset: int, wrapper: Any) -> None:
+        self.plan = plan
+        self.text = plan.text
+        self.params = params
+        self.offset = offset
+        self.wrapper = wrapper
+
+    def bind(self, conn: Connection) -> Statement:
+        plan, params, offset = self.plan, self.params, self.offset
+        if not serves(conn, self.wrapper):
+            raise NotServed
+        statement = plan.bound(conn, [*params, offset] if offset else params)
+        return statement or conn.bound(*_djangos(plan, params, offset))
+
+    def read(self, conn: Connection, result: Any) -> Any:
+        maker = self.plan.maker
+        return int(result.command_tuples or 0) if maker is None else maker.load(result, conn)
 
 
 def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:
-    """The result and the connection that has its loaders, or else None and Django's cursor."""
+    """What `Planned` gives, or else None and Django's cursor."""
     if not wrapper.watched:
         session = wrapper.session
-        found = None if session is None else session.shared(plan.text)
-        conn = _connection(wrapper) if found is None else found[1]
-        if conn is not None and serves(conn, wrapper):
+        queue = None if session is None else session.shared(plan.text)
+        runs: Any = queue if queue is not None else _connection(wrapper)
+        if runs is not None and (queue is not None or serves(runs, wrapper)):
             wrapper.validate_no_broken_transaction()
-            with wrapper.wrap_database_errors:
-                statement = plan.bound(conn, [*params, offset] if offset else params)
-                if statement is not None:
-                    if found is None:
-                        return conn.run(statement), conn
-                    results = found[0].run(statement, plan.text)
-                    return checked(results, conn.info.encoding), conn
+            with wrapper.wrap_database_errors, suppress(NotServed):
+                return runs.run(Planned(plan, params, offset, wrapper)), None
     cursor = wrapper.cursor()
     try:
         cursor.execute(*_djangos(plan, params, offset))
@@ -601,12 +627,14 @@ def items(plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any = 
     """
     maker = plan.maker
     assert maker is not None
-    result, source = _run(plan, params, offset, wrapper)
-    if result is not None:
+    loaded, cursor = _run(plan, params, offset, wrapper)
+    if cursor is None:
         with wrapper.wrap_database_errors:
-            return maker.make(result, source, wrapper.alias, wrapper, mode)
+            conn = wrapper.connection
+            turn = conn.give_turn if isinstance(conn, Connection) else Turns().give
+            return maker.made(loaded, turn, wrapper.alias, wrapper, mode)
     made: list[Any] = []
-    with source as cursor:
+    with cursor:
         while True:
             loaded = cursor.fetchmany(SLICE)
             made += maker.make_loaded(loaded, wrapper.alias, wrapper, mode)
@@ -634,8 +662,9 @@ def chunks(
                 made = maker.make_loaded(loaded, wrapper.alias, wrapper, mode)
             else:
                 with wrapper.wrap_database_errors:
-                    result = conn.fetch(cursor.cursor.name, size)
-                    made = maker.make(result, conn, wrapper.alias, wrapper, mode)
+                    with conn.lock:
+                        rows = maker.load(conn.fetch(cursor.cursor.name, size), conn)
+                    made = maker.made(rows, conn.give_turn, wrapper.alias, wrapper, mode)
             if not made:
                 return
             yield made
@@ -645,8 +674,8 @@ def chunks(
 
 def count_of(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> int:
     """Execute a plan and return how many rows were found or changed."""
-    result, source = _run(plan, params, offset, wrapper)
-    if result is not None:
-        return int(result.command_tuples or 0)
-    with source as cursor:
+    count, cursor = _run(plan, params, offset, wrapper)
+    if cursor is None:
+        return int(count)
+    with cursor:
         return int(cursor.rowcount)

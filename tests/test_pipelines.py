@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from django.db import IntegrityError
+from django.db import IntegrityError, OperationalError
 
 import asyncorm
 from asyncorm import multiplexing, pools
@@ -177,6 +177,38 @@ async def test_an_error_at_commit_is_that_statements_own() -> None:
             assert (await all_given_back(ALIAS))["statements_pipelined"] == 4
         finally:
             ask("DROP TABLE piped_child, piped_parent")
+        await asyncorm.close_pools(ALIAS)
+
+
+async def test_what_was_answered_before_the_connection_broke_is_told() -> None:
+    """The others are told that nobody knows."""
+    with few(), administrator() as ask:
+        ask("CREATE TABLE piped (id int)")
+        try:
+            insert = "INSERT INTO piped VALUES (%s) RETURNING id"
+            batch = asyncio.create_task(
+                asyncorm.batch(
+                    lambda: query(insert, 1),
+                    lambda: query("SELECT pg_sleep(600)"),
+                    lambda: query(insert, 3),
+                    using=ALIAS,
+                    return_exceptions=True,
+                )
+            )
+            sleeping = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+            pid = await eventually(lambda: ask(sleeping))
+            beside = asyncio.gather(*[echo(n) for n in range(20)])
+            ask("SELECT pg_terminate_backend(%s)", pid)
+            results = await batch
+            assert results[0] == 1
+            for lost in results[1:]:
+                assert isinstance(lost, OperationalError)
+                assert "may or may not have been done" in str(lost)
+            assert ask("SELECT array_agg(id) FROM piped") == [1]
+            assert await beside == list(range(20)), "it concerns nobody else"
+        finally:
+            ask("DROP TABLE piped")
+        await all_given_back(ALIAS)
         await asyncorm.close_pools(ALIAS)
 
 

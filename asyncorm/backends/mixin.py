@@ -333,6 +333,7 @@ class NativeWrapper:
     in_atomic_block: bool
     errors_occurred: bool
     closed_in_transaction: bool
+    plain: bool
     _configure_connection: Callable[[Any], bool]
 
     queries_log = _Shared()
@@ -415,7 +416,7 @@ class NativeWrapper:
             conn._pool = self._native_pool  # type: ignore[assignment]
             with conn.lock:
                 super().connect()  # type: ignore[misc]
-            conn.begin()
+            session.pool.begin(conn)
             self.close_at = None  # the pool's max_lifetime; CONN_MAX_AGE is for synchronous code
         except BaseException:
             self.connection = None
@@ -426,7 +427,13 @@ class NativeWrapper:
     def create_cursor(self, name: str | None = None) -> Any:
         """Django's; the session keeps its connection while server-side cursors are open."""
         session = self.session
-        if session is not None and self.connection.unsettled and (name or self.connection.closed):
+        if session is not None and self.connection.unsettled:
+            if not name and self.plain:
+                # What Django's would do beside that, bind() of the driver does with the connection
+                # that runs the statement.
+                cursor = self.connection.cursor()
+                session.note(cursor)
+                return cursor
             self.connection.settle()
         cursor = super().create_cursor(name)  # type: ignore[misc]
         if session is not None:
@@ -624,6 +631,8 @@ def copy(wrapper: Any, statement: str, transfer: Callable[[Any, str], int]) -> i
     """
     wrapper.ensure_connection()
     with wrapper.wrap_database_errors:
+        if getattr(wrapper.connection, "unsettled", False):  # not psycopg's own, in a test
+            wrapper.connection.settle()
         cursor = wrapper.create_cursor()
     with wrapper._prepare_cursor(_CopyCursor(cursor, transfer)) as copying:
         return copying.execute(statement)  # type: ignore[no-any-return]
