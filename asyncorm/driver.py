@@ -26,9 +26,11 @@ Names used that psycopg (3.3.6 to 3.3.9) and psycopg_pool (3.3) do not document,
 - `psycopg.adapt.Transformer`: psycopg's dumpers and loaders for a connection, without a cursor.
 - `psycopg.generators.copy_from`, `.copy_to`, `.copy_end`, `BaseCursor._start_copy_gen`: psycopg's
   own `Copy` waits for each row, and ends a COPY that failed by a request that blocks.
-- `BaseCursor._conn`, `._pgconn`, `._tx`, `._pos`, `._query_cls`, `._reset`, `._convert_query`,
-  `._check_results`, `._set_results`: what `Cursor.execute()` does around sending, for a statement
-  that is sent with others or has no cursor at first.
+- `BaseCursor._conn`, `._pgconn`, `._adapters`, `._tx`, `._pos`, `._query`, `._query_cls`,
+  `._reset`, `._set_results`: what `Cursor.execute()` does around sending, for a statement that is
+  sent with others or has no cursor at first.
+- `AdaptersMap._own_loaders`, `._own_dumpers`, `._own_dumpers_by_oid`, `TypesRegistry._own_state`:
+  whether a cursor has adapters of its own, or those of the connection that it gets.
 - `psycopg.waiting.wait_conn_async`: drives the cancel request.
 - `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`,
   `._expire_at`, `._stats`: the state that `getconn()` and `putconn()` work on, for the fast paths.

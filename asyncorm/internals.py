@@ -88,10 +88,15 @@ PSYCOPG = (
     ),
     Names(
         "psycopg._cursor_base:BaseCursor",
-        "_conn _pgconn _tx _pos _query _query_cls _reset _convert_query _check_results"
-        " _set_results",
+        "_conn _pgconn _adapters _tx _pos _query _query_cls _reset _set_results",
         "what Cursor.execute() does around sending, for statements that are sent with others",
     ),
+    Names(
+        "psycopg.adapt:AdaptersMap",
+        "_own_loaders _own_dumpers _own_dumpers_by_oid",
+        "whether a cursor has adapters of its own, or those of the connection that it gets",
+    ),
+    Names("psycopg.types:TypesRegistry", "_own_state", "the same of its types"),
     Names(
         "psycopg._cursor_base:BaseCursor",
         "_start_copy_gen",
