@@ -163,7 +163,7 @@ class _Cursor:
     __slots__ = ()
 
     def execute(self: Any, query: Any, params: Any = None, **options: Any) -> Any:
-        text = _text(query)
+        text = text_of(query)
         conn = self._conn
         queue = None if options else conn.lock.queue_for(text)
         if queue is None:
@@ -190,15 +190,15 @@ class _Cursor:
         return super().fetchmany(size)  # type: ignore[misc]
 
     def executemany(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
-        self._watch(_text(query))
+        self._watch(text_of(query))
         return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
 
     def copy(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        self._watch(_text(statement))
+        self._watch(text_of(statement))
         return super().copy(statement, *args, **kwargs)  # type: ignore[misc]
 
     def stream(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
-        self._watch(_text(query))
+        self._watch(text_of(query))
         with self._conn.lock:  # or psycopg may see that others' statements are in a pipeline now
             yield from super().stream(query, *args, **kwargs)  # type: ignore[misc]
 
@@ -227,7 +227,7 @@ def _in_turn(cls: Any) -> Any:
     return type(cls.__name__, (InTurn, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
-def _text(query: Any) -> str:
+def text_of(query: Any) -> str:
     if isinstance(query, str):
         return query
     return query.decode("utf-8", "replace") if isinstance(query, bytes) else str(query.as_string())
@@ -988,7 +988,7 @@ _exec_command: Any = psycopg.Connection._exec_command
 
 def _telling(self: Any, command: Any, *args: Any, **kwargs: Any) -> Any:
     of_session = hasattr(self.lock, "alias")
-    ends = [begin(self, _text(command)) for begin in _told] if of_session else []
+    ends = [begin(self, text_of(command)) for begin in _told] if of_session else []
     try:
         return (yield from _exec_command(self, command, *args, **kwargs))
     finally:

@@ -12,7 +12,8 @@ native code.
 - `django.db.transaction.Atomic.__enter__`, `.__exit__`: blocks of the transaction tree in native
   code.
 - `asgiref.sync.AsyncToSync.__call__`: refuses on a running loop's thread; native code awaits
-  instead (asynchronous signal receivers).
+  instead (asynchronous signal receivers). In a thread it lends what the thread's connection has
+  (callers.py).
 - `asgiref.sync.SyncToAsync.threadlocal` is read: whether a thread works for a coroutine of a test.
 - `django.dispatch.dispatcher._run_parallel` (Django 6.1): runs asynchronous receivers in tasks that
   share one Context; the block that one of them is in must not be that of a task that another
@@ -42,7 +43,7 @@ from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
 from django.dispatch import dispatcher
 
-from . import bridge, internals, prefetching, sessions, transactions
+from . import bridge, callers, internals, prefetching, sessions, transactions
 
 
 class _Storage:
@@ -144,7 +145,8 @@ def _call(original: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if bridge.in_native_code():
             return bridge.await_(self.awaitable(*args, **kwargs))
-        return original(self, *args, **kwargs)
+        with callers.lending():
+            return original(self, *args, **kwargs)
 
     return __call__
 

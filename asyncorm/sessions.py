@@ -296,12 +296,45 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
     return None
 
 
-def in_block() -> bool:
-    """Whether the current task is in a transaction block of any alias."""
+def _blocks(alias: str | None) -> Iterator[Block]:
+    """The blocks that the current task is in, of one alias or of all."""
     if not _entered and _scope.get() is None and not generators.places:
-        return False
-    scopes = (find_scope(alias, outlived=False) for alias in connections.settings)
-    return any(scope is not None and scope.block is not None for scope in scopes)
+        return
+    for name in connections.settings if alias is None else (alias,):
+        scope = find_scope(name, outlived=False)
+        if scope is not None and scope.block is not None:
+            yield scope.block
+
+
+def in_block() -> bool:
+    """Whether the current task is in a transaction block of any alias that no thread is in."""
+    return any(not block.of_thread for block in _blocks(None))
+
+
+def of_thread(alias: str | None = None) -> bool:
+    """Whether the current task belongs to synchronous code whose connection has something of its
+    own, and is to use it there.
+
+    Not while native blocks are open on it: a statement would wait for those, and keep the thread
+    from others.
+    """
+    return any(block.of_thread and block.inner is None for block in _blocks(alias))
+
+
+def outer() -> Scope | None:
+    """The scope that the current context is in."""
+    return _scope.get()
+
+
+@contextmanager
+def unscoped(scope: Scope | None = None) -> Iterator[None]:
+    """Run what is inside in no scope, or in another one, and be in that of now again afterwards."""
+    before = _scope.get()
+    _scope.set(scope)
+    try:
+        yield
+    finally:
+        _scope.set(before)
 
 
 def keeps_connection() -> bool:
@@ -348,6 +381,7 @@ class Block:
         cancelled: what aborted the transaction, or the savepoint, by cancelling a statement.
         of_test_case: it is the transaction that a test runs in (testcase.py).
         is_transaction: a transaction is open in it.
+        of_thread: synchronous code in another thread, which waits, is in it (callers.py).
         inner: the nested block that holds the lock now.
         queue: statements of child tasks that wait for the lock.
         gathers: how many `batch()` have statements wait for the end of the loop's turn.
@@ -360,6 +394,7 @@ class Block:
     in_order = True
 
     is_transaction = True
+    of_thread = False
 
     @property
     def awaited(self) -> str:
@@ -578,6 +613,11 @@ class PlainBlock(Block):
         if not self.session.over:
             self.session.wrapper.__dict__["_plain_needs_rollback"] = value
 
+    @property
+    def of_thread(self) -> bool:  # type: ignore[override]
+        """Whether synchronous code in another thread, which waits, is in it."""
+        return self.session.synchronous
+
 
 class Loan(PlainBlock):
     """A connection that synchronous code needs again as it is, lent to what it awaits meanwhile.
@@ -588,13 +628,21 @@ class Loan(PlainBlock):
     def __init__(self, session: Session, origin: str) -> None:
         super().__init__(session, None, origin)
         wrapper = session.wrapper
-        self.is_transaction = wrapper.in_atomic_block or not wrapper.autocommit
+        self.is_transaction = wrapper.in_atomic_block or (
+            wrapper.connection is not None and not wrapper.autocommit
+        )
         self.sids = frozenset(wrapper.savepoint_ids)
+
+    def enter(self) -> None:
+        """Be the innermost block of the current context. Somebody waits, and will leave it."""
+        scope = self.scope
+        assert scope is not None
+        scope.push()
 
     def __str__(self) -> str:
         return (
-            f"synchronous code at {self.origin} that awaits something and keeps its connection for "
-            "what it has set there"
+            f"synchronous code at {self.origin} that keeps its connection while it waits for a "
+            "coroutine"
         )
 
     def take_back(self, failure: BaseException | None) -> None:
@@ -718,6 +766,7 @@ class Session:
     settling = False
     left = False
 
+    synchronous = False  # on a synchronous wrapper, shared with threads (callers.py)
     over = False  # the test case that it belonged to has ended (testcase.py)
 
     def __init__(self, alias: str, pool: pools.Pool, source: limits.Source) -> None:
@@ -1156,6 +1205,9 @@ def _pool(alias: str, cls: Any) -> pools.Pool:
 everywhere: list[Any] = []
 
 
+# Sessions on synchronous connections (callers.py), whose execute wrappers those are put among.
+sharing: set[Any] = set()
+
 # Sessions of test cases, by alias (testcase.py): native code in a test's transaction uses them.
 test_sessions: dict[str, Any] = {}
 
@@ -1234,7 +1286,7 @@ def refuse_beside_block(alias: str) -> None:
     """Raise when another thread uses a synchronous connection from inside a native block."""
     if _scope.get() is not None:
         scope = find_scope(alias, outlived=False)
-        if scope is not None and scope.block is not None:
+        if scope is not None and scope.block is not None and not scope.block.of_thread:
             raise TransactionManagementError(
                 f"A synchronous connection of database {alias!r} was used in another thread "
                 f"inside {scope.block}: it would not be part of the transaction. Use 'await "
@@ -1244,8 +1296,8 @@ def refuse_beside_block(alias: str) -> None:
 
 
 _OWN = (
-    "asyncorm.", "django.db.", "django.utils.asyncio", "psycopg.", "contextlib", "asyncio.",
-    "greenlet",
+    "asyncorm.", "django.db.", "django.dispatch", "django.utils.asyncio", "asgiref.", "psycopg.",
+    "contextlib", "asyncio.", "greenlet",
 )  # fmt: skip
 
 

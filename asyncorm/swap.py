@@ -67,7 +67,7 @@ def dispatch(func: Callable[..., Any] | None = None, **options: Any) -> Any:
         return sync_to_async(func, **options)
 
     def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
-        if is_native(func, args, kwargs):
+        if is_native(func, args, kwargs) and not _of_thread(func, args, kwargs):
             run = planned.run_get if planned.is_get(func) else bridge.run
             return run(func, *args, **kwargs)
         return sync_to_async(func, **options)(*args, **kwargs)
@@ -100,6 +100,12 @@ def is_native(
         return True
     alias = alias_of(func, args, kwargs or {})
     return alias is None or sessions.native_class(alias) is not None
+
+
+def _of_thread(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is to run where synchronous code waits for the current task, as on Django's own
+    backend."""
+    return sessions.of_thread() and sessions.of_thread(alias_of(func, args, kwargs))
 
 
 def _djangos(owner: Any) -> bool:
@@ -143,7 +149,8 @@ _foreign: bool | None = None
 
 def _aiterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
     """QuerySet.aiterator(): asynchronous iteration in chunks from a server-side cursor."""
-    if active() and is_native(self.iterator):  # not in a generator around it: aclose() closes it
+    if active() and is_native(self.iterator) and not _of_thread(self.iterator, (), {}):
+        # Not in a generator around it: aclose() closes it.
         return self.native_iterator(chunk_size)  # type: ignore[no-any-return]
     return _django_aiterator(self, chunk_size)  # type: ignore[no-any-return]
 

@@ -122,7 +122,7 @@ class Timeline(EitherWay["Timeline"]):
     def __enter__(self) -> Timeline:
         self.begin()
         sessions.everywhere.append(self)
-        for session in sessions.test_sessions.values():
+        for session in list(sessions.sharing):
             session.wrapper.execute_wrappers.append(self)
         multiplexing.waits.append(self._wait)
         driver.watch_commands(self._command)
@@ -136,8 +136,9 @@ class Timeline(EitherWay["Timeline"]):
     ) -> None:
         driver.unwatch_commands(self._command)
         multiplexing.waits.remove(self._wait)
-        for session in sessions.test_sessions.values():
-            session.wrapper.execute_wrappers.remove(self)
+        for session in list(sessions.sharing):
+            if self in session.wrapper.execute_wrappers:
+                session.wrapper.execute_wrappers.remove(self)
         sessions.everywhere.remove(self)
 
     # Reading

@@ -20,7 +20,7 @@ from django.db.transaction import Atomic as DjangoAtomic
 from django.db.transaction import TransactionManagementError, get_connection
 from psycopg import IsolationLevel
 
-from . import bridge, sessions, testcase
+from . import bridge, callers, sessions, testcase
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT
 from .sessions import Block, Scope, Session
@@ -72,22 +72,26 @@ def leave(
 
 def _enter_plainly(atomic: DjangoAtomic, beside_native: bool) -> None:
     alias = atomic.using or DEFAULT_DB_ALIAS
-    inside = beside_native and alias in sessions.test_sessions and not _of_test_case(atomic)
-    if not inside and beside_native and sessions.refuses_synchronous_code(alias):
+    in_test = alias in sessions.test_sessions and not _of_test_case(atomic)
+    if not in_test and beside_native and sessions.refuses_synchronous_code(alias):
         # Django would ask the connection, which tells it nothing here: its wrapper would stay in
         # the block.
         raise SynchronousOnlyOperation(
             "You cannot call this from an async context - use a thread or sync_to_async. In a "
             "coroutine a transaction is 'async with asyncorm.atomic()'."
         )
-    if inside:
-        testcase.enter_thread(alias)
+    wrapper = get_connection(alias)
+    shared = beside_native and not _of_test_case(atomic) and callers.are_sharing(wrapper)
+    if shared:
+        callers.enter_thread(wrapper)
     try:
         _enter_django(atomic)
     except BaseException:
-        if inside:
-            testcase.leave_thread(alias)
+        if shared:
+            callers.leave_thread(wrapper)
         raise
+    if shared:
+        callers.note_savepoints(wrapper)
     if beside_native and _of_test_case(atomic):
         testcase.begin(alias)
 
@@ -97,11 +101,12 @@ def _leave_plainly(atomic: DjangoAtomic, beside_native: bool, *exc: Any) -> None
     of_test_case = beside_native and _of_test_case(atomic)
     if of_test_case and _is_outermost(atomic):
         testcase.end(alias)
+    wrapper = get_connection(alias)
     try:
         _exit_django(atomic, *exc)
     finally:
-        if beside_native and not of_test_case and alias in sessions.test_sessions:
-            testcase.leave_thread(alias)
+        if beside_native and not of_test_case and callers.are_sharing(wrapper):
+            callers.leave_thread(wrapper)
 
 
 def _of_test_case(atomic: Any) -> bool:
@@ -510,6 +515,16 @@ def atomic(
     return Atomic(using, **options)
 
 
+def _block(alias: str) -> Block | None:
+    scope = sessions.find_scope(alias)
+    if scope is not None and scope.block is not None and not scope.block.of_thread:
+        return scope.block
+    block = callers.block_of_thread(alias)
+    if block is not None and (scope is not None or alias in sessions.test_sessions):
+        return block
+    return scope.block if scope is not None else None
+
+
 def on_commit(callback: Callable[[], Any], using: str | None = None, robust: bool = False) -> None:
     """Call `callback` after the outermost block has committed; never if it, or the savepoint around
     this call, is rolled back.
@@ -531,9 +546,13 @@ def on_commit(callback: Callable[[], Any], using: str | None = None, robust: boo
     if not callable(callback):
         raise TypeError("on_commit()'s callback must be a callable.")
     alias = using or DEFAULT_DB_ALIAS
+    block = _block(alias)
     scope = sessions.find_scope(alias)
-    if scope is not None and (session := scope.session) is not None:
-        block, wrapper = scope.block, session.wrapper
+    session = scope.session if scope is not None else None
+    if block is not None:
+        session = block.session
+    if session is not None:
+        wrapper = session.wrapper
         if block is not None and block.ended:  # what it registered is known
             raise block.outlived_error()
         if wrapper.in_atomic_block and block is not None:
@@ -594,8 +613,7 @@ def set_rollback(rollback: bool, using: str | None = None) -> None:
     Raises:
         django.db.transaction.TransactionManagementError: outside a block.
     """
-    scope = sessions.find_scope(using or DEFAULT_DB_ALIAS)
-    if scope is None or (block := scope.block) is None:
+    if (block := _block(using or DEFAULT_DB_ALIAS)) is None:
         raise TransactionManagementError(
             "The rollback flag doesn't work outside of an 'atomic' block."
         )

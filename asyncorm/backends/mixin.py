@@ -48,7 +48,8 @@ from django.db.utils import DatabaseError, InterfaceError, OperationalError
 from psycopg.pq import ConnStatus
 
 from .. import bridge, pools, sessions, transactions
-from ..driver import ENDED, Connection, InTurn, PooledConnection
+from ..driver import ENDED, Connection, InTurn, PooledConnection, text_of
+from ..session_state import leaves_state
 
 
 class _OfBlock:
@@ -94,8 +95,10 @@ class NativeBackendMixin:
     """Adds the native side to a DatabaseWrapper class for PostgreSQL (see the module)."""
 
     native_class = _Class()
-    session: Any = None  # in a test's transaction (testcase.py)
+    session: Any = None  # shared with native code (callers.py)
     hooks_due = False
+    connection: Any
+    execute_wrappers: Any
     needs_rollback = _OfBlock()
     rollback_exc = _OfBlock()
 
@@ -103,14 +106,17 @@ class NativeBackendMixin:
     def plain(self) -> bool:
         """Whether nobody's code but Django's and ours is in it."""
         cls: Any = type(self)
-        return _is_plain(cls) and "cursor" not in self.__dict__
+        if not _is_plain(cls):
+            return False
+        cursor = self.__dict__.get("cursor")  # Django's test cases put back what they replaced
+        return cursor is None or getattr(cursor, "__func__", None) is cls.cursor
 
     @property
     def watched(self) -> bool:
         """Whether somebody wants to see the statements."""
         # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
         return bool(
-            self.execute_wrappers  # type: ignore[attr-defined]
+            self.execute_wrappers
             or self.queries_logged  # type: ignore[attr-defined]
             or "cursor" in self.__dict__
             or _cursors_are_patched()
@@ -122,7 +128,9 @@ class NativeBackendMixin:
         On the thread of a running loop it does nothing: CaptureQueriesContext and assertNumQueries
             call it there, and statements are refused anyway (SynchronousOnlyOperation).
         """
-        if bridge.in_native_code():  # in a test's transaction
+        if bridge.in_native_code():  # on a synchronous connection (callers.py)
+            if self.connection is None and self.session is not None:
+                self.session.connect()
             super().ensure_connection()  # type: ignore[misc]
         elif not _loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
             sessions.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
@@ -131,9 +139,40 @@ class NativeBackendMixin:
     def create_cursor(self, name: str | None = None) -> Any:
         """Django's; one that native code in a test's transaction leaves open does no harm."""
         cursor = super().create_cursor(name)  # type: ignore[misc]
-        if name and self.session is not None:
+        if name and self.session is not None and bridge.in_native_code():
             cursor.__class__ = _stream_class(type(cursor))  # type: ignore[arg-type]
         return cursor
+
+    def connect(self) -> None:
+        """Django's; what statements leave in the session is noticed from now on."""
+        super().connect()  # type: ignore[misc]
+        conn: Any = self.connection
+        if not isinstance(conn, Connection):
+            conn.touched = False
+            conn.cursor_factory = _noticing(conn.cursor_factory)
+            if self.session is not None:
+                self.session.bind()
+
+    @property
+    def has_state(self) -> bool:
+        """Whether what runs on another connection would miss something of this one: an open
+        transaction, wrappers, what statements have set in the server session."""
+        conn: Any = self.connection
+        return bool(
+            self.in_atomic_block  # type: ignore[attr-defined]
+            or self.execute_wrappers
+            or self.force_debug_cursor  # type: ignore[attr-defined]
+            or not self.plain
+            or (conn is not None and (not self.autocommit or getattr(conn, "touched", True)))  # type: ignore[attr-defined]
+        )
+
+    def run_and_clear_commit_hooks(self) -> None:
+        """Django's, later when native code is leaving a block (transactions.py)."""
+        if self.session is not None and self.session.acting is not None:
+            self.hooks_due = True
+            return
+        self.hooks_due = False
+        super().run_and_clear_commit_hooks()  # type: ignore[misc]
 
     def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
         """Django's; what a callback of native code returns is awaited in a test, too.
@@ -219,6 +258,32 @@ def _cursors_are_patched() -> bool:
         )
         _functions = now
     return _patched
+
+
+class _Noticing:
+    """A cursor class's part that notices what its statements leave in the server session."""
+
+    __slots__ = ()
+
+    def execute(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        self._notice(query)
+        return super().execute(query, *args, **kwargs)  # type: ignore[misc]
+
+    def executemany(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        self._notice(query)
+        return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
+
+    def _notice(self: Any, query: Any) -> None:
+        conn = self._conn
+        if not conn.touched and leaves_state(text_of(query)):
+            conn.touched = True
+
+
+@cache
+def _noticing(cls: Any) -> Any:
+    if issubclass(cls, _Noticing):
+        return cls
+    return type(cls.__name__, (_Noticing, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
 class _Pool:
@@ -338,7 +403,7 @@ class NativeWrapper:
 
     queries_log = _Shared()
     force_debug_cursor = _Shared(default=False)
-    execute_wrappers = _Wrappers()
+    execute_wrappers: Any = _Wrappers()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

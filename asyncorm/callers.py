@@ -1,0 +1,488 @@
+"""Native code on a synchronous connection: that of who waits for it.
+
+Synchronous code that waits for a coroutine (`async_to_sync()`, an asynchronous signal receiver, a
+synchronous middleware around an asynchronous view) has a connection of its own. Where that has
+something that the coroutine would miss elsewhere, it is lent to the coroutine (`lending()`): an
+open transaction, execute wrappers, what statements have set in the server session. Django's own a*
+methods go to the waiting thread then, as on the stock backend (swap.py); explicitly native code
+uses the thread's connection from the loop. In a test's transaction (testcase.py) there is one
+connection for everybody.
+
+Each block that such code is in has a lock that works across threads. A statement holds it while it
+runs, a block inside, be it native or a synchronous `transaction.atomic()` in a thread, for its
+life, so that savepoints of tasks and of threads nest properly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from time import monotonic
+from typing import Any
+
+import anyio
+import psycopg
+from asgiref.sync import async_to_sync, sync_to_async
+from django.db import DatabaseError, InterfaceError, connections
+from django.db.transaction import TransactionManagementError
+from greenlet import getcurrent
+from psycopg import sql
+from psycopg.pq import TransactionStatus
+
+from . import bridge, conf, driver, sessions
+from .bridge import Runner
+from .sessions import Block, Loan, PlainBlock, Session
+
+_ACTIVE = TransactionStatus.ACTIVE
+_CANCEL_TIMEOUT = 2.0
+
+
+class ThreadLock:
+    """The lock of a block that tasks and threads share, first come first served.
+
+    Tasks use it as any block's lock (`acquire_nowait()`, `acquire()`, `release()`, `value`) and
+    wait without blocking their loop. A thread may take it again while it holds it.
+    """
+
+    def __init__(self, session: SynchronousSession) -> None:
+        self._session = session
+        self._mutex = threading.Lock()
+        self._holder: int | None = None  # the thread that took it, for itself or for a task
+        self._depth = 0  # how often a thread took it for itself
+        self._lent = 0  # to synchronous code, while the holder's loop is not running
+        self._waiting: deque[tuple[Callable[[], None], int, int]] = deque()
+
+    def _take(self, wake: Callable[[], None] | None, depth: int) -> bool:
+        thread = threading.get_ident()
+        with self._mutex:
+            if self._holder is None:
+                self._holder, self._depth = thread, depth
+                return True
+            if depth and self._depth and self._holder == thread:
+                self._depth += 1
+                return True
+            if depth and self._holder == thread:
+                if self._session.root is None:  # the loop is not running: between two tests
+                    self._session.stop_statement()
+                    self._lent += 1
+                    return True
+                raise InterfaceError(
+                    f"Synchronous code used the connection of {self._session} on the event loop's "
+                    "thread while a native statement or block has it."
+                )
+            if wake is not None:
+                self._waiting.append((wake, thread, depth))
+            return False
+
+    def _give_up(self, wake: Callable[[], None]) -> None:
+        with self._mutex:
+            for entry in self._waiting:
+                if entry[0] is wake:
+                    self._waiting.remove(entry)
+                    return
+        self.release()  # it was handed over meanwhile
+
+    @property
+    def value(self) -> int:
+        """1 when it is free, as a semaphore's."""
+        return int(self._holder is None)
+
+    def acquire_nowait(self) -> None:
+        """Take it for a task, if it is free."""
+        if not self._take(None, 0):
+            raise anyio.WouldBlock
+
+    async def acquire(self) -> None:
+        """Take it for a task, in turn."""
+        loop = asyncio.get_running_loop()
+        turn = asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(turn.set)
+
+        if not self._take(wake, 0):
+            try:
+                await turn.wait()
+            except BaseException:
+                self._give_up(wake)
+                raise
+
+    def acquire_thread(self) -> None:
+        """Take it for synchronous code of this thread, in turn."""
+        turn = threading.Event()
+        wake = turn.set
+        if self._take(wake, 1):
+            return
+        timeout = conf.get("LOCK_TIMEOUT")
+        while not turn.wait(timeout):
+            session = self._session
+            if monotonic() - session.active >= timeout and not session.waits_for_server:
+                self._give_up(wake)
+                raise TransactionManagementError(
+                    f"A thread waited {timeout:g} s for the connection of {session}: a native "
+                    "block has it and does nothing. Probably that block waits for this thread."
+                )
+
+    def release(self) -> None:
+        """Give it back, to the one who has waited longest."""
+        with self._mutex:
+            if self._lent and self._holder == threading.get_ident() and self._session.root is None:
+                self._lent -= 1
+                return
+            if self._depth > 1:
+                self._depth -= 1
+                return
+            while self._waiting:
+                wake, self._holder, self._depth = self._waiting.popleft()
+                try:
+                    wake()
+                    return
+                except RuntimeError:  # its loop is closed
+                    continue
+            self._holder, self._depth = None, 0
+
+
+class ThreadBlock(PlainBlock):
+    """A thread's `transaction.atomic()`: native code that it calls by async_to_sync() belongs to
+    it."""
+
+    def __init__(self, session: SynchronousSession, parent: Block, origin: str) -> None:
+        super().__init__(session, parent, origin)
+        self.lock = ThreadLock(session)  # type: ignore[assignment]
+        self.entered = 0  # by how many nested atomic()
+
+
+# The blocks that synchronous code around this has entered, by alias.
+_thread_blocks: ContextVar[dict[str, ThreadBlock]] = ContextVar(
+    "asyncorm_thread_blocks",
+    default={},  # noqa: B039
+)
+
+
+class SynchronousSession(Session):
+    """A session on a synchronous wrapper, which tasks and threads share."""
+
+    synchronous = True
+
+    def __init__(self, wrapper: Any, origin: str) -> None:
+        self.alias = wrapper.alias
+        self.wrapper = wrapper
+        self.pinned = True
+        self.keeper = None
+        self.origin = origin
+        self.holder = self.acting = self._held = None
+        self.active = 0.0
+        self._depth = 0
+        self.cursors = None
+        self.case_lock = ThreadLock(self)
+        self._conn: Any = None
+        self._native: Any = None
+        wrapper.session = self
+        sessions.sharing.add(self)
+        wrapper.execute_wrappers.extend(sessions.everywhere)
+        wrapper.inc_thread_sharing()
+        self.bind()
+
+    def __str__(self) -> str:
+        return self.origin
+
+    def bind(self) -> None:
+        """Wait on the event loop, too, for what the wrapper's connection does."""
+        conn = self.wrapper.connection
+        if conn is self._conn:
+            return
+        self._unbind()
+        self._conn = conn
+        if conn is None:
+            return
+        self._lock, conn.lock = conn.lock, self
+        handlers = conn.pgconn.notice_handler, conn.pgconn.notify_handler
+        # The same server session once more, for its way of waiting.
+        self._native = driver.Connection.over(conn.pgconn, {})
+        conn.pgconn.notice_handler, conn.pgconn.notify_handler = handlers
+        conn.wait = self._wait
+
+    def _unbind(self) -> None:
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            conn.lock = self._lock
+            del conn.wait
+
+    def part(self) -> None:
+        """Leave the connection to synchronous code alone.
+
+        Tasks that go on cannot use it any more.
+        """
+        self.over = True
+        self.wrapper.session = None
+        sessions.sharing.discard(self)
+        for everywhere in sessions.everywhere:
+            with suppress(ValueError):
+                self.wrapper.execute_wrappers.remove(everywhere)
+        self.wrapper.dec_thread_sharing()
+        self._unbind()
+
+    def connect(self) -> None:
+        """Have a connection, for native code."""
+
+    def _wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+        # psycopg's Connection.wait(), in native code as well as in synchronous code.
+        if bridge.in_native_code():
+            return self._native.wait(gen)
+        return type(self._conn).wait(self._conn, gen, *args, **kwargs)
+
+    def terminate(self) -> None:
+        """Close the connection at once; the transaction is lost."""
+        if not self.over and self._native is not None:
+            self._native.terminate()
+
+    async def interrupt(self) -> None:
+        await self._native.interrupt()
+
+    def stop_statement(self) -> None:
+        """Cancel a native statement whose loop does not run, and close the connection."""
+        if self._native is not None and self._native.waiting:
+            with suppress(psycopg.Error):  # or the server would go on, and keep its locks
+                self._conn.cancel_safe(timeout=_CANCEL_TIMEOUT)
+            self.terminate()
+
+    @property
+    def waits_for_server(self) -> bool:
+        conn = self._conn
+        return conn is not None and (
+            self._native.waiting or conn.pgconn.transaction_status == _ACTIVE
+        )
+
+    @property
+    def on_this_loop(self) -> bool:
+        return True  # tasks of all loops share it
+
+    def innermost(self) -> Block | None:
+        if self.acting is not None and self.holder is getcurrent():
+            return self.acting
+        return self._scoped() or self.thread_block() or self.root
+
+    def _scoped(self) -> Block | None:
+        """The native block that the current task is in."""
+        scope = sessions.find_scope(self.alias, detached=False)
+        return scope.block if scope is not None and scope.session is self else None
+
+    def thread_block(self) -> ThreadBlock | None:
+        """The block that the synchronous code around the current task has entered."""
+        block = _thread_blocks.get().get(self.alias)
+        return block if block is not None and block.session is self and not block.ended else None
+
+    def begun_by(self, origin: str) -> ThreadBlock:
+        """The block of a thread that enters `transaction.atomic()`."""
+        return ThreadBlock(self, self.root, origin)  # type: ignore[arg-type]
+
+    def hook(self, callback: Callable[[], Any]) -> Callable[[], Any]:
+        """Have what the callback returns awaited, also where synchronous code calls it.
+
+        On a running loop as a task.
+        """
+
+        @functools.wraps(callback)
+        def call() -> Any:
+            result = callback()
+            if not inspect.isawaitable(result):
+                return None
+            if bridge.in_native_code():
+                bridge.await_(result)
+            elif loop_runs():
+                task = asyncio.ensure_future(result)
+                _tasks.add(task)
+                task.add_done_callback(_tasks.discard)
+                return task
+            else:
+                async_to_sync(_wait_for)(result)
+            return None
+
+        return call
+
+    def serves(self, runner: Runner | None) -> bool:
+        return runner is not None or not loop_runs()  # also synchronous code, off the loop
+
+    def abandon(self, name: str) -> None:
+        """The cursor ends with the transaction."""
+
+    def release(self) -> None:
+        """The session ends with the synchronous code."""
+
+    def _thread_lock(self) -> ThreadLock:
+        block = self.thread_block()
+        return self.case_lock if block is None else block.lock  # type: ignore[return-value]
+
+    def __enter__(self) -> None:
+        if bridge.in_native_code():
+            super().__enter__()
+        else:
+            self._thread_lock().acquire_thread()
+
+    def __exit__(self, *exc: Any) -> None:
+        if bridge.in_native_code():
+            super().__exit__(*exc)
+        else:
+            self.active = monotonic()
+            self._thread_lock().release()
+
+    def __del__(self) -> None:
+        pass
+
+
+_tasks: set[Any] = set()
+
+
+async def _wait_for(awaitable: Any) -> None:
+    await awaitable
+
+
+def loop_runs() -> bool:
+    """Whether an event loop runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def are_sharing(wrapper: Any) -> bool:
+    """Whether native code may be using a synchronous wrapper's connection, too."""
+    return isinstance(getattr(wrapper, "session", None), SynchronousSession)
+
+
+def enter_thread(wrapper: Any) -> None:
+    """Synchronous code is about to enter a `transaction.atomic()` on a connection that it shares
+    with native code."""
+    session: SynchronousSession = wrapper.session
+    session.case_lock.acquire_thread()
+    block = session.thread_block()
+    if block is None:
+        block = session.begun_by(sessions.caller())
+        _thread_blocks.set({**_thread_blocks.get(), session.alias: block})
+    block.entered += 1
+
+
+def note_savepoints(wrapper: Any) -> None:
+    """Note what a callback registered in the thread's block depends on (`on_commit`)."""
+    block = wrapper.session.thread_block()
+    if block is not None:
+        block.sids = frozenset(wrapper.savepoint_ids)
+
+
+def block_of_thread(alias: str) -> Block | None:
+    """The `transaction.atomic()` of synchronous code around the current task, on a connection that
+    both use."""
+    block = _thread_blocks.get().get(alias)
+    return block if block is not None and not block.ended else None
+
+
+def leave_thread(wrapper: Any) -> None:
+    """It was left, or could not be entered."""
+    session: SynchronousSession = wrapper.session
+    block = session.thread_block()
+    if block is not None:
+        note_savepoints(wrapper)
+        block.entered -= 1
+        block.ended = not block.entered
+        session.case_lock.release()
+
+
+# Lending
+
+
+class LentSession(SynchronousSession):
+    """The connection of synchronous code that waits for a coroutine, lent to that."""
+
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__(wrapper, "")
+        self.root = self._loan = loan = Loan(self, sessions.caller())
+        loan.lock = self.case_lock  # type: ignore[assignment]
+        self.origin = str(loan)
+        self._dropped: list[str] = []
+        self._loop: Any = None
+        loan.enter()
+
+    @property
+    def loop(self) -> Any:
+        return self._loop
+
+    @property
+    def is_lost(self) -> bool:
+        return False
+
+    def __enter__(self) -> None:
+        if bridge.in_native_code():
+            self._loop = asyncio.get_running_loop()  # whose tasks may be in a block
+        super().__enter__()
+
+    def _scoped(self) -> Block | None:
+        block = super()._scoped()
+        return None if block is self.root else block  # a thread's block may be inside
+
+    def connect(self) -> None:
+        """Have a connection, for native code: the waiting thread makes it."""
+        runner = bridge.current()
+        assert runner is not None
+        bridge.wait_for(runner, sync_to_async(self._connect)())
+
+    def _connect(self) -> None:
+        with sessions.unscoped():
+            self.wrapper.ensure_connection()
+
+    def abandon(self, name: str) -> None:
+        """The cursor is closed when the loan ends."""
+        self._dropped.append(name)
+
+    def end(self) -> None:
+        """The coroutine has ended; statements and blocks that it left running are waited for.
+
+        Raises:
+            TransactionManagementError: such a block does not end; the connection is closed.
+        """
+        try:
+            self.case_lock.acquire_thread()
+        except TransactionManagementError:
+            self._loan.force_end()
+            raise
+        finally:
+            self._loan.end()
+            self.part()
+            self.case_lock.release()
+        for name in self._dropped:
+            with suppress(DatabaseError), self.wrapper.cursor() as cursor:
+                cursor.execute(sql.SQL("CLOSE {}").format(sql.Identifier(name)))
+
+
+@contextmanager
+def lending() -> Iterator[None]:
+    """Synchronous code waits for a coroutine inside: what that would miss is lent to it."""
+    wrappers = [] if loop_runs() else list(_lenders())
+    if not wrappers:
+        yield
+        return
+    with ExitStack() as stack:
+        # Whatever scopes the coroutine leaves behind, asgiref brings them back to this thread.
+        stack.enter_context(sessions.unscoped(sessions.outer()))
+        for wrapper in wrappers:
+            stack.callback(LentSession(wrapper).end)
+        yield
+
+
+def _lenders() -> Iterator[Any]:
+    """Wrappers of this thread that have something, and are not lent already."""
+    local = connections._connections.local  # type: ignore[attr-defined]
+    for alias in connections.settings:
+        wrapper: Any = getattr(local, alias, None)
+        if (
+            getattr(wrapper, "native_class", None) is not None
+            and wrapper.session is None
+            and wrapper.has_state
+        ):
+            yield wrapper
