@@ -208,7 +208,7 @@ asyncio.run(main())
 sentry_sdk.flush()
 print(json.dumps([s["description"] for e in sent for s in e.get("spans", []) if s["op"] == "db"]))
 """
-    queries = [text for text in run(before, after) if text.startswith("SELECT")]
+    queries = [text for text in run(before, after) if "shop_" in text]
     assert len(queries) == 2, queries
 
 
