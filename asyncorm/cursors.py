@@ -67,7 +67,8 @@ class AsyncCursor:
         self._close()
         wrapper.validate_no_broken_transaction()
         with wrapper.wrap_database_errors:
-            self._keep(conn.run(_Raw(text, params, wrapper)), wrapper, conn)
+            answer = conn.run(_Raw(text, params, wrapper))
+        self._keep(answer, wrapper, conn, wrapper.session.pool.start)
 
     async def _share(self, text: Any, params: Any) -> bool:
         """Have a statement travel with others while all connections are in use, if it may.
@@ -90,15 +91,15 @@ class AsyncCursor:
                 answer = await queue.submit(_Raw(text, params, wrapper))
             except NotServed:
                 return False
-        self._keep(answer, wrapper, conn)
+        self._keep(answer, wrapper, conn, pool.start)
         return True
 
-    def _keep(self, answer: Answer, wrapper: Any, conn: Any) -> None:
+    def _keep(self, answer: Answer, wrapper: Any, conn: Any, start: Any) -> None:
         rows = iter(answer.rows) if answer.result.status == TUPLES_OK else None
 
         def make() -> Any:
             read = 0 if rows is None else answer.result.ntuples - length_hint(rows)
-            return wrapper.make_cursor(conn.cursor_on(answer, read))
+            return wrapper.make_cursor(start.cursor_on(conn).show(answer, read))
 
         self._rows, self._make = rows, make
 

@@ -175,14 +175,15 @@ class _Cursor:
         answer = queue.run(_Executing(self, query, params, text))
         conn.served_by = queue.served_by
         conn._yielded = monotonic()
-        self.show(answer)
-        return self
+        return self.show(answer)
 
-    def show(self: Any, answer: Answer) -> None:
-        """Have executed the statement of an answer."""
+    def show(self: Any, answer: Answer, read: int = 0) -> Any:
+        """Have executed the statement of an answer, and read so many rows of it."""
         self._tx = answer
         self._pgconn = _Nowhere(answer.encoding)
         self._set_results([answer.result])
+        self._pos = read
+        return self
 
     def fetchmany(self: Any, size: int = 0) -> Any:
         """As psycopg's; Django reads large results so, in small parts."""
@@ -653,13 +654,6 @@ class Connection(psycopg.Connection[Any]):
         rows = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
         return Answer(result, rows, self.info.encoding)
 
-    def cursor_on(self, answer: Answer, read: int) -> Any:
-        """A cursor that has executed the statement of an answer, and has read so many rows."""
-        cursor: Any = self.cursor()
-        cursor.show(answer)
-        cursor._pos = read
-        return cursor
-
     def give_turn(self) -> bool:
         """Let other tasks run if this one has kept them waiting; whether they did.
 
@@ -1028,6 +1022,12 @@ class Start(NamedTuple):
         adapters = AdaptersMap(conn.adapters)  # connection_created may have added some
         return cls(adapters, conn.row_factory, conn.cursor_factory, conn.info.server_version)
 
+    def cursor_on(self, conn: Connection) -> Any:
+        """A cursor of a connection that nothing is asked for it."""
+        cursor = self.cursor_factory(self)
+        cursor._conn = conn
+        return cursor
+
     @property
     def has_known_cursors(self) -> bool:
         """Whether its cursors are made without asking a connection for more than is here."""
@@ -1100,9 +1100,7 @@ class LazyConnection(Connection):
         if args or kwargs or not self._beginning.has_known_cursors:
             self.settle()
             return self.cursor(*args, **kwargs)
-        cursor = self._beginning.cursor_factory(self._beginning)
-        cursor._conn = self
-        return cursor
+        return self._beginning.cursor_on(self)
 
     def terminate(self) -> None:
         """There is nothing to close."""
