@@ -11,7 +11,7 @@ LOWEST := .venv-lowest
 BENCH ?= .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest test-next soak chaos lint format bench bench-distance bench-profile compat compat-fast compat-redirected compat-apps compat-matrix docs pictures build clean FORCE
+.PHONY: help install demo test test-lowest test-next soak chaos lint format bench bench-distance bench-requests bench-profile compat compat-fast compat-redirected compat-apps compat-matrix docs pictures build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,9 @@ bench: $(BENCH)/.installed  ## measure beside bare drivers and other ORMs (ARGS=
 
 bench-distance: $(VENV)/.installed  ## measure multiplexing, batch() and COPY, near and 2 ms away
 	$(VENV)/bin/python -m compat.bench.distance $(ARGS)
+
+bench-requests: $(VENV)/.installed  ## measure whole requests: a default project under both handlers
+	$(VENV)/bin/python -m compat.bench.web $(ARGS)
 
 bench-profile: $(BENCH)/.installed  ## show where the microseconds of a native get go
 	$(BENCH)/bin/python -m compat.bench --profile

@@ -35,13 +35,21 @@ SERVERS = {
     "hypercorn": ["hypercorn", "--bind=127.0.0.1:{port}", "bookshop.asgi:application"],
     "granian": ["granian", "--interface=asgi", "--port={port}", "bookshop.asgi:application"],
     "daphne": ["daphne", "--port={port}", "--verbosity=0", "bookshop.asgi:application"],
-}
+    # On uvicorn, by Django's own handler.
+    "djangos": [
+        "uvicorn", "--port={port}", "--log-level=warning", "bookshop.asgi:application",
+    ],
+}  # fmt: skip
 # Each server gets one of the variations of the project.
 VARIATIONS = {
     "uvicorn": {"EXAMPLE_ATOMIC_REQUESTS": "1"},
     "hypercorn": {"EXAMPLE_SESSIONS": "django.contrib.sessions.backends.cached_db"},
-    "granian": {},
-    "daphne": {"EXAMPLE_SESSIONS": "django.contrib.sessions.backends.cached_db"},
+    "granian": {"EXAMPLE_NATIVE_VIEWS": "django.contrib.admin bookshop"},
+    "daphne": {
+        "EXAMPLE_SESSIONS": "django.contrib.sessions.backends.cached_db",
+        "EXAMPLE_NATIVE_VIEWS": "django.contrib.admin",
+    },
+    "djangos": {"EXAMPLE_HANDLER": "django", "EXAMPLE_ATOMIC_REQUESTS": "1"},
 }
 
 

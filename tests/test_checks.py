@@ -1,16 +1,19 @@
 """The system checks: what can be seen to be wrong at start-up."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
+from django.contrib import admin
 from django.core.checks import CheckMessage, run_checks
 from django.db import models
 from django.test import override_settings
 from django.test.utils import isolate_apps
 
 from asyncorm import conf
+from tests.project.myapp.models import Item
 from tests.support import database
 
 
@@ -131,3 +134,53 @@ def test_methods_that_stay_in_threads(swapped: bool, monkeypatch: pytest.MonkeyP
     names = sorted(message.msg.split("()")[0].rpartition(".")[2] for message in messages)
     assert names == (["aarchive", "amanage", "astatistics"] if swapped else [])
     assert all("asyncorm.native()" in str(message.hint) for message in messages)
+
+
+# Requests
+
+
+def native(**changes: Any) -> list[CheckMessage]:
+    with override_settings(ASYNCORM=changes):
+        return found()
+
+
+def test_names_that_do_not_exist() -> None:
+    messages = native(NATIVE_MIDDLEWARE=["no.such"], NATIVE_VIEWS=["tests.nothing", "django.http"])
+    assert [message.id for message in messages] == ["asyncorm.E005"] * 2
+    assert "'no.such'" in messages[0].msg
+    assert "'tests.nothing' does not exist: tests has no nothing" in messages[1].msg
+
+
+LOCAL = threading.local()
+
+
+def keeps_state(get_response: Any) -> Any:
+    return get_response
+
+
+def test_state_of_threads() -> None:
+    path = f"{__name__}.keeps_state"
+    with override_settings(MIDDLEWARE=[path]):
+        assert native() == []
+        [warning] = native(NATIVE_MIDDLEWARE=[path])
+        assert warning.id == "asyncorm.W004"
+        assert path in warning.msg and "all requests would share it" in warning.msg
+        [info] = native(NATIVE_MIDDLEWARE="__all__")
+        assert info.id == "asyncorm.I002"
+        assert path in info.msg and "stays in threads" in info.msg
+
+
+class ItemAdmin(admin.ModelAdmin): ...  # type: ignore[type-arg]
+
+
+def test_what_comes_with_the_admin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(admin.site._registry, Item, ItemAdmin(Item, admin.site))
+    [info] = native(NATIVE_VIEWS=["django.contrib.admin"])
+    assert info.id == "asyncorm.I003"
+    assert "'admin'" in info.msg and f"{__name__}.ItemAdmin" in info.msg
+
+
+def test_the_other_handler() -> None:
+    [info] = native(SWAP_MANAGERS=True)
+    assert info.id == "asyncorm.I001"
+    assert "get_asgi_application() of asyncorm.asgi" in str(info.hint)

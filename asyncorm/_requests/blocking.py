@@ -9,9 +9,9 @@ In a transaction block what may use the ORM is called natively: a thread could n
 
 Replaced besides: `sync_to_async` in django.core.cache.backends.base and
 django.contrib.sessions.backends.base, so that the asynchronous methods of caches and sessions that
-cannot block need no thread; `django.core.mail.get_connection`; `compress_string` of
-django.middleware.gzip; `URLResolver.resolve_error_handler` and `_get_failure_view` of
-django.middleware.csrf, whose views are the project's.
+cannot block need no thread; `BaseEmailBackend.__init__`, which sees backends that no setting names;
+`compress_string` of django.middleware.gzip; `URLResolver.resolve_error_handler` and
+`_get_failure_view` of django.middleware.csrf, whose views are the project's.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 
 import django.contrib.sessions.backends.base
 import django.core.cache.backends.base
-import django.core.mail
 import django.middleware.csrf
 import django.middleware.gzip
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.apps import apps
 from django.conf import settings
+from django.core.mail.backends.base import BaseEmailBackend
 from django.core.signals import setting_changed
 from django.db import router
 from django.db.models import FileField
@@ -249,14 +249,13 @@ def _at_once(func: Method) -> Method:
 # Hooks
 
 
-def _get_connection(original: Method) -> Method:
+def _init_email(original: Method) -> Method:
     @functools.wraps(original)
-    def get_connection(*args: Any, **kwargs: Any) -> Any:
-        connection = original(*args, **kwargs)
-        _prepare_email_class(type(connection))
-        return connection
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        _prepare_email_class(type(self))
+        original(self, *args, **kwargs)
 
-    return get_connection
+    return __init__
 
 
 def _compress(original: Method) -> Method:
@@ -292,7 +291,8 @@ def install() -> None:
     django.core.cache.backends.base.sync_to_async = _dispatch_cache  # type: ignore[attr-defined]
     sessions_base: Any = django.contrib.sessions.backends.base
     sessions_base.sync_to_async = _dispatch_session
-    django.core.mail.get_connection = _get_connection(django.core.mail.get_connection)
+    email: Any = BaseEmailBackend
+    email.__init__ = _init_email(email.__init__)
     gzip: Any = django.middleware.gzip
     gzip.compress_string = _compress(gzip.compress_string)
     csrf: Any = django.middleware.csrf

@@ -28,7 +28,7 @@ from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
 from .. import bridge, internals
-from . import blocking, djangos, flow, middleware, names, signals, views
+from . import blocking, djangos, flow, middleware, names, signals, views, watchdog
 
 _END = object()
 
@@ -101,6 +101,7 @@ class NativeHandler(ASGIHandler):
             raise ImproperlyConfigured(" ".join(problems))
         signals.install()
         blocking.install()
+        self._watches = watchdog.limit() is not None
         self.chain = Chain()
         self.chain.load_middleware()
 
@@ -110,6 +111,8 @@ class NativeHandler(ASGIHandler):
         return await self.chain.respond(request)
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        if self._watches:
+            watchdog.watch()
         try:
             body_file = await self.read_body(receive)
         except RequestAborted:

@@ -3,10 +3,14 @@
 import os
 
 from channels.routing import ProtocolTypeRouter, URLRouter
-from django.core.asgi import get_asgi_application
 from django.urls import path
 
 from asyncorm.asgi import lifespan
+
+if os.environ.get("EXAMPLE_HANDLER") == "django":
+    from django.core.asgi import get_asgi_application
+else:
+    from asyncorm.asgi import get_asgi_application
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "bookshop.settings")
 views = get_asgi_application()

@@ -15,6 +15,8 @@ DATABASES = {"default": POSTGRESQL}
 if "EXAMPLE_LIVE" not in os.environ:
     DATABASES["other"] = POSTGRESQL | {"NAME": SERVER["NAME"] + "_other"}
 ASYNCORM = {"SWAP_MANAGERS": True}
+if "EXAMPLE_NATIVE_VIEWS" in os.environ:
+    ASYNCORM["NATIVE_VIEWS"] = os.environ["EXAMPLE_NATIVE_VIEWS"].split()
 
 INSTALLED_APPS = [
     "asyncorm",

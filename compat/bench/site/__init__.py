@@ -1,0 +1,1 @@
+"""The project of the measurement of requests: as `startproject` makes it, with a few views."""
