@@ -263,7 +263,10 @@ def insert_batches(
     Raises:
         django.db.Error: as Django's cursor does.
     """
-    returning = tuple(queryset.model._meta.db_returning_fields)
+    opts = queryset.model._meta
+    returning = tuple(opts.db_returning_fields)
+    # Before Django 6.0 objects that have keys keep them as they are, say a str.
+    kept = opts.pk if not _TELLS_KEYS and objs[0]._is_pk_set() else None
     batches = [objs[start : start + size] for start in range(0, len(objs), size)]
     rows: list[Any] = []
     with transaction.atomic(using=wrapper.alias, savepoint=False):
@@ -296,7 +299,7 @@ def insert_batches(
         return rows
     for field, values in zip(returning, zip(*rows, strict=True), strict=True):
         name = field.attname
-        for obj, value in zip(objs, values, strict=True):
+        for obj, value in zip(objs, values, strict=True) if field is not kept else ():
             setattr(obj, name, value)
     return [()] * len(objs)
 
@@ -546,7 +549,10 @@ def prepare(queryset: Any, objs: list[Any]) -> Any:
     return ([], objs) if _TELLS_KEYS else None
 
 
-@functools.cache
 def _prepares_as_django(model: Any) -> bool:
     names = ("pk", "_is_pk_set", "_get_pk_val", "_set_pk_val", "_prepare_related_fields_for_save")
-    return all(getattr(model, name) is getattr(models.Model, name) for name in names)
+    return all(
+        getattr(model, name) is getattr(models.Model, name)
+        and not grounds.is_anothers(vars(models.Model)[name])
+        for name in names
+    )

@@ -954,7 +954,13 @@ def _batched_insert(original: Any) -> Any:
 
     def insert(self: Any, objs: Any, fields: Any, batch_size: Any, **options: Any) -> Any:
         size = batch_size or bulk.BATCH
-        if len(objs) > size and options.get("on_conflict") is None:
+        insert = getattr(type(self), "_insert")  # noqa: B009
+        if (
+            len(objs) > size
+            and options.get("on_conflict") is None
+            and insert is query.QuerySet._insert  # type: ignore[attr-defined]
+            and grounds.are_sound()
+        ):
             wrapper = native_wrapper(self.db)
             # In a test's transaction the connection is Django's own.
             if wrapper is not None and type(wrapper.connection) in _OURS and not wrapper.watched:

@@ -28,7 +28,7 @@ from operator import attrgetter
 from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, connections, router
-from django.db.models import ForeignKey, Manager, OneToOneField, Q, QuerySet
+from django.db.models import ForeignKey, Manager, OneToOneField, Prefetch, Q, QuerySet
 from django.db.models.constants import LOOKUP_SEP
 from django.db.models.fields.related_descriptors import (
     ForeignKeyDeferredAttribute,
@@ -36,15 +36,17 @@ from django.db.models.fields.related_descriptors import (
     ManyToManyDescriptor,
     ReverseManyToOneDescriptor,
 )
+from django.db.models.manager import BaseManager
 from django.db.models.query_utils import DeferredAttribute
 from django.db.models.sql.query import Query
 from django.db.models.sql.where import WhereNode
 
-from . import planned
+from . import grounds, planned
 
 _SLICE = 500
 _KEYS = {int, str, uuid.UUID}  # types that are compared alike as keys by everybody
 _COLUMNS = (DeferredAttribute, ForeignKeyDeferredAttribute)
+_DESCRIPTORS = (ForwardManyToOneDescriptor, ReverseManyToOneDescriptor, ManyToManyDescriptor)
 _QUERYSET = (
     "__new__", "__init__", "__iter__", "__setattr__", "_fetch_all", "_add_hints", "db", "query",
     "using", "filter", "_filter_or_exclude", "_filter_or_exclude_inplace", "_chain", "_clone",
@@ -55,9 +57,10 @@ _QUERYSET = (
 _MANAGER = ("__new__", "__init__", "__setattr__", "__getattribute__", "get_queryset")
 
 
-@functools.cache
 def _is_djangos(cls: Any, base: Any, names: tuple[str, ...]) -> bool:
-    return all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
+    return grounds.is_djangos(base) and all(
+        getattr(cls, name, None) is getattr(base, name, None) for name in names
+    )
 
 
 class Relation:
@@ -106,7 +109,13 @@ def _forward(instances: Any, descriptor: Any) -> Relation | None:
 
 def relation(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Relation | None:
     """What a level of a lookup goes along; None: leave it to Django."""
-    if lookup.get_current_querysets(level) or lookup.get_current_to_attr(level)[1]:
+    if (
+        type(lookup) is not Prefetch
+        or not grounds.are_sound()
+        or not grounds.are_djangos(*_DESCRIPTORS, BaseManager)
+        or lookup.get_current_querysets(level)
+        or lookup.get_current_to_attr(level)[1]
+    ):
         return None
     model = type(instances[0])
     descriptor = getattr(model, lookup.prefetch_through.split(LOOKUP_SEP)[level], None)

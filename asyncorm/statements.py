@@ -298,18 +298,8 @@ def statement_cache_stats() -> dict[str, int]:
     }
 
 
-_generation = 0
-
-
-def generation() -> int:
-    """How often all plans were forgotten: for who keeps one."""
-    return _generation
-
-
 def clear() -> None:
     """Forget all plans."""
-    global _generation
-    _generation += 1
     plans.clear()
     plain_orders.clear()
 
