@@ -110,13 +110,23 @@ def around() -> tuple[Place, ...]:
 
 
 def _frames() -> Iterator[FrameType]:
-    """The frames of asynchronous generators that the caller runs in, innermost first."""
+    """The frames of asynchronous generators that the caller runs in, innermost first.
+
+    Of its own task only: an eager task begins on the stack of the one that starts it.
+    """
     frame: FrameType | None = sys._getframe(1)
     greenlet: Any = getcurrent()
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        task = None
+    outermost = None if task is None else getattr(task.get_coro(), "cr_frame", None)
     while True:
         while frame is not None:
             if frame.f_code.co_flags & CO_ASYNC_GENERATOR:
                 yield frame
+            if frame is outermost:
+                return
             frame = frame.f_back
         if (greenlet := greenlet.parent) is None:
             return

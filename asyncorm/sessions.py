@@ -291,6 +291,8 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
                     if detached:
                         return None
                 elif mine or scope.block is not None or scope.is_for(task):
+                    if scope.places and scope.block is not None:
+                        scope.block.joined |= set(around).isdisjoint(scope.places)
                     return scope
         scope = scope.prev
     return None
@@ -378,6 +380,7 @@ class Block:
         sids: the savepoints that a callback registered here depends on (`on_commit`).
         needs_rollback, rollback_exc: Django's flag, for this block alone.
         inherited: the flag as it was in the block outside.
+        joined: it was entered in an asynchronous generator, and others than that have used it.
         cancelled: what aborted the transaction, or the savepoint, by cancelling a statement.
         of_test_case: it is the transaction that a test runs in (testcase.py).
         is_transaction: a transaction is open in it.
@@ -420,6 +423,7 @@ class Block:
         self.inherited: bool = parent is not None and parent.needs_rollback
         self.needs_rollback: bool = self.inherited
         self.rollback_exc: BaseException | None = parent.rollback_exc if parent else None
+        self.joined = False
         self.cancelled: BaseException | None = None
         self.inner: Block | None = None
         self.atomic: Any = None

@@ -8,7 +8,7 @@ import logging
 import warnings
 from asyncio import CancelledError, Future, ensure_future, sleep
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import monotonic
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -18,7 +18,7 @@ from django.core.exceptions import SynchronousOnlyOperation
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, transaction
 from django.db.transaction import Atomic as DjangoAtomic
 from django.db.transaction import TransactionManagementError, get_connection
-from psycopg import IsolationLevel
+from psycopg import Error, IsolationLevel
 
 from . import bridge, callers, sessions, testcase
 from .bridge import Runner
@@ -187,6 +187,8 @@ def leave_block(
             block.acquire_to_leave(runner, cancelled)
             acquired = block.ended = True
             with session.acting_for(runner, block):
+                if isinstance(exc, GeneratorExit) and block.joined:
+                    _tell_of_loss(block)
                 lost = exc_type is None and _lost(block)
                 if lost:
                     block.needs_rollback = True
@@ -256,6 +258,21 @@ def _run_commit_hooks(runner: Runner, wrapper: Any) -> None:
             wrapper.run_and_clear_commit_hooks()
     finally:
         runner.cancelled = cancelled
+
+
+def _tell_of_loss(block: Block) -> None:
+    """Log it if the block is rolled back with what others wrote in it, who were told nothing."""
+    conn = block.session.wrapper.connection
+    if conn is None or conn.closed or block.needs_rollback:
+        return
+    with suppress(Error), conn.cursor() as cursor:
+        cursor.execute("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
+        if cursor.fetchone()[0]:
+            logger.warning(
+                "%s was rolled back, with what was written in it while the asynchronous generator "
+                "that holds it was suspended: the generator was left before its end.",
+                block,
+            )
 
 
 def _lost(block: Block) -> bool:

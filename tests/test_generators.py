@@ -317,6 +317,27 @@ def test_nothing_is_left_in_the_thread(make: Callable[[], AsyncIterator[int]]) -
 # Who is inside
 
 
+@pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="since Python 3.12")
+async def test_an_eager_task_of_a_generator_is_a_child_task() -> None:
+    async def pids() -> AsyncIterator[int]:
+        async with asyncorm.connection():
+            yield await backend()
+            yield await asyncio.create_task(backend())
+            async with asyncorm.atomic():
+                yield await backend()
+                yield await asyncio.create_task(backend())
+
+    loop = asyncio.get_running_loop()
+    factory = loop.get_task_factory()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
+    try:
+        kept, other, *inside = [pid async for pid in pids()]
+    finally:
+        loop.set_task_factory(factory)
+    assert other != kept
+    assert inside == [kept, kept]
+
+
 async def step_here(generator: Any) -> Any:
     return await anext(generator)
 
@@ -374,6 +395,22 @@ async def test_the_body_of_a_loop_is_inside() -> None:
     assert await names() == []
     await add("kept")
     assert await committed() == ["kept"]
+
+
+async def test_what_the_body_wrote_is_not_lost_silently(caplog: pytest.LogCaptureFixture) -> None:
+    async def reading() -> AsyncIterator[int]:
+        async with asyncorm.atomic():
+            yield 1
+            yield 2
+
+    for writes in (False, True):
+        async for _ in reading():
+            await (add("lost") if writes else names())
+            break
+        await all_given_back()
+        assert ("left before its end" in caplog.text) is writes
+        assert await names() == []
+    assert "test_generators.py" in caplog.text
 
 
 async def test_context_managers_and_dependencies_keep_others_inside() -> None:
