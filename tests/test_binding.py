@@ -267,6 +267,18 @@ def set_everywhere(name: str, value: Any) -> Any:
     return Legacy.objects.filter(pk__gt=0).update(**{name: value}), text_of(name)
 
 
+def created_together(name: str, value: Any, *others: Any) -> Any:
+    Legacy.objects.bulk_create(Legacy(**{name: each}) for each in (value, *others))
+    return text_of(name)
+
+
+def updated_together(name: str, value: Any) -> Any:
+    rows = [Legacy.objects.create(), Legacy.objects.create()]
+    for row in rows:
+        setattr(row, name, value)
+    return Legacy.objects.bulk_update(rows, [name]), text_of(name)
+
+
 def number_found(lookup: str, value: Any) -> int:
     return Legacy.objects.filter(**{lookup: value}).count()
 
@@ -280,6 +292,9 @@ async def test_values_in_columns_of_other_types(name: str) -> None:
         with transaction.atomic():
             for function in (created, set_everywhere, saved):
                 yield first_line(function, name, value)
+            yield first_line(created_together, name, value, *values[:3])
+            yield first_line(created_together, name, value, None)
+            yield first_line(updated_together, name, value)
             for other in values[::7]:
                 first_line(created, name, other)
             for lookup in ("exact", "gt", "lte", "contains", "iexact"):
