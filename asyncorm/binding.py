@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from django.db.backends.postgresql.base import DatabaseWrapper
 from django.db.models import aggregates, expressions, functions, lookups
 from django.db.models.fields import related_lookups, tuple_lookups
 from django.db.models.sql import compiler
@@ -65,11 +66,23 @@ _NAMES: dict[Any, str] = {
 }
 # Of django.contrib.postgres, which is imported only where it is used.
 _AGGREGATES = {"ArrayAgg", "BitAnd", "BitOr", "BoolAnd", "BoolOr", "JSONBAgg"}
-_KNOWN = {BaseTable, Join, Query, WhereNode} | {
-    getattr(module, name)
+_MAKERS = (
+    "as_sql", "as_postgresql", "process_lhs", "process_rhs", "get_rhs_op", "get_db_prep_lookup",
+    "template", "function", "arg_joiner",
+)  # fmt: skip
+
+
+def _makers(cls: Any) -> tuple[Any, ...]:
+    """What a class makes its SQL with."""
+    return tuple([getattr(cls, name, None) for name in _MAKERS])
+
+
+# With what each has at first: somebody may change it, as_postgresql() is even documented for that.
+_KNOWN = {cls: _makers(cls) for cls in (BaseTable, Join, Query, WhereNode)} | {
+    cls: _makers(cls)
     for module, names in _NAMES.items()
     for name in names.split()
-    if hasattr(module, name)  # some are new in Django 6
+    if (cls := getattr(module, name, None)) is not None  # some are new in Django 6
 }
 _TEMPLATES = {"template", "function", "arg_joiner"}  # on an instance they are the user's
 _CONNECTORS = {"+", "-", "*", "/", "^", "%%", "&", "|", "<<", ">>", "#"}
@@ -80,10 +93,9 @@ def is_djangos(node: Any) -> bool:
     cls = type(node)
     if cls is expressions.RawSQL:  # a many-to-many relation's prefetch selects a column in this way
         return not node.params and _COLUMN.fullmatch(node.sql) is not None
-    if not (
-        (cls in _KNOWN or (cls.__module__ == _CONTRIB and cls.__name__ in _AGGREGATES))
-        and all(map(_is_of_django, (cls, cls), ("as_sql", "as_postgresql")))
-    ):
+    if cls.__module__ == _CONTRIB and cls.__name__ in _AGGREGATES:
+        _KNOWN.setdefault(cls, _makers(cls))
+    if _KNOWN.get(cls) != _makers(cls) or not _is_of_django(cls, "as_sql", "as_postgresql"):
         return False
     state = vars(node)
     if state.get("extra") or (not _TEMPLATES.isdisjoint(state) and cls not in _STATISTICS):
@@ -93,8 +105,8 @@ def is_djangos(node: Any) -> bool:
     field = getattr(node, "_output_field_or_none", None)
     if field is None or cls is WhereNode:
         return True
-    if cls is functions.Cast and not type(field).__module__.startswith("django.db.models."):
-        return False  # the name of its type
+    if cls is functions.Cast and not has_djangos_type(field):
+        return False
     return _is_of_django(type(field), "select_format") and (
         cls is not expressions.Value or not has_placeholder(field)
     )
@@ -110,14 +122,29 @@ _COMBINED = {
 }
 
 
-def _is_of_django(cls: Any, name: str) -> bool:
-    function = getattr(cls, name, None)
-    return function is None or function.__module__.startswith("django.")
+def _is_of_django(cls: Any, *names: str) -> bool:
+    """Whether methods of a class, as far as it has them, are Django's."""
+    functions = [getattr(cls, name, None) for name in names]
+    return all(f is None or f.__module__.startswith("django.") for f in functions)
 
 
 def has_djangos_type(field: Any) -> bool:
     """Whether Django says of which type a field's column is."""
-    return _is_of_django(type(field.target_field if field.is_relation else field), "db_type")
+    cls = type(field.target_field if field.is_relation else field)
+    return _is_of_django(cls, "db_type", "cast_db_type", "db_parameters")
+
+
+def writes_as_django(wrapper: Any) -> bool:
+    """Whether what a backend puts into SQL is Django's."""
+    ops: Any = type(wrapper.ops)
+    return (
+        all(getattr(wrapper, name) is getattr(DatabaseWrapper, name) for name in _OPERATORS)
+        and ops.compiler_module.startswith("django.")
+        and all(cls.__module__.startswith("django.") for cls in ops.__mro__[:-1])
+    )
+
+
+_OPERATORS = ("operators", "pattern_esc", "pattern_ops")
 
 
 def has_placeholder(field: Any) -> bool:

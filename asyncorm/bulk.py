@@ -41,7 +41,7 @@ from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
 from . import bridge, grounds, verifying
-from .binding import has_djangos_type
+from .binding import has_djangos_type, writes_as_django
 from .driver import Reading, Statement
 from .grounds import Ground
 from .rows import RowMaker, tuple_of
@@ -420,7 +420,10 @@ def _plan(
     if len(params) != len(fields) or not all(type(p) is list and len(p) == 2 for p in params):
         raise Unfit
     maker = maker_of_returned(compiler, wrapper, returning)
-    plan = Plan(_in_step(sql), [{} for _ in fields], maker, (fields, returning))
+    kinds: list[Any] = [{} for _ in fields]
+    plan = Plan(
+        _in_step(sql), kinds, maker, (fields, returning), by_server=writes_as_django(wrapper)
+    )
     if plan.query is None:
         raise Unfit
     return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())

@@ -40,6 +40,7 @@ from greenlet import getcurrent
 from psycopg.types.numeric import Int2, Int4, Int8
 
 from . import bridge, bulk, conf, grounds, internals, rows, sessions, verifying
+from .binding import writes_as_django
 from .bridge import Runner
 from .driver import SLICE, Connection, LazyConnection
 from .grounds import Ground
@@ -928,7 +929,7 @@ def _plan_insert(
         raise Unfit
     maker = bulk.maker_of_returned(compiler, wrapper, returning)
     kinds = [family(field, wrapper) for field in fields]
-    plan = Plan(sql, kinds, maker, (fields, returning))
+    plan = Plan(sql, kinds, maker, (fields, returning), by_server=writes_as_django(wrapper))
     plan.ready = [bulk.as_is(field) for field in fields]
     params[:] = found
     return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())

@@ -32,7 +32,7 @@ from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
 from . import grounds, sessions, verifying
-from .binding import in_place_of_expressions
+from .binding import in_place_of_expressions, writes_as_django
 from .driver import SLICE, Connection, Statement
 from .grounds import Ground
 from .pools import Pool
@@ -467,7 +467,7 @@ def _plan(shape: Shape, compile: Callable[[Any, Any], Compiled], query: Any, wra
         lists=lists,
         picked=picked,
         shared=trace.shared,
-        by_server=trace.is_djangos,
+        by_server=trace.is_djangos and writes_as_django(wrapper),
     )
 
 

@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from django.contrib.contenttypes.models import ContentType
-from django.db import connection, models, transaction
+from django.db import connection, connections, models, transaction
 from django.db.models import Case, Count, Exists, F, OuterRef, Q, Subquery, Value, When
 from django.db.models.expressions import CombinedExpression, RawSQL
 from django.db.models.functions import Abs, Cast, Coalesce, ExtractDay, Lower
@@ -534,6 +534,25 @@ async def test_classes_that_somebody_has_changed(monkeypatch: pytest.MonkeyPatch
         return list(by_pk.annotate(m=Abs(Value(v), output_field=models.DurationField())))
 
     await same_as_djangos(days, (1,), (2,), (3,))
+    monkeypatch.undo()
+    monkeypatch.setattr(Abs, "template", "(interval '%(expressions)s days')")
+    statements.clear()
+    await same_as_djangos(days, (1,), (2,), (3,))
+
+
+async def test_a_backend_that_writes_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operators are text of the user's."""
+
+    def operators(v: int) -> Any:
+        return rows(pages__gt=v), rows(title__contains=str(v))
+
+    backend: Any = type(connections["default"])
+    changed = {**backend.operators, "gt": "< 10 + %s"}
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "operators", changed)
+        await same_as_djangos(operators, (1,), (2,))
+        plans = [plan for plan in statements.plans.values() if type(plan) is statements.Plan]
+        assert plans and all(plan.query is None for plan in plans)
 
 
 @pytest.mark.parametrize(
