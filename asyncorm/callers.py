@@ -185,7 +185,8 @@ class SynchronousSession(Session):
         self._native: Any = None
         wrapper.session = self
         sessions.sharing.add(self)
-        wrapper.execute_wrappers.extend(sessions.everywhere)
+        # Not as what this thread installs: these may be called in any.
+        list.extend(wrapper.execute_wrappers, sessions.everywhere)
         wrapper.inc_thread_sharing()
         self.bind()
 

@@ -14,7 +14,6 @@ native code.
 - `asgiref.sync.AsyncToSync.__call__`: refuses on a running loop's thread; native code awaits
   instead (asynchronous signal receivers). In a thread it lends what the thread's connection has
   (callers.py).
-- `asgiref.sync.SyncToAsync.threadlocal` is read: whether a thread works for a coroutine of a test.
 - `django.dispatch.dispatcher._run_parallel` (Django 6.1): runs asynchronous receivers in tasks that
   share one Context; the block that one of them is in must not be that of a task that another
   starts.
@@ -36,14 +35,14 @@ from typing import Any
 
 import django.db.models.query
 import django.utils.asyncio
-from asgiref.sync import AsyncToSync, SyncToAsync, sync_to_async
+from asgiref.sync import AsyncToSync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import connections
 from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
 from django.dispatch import dispatcher
 
-from . import bridge, callers, internals, prefetching, sessions, transactions
+from . import bridge, callers, internals, observers, prefetching, sessions, transactions
 
 
 class _Storage:
@@ -63,7 +62,7 @@ class _Storage:
             if session is not None:
                 return session.wrapper
             runner.resources.setdefault(_FOREIGN, _foreign)
-        elif alias in sessions.test_sessions and (_loop_runs() or _serves_a_loop()):
+        elif alias in sessions.test_sessions and (_loop_runs() or observers.serves_a_loop()):
             # On the loop's thread: what is installed there (CaptureQueriesContext) is for the test.
             # In another thread: synchronous code that the test calls by sync_to_async().
             return sessions.test_sessions[alias].wrapper
@@ -85,11 +84,6 @@ def _loop_runs() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _serves_a_loop() -> bool:
-    loop = getattr(SyncToAsync.threadlocal, "main_event_loop", None)
-    return loop is not None and loop.is_running()
 
 
 _FOREIGN = "a wrapper of another engine was handed out"

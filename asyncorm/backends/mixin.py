@@ -47,7 +47,7 @@ from django.db.transaction import TransactionManagementError
 from django.db.utils import DatabaseError, InterfaceError, OperationalError
 from psycopg.pq import ConnStatus
 
-from .. import bridge, pools, sessions, transactions
+from .. import bridge, observers, pools, sessions, transactions
 from ..driver import ENDED, Connection, InTurn, PooledConnection, text_of
 from ..session_state import leaves_state
 
@@ -98,7 +98,8 @@ class NativeBackendMixin:
     session: Any = None  # shared with native code (callers.py)
     hooks_due = False
     connection: Any
-    execute_wrappers: Any
+    execute_wrappers: Any = observers.ExecuteWrappers()
+    force_debug_cursor: Any = observers.ForceDebugCursor()
     needs_rollback = _OfBlock()
     rollback_exc = _OfBlock()
 
@@ -161,7 +162,7 @@ class NativeBackendMixin:
         return bool(
             self.in_atomic_block  # type: ignore[attr-defined]
             or self.execute_wrappers
-            or self.force_debug_cursor  # type: ignore[attr-defined]
+            or self.force_debug_cursor
             or not self.plain
             or (conn is not None and (not self.autocommit or getattr(conn, "touched", True)))  # type: ignore[attr-defined]
         )
@@ -326,6 +327,9 @@ class _Shared:
         if wrapper.unpooled:
             return wrapper.__dict__[self.name]
         own = _known(wrapper)
+        captured = observers.handed(wrapper.alias).captured
+        if captured is not None and (own is None or not own.force_debug_cursor):
+            own = captured
         if own is None:
             if self.default is not None:
                 return self.default
@@ -350,6 +354,8 @@ class _Wrappers(_Shared):
         own = _known(wrapper)
         if own is not None:
             mine = [*mine, *own.execute_wrappers] if mine else own.execute_wrappers
+        if theirs := observers.handed(wrapper.alias).wrappers:
+            mine = [*mine, *theirs]
         return [*sessions.everywhere, *mine] if sessions.everywhere else mine
 
 
@@ -402,7 +408,7 @@ class NativeWrapper:
     _configure_connection: Callable[[Any], bool]
 
     queries_log = _Shared()
-    force_debug_cursor = _Shared(default=False)
+    force_debug_cursor: Any = _Shared(default=False)
     execute_wrappers: Any = _Wrappers()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -439,6 +445,7 @@ class NativeWrapper:
         return bool(
             state.get("execute_wrappers")
             or (own is not None and (own.execute_wrappers or own.force_debug_cursor))
+            or observers.handed(self.alias) is not observers.NOTHING
         )
 
     def close_pool(self) -> None:
