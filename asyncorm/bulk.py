@@ -380,8 +380,10 @@ def _again(
     compiler: Any, fields: Any, returning: tuple[Any, ...], formats: Any, conn: Any
 ) -> Compiled:
     """The same of many objects, with its arrays dumped by psycopg."""
-    query, wrapper = compiler.query, compiler.connection
-    sql, lists, maker = compiled_again(query.model, fields, query.objs, returning, wrapper)
+    query, wrapper, count = compiler.query, compiler.connection, len(compiler.query.objs)
+    objs = [*query.objs, query.objs[0]]  # there may be one left, and Django makes no array of one
+    sql, lists, maker = compiled_again(query.model, fields, objs, returning, wrapper)
+    lists = [values[:count] for values in lists]
     binary = [PyFormat.BINARY if format else PyFormat.TEXT for format in formats]
     arrays = conn.transformer.dump_sequence(lists, binary)
     return _in_step(sql), _elements(fields, arrays, formats, conn), maker

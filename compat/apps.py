@@ -82,6 +82,11 @@ def main() -> int:
     parser.add_argument("apps", nargs="*", help=f"of {', '.join(APPS)}; default: all")
     parser.add_argument("--workers", type=int, default=workers())
     parser.add_argument("--results", action="store_true", help="write compat/results/")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare each statement of the statement cache with Django's own",
+    )
     options = parser.parse_args()
     if unknown := [name for name in options.apps if name not in APPS]:
         parser.error(f"no such apps: {' '.join(unknown)}")
@@ -97,19 +102,20 @@ def main() -> int:
         print(exc, file=sys.stderr)
         return 2
     with server() as (database, bindir):
-        run = AppsRun(database, suite.CACHE, options.workers)
+        run = AppsRun(database, suite.CACHE, options.workers, options.verify)
         run.do([(mode, [name]) for name in reversed(names) for mode in ("baseline", "native")])
     seconds = time.monotonic() - began
     outcome = report.Outcome(
         run.results["baseline"], run.results["native"], run.broken, "apps", when
     )
     print(outcome.text(seconds))
+    verified = run.verified()
     if options.results and options.apps:
         outcome.merge(set(names))
     if options.results:
         outcome.versions = {name: app.version for name, app in APPS.items()}
         outcome.write(seconds, bindir)
-    return 0 if outcome.good else 1
+    return 0 if outcome.good and verified else 1
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def configure(order: dict[str, Any]) -> None:
         }
         if native:
             changed["INSTALLED_APPS"] = (*settings["INSTALLED_APPS"], "asyncorm")
-            changed["ASYNCORM"] = {"SWAP_MANAGERS": True}
+            changed["ASYNCORM"] = {"SWAP_MANAGERS": True, "STATEMENT_CACHE": order["cache"]}
         return changed
 
     from_module = conf.Settings.__init__
@@ -132,8 +132,7 @@ def main() -> None:
     faulthandler.cancel_dump_traceback_later()
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         sys.exit(f"pytest ended with {status!r}")
-    answer = {"tests": record.tests, "seconds": round(time.monotonic() - began, 1)}
-    Path(order["output"]).write_text(json.dumps(answer))
+    record.write(order, began)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,11 +87,17 @@ class Run:
         worker: the module that runs a job in a process of its own.
         results: by mode, by test: outcome and statements.
         broken: worker processes that did not finish, in words.
+        verify: whether each hit of the statement cache is verified.
+        cache: what the workers' statement caches did, in all.
     """
 
     worker = "compat.worker"
 
-    def __init__(self, database: dict[str, Any], tests: Path, workers: int) -> None:
+    def __init__(
+        self, database: dict[str, Any], tests: Path, workers: int, verify: bool = False
+    ) -> None:
+        self.verify = verify
+        self.cache: Counter[str] = Counter()
         self.database = database
         self.tests = tests
         self.workers = workers
@@ -116,6 +123,7 @@ class Run:
         return {
             "engine": ENGINES[mode],
             "mode": mode,
+            "cache": "verify" if self.verify else True,
             "labels": labels,
             "tests": str(self.tests),
             "database": self.database,
@@ -152,12 +160,24 @@ class Run:
             raise RuntimeError(f"ended with {done.returncode} at {test}; the end of {log}:\n{tail}")
         answer = json.loads(output.read_text())
         self.results[mode].update(answer["tests"])
+        self.cache.update(answer.get("cache", {}))
         tests = sum("seconds" in entry for entry in answer["tests"].values())
         print(
             f"  {mode}: {tests} tests of {len(labels)} modules in "
             f"{time.monotonic() - began:.0f} s ({labels[0]} ...)",
             flush=True,
         )
+
+    def verified(self) -> bool:
+        """Say what was verified; whether that was all and as it should be."""
+        if not self.verify:
+            return True
+        cache = self.cache
+        print(
+            f"Statement cache: {cache['hits']:,} hits, {cache['verified']:,} of them verified, of "
+            f"{cache['verified_shapes']:,} shapes; {cache['different']} different"
+        )
+        return cache["verified"] == cache["hits"] and not cache["different"]
 
 
 def split(labels: list[str], tests: Path, parts: int) -> list[list[str]]:
@@ -254,7 +274,7 @@ def main() -> int:
         choices=("all", "doubtful", "kept"),
         help="what to run on the stock backend: all, or what does not pass natively, or nothing "
         "because the outcomes of the last whole run with these versions are kept "
-        "(default: doubtful with --fast and without --results, else all)",
+        "(default: doubtful with --verify, with --fast and without --results, else all)",
     )
     parser.add_argument("--workers", type=int, default=workers())
     parser.add_argument(
@@ -269,6 +289,11 @@ def main() -> int:
         "--results",
         action="store_true",
         help="write compat/results/; a run of some apps replaces what is there of these",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare each statement of the statement cache with Django's own",
     )
     options = parser.parse_args()
     way = "async" if options.redirect else "native"
@@ -293,11 +318,11 @@ def main() -> int:
         print(f"No such test modules: {' '.join(unknown)}", file=sys.stderr)
         return 2
     fast = options.fast and not options.results  # what is kept is from full runs
-    baseline = options.baseline or ("doubtful" if fast else "all")
+    baseline = options.baseline or ("doubtful" if fast or options.verify else "all")
     with server(options.embedded) as (database, bindir):
         missing = left_out(labels, tests, database)
         labels = [label for label in labels if label not in missing]
-        run = Run(database, tests, options.workers)
+        run = Run(database, tests, options.workers, options.verify)
         groups = split(labels, tests, options.workers * (1 if options.fast else 3))
         if baseline == "kept":
             run.do([(way, group) for group in groups])
@@ -313,11 +338,12 @@ def main() -> int:
     outcome = report.Outcome(run.results["baseline"], run.results[way], run.broken, way, when)
     outcome.left_out, outcome.stock = missing, stock
     print(outcome.text(seconds))
+    verified = run.verified()
     if options.results and options.apps:
         outcome.merge({label.split(".")[0] for label in labels})
     if options.results:
         outcome.write(seconds, bindir)
-    return 0 if outcome.good else 1
+    return 0 if outcome.good and verified else 1
 
 
 if __name__ == "__main__":

@@ -14,4 +14,4 @@ DATABASES = {
 }
 
 if _run["mode"] != "baseline":
-    ASYNCORM = {"SWAP_MANAGERS": True}
+    ASYNCORM = {"SWAP_MANAGERS": True, "STATEMENT_CACHE": _run["cache"]}

@@ -18,6 +18,8 @@ import unittest
 from pathlib import Path
 from typing import Any
 
+from asyncorm import statement_cache_stats
+
 HANG = 600  # seconds for one test, after which the worker says where it hangs and ends
 
 # How bad an outcome is: the worst one of a test's subtests counts.
@@ -59,6 +61,13 @@ class Record:
         """A statement was sent on a connection of this kind."""
         entry = self.entry(self.current)
         entry[kind] = entry.get(kind, 0) + 1
+
+    def write(self, order: dict[str, Any], began: float) -> None:
+        """The answer to run.py's order."""
+        answer = {"tests": self.tests, "seconds": round(time.monotonic() - began, 1)}
+        if order["mode"] != "baseline":
+            answer["cache"] = statement_cache_stats()
+        Path(order["output"]).write_text(json.dumps(answer))
 
 
 record = Record()
@@ -175,8 +184,7 @@ def main() -> None:
     began = time.monotonic()
     runtests.django_tests(**options)
     faulthandler.cancel_dump_traceback_later()
-    answer = {"tests": record.tests, "seconds": round(time.monotonic() - began, 1)}
-    Path(order["output"]).write_text(json.dumps(answer))
+    record.write(order, began)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ WAYS: dict[str, Callable[[], Any]] = {
         [Customer(name=f"Customer {next(numbers)}") for _ in range(3)]
     ),
     "many": lambda: Tag.objects.bulk_create(
-        [Tag(name=f"tag {next(numbers)}") for _ in range(30)], batch_size=10
+        [Tag(name=f"tag {next(numbers)}") for _ in range(31)], batch_size=10
     ),
 }
 
