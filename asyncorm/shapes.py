@@ -177,6 +177,7 @@ class Shape:
             or state["annotations"]
             or state["extra"]
             or state["_filtered_relations"]
+            or state["external_aliases"]
         ):
             self.key.append("new")  # nobody has done anything to it
             state = {}
@@ -205,7 +206,7 @@ class Shape:
     def where(self, node: Any) -> None:
         """A node of the WHERE tree."""
         key = self.key
-        key.append((node.connector, node.negated, len(node.children)))
+        key.append((node.connector, node.negated, node.resolved, len(node.children)))
         for child in node.children:
             cls: Any = type(child)
             if cls in _LOOKUPS:
@@ -239,7 +240,12 @@ class Shape:
         """What else may be in the tree: its SQL is its key."""
         cls, key = type(child), self.key
         rhs = getattr(child, "rhs", None)
-        if cls in _LISTS and type(child.lhs) is Col and type(rhs) is Query:
+        if (
+            cls in _LISTS
+            and type(child.lhs) is Col
+            and type(rhs) is Query
+            and not child.bilateral_transforms
+        ):
             lhs = child.lhs
             key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field))
             self.kept += (lhs.target, lhs.output_field)
@@ -561,8 +567,7 @@ def _joins_plainly(cls: Any, behind: Any) -> bool:
 
 
 def _tables(shape: Shape, value: Any) -> None:
-    if len(shape.query.alias_map) > 1:
-        shape.key += [(table, *aliases) for table, aliases in value.items()]
+    shape.key += [(table, *aliases) for table, aliases in value.items()]
 
 
 def _where(shape: Shape, value: Any) -> None:

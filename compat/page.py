@@ -41,6 +41,7 @@ It takes an hour and a half or so on two cores; a part of it with
 | `make compat` | Django's test suite; `DJANGO=6.1` chooses, `APPS="queries transactions"` a part |
 | `make compat-fast` | the part about the ORM, some 5,000 tests; CI does |
 | `make compat-redirected` | that part, synchronous calls of tests sent through their `a*` twins |
+| `make compat-verify` | all, in [verify mode](speed.md); `ARGS=--fast` for the ORM's part |
 | `make compat-apps` | other people's suites; `APPS="django-treebeard"` one of them |
 
 The server is a distribution's PostgreSQL if there is one. The embedded one has neither pgcrypto nor
