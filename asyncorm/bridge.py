@@ -14,6 +14,7 @@ import threading
 from asyncio import CancelledError, get_running_loop
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from sys import getrecursionlimit, setrecursionlimit
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
@@ -158,7 +159,15 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
             held = list(runner.resources.values())
             runner.resources.clear()
             for resource in held:
-                resource.release()
+                try:
+                    resource.release()
+                except RecursionError:  # coroutines are nested as deep here; operations are not
+                    limit = getrecursionlimit()
+                    setrecursionlimit(limit + 200)
+                    try:
+                        resource.release()
+                    finally:
+                        setrecursionlimit(limit)
         runner.shields = 0
         runner.cancelled = runner.cleaning_until = None
         runner.gr_context = None  # do not keep the task's context alive

@@ -1218,11 +1218,13 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
     def __init__(self, **kwargs: Any) -> None:
         self.live: set[PooledConnection] = set()
         self.connect_error: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop
         super().__init__("", connection_class=PooledConnection, open=False, **kwargs)
 
     async def start(self) -> None:
         """Open the pool in an empty context, so that its workers inherit nobody's transaction."""
-        await get_running_loop().create_task(self.open(), context=contextvars.Context())
+        self._loop = get_running_loop()
+        await self._loop.create_task(self.open(), context=contextvars.Context())
 
     @classmethod
     async def worker(cls, q: Any) -> None:
@@ -1282,15 +1284,21 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
             return None
         pool = self._pool
         while pool:
-            conn = pool.pop()
-            if len(pool) < self._nconns_min:
-                self._nconns_min = len(pool)
+            conn = pool[-1]
             if conn.alive():
-                conn._pool = self
+                if len(pool) <= self._nconns_min:
+                    self._nconns_min = len(pool) - 1
                 self._stats[self._REQUESTS_NUM] += 1
+                conn._pool = self
+                pool.pop()  # no call after it: an error (of recursion) would lose the connection
                 return conn
-            self.run_task(ReturnConnection(self, conn, from_getconn=True))
+            self._return(conn, from_getconn=True)
+            pool.pop()
         return None
+
+    def _return(self, conn: PooledConnection, from_getconn: bool) -> None:
+        """Have the pool's workers take a connection back; an error means that they will not."""
+        self._loop.call_soon(self.run_task, ReturnConnection(self, conn, from_getconn))
 
     def give(self, conn: PooledConnection) -> None:
         """Take back a connection from `take()` or `getconn()`."""
@@ -1300,11 +1308,11 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
         elif not self.is_clean(conn):
             if conn.pgconn.transaction_status == _ACTIVE:
                 conn.twin.terminate()
-            self.run_task(ReturnConnection(self, conn, from_getconn=False))
+            self._return(conn, from_getconn=False)
         else:
-            conn._pool = None
             if not self._hand_over(conn):
                 self._pool.append(conn)
+            conn._pool = None
 
     def is_clean(self, conn: Any) -> bool:
         """Whether a connection can be used again as it is."""

@@ -80,9 +80,12 @@ class Limit:
             self._turns.acquire_nowait()
         except anyio.WouldBlock:
             return None
-        conn = self._keep_or_take()
-        if conn is None:
-            self._turns.release()
+        conn = None
+        try:
+            conn = self._keep_or_take()
+        finally:
+            if conn is None:
+                self._turns.release()
         return conn
 
     def get(self, wrapper: Any) -> Connection:
@@ -101,7 +104,7 @@ class Limit:
             conn = self._keep_or_take()
             if conn is None:
                 conn = self.parent.get(wrapper)
-                self._out.add(conn)
+                self._out |= {conn}  # no call: an error (of recursion) would lose the connection
         except BaseException:
             self._turns.release()
             raise
@@ -115,16 +118,18 @@ class Limit:
 
     def _keep_or_take(self) -> Connection | None:
         while self._kept:
-            conn = self._kept.pop()
+            conn = self._kept[-1]
             if conn.pooled is not None and conn.pooled.alive():
+                self._kept.pop()
                 break
             self.parent.checkin(conn)
+            self._kept.pop()
         else:
             taken = self.parent.take()
             if taken is None:
                 return None
             conn = taken
-        self._out.add(conn)
+        self._out |= {conn}  # no call, as in get()
         return conn
 
     def checkin(self, conn: Connection) -> None:

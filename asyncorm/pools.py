@@ -223,9 +223,15 @@ class Pool:
         if self.connections is None or self.loop.is_closed():
             conn.terminate()
         elif conn.touched or conf.get("RESET_ALWAYS"):
-            self._in_background(self.connections.reset(conn.pooled))
+            self.loop.call_soon(self._reset, conn.pooled)
         else:
             self.connections.give(conn.pooled)
+
+    def _reset(self, conn: PooledConnection) -> None:
+        if self.connections is None:
+            conn.twin.terminate()
+        else:
+            self._in_background(self.connections.reset(conn))
 
     def is_clean(self, conn: Connection) -> bool:
         """Whether the next operation may have a connection without its being given back."""

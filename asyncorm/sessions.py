@@ -790,6 +790,7 @@ class Session:
         self.holder: Any = None
         self.acting: Block | None = None
         self.active = 0.0
+        self.taken: Connection | None = None  # checked out, and not yet the wrapper's
         self._depth = 0
         self._held: Block | None = None
 
@@ -842,9 +843,11 @@ class Session:
         if not self.pool.current:  # settings changed in the middle of the operation
             self.pool = _pool(self.alias, type(self.wrapper))
             self.source = limits.source(self.pool)
-        conn = None if self.source.gathers else self.source.take()
+        self.drop_taken()
+        # No call between its leaving the pool and its being noted: an error would lose it.
+        self.taken = conn = None if self.source.gathers else self.source.take()
         if conn is None:
-            conn = self._lazy() or self._checkout()
+            self.taken = conn = self._lazy() or self._checkout()
         conn.lock = self
         return conn
 
@@ -921,8 +924,19 @@ class Session:
         """Give the connection back."""
         conn = self.wrapper.connection
         if conn is not None:
+            self.put(conn)  # if that fails, the end of the operation tries again
+            if self.taken is conn:
+                self.taken = None
             self.wrapper.connection = None
+        self.drop_taken()
+
+    def drop_taken(self) -> None:
+        """Close and give back a connection that was checked out in vain."""
+        conn = self.taken
+        if conn is not None:
+            conn.terminate()
             self.put(conn)
+            self.taken = None
 
     def put(self, conn: Connection) -> None:
         """Return `conn` to the pool in the state it came in, or closed."""

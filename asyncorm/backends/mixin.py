@@ -474,8 +474,8 @@ class NativeWrapper:
             super().connect()  # type: ignore[misc]
             return
         self._thread_ident = _thread.get_ident()
-        conn = session.attach()
         try:
+            conn = session.attach()
             if conn.configured:
                 self.connection = conn
                 conn._pool = self._native_pool  # type: ignore[assignment]
@@ -483,6 +483,7 @@ class NativeWrapper:
                 self.health_check_done = True
                 self.closed_in_transaction = self.errors_occurred = False
                 self.close_at = None
+                session.taken = None
                 return
             self._native_pool.fresh = conn
             conn._pool = self._native_pool  # type: ignore[assignment]
@@ -490,10 +491,13 @@ class NativeWrapper:
                 super().connect()  # type: ignore[misc]
             session.pool.begin(conn)
             self.close_at = None  # the pool's max_lifetime; CONN_MAX_AGE is for synchronous code
+            session.taken = None
+        except RecursionError:
+            self.connection = None  # the end of the operation gives it back: no depth for it here
+            raise
         except BaseException:
             self.connection = None
-            conn.terminate()
-            session.put(conn)
+            session.drop_taken()
             raise
 
     def create_cursor(self, name: str | None = None) -> Any:
