@@ -94,7 +94,11 @@ def suspicion(error: Callable[[], PoolDeadlock | None]) -> Suspicion | None:
     return look_again
 
 
-class PoolDeadlock(psycopg.OperationalError):
+class PoolRefusal(psycopg.OperationalError):
+    """A task may not wait for a connection: the message says why."""
+
+
+class PoolDeadlock(PoolRefusal):
     """Every connection is held by a task that waits for another one."""
 
 
@@ -260,7 +264,7 @@ class Pool:
                     self.connections.give(conn)
                     raise asyncio.CancelledError
                 return conn
-        except PoolDeadlock:
+        except PoolRefusal:
             raise
         except PoolTimeout:
             raise self._exhausted() from self.connections.connect_error
@@ -302,7 +306,7 @@ class Pool:
         """
         most = self.options.get("max_waiting", 0)
         if most and not admitted and self.waiting >= most and not self.connections.free:  # type: ignore[union-attr]
-            raise psycopg.OperationalError(
+            raise PoolRefusal(
                 f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
                 f"connections are in use and {self.waiting} tasks wait already, as many as "
                 "OPTIONS['pool']['max_waiting'] allows."
@@ -403,7 +407,7 @@ class Pool:
                         f"min_size {min_size} is not between 0 and max_size {self.size}"
                     )
                 pool = ConnectionPool(
-                    kwargs=wrapper.get_connection_params(),
+                    kwargs=self._params(wrapper.get_connection_params()),
                     # One connection at first, by growth; filled to min_size if the loop lives on.
                     min_size=0,
                     # A failed attempt is not repeated in the background: the next checkout tries
@@ -422,6 +426,11 @@ class Pool:
             self.connections = pool
             if min_size:
                 self.loop.call_later(conf.get("FILL_DELAY"), self._fill, min_size)
+
+    def _params(self, first: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        """Each connection asks Django's wrapper anew how to connect: passwords are rotated."""
+        unused = [first]
+        return lambda: unused.pop() if unused else self.make_wrapper().get_connection_params()
 
     def _fill(self, min_size: int) -> None:
         if self.connections is not None and not self.connections.closed:

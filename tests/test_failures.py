@@ -272,6 +272,8 @@ async def test_max_waiting() -> None:
             OperationalError, "'extra' is exhausted", "1 connections", "2 tasks wait", "max_waiting"
         ):
             await native(backend_pid)(alias)
+        with pytest.raises(OperationalError, match=r"^The native pool of database 'extra' is exh"):
+            await native(backend_pid)(alias)
         await asyncio.gather(holder, *waiters)
 
 

@@ -350,6 +350,28 @@ async def test_assume_role() -> None:
             ask("DROP ROLE assumed")
 
 
+async def test_each_connection_asks_how_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on stock Django: a backend may take a password that is rotated from elsewhere."""
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
+        cls: Any = type(connections[alias])
+        original = cls.get_connection_params
+        asked: list[int] = []
+
+        def params(self: Any) -> Any:
+            asked.append(1)
+            return {**original(self), "application_name": f"extra-{len(asked)}"}
+
+        monkeypatch.setattr(cls, "get_connection_params", params)
+        name = "SELECT current_setting('application_name') FROM pg_sleep(0.1)"
+        names = await asyncio.gather(*[native(value)(name, using=alias) for _ in range(4)])
+        assert set(names) == {"extra-1", "extra-2"}
+        pool: Any = pools.find(alias)
+        for conn in list(pool.connections.live):
+            conn.twin.terminate()
+        assert await native(value)(name, using=alias) not in {"extra-1", "extra-2"}
+        await asyncorm.close_pools(alias)
+
+
 @pytest.mark.parametrize(("binding", "kind"), [(False, "integer"), (True, "smallint")])
 async def test_server_side_binding(binding: bool, kind: str) -> None:
     """A small number is sent as such by psycopg; in the text of a query it is an integer."""
