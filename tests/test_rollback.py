@@ -1,7 +1,9 @@
 """Tests that roll back: native code in the transaction of TestCase and of pytest-django."""
 
 import asyncio
+import gc
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -122,6 +124,48 @@ class RollbackTests(TestCase):
                     raise ZeroDivisionError
         assert len(callbacks) == 2
         assert called == ["native", "django"]
+
+    async def test_a_generator_left_early(self) -> None:
+        async def held() -> AsyncIterator[int]:
+            async with asyncorm.atomic():
+                await add(3)
+                async for row in Item.objects.native_iterator(chunk_size=1):
+                    yield row.pk
+
+        async for _ in held():
+            break
+        await add(4)
+        await asyncio.gather(add(5), add(6))
+        assert await count() == 5
+
+    async def test_a_block_that_nobody_leaves(self) -> None:
+        async def forgets() -> None:
+            await asyncorm.atomic().__aenter__()
+            await add(3)
+
+        await asyncio.create_task(forgets())
+        gc.collect()
+        await add(4)
+        assert await count() == 3
+
+    async def test_djangos_functions_in_a_block(self) -> None:
+        called: list[str] = []
+
+        async def awaited() -> None:
+            called.append("awaited")
+
+        with self.captureOnCommitCallbacks(execute=True) as callbacks:
+            async with asyncorm.atomic():
+                transaction.on_commit(lambda: called.append("called"))
+                transaction.on_commit(awaited)  # type: ignore[arg-type]
+            async with asyncorm.atomic():
+                await add(3)
+                transaction.on_commit(lambda: called.append("lost"))
+                transaction.set_rollback(True)
+        await asyncio.sleep(0)
+        assert len(callbacks) == 2
+        assert called == ["called", "awaited"]
+        assert await count() == 2
 
     async def test_isolation_level_is_ignored_with_a_warning(self) -> None:
         with pytest.warns(UserWarning, match="read_only is ignored"):
