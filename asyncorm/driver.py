@@ -38,7 +38,8 @@ Names used that psycopg (3.3.6 to 3.3.9) and psycopg_pool (3.3) do not document,
 - `AsyncConnectionPool._start_workers`, `AsyncScheduler._event`, `_acompat.AEvent`: a scheduler that
   ends when it is cancelled.
 - `WaitingClient.set`: hands a connection to who waits.
-- `AsyncConnectionPool._workers`, `._sched_runner`: tasks to wait for when a loop closes.
+- `AsyncConnectionPool._workers`, `._sched_runner`: tasks to wait for when a loop closes; asyncio's
+  `Task._log_destroy_pending` of those that a loop that is gone leaves behind.
 - `AsyncConnectionPool._min_size`, `._nconns`: to fill the pool later than at its start.
 - `psycopg_pool.pool_async.AddConnection`, `.ReturnConnection`, `.StopWorker`,
   `AsyncConnectionPool.worker`: the pool's maintenance tasks and who runs them.
@@ -51,6 +52,7 @@ import contextvars
 import functools
 import logging
 import operator
+import os
 import select
 import traceback
 from asyncio import CancelledError, get_running_loop
@@ -519,6 +521,7 @@ class Connection(psycopg.Connection[Any]):
         super().__init__(pgconn, row_factory)
         self.lock = NO_LOCK
         self.configured = False
+        self._process = os.getpid()
         self._touched = False
         self._start: tuple[Any, ...] | None = None
         self.pooled = None
@@ -911,7 +914,13 @@ class Connection(psycopg.Connection[Any]):
             raise psycopg.OperationalError("The connection is still busy.")
 
     def terminate(self) -> None:
-        """Close the socket at once; a task waiting for it gets OperationalError."""
+        """Close the socket at once; a task waiting for it gets OperationalError.
+
+        Not in a child process that was forked: to close it would end the parent's session, and the
+        parent's loop would not hear of its socket any more.
+        """
+        if self._process != os.getpid():
+            return
         waiter = self._waiter
         if waiter is not None and self.pgconn.pgconn_ptr is not None:  # type: ignore[attr-defined]
             # Now: the next connection's socket may get the same number.
@@ -924,7 +933,7 @@ class Connection(psycopg.Connection[Any]):
         assert self._waiter is not None
         loop = self._waiter.get_loop()
         self._waiter = None
-        if not loop.is_closed():
+        if not loop.is_closed() and self._process == os.getpid():
             loop.remove_reader(fileno)
             loop.remove_writer(fileno)
 
@@ -1369,6 +1378,10 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
     def terminate(self) -> None:
         """Close every connection at once, without a loop."""
         self._closed = True
+        for worker in (*self._workers, *([self._sched_runner] if self._sched_runner else ())):
+            worker._log_destroy_pending = False  # nobody waits for it any more
+            if not self._loop.is_closed():
+                worker.cancel()
         for conn in self.live:
             conn._pool = None
             conn._closed = True

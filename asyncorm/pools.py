@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from asyncio import AbstractEventLoop, get_running_loop
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Iterator
@@ -593,3 +594,18 @@ def discard_pools(alias: str | None = None, *, now: bool = False) -> None:
 
 
 _background: set[asyncio.Task[None]] = set()
+
+_of_parents: list[Any] = []
+
+
+def _leave_to_parent() -> None:
+    """Forget the pools in a child process that was forked: their connections are the parent's.
+
+    They are kept, since what is collected would be closed.
+    """
+    _of_parents.append((dict(_pools), set(_background)))
+    _pools.clear()
+    _background.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)

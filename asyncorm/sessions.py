@@ -232,6 +232,15 @@ def in_own_scope(coro: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
             value, step = exc, coro.throw
 
 
+def _leave_to_parent() -> None:
+    """A child process that was forked inside a scope is not in it."""
+    _scope.set(None)
+    _entered.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
 def _innermost(task: Task[Any] | None, around: tuple[Place, ...] = ()) -> Scope | None:
     """The scope to begin with: the task's own, else that of its context; in a generator that others
     drive, that of the generator.

@@ -234,6 +234,14 @@ def test_nothing_stays_after_a_signal_during_the_start(
         assert eventually(lambda: os.listdir(tmp) == [])
 
 
+def copied(bindir: Path, folder: Path) -> Path:
+    """The server's programs in a folder, with the libraries that the wheel has beside them."""
+    package = bindir.parent.parent
+    for source in (package, *package.parent.glob(f"{package.name}.libs")):
+        shutil.copytree(source, folder / source.name, symlinks=True)
+    return folder / package.name / bindir.parent.name / "bin"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="not root: all the other tests run as a user")
 def test_as_an_ordinary_user(tmp: Path) -> None:
     import pwd
@@ -256,8 +264,7 @@ def test_as_an_ordinary_user(tmp: Path) -> None:
     if not pythons:
         pytest.skip(f"nobody may not run {sys.executable}, and there is no /usr/bin/python3")
     if not may_run(bindir / "initdb"):
-        shutil.copytree(bindir.parent, tmp / "pginstall", symlinks=True)
-        bindir = tmp / "pginstall" / "bin"
+        bindir = copied(bindir, tmp)
     command = [pythons[0], "-c", SCRIPT, str(module), str(bindir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp, **user) as process:
         assert process.stdout
@@ -280,10 +287,7 @@ def test_as_root_from_a_closed_folder(tmp: Path) -> None:
         pytest.skip("the wheel is not installed here, and system programs are open to all")
     closed = tmp / "closed"
     closed.mkdir(mode=0o700)
-    package = bindir.parent.parent
-    for source in (package, *package.parent.glob(f"{package.name}.libs")):
-        shutil.copytree(source, closed / source.name, symlinks=True)
-    with postgres_server(own=True, bindir=closed / package.name / "pginstall" / "bin") as server:
+    with postgres_server(own=True, bindir=copied(bindir, closed)) as server:
         assert value(server, "select 1") == 1
         assert server.bindir is not None
         assert closed not in server.bindir.parents
