@@ -489,6 +489,13 @@ _REPORTED = (
     b"search_path", b"session_authorization", b"is_superuser", b"default_transaction_read_only",
     b"application_name",
 )  # fmt: skip
+
+
+def reported(pgconn: Any) -> tuple[bytes | None, ...]:
+    """What the server has told of a session so far, of what changes the meaning of statements."""
+    return tuple(map(pgconn.parameter_status, _REPORTED))
+
+
 # What psycopg keeps of a session.
 _kept = operator.attrgetter(
     "row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max",
@@ -554,7 +561,7 @@ class Connection(psycopg.Connection[Any]):
     def _settings(self) -> tuple[Any, ...]:
         """What is set in the session, of what can be seen without asking the server."""
         handlers = (*self._notice_handlers, *self._notify_handlers)
-        return (*map(self.pgconn.parameter_status, _REPORTED), *_kept(self), handlers)
+        return (*reported(self.pgconn), *_kept(self), handlers)
 
     @property
     def touched(self) -> bool:

@@ -37,6 +37,7 @@ def swapped() -> Iterator[None]:
         yield
     connections.close_all()
     SyncToAsync.single_thread_executor.submit(connections.close_all).result()
+    connection.close_pool()  # what was set in its sessions is of no concern to other tests
 
 
 @pytest.fixture(params=["production", "test case"])
@@ -248,6 +249,25 @@ def test_session_state(statement: str, run: Any) -> None:
         assert called(tenants) == {(backend_pid(), "7")}, "again"
 
     run(body)
+    connection.close()
+
+
+def test_session_state_that_a_function_hides() -> None:
+    Group.objects.create(name="one")
+    execute(
+        "CREATE FUNCTION pg_temp.hide() RETURNS void LANGUAGE plpgsql AS $$ BEGIN "
+        "PERFORM set_config('TimeZone', 'Asia/Tokyo', false); END $$"
+    )
+    connection.connection.touched = False  # as if the function had been there before
+
+    async def zone() -> Any:
+        async with asyncorm.cursor() as cursor:
+            await cursor.execute("SHOW TimeZone")
+            return await cursor.fetchone()
+
+    assert called(zone) != ("Asia/Tokyo",)
+    execute("SELECT pg_temp.hide()")
+    assert called(zone) == ("Asia/Tokyo",)
     connection.close()
 
 

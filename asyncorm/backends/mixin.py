@@ -48,7 +48,7 @@ from django.db.utils import DatabaseError, InterfaceError, OperationalError
 from psycopg.pq import ConnStatus
 
 from .. import bridge, observers, pools, sessions, transactions
-from ..driver import ENDED, Connection, InTurn, PooledConnection, text_of
+from ..driver import ENDED, Connection, InTurn, PooledConnection, reported, text_of
 from ..session_state import leaves_state
 
 
@@ -149,8 +149,9 @@ class NativeBackendMixin:
         super().connect()  # type: ignore[misc]
         conn: Any = self.connection
         if not isinstance(conn, Connection):
-            conn.touched = False
-            conn.cursor_factory = _noticing(conn.cursor_factory)
+            if not hasattr(conn, "began_with"):  # Django's pool gives it out as it came back
+                conn.touched, conn.began_with = False, reported(conn.pgconn)
+                conn.cursor_factory = _noticing(conn.cursor_factory)
             if self.session is not None:
                 self.session.bind()
 
@@ -164,7 +165,15 @@ class NativeBackendMixin:
             or self.execute_wrappers
             or self.force_debug_cursor
             or not self.plain
-            or (conn is not None and (not self.autocommit or getattr(conn, "touched", True)))  # type: ignore[attr-defined]
+            or (
+                conn is not None
+                and not conn.closed
+                and (
+                    not self.autocommit  # type: ignore[attr-defined]
+                    or conn.touched
+                    or reported(conn.pgconn) != conn.began_with
+                )
+            )
         )
 
     def run_and_clear_commit_hooks(self) -> None:
