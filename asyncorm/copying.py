@@ -10,6 +10,7 @@ import io
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -103,32 +104,55 @@ def _writer(destination: Any) -> Callable[[bytes], Any]:
 
 async def _to_path(queryset: Any, path: str, format: str, header: bool) -> int:
     """Write beside the path and rename: a file there is whole, or the one from before."""
-    path = await anyio.to_thread.run_sync(os.path.realpath, path)
-    opened: list[Any] = []  # a cancellation may come when the thread has opened the file
+    part = _Part(await anyio.to_thread.run_sync(os.path.realpath, path))
     try:
-        await anyio.to_thread.run_sync(_open, path, opened)
-        with opened[0] as file:
+        await anyio.to_thread.run_sync(part.open)
+        with part.file as file:
             rows = await bridge.run(_copy_to, queryset, _threaded(file), format, header)
-        if file.name != path:
-            os.replace(file.name, path)
+        if file.name != part.path:
+            os.replace(file.name, part.path)
     except BaseException:
-        for file in opened:
-            file.close()
-            if file.name != path:
-                os.unlink(file.name)
+        part.drop()
         raise
     return rows
 
 
-def _open(path: str, opened: list[Any]) -> None:
-    exists = os.path.exists(path)
-    if exists and not os.path.isfile(path):  # a pipe or a device
-        opened.append(open(path, "wb"))  # noqa: SIM115
-        return
-    part = f"{path}.{secrets.token_hex(4)}.part"
-    opened.append(open(part, "xb"))  # noqa: SIM115
-    if exists:
-        shutil.copymode(path, part)
+class _Part:
+    """The file beside a path that becomes it when it is whole.
+
+    Threads open it, and go on when the task is cancelled: one that comes too late removes it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.file: Any = None
+        self._dropped = False
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Open it; a pipe or a device is written to itself."""
+        exists = os.path.exists(self.path)
+        beside = not exists or os.path.isfile(self.path)
+        name = f"{self.path}.{secrets.token_hex(4)}.part" if beside else self.path
+        file = open(name, "xb" if beside else "wb")  # noqa: SIM115
+        if exists and beside:
+            shutil.copymode(self.path, name)
+        with self._lock:
+            self.file = file
+            if self._dropped:
+                self._remove()
+
+    def drop(self) -> None:
+        """Leave nothing behind."""
+        with self._lock:
+            self._dropped = True
+            if self.file is not None:
+                self._remove()
+
+    def _remove(self) -> None:
+        self.file.close()
+        if self.file.name != self.path:
+            os.unlink(self.file.name)
 
 
 def _threaded(file: Any) -> Callable[[bytes], Any]:

@@ -7,7 +7,9 @@ import decimal
 import io
 import json
 import os
+import shutil
 import stat
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -48,7 +50,7 @@ from tests.project.shop.models import (
     Ticket,
 )
 from tests.project.shop.sample import moment
-from tests.support import all_given_back, backend_pid, database
+from tests.support import all_given_back, backend_pid, database, eventually
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 
@@ -706,3 +708,28 @@ class InATestsTransaction(TestCase):
             async with asyncorm.atomic():
                 await asyncorm.copy_to(many(), writer)
         assert await Tag.objects.filter(name__in="xy").native_count() == 2
+
+
+async def test_cancelled_while_a_thread_opens_the_file(
+    fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tags.csv"
+    path.write_text("before")
+    began, go_on = threading.Event(), threading.Event()
+    copymode = shutil.copymode
+
+    def slow(*args: Any) -> None:
+        began.set()
+        go_on.wait(10)
+        copymode(*args)
+
+    monkeypatch.setattr(shutil, "copymode", slow)
+    task = asyncio.create_task(asyncorm.copy_to(Tag.objects.all(), path))
+    await eventually(began.is_set)
+    task.cancel()
+    await asyncio.wait([task], timeout=0.1)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await eventually(lambda: os.listdir(tmp_path) == ["tags.csv"])
+    assert path.read_text() == "before"

@@ -350,6 +350,22 @@ async def test_assume_role() -> None:
             ask("DROP ROLE assumed")
 
 
+async def test_cancelled_first_use_leaves_nothing() -> None:
+    """At whichever turn of the loop."""
+    before = asyncio.all_tasks()
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
+        for turns in range(25):
+            task = asyncio.create_task(native(value)("SELECT 1", using=alias))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            await asyncorm.close_pools(alias)
+            await eventually(lambda: asyncio.all_tasks() <= before)
+        assert await native(value)("SELECT 1", using=alias) == 1
+        await asyncorm.close_pools(alias)
+
+
 async def test_each_connection_asks_how_to_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on stock Django: a backend may take a password that is rotated from elsewhere."""
     with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
