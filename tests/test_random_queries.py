@@ -5,9 +5,11 @@ comparison is `tests.compare`'s: values, types, `_state`, deferred fields, cache
 """
 
 import datetime as dt
+import math
 import os
 import types
 from collections.abc import Callable
+from contextvars import ContextVar
 from decimal import Decimal
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -19,8 +21,10 @@ from django.db.models import (
     Case,
     CharField,
     Count,
+    DurationField,
     Exists,
     F,
+    Func,
     IntegerField,
     Lookup,
     Max,
@@ -33,6 +37,7 @@ from django.db.models import (
     Value,
     When,
 )
+from django.db.models.expressions import RawSQL
 from django.db.models.functions import (
     Abs,
     Cast,
@@ -135,11 +140,58 @@ class Doubled(models.IntegerField):
         return None if value is None else value // 2
 
 
+@Doubled.register_lookup
+class Around(Lookup):
+    """Its SQL depends on the value, and so do its parameters."""
+
+    lookup_name = "around"
+
+    def as_sql(self, compiler: Any, connection: Any) -> Any:
+        lhs, params = self.process_lhs(compiler, connection)
+        if self.rhs < 3:
+            return f"{lhs} < %s", (*params, self.rhs)
+        return f"{lhs} BETWEEN %s AND {self.rhs % 9}", (*params, 3 - self.rhs)
+
+
+@Doubled.register_lookup
+class Unlike(Exact):
+    """The same in what Django's own class would have for its right side."""
+
+    lookup_name = "unlike"
+
+    def get_rhs_op(self, connection: Any, rhs: str) -> str:
+        return f"<> {rhs}" if self.rhs % 4 else f"= {rhs}"
+
+
 class Label(models.Model):
     """The table of tags."""
 
     name = Loud(max_length=50)
     weight = Doubled()
+
+    class Meta:
+        app_label = "not_installed"
+        managed = False
+        db_table = "shop_tag"
+
+
+floor: ContextVar[int] = ContextVar("floor", default=0)
+
+
+class Visible(models.Manager["Mark"]):
+    """Only what the context may see, as tenants' managers do."""
+
+    def get_queryset(self) -> Any:
+        queryset = super().get_queryset().filter(pk__gt=floor.get())
+        return queryset.exclude(weight=0) if floor.get() > 4 else queryset
+
+
+class Mark(models.Model):
+    """The table of tags."""
+
+    name = models.CharField(max_length=50)
+    weight = models.SmallIntegerField()
+    objects = Visible()
 
     class Meta:
         app_label = "not_installed"
@@ -175,7 +227,19 @@ KINDS: dict[str, tuple[tuple[str, ...], st.SearchStrategy[Any]]] = {
             st.decimals(-5, 60, places=2), st.sampled_from([Decimal("1E+1"), 5, 7.5, "9.99"])
         ),
     ),
-    "float": (("exact", "gt", "lte"), st.one_of(st.floats(-1, 6, width=16), st.integers(0, 5))),
+    "float": (
+        ("exact", "gt", "lte", "in"),
+        st.one_of(
+            st.floats(-1, 6, width=16),
+            st.integers(0, 5),
+            st.sampled_from([0.1, 0.0, -0.0, 1e300, 1e-300, 0.1 + 0.2, math.nan, math.inf]),
+        ),
+    ),
+    "bytes": (
+        ("exact", "gt", "in"),
+        st.sampled_from([b"", b"\0\xff", b"a" * 100, b"a" * 100 + b"b", memoryview(b"a"), b"\\'"]),
+    ),
+    "doubled": (("around", "unlike"), st.integers(0, 12)),
     "date": (("exact", "gt", "lte"), st.dates(dt.date(1900, 1, 1), dt.date(2030, 1, 1))),
     "time": (
         ("exact", "gt", "lte"),
@@ -235,6 +299,7 @@ PLAIN = {
     "text": ("text", "pattern", "null", "none"),
     "json": ("json", "keys", "null", "none"),
     "loud": ("loud", "loud", "length", "null", "none"),
+    "doubled": ("doubled", "doubled", "integer", "list"),
 }
 
 # Paths of each model, with the kind of what is there
@@ -249,13 +314,14 @@ MODELS: dict[Any, dict[str, str]] = {
         "data__a": "path", "data__format": "path", "extra__0": "path", "data__a__b": "path",
         "keywords": "array", "tags__name": "text", "tags": "integer",
         "authors__name": "text", "product__stock": "integer", "product": "integer",
-        "reviews__stars": "integer", "sample": "text",
+        "reviews__stars": "integer", "sample": "text", "notes": "integer", "notes__text": "text",
     },
     PrintedBook: {"pk": "integer", "title": "text", "created": "time", "publisher__name": "text"},
     Author: {
         "pk": "integer", "id": "integer", "name": "text", "pen_name": "text", "born": "date",
         "mentor": "integer", "mentor__name": "text", "mentor__mentor__pen_name": "text",
         "person_ptr": "integer", "books__title": "text", "starauthor__stars": "integer",
+        "notes__object_id": "integer",
     },
     StarAuthor: {"pk": "integer", "stars": "integer", "name": "text", "mentor__name": "text"},
     Product: {
@@ -265,7 +331,7 @@ MODELS: dict[Any, dict[str, str]] = {
     },
     Event: {
         "pk": "uuid", "id": "uuid", "name": "text", "lasts": "span", "address": "address",
-        "host": "integer", "host__name": "text",
+        "host": "integer", "host__name": "text", "poster": "bytes",
     },
     Order: {"pk": "integer", "status": "integer", "placed": "time", "remark": "text",
             "customer__name": "text", "customer__profile__bio": "text"},
@@ -274,9 +340,11 @@ MODELS: dict[Any, dict[str, str]] = {
     Review: {"pk": "integer", "stars": "integer", "body": "text", "written": "time",
              "book__title": "text", "customer": "integer"},
     Publisher: {"pk": "integer", "name": "text", "country": "text", "founded": "date",
-                "books__pages": "integer"},
+                "books__pages": "integer", "notes": "integer", "notes__object_id": "integer",
+                "notes__text": "text"},
     Tag: {"pk": "integer", "name": "text", "weight": "integer"},
-    Label: {"pk": "integer", "name": "loud", "weight": "integer"},
+    Label: {"pk": "integer", "name": "loud", "weight": "doubled"},
+    Mark: {"pk": "integer", "name": "text", "weight": "integer"},
     Ticket: {"pk": "integer", "title": "text", "status": "text", "label": "text", "opened": "time"},
 }  # fmt: skip
 RELATED = {
@@ -374,6 +442,8 @@ class Program:
         self.zone = zone  # the settings of time zones
 
     def run(self, values: list[Any]) -> Any:
+        if self.model is Mark:
+            floor.set(values[0])
         queryset = self.model.objects.using(self.alias)
         for _, step in self.steps:
             queryset = step(queryset, values)
@@ -444,12 +514,26 @@ def programs(draw: Any) -> tuple[Program, Program, list[list[Any]]]:
     def add(text: str, step: Step) -> None:
         steps.append((text, step))
 
+    if model is Mark:
+        for each in values:
+            each.append(draw(st.integers(0, 6)))
     for _ in range(draw(st.integers(0, 3))):
         text, condition = draw(conditions(model, values))
         if draw(st.booleans()):
             add(f"filter({text})", lambda qs, left, c=condition: qs.filter(c(left)))
         else:
             add(f"exclude({text})", lambda qs, left, c=condition: qs.exclude(c(left)))
+    if draw(st.integers(0, 7)) == 0:
+        name = draw(st.sampled_from(sorted(EXTRAS)))
+        extra, at = EXTRAS[name], len(values[0])
+        for each in values:
+            each.append(draw(st.integers(0, 9)))
+        table = model._meta.db_table if not model._meta.parents else None
+        if table and (model._meta.pk.column == "id"):
+            add(
+                f"extra({name})",
+                lambda qs, left, at=at: qs.extra(**extra(f'"{table}"."id"', left[at])),
+            )
     if draw(st.integers(0, 5)) == 0:
         name = draw(st.sampled_from(sorted(COMPARED)))
         compared = COMPARED[name]
@@ -618,7 +702,7 @@ BOOK_ONLY = {
     "columns", "lowered", "subquery of another", "nested", "any review", "reviews",
     "pages", "count", "average", "month", "title", "subquery", "exists", "lower", "both", "length",
     "greatest", "tags", "gross", "text", "when", "whens", "filtered", "concat", "left",
-    "key in json",
+    "key in json", "notes",
     "year", "date", "round", "null if", "zone", "cast", "wide cast", "duration", "total", "newest",
 }  # fmt: skip
 COMPARABLE = {
@@ -652,6 +736,24 @@ ANNOTATIONS: dict[str, Callable[[int], Any]] = {
     "tags": lambda v: Count("tags", distinct=True),
     "gross": lambda v: Sum("price"),
     "key": lambda v: F("pk"),
+    "user's interval": lambda v: Func(
+        Value(v), template="interval '%(expressions)s days'", output_field=DurationField()
+    ),
+    "user's text": lambda v: Func(
+        Value(f"it's {v}"),
+        template="concat(%(expressions)s, ' it''s $1 -- ', E'\\'', $x$'$x$)",
+        output_field=CharField(),
+    ),
+    "user's length": lambda v: Func(
+        Value(v * 1.1),
+        function="numeric",
+        template="CAST(%(expressions)s AS %(function)s(9, " + str(v) + "))",
+        output_field=models.DecimalField(),
+    ),
+    "raw": lambda v: RawSQL("interval '%s hours' * %s", (v, v), output_field=DurationField()),
+    "raw number": lambda v: RawSQL("%s + 1", (v,), output_field=IntegerField()),
+    "float": lambda v: Value([0.1, -0.0, 1e300][v], output_field=models.FloatField()),
+    "notes": lambda v: Count("notes", filter=~Q(notes__object_id=v)),
     "abs": lambda v: Abs(F("pk") - v),
     "coalesced": lambda v: Coalesce("pk", Value(v)),
     "text": lambda v: Coalesce("isbn", Value(f"none {v}")),
@@ -671,6 +773,24 @@ ANNOTATIONS: dict[str, Callable[[int], Any]] = {
     "wide cast": lambda v: Cast("price", models.DecimalField(max_digits=9, decimal_places=v)),
     "duration": lambda v: F("created") - dt.timedelta(days=v),
 }  # fmt: skip
+# Text of the user's in a statement: keywords of `extra()`, with the table's column of keys.
+EXTRAS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "where": lambda column, v: {"where": [f"{column} > %s"], "params": [v]},
+    "interval": lambda column, v: {
+        "where": [f"interval '1 day' * {column} > interval '%s days'"],
+        "params": [v],
+    },
+    "quotes": lambda column, v: {
+        "where": [f"{column} <> length('$1 ''%%s') + %s /* ' %s */"],
+        "params": [v, v],
+    },
+    "select": lambda column, v: {
+        "select": {"extra_text": "'%s $1 it''s'"},
+        "select_params": [v],
+    },
+    "order": lambda column, v: {"select": {"extra_key": f"{column} %% 3"}},
+}
+
 ZONE_INFOS = [ZoneInfo("Europe/Vienna"), ZoneInfo("Asia/Kathmandu"), None]
 
 
