@@ -84,7 +84,7 @@ def is_anothers(value: Any) -> bool:
     elif isinstance(value, type):
         return False
     else:
-        found = (getattr_static(value, name, None) for name in _WITHIN)
+        found = (getattr(value, name, None) for name in _WITHIN)
         inner = next((each for each in found if isinstance(each, FunctionType)), None)
         owner = type(value).__module__
     return owner.partition(".")[0] not in _OWNERS or (inner is not None and is_anothers(inner))
@@ -192,7 +192,7 @@ class Ground:
         self._of_orm = _Seen(_orm, parts & _ORM - _FIELDS)
         self._of_fields = _Seen(_of_fields, parts & _FIELDS)
         self._others = [vars(cls).values() for cls in parts - _ORM - {Model}]
-        self._others += [each.values() for each in registered if each]
+        self._others += [each.values() for each in registered if each is not None]
         self._fields = [vars(field) for field in concrete]
         self._options = options
         self._kept = self._now()

@@ -1,0 +1,308 @@
+"""What others put into Django's classes, or override, is honoured at once and no longer than that.
+
+Each hook is there when a statement is used first, or later, or is taken away again: what comes is
+what Django gives synchronously.
+"""
+
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+from django.db import models
+from django.db.models import Count, QuerySet
+from django.db.models.base import ModelBase
+from django.db.models.expressions import Col
+from django.db.models.lookups import Exact
+from django.db.models.sql import compiler
+from django.db.models.sql.query import Query
+from django.test.utils import isolate_apps, register_lookup
+
+import asyncorm
+from asyncorm import grounds, statements
+from tests.compare import differences
+from tests.project.shop.models import Book, Publisher, Tag
+from tests.support import in_thread
+from tests.ways import outcome
+
+pytestmark = pytest.mark.usefixtures("shop_data")
+
+
+@pytest.fixture(autouse=True)
+def empty_cache() -> Iterator[None]:
+    statements.clear()
+    yield
+    statements.clear()
+
+
+class Lower(Exact):
+    def as_sql(self, compiler: Any, connection: Any) -> Any:
+        left, params = self.process_lhs(compiler, connection)
+        right, more = self.process_rhs(compiler, connection)
+        return f"lower({left}) = lower({right})", (*params, *more)
+
+
+def read() -> Any:
+    return [
+        Tag.objects.get(pk=1).name,
+        Tag.objects.filter(pk__in=[1, 2]).order_by("pk").values_list("name", flat=True)[1],
+        [tag.name for tag in Tag.objects.filter(pk__lt=4).order_by("pk")],
+        Tag.objects.filter(name="C").count(),
+        Tag.objects.filter(name__startswith="c").exists(),
+        Tag.objects.aggregate(n=Count("pk")),
+    ]
+
+
+def lower_get() -> Any:
+    return Tag.objects.get(name=Tag.objects.filter(pk=1).first().name.swapcase()).pk
+
+
+def prefetch() -> Any:
+    publishers = Publisher.objects.order_by("pk").prefetch_related("books")
+    books = Book.objects.order_by("pk").prefetch_related("publisher", "tags")
+    return [
+        [[book.title for book in each.books.all()] for each in publishers],
+        [(book.publisher and book.publisher.name, len(book.tags.all())) for book in books],
+    ]
+
+
+seen: list[Any] = []
+
+
+def write() -> Any:
+    seen.clear()
+    tag = Tag.objects.create(name="hooked")
+    tag.name = "again"
+    tag.save()
+    Tag.objects.filter(pk=tag.pk).update(name="more")
+    tag.delete()
+    Tag.objects.bulk_create([Tag(name="b1"), Tag(name="b2")])
+    Tag.objects.filter(name__in=["b1", "b2"]).delete()
+    return list(seen)
+
+
+def noting(owner: Any, name: str) -> Any:
+    """A patch that notes that the original is called."""
+    original = getattr(owner, name)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        seen.append(name)
+        return original(*args, **kwargs)
+
+    return mock.patch.object(owner, name, function)
+
+
+def changed(owner: Any, name: str, function: Callable[..., Any]) -> Any:
+    return lambda: mock.patch.object(owner, name, function, create=True)
+
+
+def other_table() -> Any:
+    return mock.patch.object(Tag._meta, "db_table", "shop_publisher")
+
+
+def column(**names: str) -> Any:
+    return mock.patch.multiple(Tag._meta.get_field("name"), **names)
+
+
+_from_db = models.Model.from_db.__func__  # type: ignore[attr-defined]
+_filter, _as_sql = QuerySet.filter, compiler.SQLCompiler.as_sql
+_count, _init = Query.get_count, models.Model.__init__
+
+
+def from_db(cls: Any, *args: Any) -> Any:
+    obj = _from_db(cls, *args)
+    obj.name = f"patched {obj.name}"
+    return obj
+
+
+def init(self: Any, *args: Any, **kwargs: Any) -> None:
+    _init(self, *args, **kwargs)
+    self.name = "by __init__"
+
+
+def init_of_book(self: Any, *args: Any, **kwargs: Any) -> None:
+    _init(self, *args, **kwargs)
+    self.title = "by __init__"
+
+
+def as_sql(self: Any, *args: Any, **kwargs: Any) -> Any:
+    sql, params = _as_sql(self, *args, **kwargs)
+    return sql.replace('"shop_tag"."name"', 'upper("shop_tag"."name")', 1), params
+
+
+def patched(self: Any, value: Any, *args: Any) -> Any:
+    return f"patched {value}"
+
+
+HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
+    "from_db_value of a class": (changed(models.CharField, "from_db_value", patched), read),
+    "from_db_value of a field": (
+        changed(Tag._meta.get_field("name"), "from_db_value", lambda v, e, c: f"f {v}"), read,
+    ),
+    "get_prep_value": (changed(models.CharField, "get_prep_value", lambda s, v: "classic"), read),
+    "get_lookup": (changed(models.CharField, "get_lookup", lambda s, n: Lower), lower_get),
+    "register_lookup": (lambda: register_lookup(models.CharField, Lower), lower_get),
+    "register_lookup on a field": (
+        lambda: register_lookup(Tag._meta.get_field("name"), Lower), lower_get,
+    ),
+    "select_format": (
+        changed(models.CharField, "select_format", lambda s, c, sql, p: (f"upper({sql})", p)), read,
+    ),
+    "from_db": (changed(Tag, "from_db", classmethod(from_db)), read),
+    "from_db of Model": (changed(models.Model, "from_db", classmethod(from_db)), read),
+    "__init__": (changed(Tag, "__init__", init), read),
+    "__init__ of Model": (changed(models.Model, "__init__", init), read),
+    "__init__, prefetched": (changed(Book, "__init__", init_of_book), prefetch),
+    "filter": (
+        changed(QuerySet, "filter", lambda s, *a, **k: _filter(s, *a, **k).none()), read,
+    ),
+    "as_sql": (changed(compiler.SQLCompiler, "as_sql", as_sql), read),
+    "as_sql of a lookup": (changed(Exact, "as_sql", Lower.as_sql), lower_get),
+    "as_sql of a column": (
+        changed(Col, "as_sql", lambda s, c, x: ("'column'", [])),
+        lambda: Tag.objects.values_list("name", flat=True)[0],
+    ),
+    "get_count": (changed(Query, "get_count", lambda s, using: 100 + _count(s, using)), read),
+    "db_table": (other_table, lambda: Tag.objects.count()),
+    "managed": (lambda: mock.patch.object(Tag._meta, "managed", False), read),
+    "column": (lambda: column(column="id"), lambda: Tag.objects.values_list("name").first()),
+    "a manager": (
+        changed(models.Manager, "get_queryset", lambda s: QuerySet(s.model)[:1]), prefetch,
+    ),
+    **{
+        f"execute_sql of {cls.__name__}": (lambda cls=cls: noting(cls, "execute_sql"), write)
+        for cls in (
+            compiler.SQLInsertCompiler, compiler.SQLUpdateCompiler, compiler.SQLDeleteCompiler,
+        )
+    },
+    "_insert": (lambda: noting(QuerySet, "_insert"), write),
+    "_update": (lambda: noting(QuerySet, "_update"), write),
+    "pre_save": (lambda: noting(models.CharField, "pre_save"), write),
+    "get_db_prep_save": (
+        lambda: noting(models.CharField, "get_db_prep_save"), lambda: set(write()),
+    ),
+    "add_filter": (lambda: noting(Query, "add_filter"), write),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOOKS)
+async def test_a_hook(name: str) -> None:
+    hook, function = HOOKS[name]
+    plain = await in_thread(outcome, function)
+    with hook():
+        hooked = await in_thread(outcome, function)
+    if name != "managed":
+        assert differences(plain, hooked) != []
+    native = asyncorm.native(outcome)
+    for _ in range(2):
+        with hook():
+            for _ in range(2):  # there first, and used again
+                assert differences(hooked, await native(function)) == []
+        for _ in range(2):  # taken away
+            assert differences(plain, await native(function)) == []
+    before = statements.counts["hits"]
+    await native(function)
+    assert statements.counts["hits"] > before
+
+
+tenant = contextvars.ContextVar("tenant", default="a")
+
+
+class Shown(models.CharField):
+    def select_format(self, compiler: Any, sql: str, params: Any) -> Any:
+        return f"{sql} || '-{tenant.get()}'", params
+
+
+class CtxCol(Col):
+    def as_sql(self, compiler: Any, connection: Any) -> Any:
+        sql, params = super().as_sql(compiler, connection)
+        return f"({sql} || '+{tenant.get()}')", params
+
+
+class Decrypted(models.CharField):
+    def get_col(self, alias: str, output_field: Any = None) -> Any:
+        return CtxCol(alias, self, output_field or self)
+
+    @property
+    def cached_col(self) -> Any:
+        return CtxCol(self.model._meta.db_table, self)
+
+
+class Loose(models.CharField):
+    def get_lookup(self, lookup: str) -> Any:
+        return Lower if tenant.get() == "b" else super().get_lookup(lookup)
+
+
+class Prefixed(models.CharField):
+    def get_db_prep_value(self, value: Any, connection: Any, prepared: bool = False) -> Any:
+        return value if tenant.get() == "a" else f"other {value}"
+
+
+@pytest.mark.parametrize("kind", [Shown, Decrypted, Loose, Prefixed])
+async def test_a_field_that_makes_sql_by_what_is_around_it(kind: Any) -> None:
+    with isolate_apps("tests.project.shop"):
+
+        class Other(models.Model):
+            name = kind(max_length=50)
+
+            class Meta:
+                app_label = "shop"
+                managed = False
+                db_table = "shop_tag"
+
+    name = await Tag.objects.values_list("name", flat=True).native_get(pk=1)
+
+    def read() -> Any:
+        return [
+            outcome(lambda: Other.objects.get(name=name.swapcase()).pk),  # type: ignore[attr-defined]
+            outcome(lambda: Other.objects.get(name=name).pk),  # type: ignore[attr-defined]
+            [each.name for each in Other.objects.order_by("pk")],  # type: ignore[attr-defined]
+            list(Other.objects.order_by("pk").values_list("name")),  # type: ignore[attr-defined]
+        ]
+
+    for value in ("a", "b", "a", "b"):
+        tenant.set(value)
+        expected = await in_thread(read)
+        assert differences(expected, await asyncorm.native(read)()) == []
+
+
+async def test_a_metaclass_that_makes_instances() -> None:
+    class Shared(ModelBase):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            obj = super().__call__(*args, **kwargs)
+            return known.setdefault(obj.pk, obj)
+
+    known: dict[Any, Any] = {}
+    with isolate_apps("tests.project.shop"):
+
+        class One(models.Model, metaclass=Shared):
+            class Meta:
+                app_label = "shop"
+                managed = False
+                db_table = "shop_tag"
+
+    first = await One.objects.native_get(pk=1)  # type: ignore[attr-defined]
+    assert await One.objects.native_get(pk=1) is first  # type: ignore[attr-defined]
+
+
+def test_one_look_notices_any_change() -> None:
+    for cls in (QuerySet, Query, models.Field, models.CharField, compiler.SQLCompiler, Exact, Col):
+        ground = grounds.Ground([cls], [Tag])
+        assert ground.holds()
+        with mock.patch.object(cls, "new_name", None, create=True):
+            assert not ground.holds()
+        assert ground.holds()
+    models.CharField()  # counts itself in its class
+    assert ground.holds()
+
+
+def test_helpers_of_others_do_no_harm() -> None:
+    def to_table(self: Any) -> None:
+        """A new name is nothing that Django would call."""
+
+    with mock.patch.object(QuerySet, "to_table", to_table, create=True):
+        assert grounds.are_sound()
+    with mock.patch.object(QuerySet, "filter", to_table):
+        assert not grounds.are_sound()
+    assert grounds.are_sound()
