@@ -19,7 +19,7 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from inspect import getattr_static
 from operator import attrgetter, itemgetter
 from types import FunctionType
@@ -40,6 +40,7 @@ from django.db.models.fields import (
     reverse_related,
     tuple_lookups,
 )
+from django.db.models.manager import BaseManager
 from django.db.models.sql import compiler, datastructures, subqueries, where
 from django.db.models.sql import query as sql_query
 from django.db.models.sql.datastructures import Join
@@ -131,19 +132,36 @@ class _Name(str):
     __hash__ = str.__hash__
 
 
+_MOST_UNFOUNDED = 16
+
+
 class _Family:
     """Classes of Django's, with one look at which it is seen that none of them has changed."""
 
     def __init__(self, classes: set[type]) -> None:
         leaves = [cls for cls in classes if not any(cls in each.__mro__[1:] for each in classes)]
         leaves.sort(key=lambda cls: (-len(cls.__mro__), cls.__qualname__))
+        self._leaves = tuple(leaves)
         self._name = _Name("unchanged")
-        self._heir: Any = type("_Heir", tuple(leaves), {self._name: None})
+        self._make()
+
+    def _make(self) -> None:
+        self._unfounded = 0
+        self._heir: Any = type("_Heir", self._leaves, {self._name: None})
 
     def changes(self) -> int:
         """A number that is another one once any of the classes has been changed."""
         self._heir.unchanged  # noqa: B018
         return self._name.looks
+
+    def nothing_changed(self) -> None:
+        """Python looked again for no reason: it had used the place of what it found for another.
+
+        Where that goes on, another class has another place.
+        """
+        self._unfounded += 1
+        if self._unfounded > _MOST_UNFOUNDED:
+            self._make()
 
 
 _ORM = {
@@ -160,16 +178,19 @@ _ORM = {
     and "__slots__" not in vars(cls)
 }  # fmt: skip
 _FIELDS = {cls for cls in _ORM if issubclass(cls, Field)}  # each new field changes a counter there
-_orm, _of_fields = _Family(_ORM - _FIELDS).changes, _Family(_FIELDS).changes
+_orm, _of_fields = _Family(_ORM - _FIELDS), _Family(_FIELDS)
 _COUNTERS = {"creation_counter", "auto_creation_counter"}
-_in_field = itemgetter(*vars(Field).keys() - _COUNTERS)
-_in_model = itemgetter("__init__", "from_db")
+# Of classes that count their instances, and of models' own base.
+_within: dict[type, Any] = {
+    cls: itemgetter(*vars(cls).keys() - _COUNTERS) for cls in (Field, BaseManager)
+}
+_within[Model] = itemgetter("__init__", "from_db")
 
 
 def _contents(cls: type) -> Any:
-    if cls is Field:
-        return len(vars(cls)), _in_field(vars(cls))
-    return len(vars(cls)), _in_model(vars(cls)) if cls is Model else [*vars(cls).values()]
+    names = vars(cls)
+    pick = _within.get(cls)
+    return len(names), [*names.values()] if pick is None else pick(names)
 
 
 class Ground:
@@ -218,19 +239,20 @@ _TABLE = attrgetter("db_table", "concrete_fields", "managed")
 class _Seen:
     """Classes of a family as they were."""
 
-    __slots__ = ("_changes", "_classes", "_contents", "_number")
+    __slots__ = ("_classes", "_contents", "_family", "_number")
 
-    def __init__(self, changes: Callable[[], int], classes: set[type]) -> None:
-        self._changes = changes
+    def __init__(self, family: _Family, classes: set[type]) -> None:
+        self._family = family
         self._classes = list(classes)
-        self._number = changes()
+        self._number = family.changes()
         self._contents = [*map(_contents, self._classes)]
 
     def holds(self) -> bool:
-        if self._number != (number := self._changes()):
+        if self._number != (number := self._family.changes()):
             if [*map(_contents, self._classes)] != self._contents:
                 return False
             self._number = number
+            self._family.nothing_changed()
         return True
 
 
