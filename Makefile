@@ -11,7 +11,7 @@ LOWEST := .venv-lowest
 BENCH ?= .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest test-next soak chaos lint format bench bench-distance bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-apps compat-matrix docs pictures build clean FORCE
+.PHONY: help install demo test test-lowest test-next soak chaos lint format bench bench-distance bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-matrix docs pictures build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -75,6 +75,9 @@ compat-redirected: $(VENV)/.installed  ## run that part with synchronous calls s
 compat-verify: $(VENV)/.installed  ## run Django's suite and the apps', comparing each hit of the statement cache
 	$(COMPAT) --verify $(ARGS) $(APPS)
 	$(if $(APPS),,$(COMPAT) --suite apps --verify)
+
+compat-requests: $(VENV)/.installed  ## run its tests of handlers with requests through asyncorm's own handler
+	$(COMPAT) --requests $(APPS)
 
 compat-apps: $(VENV)/.installed  ## run the test suites of other people's apps (APPS="django-filter ...")
 	$(COMPAT) --suite apps $(KEEP) $(APPS)

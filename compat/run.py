@@ -29,6 +29,7 @@ ENGINES = {
     "baseline": "django.db.backends.postgresql",
     "native": "asyncorm.backends.postgresql",
     "async": "asyncorm.backends.postgresql",  # native, sync calls of tests sent through a* twins
+    "requests": "asyncorm.backends.postgresql",  # native, requests through asyncorm's handler
 }
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 3600  # seconds for one worker
@@ -51,6 +52,13 @@ queries queryset_pickle raw_query reserved_names reverse_lookup save_delete_hook
 select_for_update select_related select_related_onetoone select_related_regress serializers
 sessions_tests signals string_lookup test_utils transaction_hooks transactions unmanaged_models
 update update_only_fields
+""".split()
+
+# Test modules that go through Django's handlers.
+REQUESTS = """
+asgi handlers middleware middleware_exceptions sessions_tests csrf_tests messages_tests auth_tests
+admin_views generic_views async test_client test_client_regress i18n cache redirects_tests
+flatpages_tests sites_tests logging_tests view_tests
 """.split()
 
 # Extensions without which the databases for a test module cannot be made.
@@ -283,6 +291,11 @@ def main() -> int:
         help="natively, and the synchronous ORM calls that tests make sent through their a* twins",
     )
     parser.add_argument(
+        "--requests",
+        action="store_true",
+        help="natively, and every request through the handler of asyncorm.asgi, all views native",
+    )
+    parser.add_argument(
         "--embedded", action="store_true", help="use the embedded server even if there is another"
     )
     parser.add_argument(
@@ -296,7 +309,7 @@ def main() -> int:
         help="compare each statement of the statement cache with Django's own",
     )
     options = parser.parse_args()
-    way = "async" if options.redirect else "native"
+    way = "requests" if options.requests else "async" if options.redirect else "native"
     if options.baseline == "kept" and not report.whole_run("native").exists():
         parser.error("there are no results of a whole run to take the stock backend's from")
     if options.results and options.apps:
@@ -313,7 +326,8 @@ def main() -> int:
         print(exc, file=sys.stderr)
         return 2
     everything = all_labels(tests)
-    labels = options.apps or (fast_labels(tests) if options.fast else everything)
+    some = fast_labels(tests) if options.fast else REQUESTS if options.requests else everything
+    labels = options.apps or some
     if unknown := [label for label in labels if label.split(".")[0] not in everything]:
         print(f"No such test modules: {' '.join(unknown)}", file=sys.stderr)
         return 2

@@ -15,3 +15,5 @@ DATABASES = {
 
 if _run["mode"] != "baseline":
     ASYNCORM = {"SWAP_MANAGERS": True, "STATEMENT_CACHE": _run["cache"]}
+if _run["mode"] == "requests":
+    ASYNCORM |= {"NATIVE_HANDLER": True, "NATIVE_VIEWS": True, "NATIVE_MIDDLEWARE": "__all__"}

@@ -124,6 +124,10 @@ def recording(base: Any, order: dict[str, Any]) -> Any:
             from . import redirect
 
             redirect.install(record, order["tests"])
+        if order["mode"] == "requests":
+            from . import requests
+
+            requests.install()
 
     class Runner(base):  # type: ignore[misc]
         def get_resultclass(self) -> Any:

@@ -99,6 +99,7 @@ def _in_thread(
 ) -> Method:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        __traceback_hide__ = True  # the arguments may be secrets, which an error page would show
         if not bridge.in_native_code() or (database and sessions.in_block()) or stays(self):
             return original(self, *args, **kwargs)
         result = _wait(original, self, *args, sensitive=sensitive, **kwargs)
@@ -111,17 +112,38 @@ def _in_thread(
 
 
 def _wait(func: Method, /, *args: Any, sensitive: bool, **kwargs: Any) -> Any:
-    return bridge.await_(sync_to_async(func, thread_sensitive=sensitive)(*args, **kwargs))
+    __traceback_hide__ = True  # as above
+    call = _Call(func, args, kwargs)
+    return bridge.await_(sync_to_async(call, thread_sensitive=sensitive)())
+
+
+class _Call:
+    """A call whose arguments no repr() shows: asgiref's frames have it."""
+
+    def __init__(self, func: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._func, self._args, self._kwargs = func, args, kwargs
+        self.__name__ = func.__name__
+
+    def __call__(self) -> Any:
+        return self._func(*self._args, **self._kwargs)
 
 
 # What the settings name
 
 
+def _classes(*paths: str) -> Iterator[Any]:
+    """What dotted names stand for; a wrong one is for Django to complain about."""
+    for path in paths:
+        try:
+            yield import_string(path)
+        except ImportError:
+            continue
+
+
 def _prepare_caches() -> None:
-    for options in settings.CACHES.values():
-        cls = import_string(options["BACKEND"])
+    for cls in _classes(*(options["BACKEND"] for options in settings.CACHES.values())):
         if _named(cls) == _DATABASE_CACHE:
-            _replace(cls, _methods(cls), stays=_is_native_cache)
+            _replace(cls, _except_of(_methods(cls), _CACHES + "base"), stays=_is_native_cache)
         elif _named(cls) not in _DIRECT_CACHES:
             _replace(cls, _except_of(_methods(cls), _CACHES + "base"))
 
@@ -135,7 +157,7 @@ def _is_native_cache(cache: Any) -> bool:
 
 
 def _prepare_storages() -> None:
-    classes = {import_string(options["BACKEND"]) for options in settings.STORAGES.values()}
+    classes = set(_classes(*(options["BACKEND"] for options in settings.STORAGES.values())))
     for model in apps.get_models():
         for field in model._meta.local_fields:
             if isinstance(field, FileField):
@@ -157,8 +179,10 @@ def _prepare_email() -> None:
     backends = [options["BACKEND"] for options in mailers.values() if "BACKEND" in options]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Django 6.1 deprecates the setting
-        for path in backends or [settings.EMAIL_BACKEND]:
-            _prepare_email_class(import_string(path))
+        if backend := getattr(settings, "EMAIL_BACKEND", None):
+            backends.append(backend)
+    for cls in _classes(*backends):
+        _prepare_email_class(cls)
 
 
 def _prepare_email_class(cls: type) -> None:
@@ -167,33 +191,35 @@ def _prepare_email_class(cls: type) -> None:
 
 
 def _prepare_hashers() -> None:
-    for path in settings.PASSWORD_HASHERS:
-        cls = import_string(path)
+    for cls in _classes(*settings.PASSWORD_HASHERS):
         _replace(cls, _methods(cls, ("encode", "verify", "harden_runtime")), sensitive=False)
 
 
 def _prepare_auth() -> None:
     if apps.is_installed("django.contrib.auth"):
-        for path in settings.AUTHENTICATION_BACKENDS:
-            cls = import_string(path)
+        for cls in _classes(*settings.AUTHENTICATION_BACKENDS):
             _replace(cls, _except_of(_methods(cls), "django.contrib.auth.backends"), database=True)
 
 
 def _prepare_sessions() -> None:
-    if apps.is_installed("django.contrib.sessions"):
-        cls = import_string(f"{settings.SESSION_ENGINE}.SessionStore")
+    if not apps.is_installed("django.contrib.sessions"):
+        return
+    for cls in _classes(f"{settings.SESSION_ENGINE}.SessionStore"):
         names = ("load", "save", "create", "delete", "exists", "cycle_key", "flush")
         database = any(_named(base) == f"{_SESSIONS[1]}.SessionStore" for base in cls.__mro__)
         _replace(cls, _except_of(_methods(cls, names), *_SESSIONS), database=database)
 
 
 def _prepare_messages() -> None:
-    if apps.is_installed("django.contrib.messages"):
-        cls = import_string(settings.MESSAGE_STORAGE)
-        methods = _methods(cls, ("_get", "_store", "update"))
-        modules = {method.__module__ for _, method in _methods(cls, ("_get", "_store", "update"))}
-        own = (module for module in modules if module.startswith("django."))
-        _replace(cls, _except_of(methods, *own), database=True)
+    if not apps.is_installed("django.contrib.messages"):
+        return
+    for cls in _classes(settings.MESSAGE_STORAGE):
+        methods = list(_methods(cls, ("_get", "_store", "update")))
+        _replace(
+            cls,
+            [each for each in methods if not each[1].__module__.startswith("django.")],
+            database=True,
+        )
 
 
 def _except_of(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from asgiref.sync import SyncToAsync, sync_to_async
-from django.core.cache import close_caches
+from django.core.cache import caches, close_caches
 from django.core.signals import got_request_exception, request_finished, request_started
 from django.dispatch import Signal, dispatcher
 
@@ -34,8 +34,9 @@ async def send(signal: Signal, sender: Any, **named: Any) -> None:
         await sync_to_async(_call_all)(receivers, named)
     else:
         for receiver in receivers:
-            if receiver is close_caches:  # one of them may block
-                await bridge.run(receiver, **named)
+            if receiver is close_caches:
+                if caches.all(initialized_only=True):  # one of them may block
+                    await bridge.run(receiver, **named)
             else:
                 receiver(**named)
     if asynchronous:
