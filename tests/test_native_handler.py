@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from django.views.generic import ListView
 
 import asyncorm
 from asyncorm.asgi import get_asgi_application, lifespan, native_view
+from asyncorm.bridge import Runner
 from tests.asgi_client import ask
 from tests.project.myapp.models import Item
 from tests.support import (
@@ -544,3 +546,97 @@ async def test_asyncclient_raises_what_views_raise(settings: Any) -> None:
     assert response.status_code == 500
     assert response.exc_info[0] is ZeroDivisionError
     assert (await AsyncClient().get("/missing/")).status_code == 404
+
+
+# Session state
+
+
+def sets_state(get_response: Any) -> Any:
+    def middleware(request: Any) -> Any:
+        with connection.cursor() as cursor:
+            cursor.execute("SET app.tenant = 'acme'")
+        return get_response(request)
+
+    return middleware
+
+
+def tenant() -> str:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT current_setting('app.tenant', true)")
+        return str(cursor.fetchone()[0])
+
+
+async def tenants(request: Any) -> HttpResponse:
+    return HttpResponse(await asyncorm.native(tenant)())
+
+
+def threaded_tenants(request: Any) -> HttpResponse:
+    return HttpResponse(tenant())
+
+
+urlpatterns += [
+    path("tenant/", tenants),
+    path("tenant/native/", native_view(lambda request: threaded_tenants(request))),
+    path("tenant/threaded/", threaded_tenants),
+]
+
+
+async def test_what_native_middleware_sets_in_its_session_is_seen_or_refused(
+    settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings.MIDDLEWARE = [*DEFAULT, f"{__name__}.sets_state"]
+    settings.ASYNCORM = {"NATIVE_MIDDLEWARE": [f"{__name__}.sets_state"]}
+    app = get_asgi_application()
+    assert await body(app, "/tenant/") == "acme"
+    assert await body(app, "/tenant/native/") == "acme"
+    # Never silently on another connection.
+    assert (await ask(app, "/tenant/threaded/")).status == 500
+    assert "was used in another thread" in caplog.text
+    await all_given_back()
+    assert await asyncorm.native(tenant)() != "acme"
+
+
+# Storms
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
+async def test_ten_thousand_requests_with_random_cancellations_leave_nothing(
+    settings: Any,
+) -> None:
+    await storm(settings, 10_000)
+
+
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
+async def test_random_cancellations_leave_nothing(settings: Any) -> None:
+    await storm(settings, 500)
+
+
+async def storm(settings: Any, count: int) -> None:
+    settings.MIDDLEWARE = [*DEFAULT, f"{__name__}.marking", f"{__name__}.atomically"]
+    settings.ASYNCORM = {"SWAP_MANAGERS": True, "NATIVE_MIDDLEWARE": [f"{__name__}.atomically"]}
+    app = get_asgi_application()
+    await Item.objects.abulk_create([Item(remote_id=n) for n in range(1000, 1030)])
+    await Item.objects.filter(remote_id=1).adelete()
+    rng = random.Random(5)
+    paths = ["/empty/", "/one/", "/natively/", "/rows/native/", "/missing/", "/broken/", "/items/"]
+    tasks = len(asyncio.all_tasks())
+    threads = threading.active_count()
+
+    async def request() -> None:
+        gone = asyncio.Event()
+        task = asyncio.create_task(ask(app, rng.choice(paths), gone=gone))
+        for way in rng.choices(["wait", "disconnect", "cancel"], k=2):
+            await asyncio.sleep(rng.random() * 0.005)
+            gone.set() if way == "disconnect" else task.cancel() if way == "cancel" else None
+        await asyncio.wait([task])
+
+    for _ in range(count // 50):
+        await asyncio.gather(*[request() for _ in range(50)])
+    await all_given_back()
+    await eventually(lambda: len(asyncio.all_tasks()) <= tasks + 1)
+    await eventually(lambda: threading.active_count() <= threads + 1)
+    gc.collect()
+    waiting = [each for each in gc.get_objects() if isinstance(each, Runner) and each.gr_frame]
+    assert len([each for each in waiting if each.gr_context is not None]) == 0
+    assert await Item.objects.acount() == 30  # each middleware's was rolled back

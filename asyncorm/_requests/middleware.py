@@ -8,6 +8,7 @@ on the loop, synchronous ones in the request's thread, together with their neigh
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from typing import Any
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.core.handlers import base
 from django.core.handlers.exception import convert_exception_to_response
-from django.utils.deprecation import MiddlewareMixin
 from django.utils.module_loading import import_string
 
 from .. import conf
@@ -115,14 +115,16 @@ def _place(path: str, factory: Any, inner: _Inner) -> Any:
 def _has_async_form(path: str, factory: Any) -> bool:
     """Whether a middleware that runs natively is better used as a coroutine.
 
-    What was written for the loop does not block it. A MiddlewareMixin only hops to a thread.
+    What was written for the loop does not block it; but what only hops to threads by sync_to_async,
+    as MiddlewareMixin does, is better called natively.
     """
     if not getattr(factory, "async_capable", False):
         return False
     if not getattr(factory, "sync_capable", True):
         return True
-    own: Any = getattr(_raw(path), "__acall__", None)
-    return own is not MiddlewareMixin.__acall__
+    middleware = _raw(path)
+    form = getattr(middleware, "__acall__", middleware)
+    return not hasattr(sys.modules.get(form.__module__), "sync_to_async")
 
 
 class _Native:
