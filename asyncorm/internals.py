@@ -145,6 +145,7 @@ DJANGO = (
         "get_response_async load_middleware",
         "the log of a request; the middleware of an AsyncClient",
     ),
+    Names("django.core.handlers.base", "sync_to_async", "the log of a response; replaced"),
     Names(
         "django.db.backends.base.base:BaseDatabaseWrapper",
         "connect ensure_connection _commit on_commit run_and_clear_commit_hooks _prepare_cursor"
@@ -273,8 +274,7 @@ REQUESTS = {
     "Django": (
         Names(
             "django.core.handlers.base:BaseHandler",
-            "load_middleware adapt_method_mode make_view_atomic get_response get_response_async"
-            " _template_response_middleware",
+            "adapt_method_mode make_view_atomic _middleware_chain _template_response_middleware",
             "the handler calls Django's synchronous chain of middleware and views natively",
         ),
         Names("django.core.handlers.base", "import_string", "where each middleware runs; replaced"),

@@ -218,3 +218,89 @@ async def test_statistics_from_another_thread(shop_data: Any) -> None:
     elsewhere = await asyncio.to_thread(asyncorm.pool_stats)  # an exporter of metrics
     assert here.keys() == elsewhere.keys() and elsewhere["pool_size"] >= here["pool_size"] == 1
     assert await asyncio.to_thread(asyncorm.pool_stats, "no alias") == {}
+
+
+# Requests on our handler
+
+TRACED = """
+EXTRA_APPS = []
+EXTRA_MIDDLEWARE = ["django.middleware.security.SecurityMiddleware"]
+EXTRA = {}
+spans = []
+%(tool)s
+def EXTRA_URLS():
+    from asyncorm.asgi import native_view
+    return [path("synchronous", native_view(synchronous))]
+def synchronous(request):
+    return HttpResponse(f"<html><body>{Tag.objects.count()}</body></html>")
+"""
+SENTRY = """
+import sentry_sdk
+from sentry_sdk.integrations.django import DjangoIntegration
+from sentry_sdk.transport import Transport
+class Kept(Transport):
+    def capture_envelope(self, envelope):
+        for item in envelope.items:
+            event = item.payload.json or {}
+            if event.get("type") == "transaction":
+                spans.append([event["transaction"], sorted(
+                    f"{span['op']} {span.get('description')}" for span in event["spans"])])
+sentry_sdk.init(dsn="http://x@127.0.0.1:1/1", traces_sample_rate=1.0, transport=Kept,
+    default_integrations=False, integrations=[DjangoIntegration(middleware_spans=True)])
+"""
+DDTRACE = """
+import os
+os.environ.update(DD_TRACE_ENABLED="true", DD_INSTRUMENTATION_TELEMETRY_ENABLED="false",
+    DD_REMOTE_CONFIGURATION_ENABLED="false", DD_TRACE_STARTUP_LOGS="false")
+import ddtrace
+from ddtrace.trace import TraceFilter, tracer
+class Kept(TraceFilter):
+    def process_trace(self, trace):
+        spans.append(sorted(f"{span.name} {span.resource}" for span in trace))
+        return None
+tracer.configure(trace_processors=[Kept()])
+ddtrace.patch(django=True)
+"""
+ASK = """
+from django.core.asgi import get_asgi_application as djangos
+from asyncorm.asgi import get_asgi_application as ours
+from tests.asgi_client import ask
+from tests.support import watched_threads
+settings.DEBUG = False
+async def main():
+    found = {}
+    for name, make in (("django", djangos), ("asyncorm", ours)):
+        app = make()
+        for url in ("/", "/quiet", "/synchronous", "/nothing"):
+            await ask(app, url)
+            spans.clear()
+            with watched_threads() as threads:
+                answer = await ask(app, url)
+            found[f"{name} {url}"] = [answer.status, list(spans), len(threads)]
+    print(json.dumps(found))
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "tool"), [("sentry_sdk", SENTRY), ("ddtrace", DDTRACE)])
+def test_spans_of_requests_are_those_of_djangos_handler(
+    shop_data: Any, package: str, tool: str
+) -> None:
+    pytest.importorskip(package)
+    found = run(TRACED % {"tool": tool}, ASK)
+    # Natively middleware is called in its synchronous form, and connections are open already.
+    renamed = {"__acall__": "__call__"}
+    other = "db connect", "event.django django.contrib.postgres.signals"
+    for url in ("/", "/quiet", "/synchronous", "/nothing"):
+        answers = []
+        for handler in "django", "asyncorm":
+            status, spans, threads = found[f"{handler} {url}"]
+            text = json.dumps(spans)
+            for old, new in renamed.items():
+                text = text.replace(old, new)
+            [trace] = json.loads(text)
+            name, names = trace if isinstance(trace[1], list) else ("", trace)
+            answers.append((status, name, [each for each in names if not each.startswith(other)]))
+        assert answers[0] == answers[1]
+        assert threads == 0

@@ -6,6 +6,7 @@
   is a handler without threads.
 - `BaseHandler.load_middleware`: that of an AsyncClient makes a native chain where that is asked
   for.
+- `sync_to_async` in django.core.handlers.base: logging a response of our handler needs no thread.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from asgiref.sync import sync_to_async
 from django.conf import settings
+from django.core.handlers import base
 from django.core.handlers.base import BaseHandler
 from django.db import connections
 
 from .. import sessions, swap
+from . import flow
 
-_CHAIN = "asyncorm_chain"
 _hinted = False
 
 
+@functools.cache
 def install() -> None:
     """Put the replacements in place, once."""
     handler: Any = BaseHandler
-    if not hasattr(handler.get_response_async, "__wrapped__"):
-        handler.get_response_async = _get_response_async(handler.get_response_async)
-        handler.load_middleware = _load_middleware(handler.load_middleware)
+    handler.get_response_async = _get_response_async(handler.get_response_async)
+    handler.load_middleware = _load_middleware(handler.load_middleware)
+    base.sync_to_async = _dispatch  # type: ignore[attr-defined]
 
 
-def keep_logs() -> None:
+def _keep_logs() -> None:
     """Have Django's own wrappers in this context, which keep the queries of a request's tasks."""
     for alias in connections:
         if sessions.native_class(alias) is not None:
@@ -43,9 +47,7 @@ def _get_response_async(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     async def get_response_async(self: Any, request: Any) -> Any:
         if settings.DEBUG:
-            keep_logs()
-        if (chain := self.__dict__.get(_CHAIN)) is not None:
-            return await chain.respond(request)
+            _keep_logs()
         if not _hinted and swap.active():
             _hint(self)
         return await original(self, request)
@@ -57,11 +59,18 @@ def _hint(handler: Any) -> None:
     global _hinted
     from django.core.handlers.asgi import ASGIHandler
 
-    if isinstance(handler, ASGIHandler):
+    if type(handler) is ASGIHandler:
         from . import checks
 
         _hinted = True
         checks.hint_once()
+
+
+def _dispatch(func: Callable[..., Any], **options: Any) -> Any:
+    logs = getattr(func, "__name__", None) == "log_response"  # through what tools put around it
+    if logs and flow.current() is not None:
+        return functools.partial(flow.natively, func)
+    return sync_to_async(func, **options)
 
 
 def _load_middleware(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,7 +80,7 @@ def _load_middleware(original: Callable[..., Any]) -> Callable[..., Any]:
             from . import client
 
             if (chain := client.chain_for_client()) is not None:
-                self.__dict__[_CHAIN] = self._middleware_chain = chain
+                self._middleware_chain = chain.respond
                 return
         original(self, is_async)
 

@@ -6,7 +6,8 @@ request's thread (flow.py). So no step of Django's own needs a thread, and each 
 code.
 
 The handler is Django's but for `handle()`, which hops to a thread for signals and for closing the
-response, and which cancels the whole request when the client goes away.
+response, and which cancels the whole request when the client goes away. What tools replace
+(`get_response_async()`, `load_middleware()`, `make_view_atomic()`) is called as ever.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.apps import apps
-from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, RequestAborted
 from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
 from django.core.handlers.base import BaseHandler
@@ -28,7 +28,7 @@ from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
 from .. import bridge, internals
-from . import blocking, djangos, flow, middleware, names, signals, views, watchdog
+from . import blocking, flow, middleware, names, signals, views, watchdog
 
 _END = object()
 
@@ -42,8 +42,8 @@ class Chain(BaseHandler):
         self._template_response_middleware.append(self.place_rendering)  # type: ignore[attr-defined]
 
     async def respond(self, request: Any) -> Any:
-        """What `get_response()` returns, run natively."""
-        return await flow.natively(self.get_response, request)
+        """Call the chain natively: what `get_response_async()` awaits in the place of its own."""
+        return await flow.natively(self._middleware_chain, request)  # type: ignore[attr-defined]
 
     def adapt_method_mode(
         self,
@@ -102,13 +102,9 @@ class NativeHandler(ASGIHandler):
         signals.install()
         blocking.install()
         self._watches = watchdog.limit() is not None
-        self.chain = Chain()
-        self.chain.load_middleware()
-
-    async def get_response_async(self, request: Any) -> Any:
-        if settings.DEBUG:
-            djangos.keep_logs()
-        return await self.chain.respond(request)
+        chain = Chain()
+        chain.load_middleware()
+        self._middleware_chain = chain.respond
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
         if self._watches:
