@@ -196,7 +196,9 @@ def report(results: list[dict[str, Any]]) -> str:
         f"Python {platform.python_version()}, Django {django.__version__}, uvicorn, a project as "
         "`startproject` makes it (seven MIDDLEWARE), PostgreSQL on the same machine. CPU time of "
         "the server's process for each request; asyncorm's own handler is "
-        "`asyncorm.asgi.get_asgi_application()` with the views named.",
+        "`asyncorm.asgi.get_asgi_application()` with the views named. Measured by "
+        "`make bench-requests`, on a machine that had other things to do as well: compare within "
+        "a group.",
         "",
         "| | clients | | CPU ms | of Django's | requests/s | p50 ms | p99 ms |",
         "|---|---|---|---|---|---|---|---|",
