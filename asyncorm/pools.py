@@ -161,7 +161,7 @@ class Pool:
 
     def give_wrapper(self, wrapper: Any) -> None:
         """Take back a wrapper; those that only a burst needed are dropped."""
-        if len(self.wrappers) < max(self.size, _MAX_IDLE):
+        if not wrapper.acts_in_cursors and len(self.wrappers) < max(self.size, _MAX_IDLE):
             self.wrappers.append(wrapper)
 
     def take(self) -> Connection | None:

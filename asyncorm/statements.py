@@ -16,7 +16,6 @@ executes Django's SQL.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -32,6 +31,7 @@ from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
 from . import grounds, sessions, verifying
+from .backends.mixin import has_djangos_cursors
 from .binding import in_place_of_expressions, writes_as_django
 from .driver import SLICE, Connection, Statement
 from .grounds import Ground
@@ -45,7 +45,6 @@ from .turns import Turns
 MAX_PLANS = 1024
 _MAX_PARAMS = 65535  # of the server in one statement; literals have no limit
 _TIMESTAMPTZ, _TEXT_FORMAT = 1184, Format.TEXT
-_OWNERS = ("asyncorm", "psycopg", "typing", "builtins")
 
 
 class Plan:
@@ -514,7 +513,7 @@ def _connection(wrapper: Any) -> Connection | None:
 
 def serves(conn: Connection, wrapper: Any) -> bool:
     """Whether a statement means the same there as in a cursor of the wrapper."""
-    return _are_djangos_cursors(type(wrapper), conn.cursor_factory) and (  # type: ignore[arg-type]
+    return has_djangos_cursors(type(wrapper), conn.cursor_factory) and (  # type: ignore[arg-type]
         conn.unsettled or _same_zone(conn, wrapper)  # the one that runs it is looked at, too
     )
 
@@ -532,7 +531,7 @@ def stand_in(alias: str) -> tuple[Pool, Any] | None:
         return None
     wrapper = pool.stand_in()
     factory = pool.start.cursor_factory
-    known = _are_djangos_cursors(type(wrapper), factory)  # type: ignore[arg-type]
+    known = has_djangos_cursors(type(wrapper), factory)  # type: ignore[arg-type]
     return (pool, wrapper) if known and not wrapper.watched else None
 
 
@@ -589,18 +588,6 @@ def _djangos(plan: Plan, params: list[Any], offset: int) -> tuple[str, tuple[Any
     for place, value in plan.constants:
         params = [*params[:place], value, *params[place:]]
     return f"{plan.sql} OFFSET {offset}" if offset else plan.sql, tuple(params)
-
-
-@functools.cache
-def _are_djangos_cursors(wrapper: type, factory: type) -> bool:
-    """Whether nobody has put cursors of another kind in the place of Django's."""
-    names = ("cursor", "_cursor", "_prepare_cursor", "make_cursor", "create_cursor")
-    owners = [cls for cls in wrapper.__mro__ if not vars(cls).keys().isdisjoint(names)]
-    return all(
-        cls.__module__.startswith("django.db.backends.")
-        or cls.__module__.partition(".")[0] in _OWNERS
-        for cls in [*owners, *factory.__mro__]
-    )
 
 
 def _same_zone(conn: Connection, wrapper: Any) -> bool:

@@ -99,7 +99,19 @@ def is_native(
     if not has_foreign():
         return True
     alias = alias_of(func, args, kwargs or {})
-    return alias is None or sessions.native_class(alias) is not None
+    return alias is None or _swapped_alias(alias)
+
+
+def _swapped_alias(alias: str) -> bool:
+    """Whether a* methods of an alias run natively.
+
+    Outside a scope of ours not where the backend acts in its cursors by what a middleware has put
+    on the synchronous connection (a tenant's schema): another connection would not have it.
+    """
+    cls: Any = sessions.native_class(alias)
+    return cls is not None and not (
+        cls.acts_in_cursors and sessions.find_scope(alias, outlived=False) is None
+    )
 
 
 def _of_thread(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -137,10 +149,11 @@ def alias_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
 
 
 def has_foreign() -> bool:
-    """Whether the project has a database of another engine."""
+    """Whether the project has a database of another engine, or of one with cursors of its own."""
     global _foreign
     if _foreign is None:
-        _foreign = any(sessions.native_class(alias) is None for alias in connections.settings)
+        classes: list[Any] = [sessions.native_class(alias) for alias in connections.settings]
+        _foreign = any(cls is None or cls.acts_in_cursors for cls in classes)
     return _foreign
 
 

@@ -16,12 +16,13 @@ from django.db import (
     transaction,
 )
 from django.db.backends.postgresql.base import DatabaseWrapper as DjangosWrapper
+from django.db.models import Func, TextField, Value
 from django.db.utils import load_backend
 from django.test import TestCase, TransactionTestCase, override_settings
 from django.test.utils import CaptureQueriesContext
 
 import asyncorm
-from asyncorm import native
+from asyncorm import native, swap
 from asyncorm.backends.mixin import NativeBackendMixin
 from asyncorm.backends.postgresql import base
 from tests.project.shop.models import Tag
@@ -159,6 +160,62 @@ async def test_a_backend_with_the_mixin_is_native(instrumented: str) -> None:
             await Tag.objects.using(alias).native_create(name="new")
         assert Instrumented.statements == ["extra"] * len(Instrumented.statements) != []
         assert await in_thread(Tag.objects.using(alias).count) == 7
+
+
+class OfTenant(DjangosWrapper):
+    """A backend that keeps on the wrapper what its cursors set in the session."""
+
+    tenant = "nobody"
+
+    def _cursor(self, name: str | None = None) -> Any:
+        cursor = super()._cursor(name)
+        self.connection.execute("SELECT set_config('app.tenant', %s, false)", [self.tenant])
+        return cursor
+
+
+class TenantWrapper(NativeBackendMixin, OfTenant):  # type: ignore[misc]
+    pass
+
+
+def with_tenant(alias: str) -> Any:
+    setting = Func(Value("app.tenant"), function="current_setting", output_field=TextField())
+    return Tag.objects.using(alias).annotate(tenant=setting)
+
+
+async def test_what_a_backend_keeps_on_the_wrapper_is_for_one_operation(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "tenant_backend"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    source = "from tests.test_backend import TenantWrapper as DatabaseWrapper\n"
+    (package / "base.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(swap, "_foreign", None)  # read once, before this alias was there
+    with database("tenants", ENGINE="tenant_backend") as alias:
+
+        def read() -> str:
+            return str(with_tenant(alias).get(pk=1).tenant)
+
+        def keep(tenant: str) -> None:
+            connections[alias].tenant = tenant
+
+        def work(tenant: str) -> str:
+            keep(tenant)
+            return read()
+
+        names = ["a", "b"] * 4
+        for _ in range(2):
+            assert await asyncio.gather(*(native(work)(name) for name in names)) == names
+            assert await asyncio.gather(*(native(read)() for _ in names)) == ["nobody"] * 8
+        # Under the swap a middleware's connection is that of the thread.
+        with override_settings(ASYNCORM={"SWAP_MANAGERS": True}):
+            for tenant in ("a", "b"):
+                await sync_to_async(
+                    lambda name=tenant: setattr(connections[alias], "tenant", name)
+                )()
+                assert (await with_tenant(alias).aget(pk=1)).tenant == tenant
+            await sync_to_async(lambda: connections[alias].close())()
 
 
 # What reads a connection's log or counts its queries

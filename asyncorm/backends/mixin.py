@@ -88,7 +88,29 @@ class _Class:
 @cache
 def _native_class(cls: Any) -> Any:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}  # repr() shows these
+    names["acts_in_cursors"] = not has_djangos_cursors(cls)
     return type(f"Native{cls.__name__}", (NativeWrapper, cls), names)
+
+
+_CURSORS = ("cursor", "_cursor", "_prepare_cursor", "make_cursor", "create_cursor")
+_OWNERS = ("asyncorm", "psycopg", "typing", "builtins")
+
+
+@cache
+def has_djangos_cursors(*classes: Any) -> bool:
+    """Whether nobody has put cursors of another kind in the place of Django's.
+
+    Args:
+        classes: a wrapper's, and classes of cursors.
+    """
+    wrapper, *factories = classes
+    owners = [cls for cls in wrapper.__mro__ if not vars(cls).keys().isdisjoint(_CURSORS)]
+    owners += [cls for factory in factories for cls in factory.__mro__]
+    return all(
+        cls.__module__.startswith("django.db.backends.")
+        or cls.__module__.partition(".")[0] in _OWNERS
+        for cls in owners
+    )
 
 
 class NativeBackendMixin:
@@ -401,9 +423,12 @@ class NativeWrapper:
     Attributes:
         session: whose connection it is for now.
         hooks_due: a transaction was committed and its on_commit() callbacks are still to be run.
+        acts_in_cursors: the class makes its own cursors, and may keep on the wrapper what it does
+            by (a tenant's schema): no operation gets a wrapper that another one has used.
     """
 
     hooks_due = False
+    acts_in_cursors = False
     session: sessions.Session | None = None
     native_class = None
     alias: str
