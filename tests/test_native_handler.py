@@ -20,14 +20,14 @@ from django.http import FileResponse, Http404, HttpResponse, StreamingHttpRespon
 from django.template import engines
 from django.template.response import TemplateResponse
 from django.test import AsyncClient
-from django.urls import path
+from django.urls import clear_url_caches, path
 from django.utils.functional import SimpleLazyObject
 from django.views.generic import ListView
 
 import asyncorm
 from asyncorm.asgi import get_asgi_application, lifespan, native_view
 from asyncorm.bridge import Runner
-from tests.asgi_client import ask
+from tests.asgi_client import ask, scope
 from tests.project.myapp.models import Item
 from tests.support import (
     administrator,
@@ -488,6 +488,77 @@ async def test_synchronous_iterators_are_streamed_where_their_view_ran(native: b
     assert [part.decode() for part in answer.parts] == [f"{n}\n" for n in range(50)]
     assert seen == ["loop" if native else "thread", "end"]
     await all_given_back()
+
+
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
+@pytest.mark.parametrize("native", [True, False])
+async def test_each_part_is_sent_as_soon_as_it_is_there(native: bool) -> None:
+    """The next one is not asked for before the client has got it, or may be waited for."""
+    sent: list[bytes] = []
+    go_on = threading.Event()
+
+    def view(request: Any) -> StreamingHttpResponse:
+        def content() -> Iterator[bytes]:
+            yield b"first"
+            if native:
+                seen.append(list(sent))
+            else:
+                assert go_on.wait(10)
+            yield b"second"
+
+        return StreamingHttpResponse(content())
+
+    urlpatterns.append(path(f"parts/{native}/", native_view(view) if native else view))
+    clear_url_caches()
+    app = get_asgi_application()
+    asked = False
+
+    async def receive() -> Any:
+        nonlocal asked
+        if not asked:
+            asked = True
+            return {"type": "http.request"}
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            sent.append(message["body"])
+
+    task = asyncio.create_task(app(scope(f"/parts/{native}/"), receive, send))
+    await eventually(lambda: sent)
+    if not native:
+        assert sent == [b"first"]
+        go_on.set()
+    await task
+    assert sent == [b"first", b"second"]
+    assert seen == ([[b"first"]] if native else [])
+
+
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
+@pytest.mark.parametrize("native", [True, False])
+async def test_a_client_that_goes_away_ends_an_endless_stream(native: bool) -> None:
+    def view(request: Any) -> StreamingHttpResponse:
+        def content() -> Iterator[bytes]:
+            try:
+                while True:
+                    seen.append(1)
+                    yield b"part"
+                    if native:
+                        asyncorm.await_(asyncio.sleep(0.001))
+            finally:
+                seen.append(f"closed ({here()})")
+
+        return StreamingHttpResponse(content())
+
+    urlpatterns.append(path(f"endless/{native}/", native_view(view) if native else view))
+    clear_url_caches()
+    gone = asyncio.Event()
+    task = asyncio.create_task(ask(get_asgi_application(), f"/endless/{native}/", gone=gone))
+    await eventually(lambda: len(seen) > 10)
+    gone.set()
+    await asyncio.wait([task], timeout=10)
+    assert task.done()
+    assert seen[-1] == f"closed ({'loop' if native else 'thread'})"
 
 
 @pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")

@@ -108,7 +108,7 @@ def find_handler(app: Any) -> ASGIHandler | None:
     waiting = [app]
     while waiting and len(seen) < 100:
         each = waiting.pop()
-        if isinstance(each, ASGIHandler):
+        if isinstance(each, ASGIHandler) and not hasattr(each, "application"):  # for static files
             return each
         if each is None or any(each is other for other in seen):
             continue

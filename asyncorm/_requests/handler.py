@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from asyncio import CancelledError, current_task
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from typing import Any
 
@@ -28,9 +28,7 @@ from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
 from .. import bridge, internals
-from . import blocking, flow, middleware, names, signals, views, watchdog
-
-_END = object()
+from . import blocking, flow, middleware, names, signals, streaming, views, watchdog
 
 
 class Chain(BaseHandler):
@@ -203,31 +201,18 @@ class NativeHandler(ASGIHandler):
         content = iter(response.streaming_content)
         response.streaming_content = _nothing()
 
+        async def send_part(part: bytes) -> None:
+            for chunk, _ in self.chunk_bytes(part):
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
         async def send_content_first(message: Any) -> None:
             if message["type"] == "http.response.body":
-                if in_thread:
-                    await self._send_from_thread(content, send)
-                else:
-                    await flow.natively(self._send_natively, content, send)
+                await (streaming.from_thread if in_thread else streaming.natively)(
+                    content, send_part
+                )
             await send(message)
 
         await super().send_response(response, send_content_first)
-
-    def _send_natively(self, content: Iterator[bytes], send: Any) -> None:
-        # One operation: a cursor that the iterator reads from stays open between its chunks.
-        for part in content:
-            for message in self._messages(part):
-                bridge.await_(flow.cancellable(send, message))
-
-    async def _send_from_thread(self, content: Iterator[bytes], send: Any) -> None:
-        following: Any = sync_to_async(next)
-        while (part := await following(content, _END)) is not _END:
-            for message in self._messages(part):
-                await send(message)
-
-    def _messages(self, part: bytes) -> Iterator[dict[str, Any]]:
-        for chunk, _ in self.chunk_bytes(part):
-            yield {"type": "http.response.body", "body": chunk, "more_body": True}
 
 
 async def _nothing() -> AsyncIterator[bytes]:
