@@ -13,7 +13,7 @@ from psycopg.pq import ExecStatus
 from psycopg.rows import tuple_row
 
 from . import bridge, sessions
-from .driver import Answer, Connection, Statement
+from .driver import Answer, Connection, LazyConnection, Start, Statement
 from .multiplexing import is_single
 from .statements import NotServed, direct, serves, stand_in
 
@@ -68,7 +68,7 @@ class AsyncCursor:
         wrapper.validate_no_broken_transaction()
         with wrapper.wrap_database_errors:
             answer = conn.run(_Raw(text, params, wrapper))
-        self._keep(answer, wrapper, conn, wrapper.session.pool.start)
+        self._keep(answer, wrapper, wrapper.session.pool.start, conn)
 
     async def _share(self, text: Any, params: Any) -> bool:
         """Have a statement travel with others while all connections are in use, if it may.
@@ -80,9 +80,9 @@ class AsyncCursor:
         if (found := stand_in(self._using or DEFAULT_DB_ALIAS)) is None:
             return False
         pool, wrapper = found
-        conn = pool.take_lazy()
         queue = sessions.queue_without_session(pool, text)
-        if queue is None or conn is None or conn.row_factory is not tuple_row:
+        start = pool.start
+        if queue is None or start is None or start.row_factory is not tuple_row:
             return False
         bridge.check()
         self._close()
@@ -91,15 +91,17 @@ class AsyncCursor:
                 answer = await queue.submit(_Raw(text, params, wrapper))
             except NotServed:
                 return False
-        self._keep(answer, wrapper, conn, pool.start)
+        self._keep(answer, wrapper, start)
         return True
 
-    def _keep(self, answer: Answer, wrapper: Any, conn: Any, start: Any) -> None:
+    def _keep(self, answer: Answer, wrapper: Any, start: Start, conn: Any = None) -> None:
         rows = iter(answer.rows) if answer.result.status == TUPLES_OK else None
 
         def make() -> Any:
             read = 0 if rows is None else answer.result.ntuples - length_hint(rows)
-            return wrapper.make_cursor(start.cursor_on(conn).show(answer, read))
+            return wrapper.make_cursor(
+                start.cursor_on(conn or LazyConnection(start)).show(answer, read)
+            )
 
         self._rows, self._make = rows, make
 

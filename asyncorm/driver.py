@@ -662,7 +662,7 @@ class Connection(psycopg.Connection[Any]):
         """A result with all that is to be read of it."""
         parts = self.load(result, transformer) if result.status == _TUPLES_OK else []
         rows = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
-        return Answer(result, rows, self.info.encoding)
+        return Answer(result, rows, transformer.encoding)
 
     def give_turn(self) -> bool:
         """Let other tasks run if this one has kept them waiting; whether they did.

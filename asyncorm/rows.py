@@ -163,8 +163,8 @@ class RowMaker:
             return self.make_part(loaded, loaded.parts[0], db, wrapper, mode)
         items: list[Any] = []
         for part in loaded.take():
-            items += self.make_part(loaded, part, db, wrapper, mode)
             turn()
+            items += self.make_part(loaded, part, db, wrapper, mode)
         return items
 
     def make_part(

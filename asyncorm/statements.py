@@ -137,7 +137,8 @@ class Plan:
 
     def bound(self, conn: Connection, params: Any) -> Statement | None:
         """The statement with its parameters, None if not all can be sent as such."""
-        if self.query is None:
+        query = self.query
+        if query is None or not (query.isascii() or conn.transformer.encoding == "utf-8"):
             return None
         if self.lists:
             return self._bound_arrays(conn, params)
@@ -608,7 +609,8 @@ def items(plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any = 
     if cursor is None:
         with wrapper.wrap_database_errors:
             conn = wrapper.connection
-            turn = conn.give_turn if isinstance(conn, Connection) else Turns().give
+            alone = isinstance(conn, Connection) and not conn.unsettled
+            turn = conn.give_turn if alone else Turns().give
             return maker.made(loaded, turn, wrapper.alias, wrapper, mode)
     made: list[Any] = []
     with cursor:

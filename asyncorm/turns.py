@@ -51,20 +51,17 @@ async def turn() -> None:
 
 
 class Turns:
-    """Lets other tasks run now and then, for who works without a connection."""
+    """Lets other tasks run now and then, for who works without a connection.
+
+    First before it begins: what it works on may have come together with that of many others.
+    """
 
     def __init__(self) -> None:
-        self._began = monotonic()
+        self._began = float("-inf")
 
     def give(self) -> None:
         """Let them run if it is due: from native code."""
         runner = bridge.current()
         if runner is not None and not runner.shields and monotonic() - self._began >= BUSY:
             bridge.wait_for(runner, turn())
-            self._began = monotonic()
-
-    async def wait(self) -> None:
-        """The same, awaited."""
-        if monotonic() - self._began >= BUSY:
-            await turn()
             self._began = monotonic()

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -23,6 +24,7 @@ from django.test.utils import CaptureQueriesContext
 
 import asyncorm
 from asyncorm import bridge, multiplexing, native
+from asyncorm.rows import RowMaker
 from asyncorm.statements import clear
 from tests.project.myapp.models import Item
 from tests.support import administrator, all_given_back, database, eventually, value
@@ -80,6 +82,45 @@ async def test_statements_travel_together(grown: str) -> None:
     assert stats["pipelines"] < stats["statements_pipelined"] / 2
     assert stats["pool_size"] == 2
     assert stats["requests_waiting"] == 0
+
+
+@pytest.mark.parametrize("way", ["gathered", "batch"])
+async def test_large_results_are_taken_apart_in_turns(
+    grown: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many come at once, others have a turn after each piece of work."""
+    with administrator() as ask:
+        ask(
+            "INSERT INTO myapp_item (remote_id, name) SELECT n, 'x' FROM generate_series(1, 2000) n"
+        )
+    monkeypatch.setattr("asyncorm.driver._BUSY", 0)
+    monkeypatch.setattr("asyncorm.turns.BUSY", 0)
+    turn = 0
+    pieces: Counter[int] = Counter()
+
+    async def watch() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    def counted(self: Any, *args: Any) -> Any:
+        pieces[turn] += 1
+        return make_part(self, *args)
+
+    make_part = RowMaker.make_part
+    monkeypatch.setattr(RowMaker, "make_part", counted)
+    watching = asyncio.create_task(watch())
+    items = Item.objects.using(grown)
+    if way == "batch":
+        found = await asyncorm.batch(*[items.all() for _ in range(20)], using=grown)
+    else:
+        found = await asyncio.gather(*[items.all().anative() for _ in range(20)])
+    watching.cancel()
+    assert [len(each) for each in found] == [2000] * 20
+    assert pieces.total() == 400
+    assert max(pieces.values()) <= 3  # those with a connection of their own took no turn yet
+    assert pipelined() > 0
 
 
 async def test_the_setting_turns_it_off(grown: str) -> None:
