@@ -291,9 +291,9 @@ def of_query(
     """
     compared, ops = tuple(compared), type(wrapper.ops)
     told = {f for each in kept for f in (each if isinstance(each, tuple) else (each,))}
-    told |= {join.join_field for join in asked.alias_map.values() if type(join) is Join}
-    of_relations = {getattr(f, "field", f) for f in told}
-    models = {m for f in told for m in (_model(f), f.is_relation and f.related_model) if m}
+    joins: set[Any] = {join.join_field for join in asked.alias_map.values() if type(join) is Join}
+    of_relations = {getattr(f, "field", f) for f in told | joins}
+    models = {m for m in (*map(_model, told | joins), *(f.related_model for f in joins)) if m}
     models |= {asked.model, *_ordered_by(asked), *(maker.models if maker is not None else ())}
     models |= {parent for model in models for parent in model._meta.all_parents}
     made = type(asked.get_compiler(connection=wrapper))
