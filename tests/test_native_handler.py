@@ -711,3 +711,66 @@ async def storm(settings: Any, count: int) -> None:
     waiting = [each for each in gc.get_objects() if isinstance(each, Runner) and each.gr_frame]
     assert len([each for each in waiting if each.gr_context is not None]) == 0
     assert await Item.objects.acount() == 30  # each middleware's was rolled back
+
+
+# Threaded middleware around native code
+
+
+@native_view
+def counts(request: Any) -> HttpResponse:
+    Item.objects.create(remote_id=51)
+    return HttpResponse(f"{Item.objects.count()} {here()}")
+
+
+async def counts_asynchronously(request: Any) -> HttpResponse:
+    await Item.objects.acreate(remote_id=51)
+    return HttpResponse(f"{await Item.objects.acount()} {here()}")
+
+
+urlpatterns += [path("counts/", counts), path("counts/async/", counts_asynchronously)]
+
+
+@pytest.mark.parametrize("url", ["/counts/", "/counts/async/"])
+async def test_native_views_take_part_in_the_transaction_of_a_threaded_middleware(
+    settings: Any, url: str
+) -> None:
+    settings.MIDDLEWARE = [*DEFAULT, f"{__name__}.atomically"]
+    app = get_asgi_application()
+    for _ in range(2):
+        assert await body(app, url) == "2 loop"
+        assert await Item.objects.acount() == 0
+    await all_given_back()
+
+
+# Debugging
+
+
+async def logged(request: Any) -> HttpResponse:
+    await asyncio.gather(Item.objects.acount(), Item.objects.acount())
+    return HttpResponse(str(len(connection.queries)))
+
+
+@native_view
+def logged_natively(request: Any) -> HttpResponse:
+    Item.objects.count()
+    Item.objects.count()
+    return HttpResponse(str(len(connection.queries)))
+
+
+urlpatterns += [path("logged/", logged), path("logged/natively/", logged_natively)]
+
+
+async def test_in_debug_mode(settings: Any) -> None:
+    settings.DEBUG = True
+    settings.ASYNCORM = {"SWAP_MANAGERS": True, "SLOW_STEP": False}
+    app = get_asgi_application()
+    await body(app, "/logged/")
+    with watched_threads() as threads:
+        for _ in range(3):
+            assert await body(app, "/logged/") == "2"
+            assert await body(app, "/logged/natively/") == "2"
+        answer = await ask(app, "/broken/")
+        assert answer.status == 500 and "ZeroDivisionError at /broken/" in answer.body
+        answer = await ask(app, "/nothing/")
+        assert answer.status == 404 and "URLconf" in answer.body
+    assert threads == []
