@@ -313,6 +313,35 @@ async def test_views_of_the_project_that_django_calls() -> None:
     assert seen == ["handler404 (thread)", "csrf failure (thread)"]
 
 
+def processor(request: Any) -> dict[str, str]:
+    note("context processor")
+    return {"name": "from the processor"}
+
+
+async def test_error_pages_of_the_project_are_rendered_in_a_thread(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(globals(), "handler404")
+    settings.TEMPLATES = [
+        {
+            "BACKEND": "django.template.backends.django.DjangoTemplates",
+            "OPTIONS": {
+                "loaders": [
+                    ("django.template.loaders.locmem.Loader", {"404.html": "page {{ name }}"})
+                ],
+                "context_processors": [f"{HERE}.processor"],
+            },
+        }
+    ]
+    app = get_asgi_application()
+    assert (await ask(app, "/nothing/")).body == "page from the processor"
+    assert seen == ["context processor (thread)"]
+    seen.clear()
+    settings.ASYNCORM = {"NATIVE_VIEWS": ["django.views.defaults"]}
+    assert (await ask(app, "/nothing/")).body == "page from the processor"
+    assert seen == ["context processor (loop)"]
+
+
 async def test_outside_native_code_all_is_as_it_was() -> None:
     get_asgi_application()
     caches["remote"].set("key", 1)

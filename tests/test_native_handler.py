@@ -774,3 +774,40 @@ async def test_in_debug_mode(settings: Any) -> None:
         answer = await ask(app, "/nothing/")
         assert answer.status == 404 and "URLconf" in answer.body
     assert threads == []
+
+
+# Django REST framework
+
+
+async def test_django_rest_framework_natively(settings: Any) -> None:
+    pytest.importorskip("rest_framework")
+    from rest_framework.exceptions import ValidationError
+    from rest_framework.renderers import JSONRenderer
+    from rest_framework.response import Response
+    from rest_framework.views import APIView
+
+    class Writes(APIView):
+        renderer_classes = [JSONRenderer]
+
+        def get(self, request: Any) -> Response:
+            Item.objects.create(remote_id=Item.objects.count() + 1)
+            if "refuse" in request.query_params:
+                raise ValidationError("refused")
+            return Response({"items": Item.objects.count(), "ran": here()})
+
+    Writes.__module__ = __name__
+    urlpatterns.append(path("drf/", Writes.as_view()))
+    clear_url_caches()
+    settings.ASYNCORM = {"NATIVE_VIEWS": [f"{__name__}.test_django_rest_framework_natively"]}
+    app = get_asgi_application()
+    connections.settings["default"]["ATOMIC_REQUESTS"] = True
+    try:
+        await body(app, "/drf/")
+        with watched_threads() as threads:
+            assert await body(app, "/drf/") == '{"items":2,"ran":"loop"}'
+            assert (await ask(app, "/drf/?refuse")).status == 400
+        assert threads == []
+    finally:
+        connections.settings["default"]["ATOMIC_REQUESTS"] = False
+    assert await asyncorm.native(Item.objects.count)() == 2
+    await all_given_back()

@@ -29,12 +29,16 @@ import django.middleware.gzip
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.apps import apps
 from django.conf import settings
+from django.core.cache.backends.db import BaseDatabaseCache
 from django.core.mail.backends.base import BaseEmailBackend
 from django.core.signals import setting_changed
 from django.db import router
 from django.db.models import FileField
+from django.template import TemplateDoesNotExist
+from django.template.loader import get_template
 from django.urls import URLResolver
 from django.utils.module_loading import import_string
+from django.views import defaults
 
 from .. import bridge, sessions, swap
 from . import flow, views
@@ -56,6 +60,11 @@ _OF_NAMES = {
     "path", "stored_name", "url",
 }  # fmt: skip
 _OF_FILES = ("close", "flush", "read", "readline", "readlines", "seek", "write")
+# Views of Django's that render a template of the project with its context processors.
+_ERROR_TEMPLATES: dict[Any, str] = {
+    defaults.page_not_found: defaults.ERROR_404_TEMPLATE_NAME,
+    defaults.permission_denied: defaults.ERROR_403_TEMPLATE_NAME,
+}
 _GZIP_BYTES = 64 * 1024  # half a millisecond of work or so
 
 Method = Callable[..., Any]
@@ -145,7 +154,8 @@ def _prepare_caches() -> None:
         if _named(cls) == _DATABASE_CACHE:
             _replace(cls, _except_of(_methods(cls), _CACHES + "base"), stays=_is_native_cache)
         elif _named(cls) not in _DIRECT_CACHES:
-            _replace(cls, _except_of(_methods(cls), _CACHES + "base"))
+            database = issubclass(cls, BaseDatabaseCache)
+            _replace(cls, _except_of(_methods(cls), _CACHES + "base"), database=database)
 
 
 def _is_native_cache(cache: Any) -> bool:
@@ -300,15 +310,24 @@ def _view_in_thread(original: Method) -> Method:
     @functools.wraps(original)
     def get(*args: Any, **kwargs: Any) -> Any:
         view = original(*args, **kwargs)
-        if (
-            not bridge.in_native_code()
-            or view.__module__.startswith("django.")
-            or views.is_native(view)
-        ):
+        if not bridge.in_native_code() or _is_djangos(view) or views.is_native(view):
             return view
         return flow.in_thread(view)
 
     return get
+
+
+def _is_djangos(view: Any) -> bool:
+    """Whether a view runs no code of the project: neither its own, nor a template's."""
+    if not view.__module__.startswith("django."):
+        return False
+    if template := _ERROR_TEMPLATES.get(view):
+        try:
+            get_template(template)
+        except TemplateDoesNotExist:
+            return True
+        return False
+    return True
 
 
 @functools.cache

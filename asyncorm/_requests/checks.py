@@ -90,16 +90,21 @@ def check_admin() -> list[CheckMessage]:
 
 def check_handler() -> list[CheckMessage]:
     """asyncorm.I001: the swap is on, and requests are served by Django's own handler."""
+    if not conf.get("SWAP_MANAGERS") or type(projects_handler()) is not ASGIHandler:
+        return []
+    text = f"{settings.ASGI_APPLICATION} is served by Django's own handler."
+    return [Info(text, hint=_HINT, id="asyncorm.I001")]
+
+
+def projects_handler() -> ASGIHandler | None:
+    """The handler of the application that ASGI_APPLICATION names, where it can be found."""
     path = getattr(settings, "ASGI_APPLICATION", None)
-    if not path or not conf.get("SWAP_MANAGERS"):
-        return []
+    if not path:
+        return None
     try:
-        handler = find_handler(import_string(path))
-    except Exception:  # it is not for us to report
-        return []
-    if type(handler) is not ASGIHandler:
-        return []
-    return [Info(f"{path} is served by Django's own handler.", hint=_HINT, id="asyncorm.I001")]
+        return find_handler(import_string(path))
+    except Exception:  # the server that is to serve it says so
+        return None
 
 
 def find_handler(app: Any) -> ASGIHandler | None:

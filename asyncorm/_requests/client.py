@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from django.conf import settings
-from django.utils.module_loading import import_string
-
 from .. import conf, internals
 from . import blocking, checks, signals
 from .handler import Chain, NativeHandler
@@ -24,6 +21,6 @@ def chain_for_client() -> Chain | None:
 
 def _is_asked_for() -> bool:
     asked = conf.get("NATIVE_HANDLER")
-    if asked is None and (path := getattr(settings, "ASGI_APPLICATION", None)):
-        return isinstance(checks.find_handler(import_string(path)), NativeHandler)
+    if asked is None:
+        return isinstance(checks.projects_handler(), NativeHandler)
     return bool(asked)
