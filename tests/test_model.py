@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
 
@@ -22,6 +23,7 @@ from django.db import (
     connection,
     transaction,
 )
+from django.db.models import Value
 from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -55,6 +57,15 @@ SEED = int(os.environ.get("ASYNCORM_MODEL_SEED", "4"))
 PATIENCE = 30.0  # seconds; reached only when a program hangs
 TAKEN = 0  # the remote_id of a row that is always there
 ids = count(1)
+MOMENT = datetime(2024, 7, 1, 12, tzinfo=UTC)
+LARGE = 1 << 20
+# Of the session, for the rest of a transaction.
+SETTINGS = (
+    "TIME ZONE 'Pacific/Kiritimati'", "TIME ZONE INTERVAL '-05:30' HOUR TO MINUTE",
+    "DateStyle = 'SQL, DMY'", "IntervalStyle = 'iso_8601'", "search_path = pg_catalog, public",
+    "statement_timeout = '25s'", "standard_conforming_strings = off", "extra_float_digits = 0",
+    "bytea_output = 'escape'", "work_mem = '1MB'",
+)  # fmt: skip
 
 
 class Boom(Exception):
@@ -67,7 +78,8 @@ class Boom(Exception):
 @dataclass
 class Do:
     """A step: add, look (count rows), stream (the same, from a server-side cursor), violate (a
-    constraint), boom, hook (on_commit), rollback (set_rollback), detached (add outside the block).
+    constraint), boom, hook (on_commit), rollback (set_rollback), detached (add outside the block),
+    alter (SET LOCAL), apart (outside the block, which must see nothing of that), large (a value).
     """
 
     what: str
@@ -113,7 +125,9 @@ class Child:
 
 
 pauses = st.integers(0, 3)
-STEPS = "add add add add look look stream violate boom hook hook rollback detached"
+STEPS = (
+    "add add add add look look stream violate boom hook hook rollback detached alter apart large"
+)
 leaf = st.builds(Do, st.sampled_from(STEPS.split()), pauses)
 cancels = (
     st.just(()) | st.tuples(st.integers(0, 40)) | st.tuples(st.integers(0, 40), st.integers(0, 2))
@@ -347,6 +361,15 @@ class Run:
                 value = len([row async for row in rows.native_iterator(chunk_size=2)])
                 if len(self.log) > began:  # others may have added rows in the meantime
                     return
+            elif what == "alter":
+                await asyncorm.native(executed)(f"SET LOCAL {SETTINGS[number % len(SETTINGS)]}")
+            elif what == "large":
+                value = await asyncorm.native(executed)("SELECT length(%s)", "é" * LARGE)
+            elif what == "apart":
+                async with asyncorm.detached():
+                    taken = Item.objects.filter(remote_id=TAKEN).annotate(at=Value(MOMENT))
+                    value = await taken.values_list("at", flat=True).native_get()
+                    value = value, await asyncorm.native(executed)("SELECT interval '1 month 2 h'")
             elif what == "detached":
                 async with asyncorm.detached():
                     await Item.objects.native_create(remote_id=number, name="detached")
@@ -377,6 +400,13 @@ class Run:
         if isinstance(exc, TransactionManagementError):
             return "ended" if "has ended" in str(exc) else "broken"
         return repr(exc)
+
+
+def executed(sql: str, *params: Any) -> Any:
+    """Execute a statement; its value, if it has one."""
+    with connection.cursor() as cursor:
+        cursor.execute(sql, params)
+        return cursor.fetchone()[0] if cursor.description else None
 
 
 # The model
@@ -453,6 +483,17 @@ class Model:
             assert outcome == "ok"
             stack = self.open[block.root.number]
             assert stack[-1] is not block or value == sum(len(each.rows) for each in stack)
+
+    def alter(self, block: Block, value: Any, outcome: str) -> None:
+        if self.usable(block, outcome):
+            assert outcome == "ok"
+
+    def large(self, block: Block, value: Any, outcome: str) -> None:
+        if self.usable(block, outcome):
+            assert (value, outcome) == (LARGE, "ok")
+
+    def apart(self, block: Block, value: Any, outcome: str) -> None:
+        assert (value, outcome) == ((MOMENT, timedelta(days=30, hours=2)), "ok")
 
     def violate(self, block: Block, value: Any, outcome: str) -> None:
         if self.usable(block, outcome):
@@ -535,10 +576,12 @@ class Model:
 def runner(django_db_setup: Any, django_db_blocker: Any) -> Iterator[asyncio.Runner]:
     # As few connections as the transactions at once and one more: detached statements share it.
     pool = connection.settings_dict["OPTIONS"]["pool"]
-    size, pool["max_size"] = pool["max_size"], 4
+    before = dict(pool)
+    pool |= {"max_size": 4, "max_lifetime": 0.3}
     with django_db_blocker.unblock(), asyncio.Runner() as runner:
         yield runner
-    pool["max_size"] = size
+    pool.clear()
+    pool.update(before)
     with django_db_blocker.unblock(), connection.cursor() as cursor:
         cursor.execute("TRUNCATE myapp_item")
     connection.close()
