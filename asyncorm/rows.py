@@ -100,7 +100,7 @@ class Loaded:
 
     def with_times(self, part: list[Any]) -> list[Any]:
         """Rows in which psycopg has loaded the timestamps, too."""
-        load = self.times(_TIMESTAMPTZ).load  # without a connection: in UTC, from ISO format
+        load = self.times(_TIMESTAMPTZ, None).load  # without a connection: in UTC, from ISO format
         return [
             tuple(
                 load(value.encode()) if oid == _TIMESTAMPTZ and value is not None else value
