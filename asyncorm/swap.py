@@ -162,7 +162,8 @@ _foreign: bool | None = None
 
 def _aiterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
     """QuerySet.aiterator(): asynchronous iteration in chunks from a server-side cursor."""
-    if active() and is_native(self.iterator) and not _of_thread(self.iterator, (), {}):
+    positive = isinstance(chunk_size, int) and chunk_size > 0  # or Django complains when iterated
+    if positive and active() and is_native(self.iterator) and not _of_thread(self.iterator, (), {}):
         # Not in a generator around it: aclose() closes it.
         return self.native_iterator(chunk_size)  # type: ignore[no-any-return]
     return _django_aiterator(self, chunk_size)  # type: ignore[no-any-return]

@@ -164,6 +164,14 @@ async def iteration() -> None:
     assert len([book.tags.all() async for book in books.aiterator(chunk_size=7)]) == 30
 
 
+async def test_a_wrong_chunk_size_is_an_error_when_it_is_iterated() -> None:
+    with swapped():
+        for size in (0, -1):
+            rows = Tag.objects.aiterator(chunk_size=size)
+            with pytest.raises(ValueError, match="strictly positive"):
+                await anext(rows)
+
+
 @operation
 async def raw_queryset() -> None:
     if hasattr(type(Tag.objects.raw("")), "__aiter__"):
