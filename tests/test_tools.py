@@ -304,3 +304,51 @@ def test_spans_of_requests_are_those_of_djangos_handler(
             answers.append((status, name, [each for each in names if not each.startswith(other)]))
         assert answers[0] == answers[1]
         assert threads == 0
+
+
+@pytest.mark.slow
+def test_opentelemetrys_spans_of_requests_on_our_handler(shop_data: Any) -> None:
+    tool = """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+exporter = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+trace.set_tracer_provider(provider)
+"""
+    after = """
+from opentelemetry.instrumentation.django import DjangoInstrumentor
+DjangoInstrumentor().instrument()
+from asyncorm.opentelemetry import instrument
+instrument()
+from django.core.asgi import get_asgi_application as djangos
+from django.test import override_settings
+from asyncorm.asgi import get_asgi_application as ours
+from tests.asgi_client import ask
+from tests.support import watched_threads
+settings.DEBUG = False
+[name] = [each for each in settings.MIDDLEWARE if each.startswith("opentelemetry.")]
+async def main():
+    found = []
+    for make in djangos, ours:
+        app = make()
+        for url in "/", "/synchronous":
+            await ask(app, url)
+            exporter.clear()
+            with watched_threads() as threads:
+                await ask(app, url)
+            spans = exporter.get_finished_spans()
+            names = {each.context.span_id: each.name for each in spans}
+            found.append([sorted(
+                [each.name, each.parent and names[each.parent.span_id] or "", each.kind.name]
+                for each in spans), len(threads)])
+    print(json.dumps(found))
+with override_settings(ASYNCORM={"SWAP_MANAGERS": True, "NATIVE_MIDDLEWARE": [name]}):
+    asyncio.run(main())
+"""
+    theirs, _, ours, synchronous = run(TRACED % {"tool": tool}, after)
+    assert ours[0] == theirs[0] and len(ours[0]) == 4
+    assert {"GET synchronous", "SERVER"} <= {part for span in synchronous[0] for part in span}
+    assert ours[1] == synchronous[1] == 0 < theirs[1]
