@@ -92,6 +92,9 @@ def is_anothers(value: Any) -> bool:
 
 
 _WITHIN = ("__func__", "__wrapped__", "fget", "func")
+# What plans do not leave out, except those that make no clone of a queryset: see below.
+# strawberry-django replaces it, to have its own attribute in each clone.
+_BESIDE: dict[type, set[str]] = {query.QuerySet: {"_clone"}}
 _looked_at: dict[type, tuple[Any, bool]] = {}
 
 
@@ -105,7 +108,7 @@ def is_djangos(cls: type) -> bool:
     """Whether nothing that a class of Django's does is somebody else's now."""
     known = _looked_at.get(cls)
     if known is None or _contents(cls) != known[0]:
-        names = _names(cls) | _ASKED_FOR
+        names = (_names(cls) | _ASKED_FOR) - _BESIDE.get(cls, set())
         own = not any(name in names and is_anothers(value) for name, value in vars(cls).items())
         known = _looked_at[cls] = _contents(cls), own
     return known[1]
@@ -114,6 +117,16 @@ def is_djangos(cls: type) -> bool:
 def are_djangos(*classes: type) -> bool:
     """Whether each class, and what it inherits, is Django's as it was made."""
     return all(is_djangos(each) for cls in classes for each in cls.__mro__[:-1])
+
+
+def clones_as_django() -> bool:
+    """Whether a queryset that is made of another is as Django makes it."""
+    return _clones_as_django(query.QuerySet._clone)  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=16)
+def _clones_as_django(function: Any) -> bool:
+    return not is_anothers(function)
 
 
 class _Name(str):

@@ -435,7 +435,7 @@ def _plan_get(
         found is None
         or found[0].picked is not None
         or shape.mixed
-        or not _filters_as_django(type(queryset))
+        or not (_filters_as_django(type(queryset)) and grounds.clones_as_django())
         or len(lookups) != len(names)
         or base.params != shape.params[: len(base.params)]
     ):

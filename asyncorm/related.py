@@ -58,8 +58,10 @@ _MANAGER = ("__new__", "__init__", "__setattr__", "__getattribute__", "get_query
 
 
 def _is_djangos(cls: Any, base: Any, names: tuple[str, ...]) -> bool:
-    return grounds.is_djangos(base) and all(
-        getattr(cls, name, None) is getattr(base, name, None) for name in names
+    return (
+        grounds.is_djangos(base)
+        and grounds.clones_as_django()
+        and all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
     )
 
 

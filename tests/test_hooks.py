@@ -107,6 +107,14 @@ def column(**names: str) -> Any:
 
 _from_db = models.Model.from_db.__func__  # type: ignore[attr-defined]
 _filter, _as_sql = QuerySet.filter, compiler.SQLCompiler.as_sql
+_clone: Any = QuerySet._clone  # type: ignore[attr-defined]
+
+
+def _emptied(queryset: Any) -> Any:
+    queryset.query.set_empty()
+    return queryset
+
+
 _count, _init = Query.get_count, models.Model.__init__
 
 
@@ -154,6 +162,7 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "__init__": (changed(Tag, "__init__", init), read),
     "__init__ of Model": (changed(models.Model, "__init__", init), read),
     "__init__, prefetched": (changed(Book, "__init__", init_of_book), prefetch),
+    "_clone": (changed(QuerySet, "_clone", lambda s: _emptied(_clone(s))), read),
     "filter": (
         changed(QuerySet, "filter", lambda s, *a, **k: _filter(s, *a, **k).none()), read,
     ),
