@@ -56,7 +56,7 @@ import os
 import select
 import traceback
 from asyncio import CancelledError, get_running_loop
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from time import monotonic
@@ -641,27 +641,29 @@ class Connection(psycopg.Connection[Any]):
         query.convert(text, params)
         return _sent(query, text)
 
-    def load(self, result: Any, transformer: Any) -> list[list[tuple[Any, ...]]]:
+    def load(self, result: Any, transformer: Any) -> Iterator[list[tuple[Any, ...]]]:
         """The rows of a result that was just given, some at a time.
 
-        Other tasks have a turn now and then; the caller holds the connection.
+        Other tasks have a turn now and then. Loaded as they are asked for if nobody but the
+        operation can change the session meanwhile, otherwise at once.
         """
+        parts = self._load(result, transformer)
+        return parts if getattr(self.lock, "exclusive", False) else iter(list(parts))
+
+    def _load(self, result: Any, transformer: Any) -> Iterator[list[tuple[Any, ...]]]:
         size = result.ntuples
-        parts = []
-        try:
-            for start in range(0, size or 1, SLICE):
-                transformer.set_pgresult(result)  # the operation may have used it meanwhile
-                parts.append(transformer.load_rows(start, min(start + SLICE, size), tuple))
-                if size > SLICE:
-                    self.give_turn()
-        finally:
+        for start in range(0, size or 1, SLICE):
+            transformer.set_pgresult(result)  # the operation may have used it meanwhile
+            part = transformer.load_rows(start, min(start + SLICE, size), tuple)
             transformer.set_pgresult(None)  # an idle connection keeps no rows
-        return parts
+            yield part
+            if size > SLICE:
+                self.give_turn()
 
     def answer(self, result: Any, transformer: Any) -> Answer:
         """A result with all that is to be read of it."""
-        parts = self.load(result, transformer) if result.status == _TUPLES_OK else []
-        rows = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
+        parts = self._load(result, transformer) if result.status == _TUPLES_OK else ()
+        rows = list(chain.from_iterable(parts))
         return Answer(result, rows, transformer.encoding)
 
     def give_turn(self) -> bool:

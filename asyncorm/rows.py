@@ -39,7 +39,7 @@ from django.db.models.query_utils import DeferredAttribute
 from django.db.models.signals import post_init, pre_init
 from django.db.models.utils import AltersData
 
-from .driver import Connection
+from .driver import SLICE, Connection
 from .grounds import is_anothers
 from .shapes import Unfit
 
@@ -77,26 +77,24 @@ def is_watched(models: tuple[Any, ...]) -> bool:
 
 
 class Loaded:
-    """The rows of a result as psycopg has loaded them.
+    """The rows of a result as psycopg loads them.
 
     Attributes:
+        size: how many rows.
         parts: the rows, some at a time.
         oids: the types of the columns.
         times: psycopg's loader of timestamps, if they are the server's text still, in UTC.
     """
 
-    __slots__ = ("oids", "parts", "times")
+    __slots__ = ("oids", "parts", "size", "times")
 
-    def __init__(self, parts: list[list[Any]], oids: tuple[int, ...], times: Any) -> None:
+    def __init__(
+        self, size: int, parts: Iterator[list[Any]], oids: tuple[int, ...], times: Any
+    ) -> None:
+        self.size = size
         self.parts = parts
         self.oids = oids
         self.times = times
-
-    def take(self) -> Iterator[list[Any]]:
-        """Each part, which is not kept."""
-        self.parts.reverse()
-        while self.parts:
-            yield self.parts.pop()
 
     def with_times(self, part: list[Any]) -> list[Any]:
         """Rows in which psycopg has loaded the timestamps, too."""
@@ -145,24 +143,23 @@ class RowMaker:
         return self.made(self.load(result, conn), conn.give_turn, db, wrapper, mode)
 
     def load(self, result: Any, conn: Connection) -> Loaded:
-        """What psycopg makes of a result, as the session was when it ran the statement: nothing of
-        it depends on the connection any more."""
+        """What psycopg makes of a result, as the session was when it ran the statement."""
         oids = tuple([result.ftype(i) for i in range(result.nfields)])
         times = None
         if _TIMESTAMPTZ in oids:
             transformer, times = conn.per_settings(_loaders)
         else:
             transformer = conn.transformer
-        return Loaded(conn.load(result, transformer), oids, times)
+        return Loaded(result.ntuples, conn.load(result, transformer), oids, times)
 
     def made(
         self, loaded: Loaded, turn: Callable[[], Any], db: str, wrapper: Any, mode: Any
     ) -> list[Any]:
         """The items for loaded rows; `turn()` may let other tasks run."""
-        if len(loaded.parts) == 1:
-            return self.make_part(loaded, loaded.parts[0], db, wrapper, mode)
+        if loaded.size <= SLICE:
+            return self.make_part(loaded, next(loaded.parts), db, wrapper, mode)
         items: list[Any] = []
-        for part in loaded.take():
+        for part in loaded.parts:
             turn()
             items += self.make_part(loaded, part, db, wrapper, mode)
         return items

@@ -983,6 +983,11 @@ class Session:
         return conn is not None and conn.pgconn.transaction_status == TransactionStatus.INERROR
 
     @property
+    def exclusive(self) -> bool:
+        """Whether no other task's statements run on its connection."""
+        return self.root is None and not self.pipelining
+
+    @property
     def kept(self) -> bool:
         """Whether something other than an operation keeps the connection."""
         return self.root is not None or self.pinned or self.streaming
