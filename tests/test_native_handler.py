@@ -437,6 +437,46 @@ async def test_native_synchronous_views_go_on_to_their_end(settings: Any, way: s
     await all_given_back()
 
 
+released = threading.Event()
+
+
+def blocks(request: Any) -> HttpResponse:
+    seen.append("begun")
+    assert released.wait(10)
+    seen.append("ended")
+    return HttpResponse()
+
+
+def finishes(get_response: Any) -> Any:
+    def middleware(request: Any) -> Any:
+        response = get_response(request)
+        seen.append("finished")
+        return response
+
+    return middleware
+
+
+urlpatterns.append(path("blocks/", blocks))
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_middleware_around_a_threaded_view_goes_on_to_its_end(
+    settings: Any, named: bool
+) -> None:
+    settings.MIDDLEWARE = [*DEFAULT, f"{__name__}.finishes"]
+    if named:
+        settings.ASYNCORM = {"NATIVE_MIDDLEWARE": [f"{__name__}.finishes"]}
+    released.clear()
+    gone = asyncio.Event()
+    task = asyncio.create_task(ask(get_asgi_application(), "/blocks/", gone=gone))
+    await eventually(lambda: seen)
+    gone.set()
+    await asyncio.sleep(0.1)
+    released.set()
+    await asyncio.wait([task], timeout=5)
+    assert seen == ["begun", "ended", "finished"]
+
+
 async def test_a_view_is_cancelled_that_begins_after_the_client_went_away(settings: Any) -> None:
     settings.MIDDLEWARE = [f"{__name__}.slowly"]
     settings.ASYNCORM = {"NATIVE_MIDDLEWARE": "__all__"}

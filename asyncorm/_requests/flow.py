@@ -80,16 +80,23 @@ async def cancellable(
         running.enter(before)
 
 
-async def natively(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Run a step of the request natively; it is not cancelled unless the project wants that."""
-    running = _running.get()
-    if running is None or conf.get("CANCEL_NATIVE_VIEWS"):
-        return await cancellable(bridge.run, func, *args, **kwargs)
+async def protected(
+    call: Callable[..., Coroutine[Any, Any, Any]], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Await code that goes on to its end, as synchronous code in a thread does."""
+    if (running := _running.get()) is None:
+        return await call(*args, **kwargs)
     before = running.enter(None)
     try:
-        return await bridge.run(func, *args, **kwargs)
+        return await call(*args, **kwargs)
     finally:
         running.enter(before)
+
+
+async def natively(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Run a step of the request natively; it is not cancelled unless the project wants that."""
+    wait = cancellable if conf.get("CANCEL_NATIVE_VIEWS") else protected
+    return await wait(bridge.run, func, *args, **kwargs)
 
 
 def on_the_loop(func: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
@@ -132,13 +139,13 @@ async def while_handling(
 ) -> Any:
     """Await a call as in the `except` block of an exception of another greenlet."""
     if exc is None:
-        return await cancellable(call, *args, **kw)
+        return await protected(call, *args, **kw)
     traceback = exc.__traceback__
     try:
         raise exc
     except BaseException:
         exc.__traceback__ = traceback
-        return await cancellable(call, *args, **kw)
+        return await protected(call, *args, **kw)
 
 
 def _method_like(func: Any, call: Any) -> Callable[..., Any]:
