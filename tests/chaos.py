@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import gc
 import itertools
 import os
 import random
+import resource
 import statistics
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,6 +42,7 @@ ACCOUNTS = 20
 BALANCE = 1000
 WORKERS = 12
 POOL = 8
+LIFETIME = 2.0  # seconds, so that connections are replaced whatever goes on
 DEADLINE = 3.0  # seconds for a transfer
 GRACE = CANCEL_TIMEOUT + 1.0  # for the server to be told of a cancellation, or not to answer
 
@@ -333,6 +337,67 @@ async def down(bank: Bank, seconds: float) -> None:
     await asyncio.to_thread(bank.server.start)
 
 
+async def large(bank: Bank, seconds: float) -> None:
+    """values of 30 MB, both ways"""
+    text = "é" * (15 << 20)
+    until = time.monotonic() + seconds
+
+    async def there_and_back() -> None:
+        found = await asyncorm.native(_value)("SELECT %s || %s", [text, "!"])
+        assert len(found) == len(text) + 1 and found.endswith("é!"), "a large value was damaged"
+
+    while time.monotonic() < until:
+        await asyncorm.batch(there_and_back(), there_and_back(), using="bank")
+        await asyncio.gather(there_and_back(), there_and_back())
+
+
+async def zones(bank: Bank, seconds: float) -> None:
+    """time zones changed in blocks"""
+    until = time.monotonic() + seconds
+    moment = datetime(2024, 7, 1, 12, tzinfo=UTC)
+    read = Account.objects.using("bank").annotate(at=models.Value(moment))
+
+    async def elsewhere() -> None:
+        async with asyncorm.atomic("bank"):
+            zone = bank.choose.choice(("Asia/Kathmandu", "America/New_York", "Pacific/Apia"))
+            await asyncorm.native(_value)("SELECT set_config('TimeZone', %s, true)", [zone])
+            await read.native_get(pk=1)  # moved: Django takes the session's zone for its own
+
+    async def beside() -> None:
+        assert (await read.native_get(pk=2)).at == moment, "another block moved a time"
+
+    while time.monotonic() < until:
+        async with asyncio.timeout(GRACE + DEADLINE), asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(elsewhere())
+            for _ in range(50):
+                group.create_task(beside())
+
+
+async def burst(bank: Bank, seconds: float) -> None:
+    """bursts of 2,000 tasks"""
+    after: list[int] = []
+    until = time.monotonic() + seconds
+    accounts = Account.objects.using("bank")
+    while time.monotonic() < until or len(after) < 5:
+        await asyncio.gather(*(accounts.native_get(pk=n % ACCOUNTS + 1) for n in range(2_000)))
+        gc.collect()
+        after.append(_resident())
+    grown = (after[-1] - after[2]) / (1 << 20)
+    assert grown < 5 + len(after) / 10, f"{len(after)} bursts left {grown:.1f} MB behind"
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _value(sql: str, params: list[Any]) -> Any:
+    with connections["bank"].cursor() as cursor:
+        cursor.execute(sql, params)
+        return cursor.fetchone()[0]
+
+
 Fault = Callable[[Bank, float], Awaitable[None]]
 FAULTS: dict[str, Fault] = {
     "terminate": terminate,
@@ -341,7 +406,11 @@ FAULTS: dict[str, Fault] = {
     "cancel": cancel,
     "exhaust": exhaust,
     "down": down,
+    "large": large,
+    "zones": zones,
+    "burst": burst,
 }
+QUIET = {"exhaust", "large", "zones", "burst"}  # no transfer need fail
 SHORT = {
     "terminate": 2.0,
     "restart": 2.0,
@@ -349,6 +418,9 @@ SHORT = {
     "cancel": 3.0,
     "exhaust": 3.0,
     "down": 3.0,
+    "large": 2.0,
+    "zones": 2.0,
+    "burst": 2.0,
 }
 LONG = {
     "terminate": 30.0,
@@ -357,6 +429,9 @@ LONG = {
     "cancel": 67.0,  # 10,000 tasks
     "exhaust": 67.0,  # 10,000 at once
     "down": 120.0,
+    "large": 30.0,
+    "zones": 30.0,
+    "burst": 30.0,
 }
 
 
@@ -390,7 +465,7 @@ async def bank_at(server: Server) -> AsyncIterator[Bank]:
             **server.settings,
             "PORT": str(proxy.port),
             "OPTIONS": {
-                "pool": {"min_size": 2, "max_size": POOL},
+                "pool": {"min_size": 2, "max_size": POOL, "max_lifetime": LIFETIME},
                 "application_name": "bank",
                 "connect_timeout": 5,
             },
@@ -530,7 +605,8 @@ INTRODUCTION = """# Reliability
 `make chaos` runs a bank: {workers} workers transfer money between {accounts} accounts through
 asyncorm's ORM methods, each transfer an `atomic()` block with a nested block, two concurrent tasks
 and an `on_commit` callback, under a deadline of {deadline:g} s, on a pool of {pool} connections
-over TCP. Meanwhile one fault after another is injected. After each, these hold, or the run fails:
+over TCP that live for {lifetime:g} s each. Meanwhile one fault after another is injected. After
+each, these hold, or the run fails:
 
 - the sum of all balances is what it was;
 - every acknowledged commit is there; no transfer that was said to have failed is;
@@ -540,6 +616,8 @@ over TCP. Meanwhile one fault after another is injected. After each, these hold,
 - no task outlived its deadline by more than the {grace:g} s that asyncorm gives the server to
   confirm a cancellation or to roll back, and one second; the time in which the event loop was busy
   with other tasks (10,000 that time out at once, say) does not count;
+- values of 30 MB come back whole, a time zone that is set in a block moves no other task's times,
+  and a burst of 2,000 tasks leaves no memory behind;
 - nothing is lent from the pool, no session is active or in a transaction on the server, and the
   pool has as many connections as the server.
 
@@ -563,6 +641,7 @@ def write(reports: list[Report], waits: list[str], path: Path) -> None:
         accounts=ACCOUNTS,
         deadline=DEADLINE,
         pool=POOL,
+        lifetime=LIFETIME,
         grace=CANCEL_TIMEOUT,
         python=sys.version.split()[0],
         django=django.get_version(),
