@@ -101,7 +101,7 @@ class Plan:
             self.lists = ()
             self.query = _numbered(sql, len(self.families), ())
         self.formats = [PyFormat.TEXT] * len(self.families)
-        self.text = self.query.decode() if self.query is not None else ""
+        self.text = sql if self.query is None else self.query.decode()
         self.leaves_state = leaves_state(sql)
 
     @property
