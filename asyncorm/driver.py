@@ -647,6 +647,11 @@ class Connection(psycopg.Connection[Any]):
         Other tasks have a turn now and then. Loaded as they are asked for if nobody but the
         operation can change the session meanwhile, otherwise at once.
         """
+        if result.ntuples <= SLICE:
+            transformer.set_pgresult(result)
+            rows = transformer.load_rows(0, result.ntuples, tuple)
+            transformer.set_pgresult(None)  # an idle connection keeps no rows
+            return iter((rows,))
         parts = self._load(result, transformer)
         return parts if getattr(self.lock, "exclusive", False) else iter(list(parts))
 

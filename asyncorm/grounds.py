@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from inspect import getattr_static
+from itertools import chain
 from operator import attrgetter, itemgetter
 from types import FunctionType
 from typing import Any
@@ -197,7 +198,8 @@ _COUNTERS = {"creation_counter", "auto_creation_counter"}
 _within: dict[type, Any] = {
     cls: itemgetter(*vars(cls).keys() - _COUNTERS) for cls in (Field, BaseManager)
 }
-_within[Model] = itemgetter("__init__", "from_db")
+_OF_MODEL = itemgetter("__init__", "from_db")
+_within[Model] = _OF_MODEL
 
 
 def _contents(cls: type) -> Any:
@@ -231,18 +233,21 @@ class Ground:
         self._options = options
         self._kept = self._now()
 
-    def _now(self) -> Any:
-        return (
-            _contents(Model),
-            [[*values] for values in self._others],
-            [*map(len, self._fields)],  # a mock on a field itself
-            [*map(_COLUMN, self._fields)],
-            [*map(_TABLE, self._options)],
-        )
+    def _now(self) -> list[Any]:
+        # One list, compared for each use of the plan: lengths first, they tell parts from another.
+        return [
+            len(vars(Model)),
+            *map(len, self._others),
+            *map(len, self._fields),  # a mock on a field itself
+            *_OF_MODEL(vars(Model)),
+            *chain.from_iterable(self._others),
+            *map(_COLUMN, self._fields),
+            *map(_TABLE, self._options),
+        ]
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        return self._of_orm.holds() and self._of_fields.holds() and bool(self._now() == self._kept)
+        return self._of_orm.holds() and self._of_fields.holds() and self._now() == self._kept
 
 
 _COLUMN = itemgetter("column")

@@ -313,9 +313,9 @@ class Queue:
         bound = self._bind(conn, requests)
         requests = list(bound)
         pipeline = Pipeline(conn, list(bound.values()))
+        pid, now = conn.pgconn.backend_pid, monotonic()
         for request in requests:
-            request.pid = conn.pgconn.backend_pid
-            request.sent = monotonic()
+            request.pid, request.sent = pid, now
         looking = _Looking(conn, pipeline, requests)
         # One connection only: they go on together, so that what they send next can travel together.
         together: list[_Answer] = []

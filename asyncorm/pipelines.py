@@ -122,7 +122,10 @@ class Pipeline:
                 checked(self._results, conn.info.encoding)
                 raise psycopg.OperationalError(pgconn.get_error_message() or CLOSED)
             for result in results:
-                yield from self._take(result, names, alone)
+                if result.status != _PIPELINE_SYNC:
+                    self._results.append(result)
+                else:
+                    yield from self._end(names, alone)
         pgconn.exit_pipeline_mode()
         for number in self._again:
             self._statements[number].send(pgconn)
@@ -149,18 +152,17 @@ class Pipeline:
                 ended = False
                 while self.answered < self.sent and not pgconn.is_busy():
                     result = pgconn.get_result()
-                    if result is not None:
-                        yield from self._take(result, names, alone)
+                    if result is not None and result.status == _PIPELINE_SYNC:
+                        yield from self._end(names, alone)
+                    elif result is not None:
+                        self._results.append(result)
                     elif ended:
                         break
                     ended = result is None
             full = pgconn.flush() != 0
 
-    def _take(self, result: Any, names: list[bytes], alone: bool) -> Steps:
-        results = self._results
-        if result.status != _PIPELINE_SYNC:
-            results.append(result)  # more than one where it is COMMIT that fails
-            return
+    def _end(self, names: list[bytes], alone: bool) -> Steps:
+        results = self._results  # more than one where it is COMMIT that fails
         number = self.answered
         self._results = []
         self.answered += 1

@@ -66,7 +66,6 @@ from .statements import (
     stand_in,
 )
 from .tracing import Resolving
-from .turns import Turns
 
 _enabled = True
 
@@ -359,7 +358,7 @@ async def _without_operation(
         except NotServed:
             return None
         # A get() asks for no more rows than are taken apart in one turn.
-        return plan.maker.made(loaded, Turns().give, alias, wrapper, mode)  # type: ignore[union-attr]
+        return plan.maker.make_part(loaded, next(loaded.parts), alias, wrapper, mode)  # type: ignore[union-attr]
 
 
 def _mode(queryset: Any) -> Any:

@@ -274,7 +274,7 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
             ended.
         detached: stop at `detached()`.
     """
-    if not _entered and _scope.get() is None and not generators.places:
+    if not _entered and _scope.get() is None and not generators.places:  # _is_outside()
         return None
     task = current_task_or_none()
     around = generators.around()
@@ -307,9 +307,14 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
     return None
 
 
+def _is_outside() -> bool:
+    """Whether the current task is certainly in no scope."""
+    return not _entered and _scope.get() is None and not generators.places
+
+
 def _blocks(alias: str | None) -> Iterator[Block]:
     """The blocks that the current task is in, of one alias or of all."""
-    if not _entered and _scope.get() is None and not generators.places:
+    if _is_outside():
         return
     for name in connections.settings if alias is None else (alias,):
         scope = find_scope(name, outlived=False)
@@ -329,6 +334,8 @@ def of_thread(alias: str | None = None) -> bool:
     Not while native blocks are open on it: a statement would wait for those, and keep the thread
     from others.
     """
+    if _is_outside():
+        return False
     return any(block.of_thread and block.inner is None for block in _blocks(alias))
 
 

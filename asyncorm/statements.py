@@ -571,7 +571,7 @@ def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any,
         session = wrapper.session
         queue = None if session is None else session.shared(plan.text)
         runs: Any = queue if queue is not None else _connection(wrapper)
-        if runs is not None and (queue is not None or serves(runs, wrapper)):
+        if runs is not None:
             wrapper.validate_no_broken_transaction()
             with wrapper.wrap_database_errors, suppress(NotServed):
                 return runs.run(Planned(plan, params, offset, wrapper)), None
@@ -608,6 +608,8 @@ def items(plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any = 
     loaded, cursor = _run(plan, params, offset, wrapper)
     if cursor is None:
         with wrapper.wrap_database_errors:
+            if loaded.size <= SLICE:
+                return maker.make_part(loaded, next(loaded.parts), wrapper.alias, wrapper, mode)
             conn = wrapper.connection
             alone = isinstance(conn, Connection) and not conn.unsettled
             turn = conn.give_turn if alone else Turns().give

@@ -39,4 +39,4 @@ def _waiting_for(task: Any) -> Task[Any] | None:
 def current_and_represented() -> list[Task[Any] | None]:
     """The current task, and those that it stands for."""
     task = current_task()
-    return [task, *represented(task)]
+    return [task, *represented(task)] if _HAS_TASK and _waiting_for(task) is not None else [task]
