@@ -17,7 +17,8 @@ import asyncio
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from inspect import CO_ASYNC_GENERATOR
+from inspect import CO_ASYNC_GENERATOR, CO_OPTIMIZED
+from opcode import opmap
 from types import AsyncGeneratorType, FrameType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
@@ -25,6 +26,9 @@ from weakref import WeakKeyDictionary, ref
 from greenlet import getcurrent
 
 Generator = AsyncGeneratorType[Any, Any]
+
+_GET_ANEXT = opmap["GET_ANEXT"]  # a step of `async for`
+_COPIES_VARIABLES = sys.version_info < (3, 13)
 
 
 class Entry(Protocol):
@@ -109,8 +113,36 @@ def around() -> tuple[Place, ...]:
     return tuple(place for place, frame in found if place is not None and place.holds(frame))
 
 
+def is_left(entry: Entry) -> bool:
+    """Whether a loop over the suspended generator that holds `entry` was left.
+
+    It is not iterated over then: all that refers to it are plain variables of the caller's task, in
+    functions that have loops, and not a loop, a context manager or a framework.
+    """
+    generator = entry.places[-1]._generator() if entry.places else None
+    if generator is None or generator.ag_running:
+        return False
+    unknown = sys.getrefcount(generator) - 2  # that of here and the argument
+    for frame in _stack():
+        code = frame.f_code
+        if not code.co_flags & CO_OPTIMIZED or _GET_ANEXT not in code.co_code[::2]:
+            continue
+        names = {*code.co_varnames, *code.co_cellvars}
+        variables = frame.f_locals
+        unknown -= sum(v is generator for n, v in variables.items() if n in names)
+        # Before 3.13 a copy that the frame keeps: nothing may live longer for it.
+        if _COPIES_VARIABLES and sys.getrefcount(variables) <= 3:
+            variables.clear()
+    return unknown <= 0
+
+
 def _frames() -> Iterator[FrameType]:
-    """The frames of asynchronous generators that the caller runs in, innermost first.
+    """The frames of asynchronous generators that the caller runs in, innermost first."""
+    return (frame for frame in _stack() if frame.f_code.co_flags & CO_ASYNC_GENERATOR)
+
+
+def _stack() -> Iterator[FrameType]:
+    """The frames that the caller runs in, innermost first.
 
     Of its own task only: an eager task begins on the stack of the one that starts it.
     """
@@ -123,8 +155,7 @@ def _frames() -> Iterator[FrameType]:
     outermost = None if task is None else getattr(task.get_coro(), "cr_frame", None)
     while True:
         while frame is not None:
-            if frame.f_code.co_flags & CO_ASYNC_GENERATOR:
-                yield frame
+            yield frame
             if frame is outermost:
                 return
             frame = frame.f_back

@@ -113,7 +113,11 @@ class Scope:
 
     def is_mine(self, task: Task[Any] | None, around: tuple[Place, ...]) -> bool:
         """Whether `task` entered it, or runs in a generator that did, in whichever task."""
-        return self.is_of(task) or (bool(around) and not set(around).isdisjoint(self.places))
+        return self.is_of(task) or self.is_within(around)
+
+    def is_within(self, around: tuple[Place, ...]) -> bool:
+        """Whether one of the generators `around` entered it."""
+        return bool(around) and not set(around).isdisjoint(self.places)
 
     def is_for(self, task: Task[Any] | None) -> bool:
         """Whether `task` stands for the one that entered it; other child tasks do not inherit
@@ -271,7 +275,7 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
 
     Args:
         outlived: raise TransactionManagementError when the task was started in a block that has
-            ended.
+            ended, or has left the loop over a generator that holds the block.
         detached: stop at `detached()`.
     """
     if not _entered and _scope.get() is None and not generators.places:  # _is_outside()
@@ -300,8 +304,11 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
                     if detached:
                         return None
                 elif mine or scope.block is not None or scope.is_for(task):
-                    if scope.places and scope.block is not None:
-                        scope.block.joined |= set(around).isdisjoint(scope.places)
+                    block = scope.block
+                    if block is not None and scope.places and not scope.is_within(around):
+                        if outlived and generators.is_left(scope):
+                            raise block.left_error()
+                        block.joined = True
                     return scope
         scope = scope.prev
     return None
@@ -522,6 +529,14 @@ class Block:
             f"A task that was started inside {self} still uses database {self.session.alias!r}, "
             "but that has ended. Await the task inside the block, or start it with "
             "asyncorm.detached()."
+        )
+
+    def left_error(self) -> TransactionManagementError:
+        """For who has left the loop over the generator that holds the block, but not closed it."""
+        return TransactionManagementError(
+            f"{self} is held by an asynchronous generator that is suspended: the loop over it was "
+            "left before its end. What is done here would be rolled back with it. Close the "
+            "generator first: await generator.aclose(), or contextlib.aclosing()."
         )
 
     def acquire(self) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from itertools import count
 from typing import Any
@@ -43,6 +44,10 @@ async def committed() -> list[str]:
     """What other connections see."""
     async with asyncorm.detached():
         return await names()
+
+
+class Value:
+    """What weak references may refer to."""
 
 
 async def backend() -> int:
@@ -411,6 +416,40 @@ async def test_what_the_body_wrote_is_not_lost_silently(caplog: pytest.LogCaptur
         assert ("left before its end" in caplog.text) is writes
         assert await names() == []
     assert "test_generators.py" in caplog.text
+
+
+async def test_a_loop_that_is_left_while_the_generator_is_kept() -> None:
+    generator: Any = in_block()
+    async for _ in generator:
+        await add("lost")
+        gone = weakref.ref(value := Value())
+        del value
+        assert gone() is None
+        await add("lost")
+        break
+    with pytest.raises(TransactionManagementError, match="Close the generator"):
+        await add("refused")
+    await generator.aclose()
+    await add("kept")
+    assert await committed() == ["kept"]
+
+
+async def test_a_generator_that_is_stepped_by_hand_keeps_others_inside() -> None:
+    generator: Any = in_block()
+    async for _ in generator:  # a loop that goes on is no hindrance either
+        await add("lost")
+    await Item.objects.all().adelete()
+
+    async def by_hand() -> None:
+        generator: Any = in_block()
+        await anext(generator)
+        await add("written")
+        with contextlib.suppress(StopAsyncIteration):
+            while True:
+                await anext(generator)
+
+    await by_hand()
+    assert await committed() == ["lost", "written"]
 
 
 async def test_context_managers_and_dependencies_keep_others_inside() -> None:
