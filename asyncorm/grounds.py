@@ -30,7 +30,16 @@ from django.core.exceptions import FieldDoesNotExist
 from django.db.backends import utils
 from django.db.backends.postgresql import compiler as postgresql_compiler
 from django.db.backends.postgresql import operations
-from django.db.models import Field, Model, expressions, fields, lookups, query
+from django.db.models import (
+    Field,
+    Model,
+    aggregates,
+    expressions,
+    fields,
+    functions,
+    lookups,
+    query,
+)
 from django.db.models.fields import (
     files,
     generated,
@@ -54,7 +63,8 @@ _CLASSES = (
     query.QuerySet, sql_query.Query, subqueries.UpdateQuery, subqueries.InsertQuery,
     subqueries.DeleteQuery, compiler.SQLCompiler, compiler.SQLInsertCompiler,
     compiler.SQLUpdateCompiler, compiler.SQLDeleteCompiler, compiler.SQLAggregateCompiler,
-    where.WhereNode, datastructures.BaseTable, Join, expressions.Col, lookups.IsNull,
+    where.WhereNode, datastructures.BaseTable, Join, expressions.BaseExpression,
+    expressions.Expression, expressions.Col, expressions.F, lookups.IsNull,
     operations.DatabaseOperations,
 )  # fmt: skip
 # Names that Django looks for without having them in its base classes.
@@ -181,9 +191,9 @@ class _Family:
 _ORM = {
     cls
     for module in (
-        query, lookups, expressions, fields, files, generated, json, mixins, related,
-        related_lookups, reverse_related, tuple_lookups, compiler, datastructures, sql_query,
-        subqueries, where, operations, postgresql_compiler, utils,
+        query, lookups, expressions, aggregates, functions, fields, files, generated, json, mixins,
+        related, related_lookups, reverse_related, tuple_lookups, compiler, datastructures,
+        sql_query, subqueries, where, operations, postgresql_compiler, utils,
     )
     for cls in vars(module).values()
     if type(cls) is type
@@ -348,9 +358,14 @@ def speaks_for_itself(field: Any, short: bool = False) -> bool:
     return not (
         # A method that was put on the field itself.
         any(isinstance(getattr_static(cls, name, None), FunctionType) for name in vars(field))
-        or not all(map(is_djangos, filter(_is_made_by_django, cls.__mro__[:-1])))
+        or not is_as_made(cls)
         or _overrides(cls, short)
     )
+
+
+def is_as_made(cls: type) -> bool:
+    """Whether what a class has of Django's is as Django made it."""
+    return all(map(is_djangos, filter(_is_made_by_django, cls.__mro__[:-1])))
 
 
 def _is_made_by_django(cls: type) -> bool:

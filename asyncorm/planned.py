@@ -444,7 +444,7 @@ def _plan_get(
         raise Unfit
     ground = grounds.of_query(
         filtered.query, shape.kept, known.plan.maker, wrapper,
-        [cls for cls, _ in lookups], type(queryset), short=True,
+        [cls for cls, _ in lookups], type(queryset), *known.plan.classes, short=True,
     )  # fmt: skip
     return known, ground
 
@@ -522,7 +522,7 @@ def _plan_keys(
     ground = grounds.of_query(
         narrowed.query, [*shape.kept, *targets], found[0].maker, wrapper,
         [type(leaf) for leaf, *_ in shape.leaves if isinstance(leaf, Lookup)],
-        type(queryset), short=True,
+        type(queryset), *found[0].classes, short=True,
     )  # fmt: skip
     return (found[0], kind), ground
 
@@ -748,7 +748,7 @@ def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[_ByKey
 def _ground_by_key(written: Any, known: _ByKey, wrapper: Any) -> Ground:
     cls, lhs = known.lookup
     kept = [*known.kept, lhs.target, lhs.output_field]
-    return grounds.of_query(written, kept, None, wrapper, [cls], short=True)
+    return grounds.of_query(written, kept, None, wrapper, [cls], *known.plan.classes, short=True)
 
 
 def _delete_batch(original: Any) -> Any:

@@ -17,7 +17,7 @@ executes Django's SQL.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from decimal import Decimal
@@ -62,9 +62,11 @@ class Plan:
         shared: pairs of the shape's places whose parameters are taken to be of one node.
         columns: of the models that are selected beside the query's own, which the key has.
         ready: for each field of an INSERT, which values need not be prepared (bulk.py).
+        classes: of the nodes that the SQL was compiled of: lookups, expressions.
     """
 
     ready: Any = ()
+    classes: Any = ()
 
     def __init__(
         self,
@@ -330,17 +332,22 @@ def remember(key: tuple[Any, ...], plan: Any, ground: Ground) -> None:
 
 
 def learn(
-    key: tuple[Any, ...], model: Any, make: Callable[[], tuple[Any, Ground]], *classes: type
+    key: tuple[Any, ...],
+    model: Any,
+    make: Callable[[], tuple[Any, Ground]],
+    *classes: type,
+    compiled: Collection[type] = (),
 ) -> Any:
     """Make, remember and return what is known by a key, None where making it raises.
 
     Args:
         classes: what that rests on, beside the model.
+        compiled: more of them, which are known once it is made.
     """
     known, ground = None, None
     with suppress(Exception):
         known, ground = make()
-    remember(key, known, ground or Ground(classes, [model]))
+    remember(key, known, ground or Ground([*classes, *compiled], [model]))
     return known
 
 
@@ -413,19 +420,28 @@ def _made(
     wrapper = shape.wrapper
     lookups = [type(leaf) for leaf, *_ in shape.leaves if isinstance(leaf, Lookup)]
 
-    def make() -> tuple[Plan, Ground]:
-        plan = _plan(shape, compile, query, wrapper)
-        return plan, grounds.of_query(shape.query, shape.kept, plan.maker, wrapper, lookups)
+    trace = Trace()
 
-    return learn(key, query.model, make, *lookups)  # type: ignore[no-any-return]
+    def make() -> tuple[Plan, Ground]:
+        plan = _plan(shape, compile, query, wrapper, trace)
+        return plan, grounds.of_query(
+            shape.query, shape.kept, plan.maker, wrapper, lookups, *plan.classes
+        )
+
+    return learn(key, query.model, make, *lookups, compiled=trace.classes)  # type: ignore[no-any-return]
 
 
 UNPLANNED: Any = object()
 _NO_KIND: dict[type, int] = {}
 
 
-def _plan(shape: Shape, compile: Callable[[Any, Any], Compiled], query: Any, wrapper: Any) -> Plan:
-    trace = Trace()
+def _plan(
+    shape: Shape,
+    compile: Callable[[Any, Any], Compiled],
+    query: Any,
+    wrapper: Any,
+    trace: Trace,
+) -> Plan:
     places = shape.places(skips_null=False)
     params = iter(shape.bind(skips_null=False))
     for place, (_, count, node) in enumerate(places):
@@ -435,6 +451,8 @@ def _plan(shape: Shape, compile: Callable[[Any, Any], Compiled], query: Any, wra
     trace.named = shape.named
     with trace.running(wrapper):
         sql, compiled, maker = compile(query, wrapper)
+    if not all(map(grounds.is_as_made, trace.classes)):
+        raise Unfit
     plain = [param for param in compiled if type(param) is not Mark]
     skips_null = len(plain) - len(trace.constants) != sum(node is None for _, _, node in places)
     picked: list[int] | None
@@ -456,7 +474,7 @@ def _plan(shape: Shape, compile: Callable[[Any, Any], Compiled], query: Any, wra
         ]
         # What is there twice has to stay the same to PostgreSQL, which compares no parameters.
         families = [families[i] if picked.count(i) == 1 else _NO_KIND for i in picked]
-    return Plan(
+    plan = Plan(
         sql,
         families,
         maker,
@@ -469,6 +487,8 @@ def _plan(shape: Shape, compile: Callable[[Any, Any], Compiled], query: Any, wra
         shared=trace.shared,
         by_server=trace.is_djangos and writes_as_django(wrapper),
     )
+    plan.classes = trace.classes
+    return plan
 
 
 def _sources(

@@ -58,6 +58,7 @@ class Trace:
         shared: pairs of places with one and the same node, whose parameters are the first one's.
         constants: parameters that Django puts into every statement of this kind.
         is_djangos: whether all SQL is that of Django's own classes (binding.py).
+        classes: of all nodes that were compiled.
     """
 
     def __init__(self) -> None:
@@ -67,6 +68,7 @@ class Trace:
         self.constants: list[Any] = []
         self.named: dict[str, Any] = {}
         self.is_djangos = True
+        self.classes: set[type] = set()
         self._inside = False
 
     def mark(self, node: Any, place: int, params: Any) -> None:
@@ -80,6 +82,7 @@ class Trace:
 
     def compile(self, compile: Any, compiler: Any, node: Any) -> Any:
         """`SQLCompiler.compile()`, with marks for the parameters of the outermost marked node."""
+        self.classes.add(type(node))
         self.is_djangos = self.is_djangos and binding.is_djangos(node)
         known = None if self._inside else getattr(node, "__dict__", {}).get(self.name)
         if known is None:

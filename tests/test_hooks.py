@@ -11,9 +11,9 @@ from unittest import mock
 
 import pytest
 from django.db import models
-from django.db.models import Count, QuerySet
+from django.db.models import Aggregate, Count, Expression, F, Func, QuerySet, Value
 from django.db.models.base import ModelBase
-from django.db.models.expressions import Col
+from django.db.models.expressions import Col, OrderBy
 from django.db.models.lookups import Exact
 from django.db.models.sql import compiler
 from django.db.models.sql.query import Query
@@ -52,6 +52,19 @@ def read() -> Any:
         Tag.objects.filter(name__startswith="c").exists(),
         Tag.objects.aggregate(n=Count("pk")),
     ]
+
+
+def counted() -> Any:
+    return [
+        Tag.objects.count(),
+        Tag.objects.values("name").distinct().count(),
+        Tag.objects.aggregate(n=Count("name")),
+        list(Tag.objects.annotate(n=Count("books")).order_by("pk").values_list("n", flat=True)),
+    ]
+
+
+def named() -> Any:
+    return [tag.name for tag in Tag.objects.order_by("-pk")]
 
 
 def lower_get() -> Any:
@@ -93,7 +106,7 @@ def noting(owner: Any, name: str) -> Any:
     return mock.patch.object(owner, name, function)
 
 
-def changed(owner: Any, name: str, function: Callable[..., Any]) -> Any:
+def changed(owner: Any, name: str, function: Any) -> Any:
     return lambda: mock.patch.object(owner, name, function, create=True)
 
 
@@ -172,6 +185,19 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
         changed(Col, "as_sql", lambda s, c, x: ("'column'", [])),
         lambda: Tag.objects.values_list("name", flat=True)[0],
     ),
+    **{
+        f"{name} of {cls.__name__}": (changed(cls, name, function), counted)
+        for cls in (Expression, Func, Aggregate, Count)
+        for name, function in (
+            ("as_postgresql", lambda s, c, x: ("42", [])),
+            ("get_db_converters", lambda s, x: [lambda value, e, c: 42]),
+            ("template", "(42 + COUNT(*))"),
+        )
+        if name != "template" or cls is Count
+    },
+    "as_sql of an aggregate": (changed(Aggregate, "as_sql", lambda s, *a: ("42", [])), counted),
+    "as_sql of ORDER BY": (changed(OrderBy, "as_sql", lambda s, *a: ("name", [])), named),
+    "resolve_expression": (changed(F, "resolve_expression", lambda s, *a, **k: Value(42)), counted),
     "get_count": (changed(Query, "get_count", lambda s, using: 100 + _count(s, using)), read),
     "db_table": (other_table, lambda: Tag.objects.count()),
     "managed": (lambda: mock.patch.object(Tag._meta, "managed", False), read),
