@@ -187,7 +187,7 @@ async def test_finished_operations_keep_no_context_alive() -> None:
     await asyncio.create_task(use())
     await asyncio.sleep(0)
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, Big)]
+    assert not [thing for thing in gc.get_objects() if type(thing) is Big]
 
 
 # Exceptions
@@ -315,7 +315,7 @@ async def test_failures_leave_no_exception_behind() -> None:
     with pytest.raises(Custom):
         await native(fail)()
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, Big)]
+    assert not [thing for thing in gc.get_objects() if type(thing) is Big]
 
 
 # Cancellation

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.db.models import QuerySet
 
 import asyncorm
 from tests.project.shop import models
@@ -67,6 +68,8 @@ def test_blocks_run(
     for package in NEEDS.get(page.name, ()):
         pytest.importorskip(package)
     settings.ASYNCORM = {"SWAP_MANAGERS": True}
+    # strawberry-django replaces it once it is imported, which is not for all tests after this one.
+    monkeypatch.setattr(QuerySet, "_clone", QuerySet._clone)
     # The page's code is a module, where Django looks for `urlpatterns`.
     module = types.ModuleType("documented")
     monkeypatch.setitem(sys.modules, "documented", module)

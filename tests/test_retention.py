@@ -46,9 +46,10 @@ async def waiting(count: int) -> None:
 
 
 async def test_greenlets_of_a_burst_end() -> None:
+    others = runners()  # of other threads
     for _ in range(3):
         await waiting(2000)
-        assert runners() <= MOST
+        assert runners() - others <= MOST
 
 
 def test_greenlets_end_with_their_thread() -> None:
@@ -95,7 +96,6 @@ async def test_wrappers_and_connections_of_a_burst_are_dropped() -> None:
             pool = pools.find(alias)
             assert pool is not None
             assert len(pool.wrappers) <= 32
-            assert len(pool.lazy) <= 32
             kinds = (type(pool.wrappers[0]), type(pool.connections.some().twin))  # type: ignore[union-attr]
             gc.collect()
             for kind in kinds:
