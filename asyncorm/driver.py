@@ -504,6 +504,17 @@ _kept = operator.attrgetter(
 )  # fmt: skip
 
 
+_process = os.getpid()
+
+
+def _is_forked() -> None:
+    global _process
+    _process = os.getpid()
+
+
+os.register_at_fork(after_in_child=_is_forked)
+
+
 class Connection(psycopg.Connection[Any]):
     """What Django sees as its psycopg connection, over the libpq connection of a pooled one.
 
@@ -528,7 +539,7 @@ class Connection(psycopg.Connection[Any]):
         super().__init__(pgconn, row_factory)
         self.lock = NO_LOCK
         self.configured = False
-        self._process = os.getpid()
+        self._process = _process
         self._touched = False
         self._start: tuple[Any, ...] | None = None
         self.pooled = None
@@ -933,7 +944,7 @@ class Connection(psycopg.Connection[Any]):
         Not in a child process that was forked: to close it would end the parent's session, and the
         parent's loop would not hear of its socket any more.
         """
-        if self._process != os.getpid():
+        if self._process != _process:
             return
         waiter = self._waiter
         if waiter is not None and self.pgconn.pgconn_ptr is not None:  # type: ignore[attr-defined]
@@ -947,7 +958,7 @@ class Connection(psycopg.Connection[Any]):
         assert self._waiter is not None
         loop = self._waiter.get_loop()
         self._waiter = None
-        if not loop.is_closed() and self._process == os.getpid():
+        if not loop.is_closed() and self._process == _process:
             loop.remove_reader(fileno)
             loop.remove_writer(fileno)
 

@@ -160,23 +160,27 @@ _MOST_UNFOUNDED = 16
 
 
 class _Family:
-    """Classes of Django's, with one look at which it is seen that none of them has changed."""
+    """Classes of Django's, with one look at which it is seen that none of them has changed.
+
+    Attributes:
+        heir, name: after a look at `heir.unchanged`, `name.looks` is what `changes()` returns.
+    """
 
     def __init__(self, classes: set[type]) -> None:
         leaves = [cls for cls in classes if not any(cls in each.__mro__[1:] for each in classes)]
         leaves.sort(key=lambda cls: (-len(cls.__mro__), cls.__qualname__))
         self._leaves = tuple(leaves)
-        self._name = _Name("unchanged")
+        self.name = _Name("unchanged")
         self._make()
 
     def _make(self) -> None:
         self._unfounded = 0
-        self._heir: Any = type("_Heir", self._leaves, {self._name: None})
+        self.heir: Any = type("_Heir", self._leaves, {self.name: None})
 
     def changes(self) -> int:
         """A number that is another one once any of the classes has been changed."""
-        self._heir.unchanged  # noqa: B018
-        return self._name.looks
+        self.heir.unchanged  # noqa: B018
+        return self.name.looks
 
     def nothing_changed(self) -> None:
         """Python looked again for no reason: it had used the place of what it found for another.
@@ -246,10 +250,10 @@ class Ground:
     def _now(self) -> list[Any]:
         # One list, compared for each use of the plan: lengths first, they tell parts from another.
         return [
-            len(vars(Model)),
+            len(_MODEL),
             *map(len, self._others),
             *map(len, self._fields),  # a mock on a field itself
-            *_OF_MODEL(vars(Model)),
+            *_OF_MODEL(_MODEL),
             *chain.from_iterable(self._others),
             *map(_COLUMN, self._fields),
             *map(_TABLE, self._options),
@@ -257,29 +261,40 @@ class Ground:
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        return self._of_orm.holds() and self._of_fields.holds() and self._now() == self._kept
+        # For each use of a plan: without the calls that a change needs.
+        _orm.heir.unchanged, _of_fields.heir.unchanged  # noqa: B018
+        return (
+            (self._of_orm.number == _orm.name.looks or self._of_orm.holds())
+            and (self._of_fields.number == _of_fields.name.looks or self._of_fields.holds())
+            and self._now() == self._kept
+        )
 
 
+_MODEL = vars(Model)
 _COLUMN = itemgetter("column")
 _TABLE = attrgetter("db_table", "concrete_fields", "managed")
 
 
 class _Seen:
-    """Classes of a family as they were."""
+    """Classes of a family as they were.
 
-    __slots__ = ("_classes", "_contents", "_family", "_number")
+    Attributes:
+        number: of the family's changes, when they were looked at.
+    """
+
+    __slots__ = ("_classes", "_contents", "_family", "number")
 
     def __init__(self, family: _Family, classes: set[type]) -> None:
         self._family = family
         self._classes = list(classes)
-        self._number = family.changes()
+        self.number = family.changes()
         self._contents = [*map(_contents, self._classes)]
 
     def holds(self) -> bool:
-        if self._number != (number := self._family.changes()):
+        if self.number != (number := self._family.changes()):
             if [*map(_contents, self._classes)] != self._contents:
                 return False
-            self._number = number
+            self.number = number
             self._family.nothing_changed()
         return True
 
@@ -291,7 +306,8 @@ _sound = all(map(is_djangos, _CLASSES))
 def are_sound() -> bool:
     """Whether what every plan rests on is Django's own."""
     global _base, _sound
-    if not _base.holds():
+    _orm.heir.unchanged  # noqa: B018
+    if _base.number != _orm.name.looks and not _base.holds():
         _base = _Seen(_orm, set(_CLASSES))
         _sound = all(map(is_djangos, _CLASSES))
     return _sound

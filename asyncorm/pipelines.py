@@ -124,12 +124,13 @@ class Pipeline:
             for result in results:
                 if result.status != _PIPELINE_SYNC:
                     self._results.append(result)
-                else:
-                    yield from self._end(names, alone)
+                elif self._ends(names, alone):
+                    yield _ANSWERED
         pgconn.exit_pipeline_mode()
         for number in self._again:
             self._statements[number].send(pgconn)
-            yield from self._give(number, (yield from generators.execute(pgconn)))
+            if self._gives(number, (yield from generators.execute(pgconn))):
+                yield _ANSWERED
         if book._to_flush:
             yield from book.maintain_gen(conn)
 
@@ -152,16 +153,18 @@ class Pipeline:
                 ended = False
                 while self.answered < self.sent and not pgconn.is_busy():
                     result = pgconn.get_result()
-                    if result is not None and result.status == _PIPELINE_SYNC:
-                        yield from self._end(names, alone)
-                    elif result is not None:
+                    if result is not None and result.status != _PIPELINE_SYNC:
                         self._results.append(result)
+                    elif result is not None:
+                        if self._ends(names, alone):
+                            yield _ANSWERED
                     elif ended:
                         break
                     ended = result is None
             full = pgconn.flush() != 0
 
-    def _end(self, names: list[bytes], alone: bool) -> Steps:
+    def _ends(self, names: list[bytes], alone: bool) -> bool:
+        """A statement has ended: whether its answer is to be given now."""
         results = self._results  # more than one where it is COMMIT that fails
         number = self.answered
         self._results = []
@@ -170,14 +173,13 @@ class Pipeline:
             self._conn.forget(self._statements[number], name)
             if alone:
                 self._again.append(number)
-                return
-        yield from self._give(number, results)
+                return False
+        return self._gives(number, results)
 
-    def _give(self, number: int, results: list[Any]) -> Steps:
+    def _gives(self, number: int, results: list[Any]) -> bool:
         # Before libpq reads on: the session's settings are those that the statement ran with.
-        if not self._stopping:
-            self._answer = number, results
-            yield _ANSWERED
+        self._answer = number, results
+        return not self._stopping
 
     def _prepare(self, statement: Statement, name: bytes) -> Any:
         """The name under which the statement is prepared now; none if it cannot be."""

@@ -70,7 +70,7 @@ def deadlocked(sessions: Iterable[Any], size: int, asking: Container[Any]) -> bo
     """
     held = 0
     for session in sessions:
-        if getattr(session, "closing", False) or getattr(session, "task", None) not in asking:
+        if getattr(session, "task", None) not in asking or getattr(session, "closing", False):
             return False
         held += 1
     return held >= size
