@@ -65,11 +65,11 @@ def test_every_block_compiles(page: Path) -> None:
 def test_blocks_run(
     page: Path, fresh_shop: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # strawberry-django replaces it once it is imported, which is not for all tests after this one.
+    monkeypatch.setattr(QuerySet, "_clone", QuerySet._clone)
     for package in NEEDS.get(page.name, ()):
         pytest.importorskip(package)
     settings.ASYNCORM = {"SWAP_MANAGERS": True}
-    # strawberry-django replaces it once it is imported, which is not for all tests after this one.
-    monkeypatch.setattr(QuerySet, "_clone", QuerySet._clone)
     # The page's code is a module, where Django looks for `urlpatterns`.
     module = types.ModuleType("documented")
     monkeypatch.setitem(sys.modules, "documented", module)

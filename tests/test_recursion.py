@@ -48,7 +48,11 @@ def new_connection(using: str) -> None:
     connections[using].connection.terminate()
 
 
-async def at_each_depth(operation: Callable[[int], Awaitable[Any]], alias: str) -> None:
+async def at_each_depth(
+    operation: Callable[[int], Awaitable[Any]],
+    alias: str,
+    end: Callable[[], Awaitable[Any]] | None = None,
+) -> None:
     errors = 0
     limit = sys.getrecursionlimit()
     for depth in range(limit - 200, limit):
@@ -58,6 +62,8 @@ async def at_each_depth(operation: Callable[[int], Awaitable[Any]], alias: str) 
             errors += 1
     assert 0 < errors < 200, "some have ended, some have not"
     assert sys.getrecursionlimit() == limit
+    if end is not None:
+        await end()
     stats = await all_given_back(alias)
     assert stats["pool_size"] <= 2
     async with asyncio.timeout(10):
@@ -99,11 +105,14 @@ async def test_while_others_wait(alias: str) -> None:
             with contextlib.suppress(Exception):
                 await native(count)(alias)
 
-    tasks = [asyncio.create_task(others()) for _ in range(4)]
-    try:
-        await at_each_depth(lambda depth: native(deep)(depth, lambda: count(alias)), alias)
-    finally:
+    async def end() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+
+    tasks = [asyncio.create_task(others()) for _ in range(4)]
+    try:
+        await at_each_depth(lambda depth: native(deep)(depth, lambda: count(alias)), alias, end)
+    finally:
+        await end()
         await asyncorm.close_pools(alias)

@@ -1705,13 +1705,14 @@ async def increment(level: IsolationLevel, barrier: asyncio.Barrier | None, pk: 
 
 async def test_retrying_a_serializable_transaction() -> None:
     item = await add("0")
+    barrier = asyncio.Barrier(8)  # all have read before the first writes
     runs = 0
 
     @asyncorm.retrying(attempts=50, backoff=0.01)
     async def once() -> None:
         nonlocal runs
         runs += 1
-        await increment(IsolationLevel.SERIALIZABLE, None, item.pk)
+        await increment(IsolationLevel.SERIALIZABLE, barrier if runs <= 8 else None, item.pk)
 
     async with asyncio.timeout(60):
         await asyncio.gather(*(once() for _ in range(8)))
