@@ -45,6 +45,58 @@ _WAITS = re.compile(
     r"|\binto\b"
 )
 _WAITING = ("update", "share", "pg_sleep", "lock", "into")  # one is in what that matches
+_INTO = re.compile(r"\binto\s++[\w$\".]++\s*+\(")  # columns follow
+_CALL = re.compile(r"\"\s*+\(|(?<![\w$])([\w$]++)\s*+\(")
+# What may stand before a parenthesis: functions of PostgreSQL and of extensions that Django knows
+# which leave the session alone, types, and words that are no functions.
+_HARMLESS = frozenset(
+    """
+    all and any array as asc between by case cast conflict cube desc distinct else end escape except
+    exists filter from group having ilike in intersect interval into is join lateral like limit
+    materialized not offset on only operator or order over returning rollup row select set sets
+    similar some then to union using values when where window with zone
+    bigint bit bool boolean bpchar bytea char character date decimal double float float4 float8
+    inet int int4 int8 integer json jsonb numeric precision real regclass smallint text time
+    timestamp timestamptz timetz uuid varbit varchar varying
+    any_value array_agg avg bit_and bit_or bit_xor bool_and bool_or corr count covar_pop covar_samp
+    cume_dist dense_rank every first_value grouping json_agg json_object_agg jsonb_agg
+    jsonb_object_agg lag last_value lead max min mode nth_value ntile percent_rank percentile_cont
+    percentile_disc range_agg rank regr_avgx regr_avgy regr_count regr_intercept regr_r2 regr_slope
+    regr_sxx regr_sxy regr_syy row_number stddev stddev_pop stddev_samp string_agg sum var_pop
+    var_samp variance
+    abs acos asin atan atan2 cbrt ceil ceiling cos cot degrees div exp factorial floor gcd lcm ln
+    log log10 mod pi power radians random round sign sin sqrt tan trunc width_bucket
+    ascii bit_length btrim char_length character_length chr concat concat_ws convert_from convert_to
+    decode encode format gen_random_uuid initcap left length lower lpad ltrim md5 normalize
+    octet_length overlay position quote_ident quote_literal regexp_count regexp_like regexp_match
+    regexp_matches regexp_replace regexp_split_to_array regexp_split_to_table regexp_substr repeat
+    replace reverse right rpad rtrim sha224 sha256 sha384 sha512 split_part starts_with
+    string_to_array strpos substr substring to_hex translate trim upper
+    age at_time_zone clock_timestamp date_bin date_part date_trunc extract isfinite justify_days
+    justify_hours justify_interval make_date make_interval make_time make_timestamp
+    make_timestamptz now overlaps statement_timestamp timezone to_char to_date to_number
+    to_timestamp transaction_timestamp
+    coalesce generate_series generate_subscripts greatest least nullif num_nonnulls num_nulls unnest
+    array_append array_cat array_dims array_length array_lower array_ndims array_position
+    array_positions array_prepend array_remove array_replace array_to_json array_to_string
+    array_upper cardinality isempty lower_inc lower_inf range_merge upper_inc upper_inf daterange
+    int4range int8range numrange tsrange tstzrange
+    json_array json_array_elements json_array_length json_build_array json_build_object json_each
+    json_extract_path json_extract_path_text json_object json_object_keys json_typeof
+    jsonb_array_elements jsonb_array_elements_text jsonb_array_length jsonb_build_array
+    jsonb_build_object jsonb_each jsonb_each_text jsonb_exists jsonb_extract_path
+    jsonb_extract_path_text jsonb_insert jsonb_object_keys jsonb_path_exists jsonb_path_match
+    jsonb_path_query jsonb_path_query_array jsonb_path_query_first jsonb_set jsonb_strip_nulls
+    jsonb_to_record jsonb_to_recordset jsonb_typeof row_to_json to_json to_jsonb
+    numnode phraseto_tsquery plainto_tsquery querytree setweight strip to_tsquery to_tsvector
+    ts_headline ts_rank ts_rank_cd websearch_to_tsquery
+    akeys avals similarity strict_word_similarity unaccent word_similarity
+    current_database current_schema current_schemas current_setting host masklen netmask network
+    currval nextval pg_advisory_xact_lock pg_backend_pid pg_column_size pg_get_serial_sequence
+    pg_relation_size pg_sleep pg_total_relation_size pg_try_advisory_xact_lock pg_typeof
+    txid_current version
+    """.split()
+)
 
 
 @remembered
@@ -56,6 +108,20 @@ def is_read(text: str) -> bool:
         and _READS.match(command) is not None
         and is_single(text)
         and not (any(word in command for word in _WAITING) and _WAITS.search(command))
+    )
+
+
+@remembered
+def calls_known(text: str) -> bool:
+    """Whether a statement calls no function but those known to leave the session alone: others may
+    set something in it, which the statements behind would run with."""
+    command = plain(text)
+    if command is None:
+        return False
+    command = _INTO.sub("into (", command)
+    return all(
+        match[1] in _HARMLESS and command[match.start() - 1 : match.start()] != "."
+        for match in _CALL.finditer(command)
     )
 
 

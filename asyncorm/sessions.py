@@ -52,7 +52,7 @@ from . import bridge, conf, generators, limits, pools
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, NO_LOCK, Connection, LazyConnection, finish
 from .generators import Place
-from .multiplexing import Queue, is_read, is_single, slow, waited
+from .multiplexing import Queue, calls_known, is_read, is_single, slow, waited
 from .tasks import represented
 
 T = TypeVar("T")
@@ -745,7 +745,8 @@ def _queue(source: limits.Source, pool: pools.Pool) -> Queue:
 
 def _travels(source: limits.Source, text: str) -> bool:
     """Whether a statement may go with those of other operations, outside a block."""
-    return is_single(text) if source.gathers else is_read(text) and text not in slow
+    alone = not is_single(text) if source.gathers else not is_read(text) or text in slow
+    return not alone and calls_known(text)
 
 
 def _is_crowded(source: limits.Source) -> bool:

@@ -37,10 +37,11 @@ def _empty(django_db_setup: Any, django_db_blocker: Any) -> Iterator[None]:
     with django_db_blocker.unblock(), administrator() as ask:
         ask(
             "CREATE FUNCTION pause(seconds float) RETURNS text LANGUAGE sql AS "
-            "$$ SELECT pg_sleep(seconds)::text $$"
+            "$$ SELECT pg_sleep(seconds)::text $$;"
+            "CREATE OPERATOR @~ (RIGHTARG = float, FUNCTION = pause)"
         )
         yield
-        ask("DROP FUNCTION pause; TRUNCATE myapp_item")
+        ask("DROP OPERATOR @~ (NONE, float); DROP FUNCTION pause; TRUNCATE myapp_item")
 
 
 @pytest.fixture
@@ -443,11 +444,12 @@ SLEEPING = (
     "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND pid <> pg_backend_pid()"
 )
 # A sleep that the text does not show.
-HIDDEN = "SELECT pause(%s::float)"
+HIDDEN = "SELECT @~ %s::float"
 
 
 async def test_statements_known_to_be_slow_go_alone(grown: str) -> None:
     assert multiplexing.is_read(HIDDEN)
+    assert multiplexing.calls_known(HIDDEN)
     multiplexing.slow.add(HIDDEN)
     await asyncio.gather(*[query(HIDDEN, ["0"]) for _ in range(8)])
     assert pipelined() == 0
@@ -668,3 +670,45 @@ async def test_the_block_waits_for_statements_that_travel(grown: str) -> None:
 def test_what_may_travel(text: str, read: bool, single: bool) -> None:
     assert multiplexing.is_read(text) is read
     assert multiplexing.is_single(text) is single
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ('SELECT COUNT(*) FROM "a" WHERE "a"."b" IN (1, 2) AND (LOWER ("a"."c") = %s)', True),
+        ('INSERT INTO "a"."b" ("c") VALUES (%s) ON CONFLICT ("c") DO NOTHING', True),
+        ('INSERT INTO "a" ("c") VALUES (%s) RETURNING "a"."id"', True),
+        ('WITH "x" AS (SELECT 1::numeric(3, 1)) SELECT ROW_NUMBER() OVER (ORDER BY 1)', True),
+        ("SELECT 'a(1)' -- b(2)", True),
+        ("SELECT set_tenant(1)", False),
+        ("SELECT max(set_tenant /* */ (1))", False),
+        ("SELECT public.lower(1)", False),
+        ('SELECT "lower"(1)', False),
+        ('SELECT "-" (1)', False),
+        ("SELECT e(1)", False),
+    ],
+)
+def test_functions_that_are_known(text: str, known: bool) -> None:
+    assert multiplexing.calls_known(text) is known
+
+
+async def test_nobody_runs_with_what_a_function_has_set(few: str) -> None:
+    await grow()
+    with administrator() as ask:
+        ask(
+            "CREATE FUNCTION travel() RETURNS int LANGUAGE plpgsql AS $$ "
+            "BEGIN SET TIME ZONE 'Asia/Tokyo'; RETURN 1; END $$"
+        )
+        try:
+            zones = await asyncio.gather(
+                *[
+                    query(
+                        "SELECT travel()" if n % 10 == 0 else "SELECT current_setting('TimeZone')"
+                    )
+                    for n in range(200)
+                ]
+            )
+        finally:
+            ask("DROP FUNCTION travel")
+    assert set(zones) == {1, "UTC"}
+    assert pipelined()

@@ -21,7 +21,7 @@ from psycopg.types import TypeInfo
 from psycopg.types.string import StrDumper, TextLoader
 
 import asyncorm
-from asyncorm.multiplexing import is_read, is_single
+from asyncorm.multiplexing import calls_known, is_read, is_single
 from asyncorm.session_state import leaves_state
 
 pytestmark = pytest.mark.usefixtures("one_connection")
@@ -506,7 +506,7 @@ def test_what_may_leave_something_counts(statement: str) -> None:
 def test_long_statements_are_looked_at_in_linear_time(piece: str, around: str) -> None:
     text = around.format(piece * (1_000_000 // len(piece)))
     began = time.process_time()
-    for look in (leaves_state, is_single, is_read):
+    for look in (leaves_state, is_single, is_read, calls_known):
         look(text)
     assert time.process_time() - began < 5, "0.3 s are usual; a quadratic way takes hours"
 
