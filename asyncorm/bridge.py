@@ -112,6 +112,15 @@ def in_native_code() -> bool:
     return type(getcurrent()) is Runner
 
 
+def loop_runs() -> bool:
+    """Whether an event loop runs in this thread."""
+    try:
+        get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
     """Run `func(*args, **kwargs)` as one operation: what `native(func)(*args, **kwargs)` does."""
     if _guard is not None:
@@ -307,6 +316,7 @@ __all__ = [
     "current",
     "deliver",
     "in_native_code",
+    "loop_runs",
     "native",
     "run",
     "shield",

@@ -296,7 +296,7 @@ class SynchronousSession(Session):
                 return None
             if bridge.in_native_code():
                 bridge.await_(result)
-            elif loop_runs():
+            elif bridge.loop_runs():
                 task = asyncio.ensure_future(result)
                 _tasks.add(task)
                 task.add_done_callback(_tasks.discard)
@@ -308,7 +308,7 @@ class SynchronousSession(Session):
         return call
 
     def serves(self, runner: Runner | None) -> bool:
-        return runner is not None or not loop_runs()  # also synchronous code, off the loop
+        return runner is not None or not bridge.loop_runs()  # also synchronous code, off the loop
 
     def abandon(self, name: str) -> None:
         """The cursor ends with the transaction."""
@@ -342,15 +342,6 @@ _tasks: set[Any] = set()
 
 async def _wait_for(awaitable: Any) -> None:
     await awaitable
-
-
-def loop_runs() -> bool:
-    """Whether an event loop runs in this thread."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 def are_sharing(wrapper: Any) -> bool:
@@ -464,7 +455,7 @@ class LentSession(SynchronousSession):
 @contextmanager
 def lending() -> Iterator[None]:
     """Synchronous code waits for a coroutine inside: what that would miss is lent to it."""
-    wrappers = [] if loop_runs() else list(_lenders())
+    wrappers = [] if bridge.loop_runs() else list(_lenders())
     if not wrappers:
         yield
         return

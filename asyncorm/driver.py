@@ -6,43 +6,9 @@ psycopg builds its synchronous and its asynchronous connection on the same gener
 psycopg_pool's, plus what it does not offer: a checkout and a return that need no task switch, the
 reason of a failed connection told to those who wait, an immediate close.
 
-Names used that psycopg (3.3.6 to 3.3.9) and psycopg_pool (3.3) do not document, and why:
-
-- `psycopg.Connection.wait`, `.lock`: the two methods through which every statement goes; replaced.
-- `BaseConnection._adapters`, `._autocommit`, `._cancel_gen`, `._pool`, `._closed`: what
-  `connect()`, `cancel_safe()` and the pool set on a connection that they make; we make one around a
-  connection that is already open.
-- `psycopg.Connection._exec_command`: sends BEGIN, COMMIT, ROLLBACK, FETCH and CLOSE; replaced while
-  somebody is told of them.
-- `psycopg.generators.execute`, `.send`: send what libpq holds; the former reads the results of a
-  `Statement`, and what is left of a cancelled one.
-- `BaseConnection._isolation_level`, `._read_only`, `._deferrable`, `._pipeline`,
-  `._notice_handlers`, `._notify_handlers`: compared with what they were at the start.
-- `BaseConnection._start_query`, `._prepared` (`get`, `maybe_add_to_cache`, `validate`,
-  `maintain_gen`, `_names`, `_to_flush`): BEGIN where one is due, and psycopg's own book of prepared
-  statements, so that a `Statement` obeys `prepare_threshold`, `prepared_max` and ROLLBACK as a
-  cursor's does.
-- `psycopg.errors._NO_TRACEBACK`: errors whose traceback psycopg cuts short.
-- `psycopg.adapt.Transformer`: psycopg's dumpers and loaders for a connection, without a cursor.
-- `psycopg.generators.copy_from`, `.copy_to`, `.copy_end`, `BaseCursor._start_copy_gen`: psycopg's
-  own `Copy` waits for each row, and ends a COPY that failed by a request that blocks.
-- `BaseCursor._conn`, `._pgconn`, `._adapters`, `._tx`, `._pos`, `._query`, `._query_cls`,
-  `._reset`, `._set_results`: what `Cursor.execute()` does around sending, for a statement that is
-  sent with others or has no cursor at first.
-- `AdaptersMap._own_loaders`, `._own_dumpers`, `._own_dumpers_by_oid`, `TypesRegistry._own_state`:
-  whether a cursor has adapters of its own, or those of the connection that it gets.
-- `psycopg.waiting.wait_conn_async`: drives the cancel request.
-- `AsyncConnectionPool._pool`, `._nconns_min`, `._waiting`, `._check`, `._reset`, `._drained_at`,
-  `._expire_at`, `._stats`: the state that `getconn()` and `putconn()` work on, for the fast paths.
-- `AsyncConnectionPool._connect`: to see each new connection, and why there is none.
-- `AsyncConnectionPool._start_workers`, `AsyncScheduler._event`, `_acompat.AEvent`: a scheduler that
-  ends when it is cancelled.
-- `WaitingClient.set`: hands a connection to who waits.
-- `AsyncConnectionPool._workers`, `._sched_runner`: tasks to wait for when a loop closes; asyncio's
-  `Task._log_destroy_pending` of those that a loop that is gone leaves behind.
-- `AsyncConnectionPool._min_size`, `._nconns`: to fill the pool later than at its start.
-- `psycopg_pool.pool_async.AddConnection`, `.ReturnConnection`, `.StopWorker`,
-  `AsyncConnectionPool.worker`: the pool's maintenance tasks and who runs them.
+What psycopg and psycopg_pool do not document of what is used here is in internals.py, with the
+reasons; and of asyncio `Task._log_destroy_pending`, for the pool's tasks that a loop that is gone
+leaves behind.
 """
 
 from __future__ import annotations
@@ -1427,6 +1393,3 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
     def opened(self) -> int:
         """How many connections there are, those that are being opened included."""
         return int(self._nconns)
-
-
-AsyncCallback = Callable[[PooledConnection], Any]

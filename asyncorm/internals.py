@@ -23,7 +23,6 @@ from django.core.exceptions import ImproperlyConfigured
 
 # Optional parts: the key of the ASYNCORM setting that switches each of them off.
 CACHE = "STATEMENT_CACHE"
-PIPELINES = "MULTIPLEXING"
 PREFETCH = "PARALLEL_PREFETCH"
 
 # What each release was tested with; the same bounds stand in pyproject.toml.
@@ -67,8 +66,8 @@ PSYCOPG = (
     Names(
         "psycopg._connection_base:BaseConnection",
         "_adapters _autocommit _cancel_gen _closed _isolation_level _read_only _deferrable"
-        " _begin_statement",
-        "what connect() and the pool set on a connection; ours is made around an open one",
+        " _begin_statement _pipeline _notice_handlers _notify_handlers",
+        "what is set on a connection: ours is made around an open one, and given back as it was",
     ),
     Names(
         "psycopg._connection_base:BaseConnection",

@@ -1,11 +1,6 @@
 """Several statements on one connection in one network round trip: libpq's pipeline mode.
 
-Names used that psycopg (3.3.6 to 3.3.9) does not document, beside those in driver.py, and why:
-
-- `psycopg.generators.fetch_many`, `.execute`: read results.
-- `BaseConnection._start_query`, `._prepared` (`get`, `maybe_add_to_cache`, `validate`,
-  `maintain_gen`, `_names`, `_to_flush`): BEGIN where one is due, and psycopg's own book of prepared
-  statements.
+What psycopg does not document of what is used here is in internals.py, with the reasons.
 """
 
 from __future__ import annotations

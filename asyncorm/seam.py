@@ -62,7 +62,7 @@ class _Storage:
             if session is not None:
                 return session.wrapper
             runner.resources.setdefault(_FOREIGN, _foreign)
-        elif alias in sessions.test_sessions and (_loop_runs() or observers.serves_a_loop()):
+        elif alias in sessions.test_sessions and (bridge.loop_runs() or observers.serves_a_loop()):
             # On the loop's thread: what is installed there (CaptureQueriesContext) is for the test.
             # In another thread: synchronous code that the test calls by sync_to_async().
             return sessions.test_sessions[alias].wrapper
@@ -76,14 +76,6 @@ class _Storage:
 
     def __delattr__(self, alias: str) -> None:
         delattr(self.local, alias)
-
-
-def _loop_runs() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 _FOREIGN = "a wrapper of another engine was handed out"

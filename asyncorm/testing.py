@@ -6,7 +6,6 @@ The fixtures of pytest_plugin.py are these. Of Django's private names,
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 from collections import Counter
@@ -53,7 +52,7 @@ def native_only(allow: Iterable[str] = ()) -> Iterator[None]:
     def refuse(func: Any, what: str) -> None:
         while hasattr(func, "func"):  # functools.partial
             func = func.func
-        if not _on_a_loop() or func is socket.getaddrinfo:
+        if not bridge.loop_runs() or func is socket.getaddrinfo:
             return
         if isinstance(getattr(func, "__self__", None), SyncToAsync):
             return  # it was looked at when it was called
@@ -92,14 +91,6 @@ def native_only(allow: Iterable[str] = ()) -> Iterator[None]:
         yield
     if seen:
         raise seen[0]
-
-
-def _on_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 # Queries

@@ -68,25 +68,25 @@ def begin(running: Running) -> None:
 
 
 async def cancellable(
-    call: Callable[..., Coroutine[Any, Any, Any]], /, *args: Any, **kw: Any
+    call: Callable[..., Coroutine[Any, Any, Any]], /, *args: Any, **kwargs: Any
 ) -> Any:
     """Await code that is cancelled when the client goes away."""
-    if (running := _running.get()) is None:
-        return await call(*args, **kw)
-    before = running.enter(current_task())
-    try:
-        return await call(*args, **kw)
-    finally:
-        running.enter(before)
+    return await _awaited(current_task(), call, *args, **kwargs)
 
 
 async def protected(
     call: Callable[..., Coroutine[Any, Any, Any]], /, *args: Any, **kwargs: Any
 ) -> Any:
     """Await code that goes on to its end, as synchronous code in a thread does."""
+    return await _awaited(None, call, *args, **kwargs)
+
+
+async def _awaited(
+    cancelled: Task[Any] | None, call: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
     if (running := _running.get()) is None:
         return await call(*args, **kwargs)
-    before = running.enter(None)
+    before = running.enter(cancelled)
     try:
         return await call(*args, **kwargs)
     finally:

@@ -59,11 +59,6 @@ def is_named(path: str) -> bool:
     return path in names or any(_raw(name) is middleware for name in names)
 
 
-def stays_behind(path: str) -> bool:
-    """Whether an entry of MIDDLEWARE keeps Django's rules under our handler."""
-    return not is_own(path) and not is_named(path)
-
-
 def problem(name: str) -> str | None:
     """What is wrong with an entry of NATIVE_MIDDLEWARE, in words for the user."""
     try:

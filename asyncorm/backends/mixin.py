@@ -155,7 +155,7 @@ class NativeBackendMixin:
             if self.connection is None and self.session is not None:
                 self.session.connect()
             super().ensure_connection()  # type: ignore[misc]
-        elif not _loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
+        elif not bridge.loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
             sessions.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
             super().ensure_connection()  # type: ignore[misc]
 
@@ -217,7 +217,7 @@ class NativeBackendMixin:
         ):
             transactions.on_commit(func, alias, robust)
             return
-        native = bridge.in_native_code() or _loop_runs()
+        native = bridge.in_native_code() or bridge.loop_runs()
         if callable(func) and native and self.session is not None:
             func = self.session.hook(func)
         super().on_commit(func, robust)  # type: ignore[misc]
@@ -257,14 +257,6 @@ def _is_plain(cls: Any) -> bool:
 
 
 _KNOWN = ("django.db.backends.", "django.contrib.gis.db.backends.", "asyncorm.")
-
-
-def _loop_runs() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 _DJANGO = os.path.dirname(django.__file__)
@@ -490,7 +482,7 @@ class NativeWrapper:
 
         Nothing in a coroutine, as there.
         """
-        if self.session is not None and not bridge.in_native_code() and _loop_runs():
+        if self.session is not None and not bridge.in_native_code() and bridge.loop_runs():
             return
         super(NativeBackendMixin, self).ensure_connection()  # type: ignore[misc]
 
