@@ -265,8 +265,8 @@ def insert_batches(
     """
     opts = queryset.model._meta
     returning = tuple(opts.db_returning_fields)
-    # Before Django 6.0 objects that have keys keep them as they are, say a str.
-    kept = opts.pk if not _TELLS_KEYS and objs[0]._is_pk_set() else None
+    # Before Django 6.1 objects that have keys keep them as they are, say a str.
+    kept = opts.pk if _KEEPS_KEYS and objs[0]._is_pk_set() else None
     batches = [objs[start : start + size] for start in range(0, len(objs), size)]
     rows: list[Any] = []
     with transaction.atomic(using=wrapper.alias, savepoint=False):
@@ -530,6 +530,7 @@ def copy_lines(objs: list[Any], fields: list[Any], wrapper: Any, transformer: An
 
 # From Django 6.0 on it is told which objects have keys.
 _TELLS_KEYS = django.VERSION >= (6, 0)
+_KEEPS_KEYS = django.VERSION < (6, 1)
 _KEYS = (models.AutoField, models.BigAutoField, models.SmallAutoField)
 
 
