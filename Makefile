@@ -39,10 +39,11 @@ soak: $(VENV)/.installed  ## 10,000 random programs against the model, 20,000 ra
 chaos: $(VENV)/.installed  ## have a bank survive faults for minutes, write docs/reliability.md
 	$(VENV)/bin/python -m tests.chaos $(ARGS)
 
-lint: $(VENV)/.installed  ## check style, format and types
+lint: $(VENV)/.installed  ## check style, format, types and which way the modules import
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.installed  ## put the code into shape
 	$(VENV)/bin/ruff check --fix .

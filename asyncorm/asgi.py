@@ -341,21 +341,21 @@ class AtomicRequestsMiddleware:
         if ours is None:
             return
         _by_middleware.set(True)
-        request._asyncorm_transactions = _Transactions()
-        await request._asyncorm_transactions.begin(ours)
+        request.asyncorm_transactions = _Transactions()
+        await request.asyncorm_transactions.begin(ours)
 
     async def _roll_back(self, request: Any, exception: Exception) -> None:
         await self._leave(request, exception)
 
     async def _commit(self, request: Any, response: Any) -> Any:
-        if (opened := request.__dict__.get("_asyncorm_transactions")) is not None:
+        if (opened := request.__dict__.get("asyncorm_transactions")) is not None:
             opened.look_at(response)
         await self._leave(request, None)
         return response
 
     @staticmethod
     async def _leave(request: Any, exc: BaseException | None) -> None:
-        opened = request.__dict__.pop("_asyncorm_transactions", None)
+        opened = request.__dict__.pop("asyncorm_transactions", None)
         if opened is not None:
             await opened.__aexit__(type(exc) if exc else None, exc, exc and exc.__traceback__)
 

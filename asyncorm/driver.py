@@ -142,7 +142,7 @@ class _Cursor:
         self._reset()
         answer = queue.run(_Executing(self, query, params, text))
         conn.served_by = queue.served_by
-        conn._yielded = monotonic()
+        conn.yielded = monotonic()
         return self.show(answer)
 
     def show(self: Any, answer: Answer, read: int = 0) -> Any:
@@ -512,7 +512,7 @@ class Connection(psycopg.Connection[Any]):
         self._pool = None  # also tells psycopg not to warn about a connection it did not see closed
         self._waiter: asyncio.Future[int] | None = None
         self._state: int = 0
-        self._yielded = 0.0
+        self.yielded = 0.0
         self._poller: select.poll | None = None
         self._made: dict[Any, tuple[Any, Any]] = {}
 
@@ -567,7 +567,7 @@ class Connection(psycopg.Connection[Any]):
     @property
     def unanswered(self) -> bool:
         """Whether a task waits for the server's answer, and nothing of it is there to be read."""
-        return self._waiter is not None and self._state == _WAIT_R and not self._poll(_WAIT_R)
+        return self._waiter is not None and self._state == _WAIT_R and not self.poll(_WAIT_R)
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run one of psycopg's generators: where it would block, other tasks run."""
@@ -653,13 +653,13 @@ class Connection(psycopg.Connection[Any]):
 
         A cancellation may arrive then: not in a shield, and not outside native code.
         """
-        if monotonic() - self._yielded < _BUSY:
+        if monotonic() - self.yielded < _BUSY:
             return False
         runner = getcurrent()
         if type(runner) is not Runner or runner.shields:
             return False
         runner.parent.switch(turn())  # type: ignore[union-attr]
-        self._yielded = monotonic()
+        self.yielded = monotonic()
         return True
 
     def fetch(self, name: str, count: int) -> Any:
@@ -685,7 +685,7 @@ class Connection(psycopg.Connection[Any]):
         if queue is not None:
             value = queue.run(command)
             self.served_by = queue.served_by
-            self._yielded = monotonic()
+            self.yielded = monotonic()
             return value
         if self.unsettled:
             self.settle()  # type: ignore[attr-defined]
@@ -758,7 +758,7 @@ class Connection(psycopg.Connection[Any]):
 
     async def _yield(self) -> None:
         await asyncio.sleep(0)
-        self._yielded = monotonic()
+        self.yielded = monotonic()
 
     async def _wait(self, runner: Runner, gen: Any, state: int, timeout: float | None) -> Any:
         cleaning = runner.cleaning_until is not None
@@ -774,7 +774,7 @@ class Connection(psycopg.Connection[Any]):
             raise psycopg.errors._WaitTimeout("wait timeout expired")
         except CancelledError as exc:
             if not runner.shields:
-                await self._interrupt(gen)
+                await self.give_up(gen)
                 raise
             # A COMMIT or the like: let it end, then deliver the cancellation (bridge.deliver).
             runner.cancelled = exc
@@ -806,9 +806,9 @@ class Connection(psycopg.Connection[Any]):
 
     async def ready(self, state: int) -> int:
         """Wait until the socket is ready, for what psycopg's generators yield; how it is ready."""
-        if state & _WAIT_W and (ready := self._poll(state)):
+        if state & _WAIT_W and (ready := self.poll(state)):
             # A socket is nearly always writable: no turn of the loop for that, within reason.
-            if monotonic() - self._yielded >= _BUSY:
+            if monotonic() - self.yielded >= _BUSY:
                 self._state = state
                 await self._yield()
         else:
@@ -827,7 +827,7 @@ class Connection(psycopg.Connection[Any]):
             finally:
                 if self._waiter is future:
                     self._unwatch(fileno)
-                self._yielded = monotonic()
+                self.yielded = monotonic()
         if self.pgconn.pgconn_ptr is None:  # type: ignore[attr-defined]
             # Closed meanwhile. psycopg's generators keep a pointer into memory that is free now:
             # they must not go on.
@@ -841,7 +841,7 @@ class Connection(psycopg.Connection[Any]):
             return stop.value
         return await self.drive(gen, state)
 
-    def _poll(self, state: int) -> int:
+    def poll(self, state: int) -> int:
         if self._poller is None:
             self._poller = select.poll()
         mask = (select.POLLIN if state & _WAIT_R else 0) | (
@@ -856,7 +856,7 @@ class Connection(psycopg.Connection[Any]):
                 ready |= _READY_W
         return ready & state
 
-    async def _interrupt(self, gen: Any) -> None:
+    async def give_up(self, gen: Any) -> None:
         gen.close()
         await self.interrupt()
 
@@ -1055,7 +1055,7 @@ class LazyConnection(Connection):
     _beginning: Start
 
     def __init__(self, start: Start) -> None:
-        self.__dict__.update(_beginning=start, lock=NO_LOCK, _pool=None, _yielded=monotonic())
+        self.__dict__.update(_beginning=start, lock=NO_LOCK, _pool=None, yielded=monotonic())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -1115,7 +1115,7 @@ class LazyConnection(Connection):
         """There is nothing to cancel."""
 
 
-_OF_LAZY = ("lock", "_pool", "served_by", "_yielded")
+_OF_LAZY = ("lock", "_pool", "served_by", "yielded")
 
 
 async def finish(task: asyncio.Task[Any], timeout: float) -> bool:
@@ -1142,7 +1142,7 @@ class PooledConnection(AsyncConnection[Any]):
     """
 
     twin: Connection
-    _options: dict[str, Any]
+    options: dict[str, Any]
 
     @classmethod
     async def connect(cls, conninfo: str = "", **kwargs: Any) -> PooledConnection:
@@ -1150,7 +1150,7 @@ class PooledConnection(AsyncConnection[Any]):
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         kwargs["autocommit"] = True
         conn = await super().connect(conninfo, prepare_threshold=None, **kwargs)
-        conn._options = options
+        conn.options = options
         conn.renew()
         return conn
 
@@ -1170,12 +1170,12 @@ class PooledConnection(AsyncConnection[Any]):
         except StopIteration as stop:
             return stop.value
         except CancelledError:
-            await self.twin._interrupt(gen)
+            await self.twin.give_up(gen)
             raise
 
     def renew(self) -> None:
         """Forget the Python state of the session: for a session that was reset on the server."""
-        self.twin = Connection.over(self.pgconn, self._options)
+        self.twin = Connection.over(self.pgconn, self.options)
         self.twin.pooled = self
 
     def alive(self) -> bool:
@@ -1183,7 +1183,7 @@ class PooledConnection(AsyncConnection[Any]):
         twin = self.twin
         try:
             for _ in range(3):  # a last message, then the end of the stream
-                if not twin._poll(_WAIT_R):
+                if not twin.poll(_WAIT_R):
                     return True
                 self.pgconn.consume_input()
         except (psycopg.Error, OSError):

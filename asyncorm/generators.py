@@ -51,12 +51,12 @@ class Place:
         # Not the frame: it may keep what keeps the generator, which would then never be dropped.
         self._frame = id(frame)
         self._code = frame.f_code
-        self._generator: Callable[[], Generator | None] = ref(generator, self._dropped)
+        self.generator: Callable[[], Generator | None] = ref(generator, self._dropped)
         self.entries: WeakKeyDictionary[Entry, None] = WeakKeyDictionary()
 
     def holds(self, frame: FrameType) -> bool:
         """Whether it is the generator of `frame`; the number of an old frame may come again."""
-        generator = self._generator()
+        generator = self.generator()
         if generator is None:
             return frame.f_code is self._code
         return generator.ag_frame is frame
@@ -69,7 +69,7 @@ class Place:
         """Nothing is entered there any more."""
         if places.get(self._frame) is self:
             del places[self._frame]
-        self._generator = _no_generator  # the other one refers to the place
+        self.generator = _no_generator  # the other one refers to the place
 
 
 def _no_generator() -> None:
@@ -119,7 +119,7 @@ def is_left(entry: Entry) -> bool:
     It is not iterated over then: all that refers to it are plain variables of the caller's task, in
     functions that have loops, and not a loop, a context manager or a framework.
     """
-    generator = entry.places[-1]._generator() if entry.places else None
+    generator = entry.places[-1].generator() if entry.places else None
     if generator is None or generator.ag_running:
         return False
     unknown = sys.getrefcount(generator) - 2  # that of here and the argument

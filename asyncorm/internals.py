@@ -261,6 +261,21 @@ ASGIREF = (
     ),
 )
 
+# Names with an underscore that are documented all the same: Django's "Model _meta API", "Model
+# instance reference" and "Managers", Python's namedtuple, sys and asyncio.
+DOCUMENTED = frozenset(
+    "_meta _state _base_manager _replace _getframe _current_frames _get_running_loop".split()
+)
+# Names that no class of the installed versions has to have: set on instances, or used if there.
+UNVERIFIED = {
+    "_prefetched_objects_cache": "Django: what prefetching keeps on an instance",
+    "_non_atomic_requests": "Django: the mark of a view",
+    "_registry": "Django: the ModelAdmins of an AdminSite, which `check` looks through",
+    "_run_parallel": "Django 6.1: asynchronous receivers of a signal get scopes of their own",
+    "_log_destroy_pending": "asyncio: a task that ends with its loop is no mistake",
+    "_record": "django-debug-toolbar: what its SQL panel does with a query",
+}
+
 REGISTRY = {
     "Django": DJANGO,
     "psycopg": PSYCOPG,

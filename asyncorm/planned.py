@@ -969,7 +969,7 @@ def _batched_insert(original: Any) -> Any:
 
 def install() -> None:
     """Put the replacements in place, once, and follow the settings."""
-    if internals.CACHE in internals.lost() or hasattr(Query.has_results, "_asyncorm"):
+    if internals.CACHE in internals.lost() or hasattr(Query.has_results, "asyncorm"):
         return
     replacements: list[tuple[Any, str, Any]] = [
         (cls, "__iter__", _planned(cls)) for cls in _ITERABLES
@@ -1009,7 +1009,7 @@ def install() -> None:
         ),
     ]
     for cls, name, function in replacements:
-        function._asyncorm = True
+        function.asyncorm = True
         setattr(cls, name, function)
     setting_changed.connect(_settings_changed, dispatch_uid="asyncorm.planned")
     _settings_changed()

@@ -174,7 +174,7 @@ def _adding_twins(factory: Callable[..., type]) -> Callable[..., type]:
     def make(*args: Any, **kwargs: Any) -> type:
         return add_twins(factory(*args, **kwargs))
 
-    make._asyncorm = True  # type: ignore[attr-defined]
+    make.asyncorm = True  # type: ignore[attr-defined]
     return make
 
 
@@ -187,7 +187,7 @@ _FACTORIES = (
 def _patch_factories(factories: Any) -> None:
     for module, name in factories:
         factory = getattr(module, name)
-        if not hasattr(factory, "_asyncorm"):
+        if not hasattr(factory, "asyncorm"):
             setattr(module, name, _adding_twins(factory))
 
 

@@ -386,7 +386,7 @@ def find_kept(runner: Runner) -> None:
             return
         mine = scope.is_mine(task, around) or scope.is_for(task)
         if scope.block is None and mine and not scope.is_over(around):
-            runner.resources[session._key] = session
+            runner.resources[session.key] = session
         scope = scope.prev
 
 
@@ -1088,7 +1088,7 @@ class Session:
         if runner is None:
             return False
         held = runner.resources
-        if runner.lead is self or held.get(self.alias) is self or self._key in held:
+        if runner.lead is self or held.get(self.alias) is self or self.key in held:
             return True
         try:
             return self.innermost() is not None
@@ -1096,7 +1096,7 @@ class Session:
             return False
 
     @property
-    def _key(self) -> str:
+    def key(self) -> str:
         return f"{self.alias} {id(self)}"
 
     def hook(self, callback: Callable[[], Any]) -> Callable[[], Any]:
@@ -1159,7 +1159,7 @@ class Session:
             if self.pinned or self.streaming:
                 # A cursor goes on in another operation than it began in; look again when that one
                 # ends.
-                runner.resources[self._key] = self
+                runner.resources[self.key] = self
                 return None
         elif runner.lead is self:
             return self.innermost() or self.root

@@ -307,7 +307,7 @@ def _close_block(runner: Runner, block: Block) -> None:
     if parent is None:
         session.root = None
         # The session is this operation's again, which gives it back when it ends.
-        runner.resources[session._key] = session
+        runner.resources[session.key] = session
 
 
 class Atomic:

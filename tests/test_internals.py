@@ -37,6 +37,16 @@ def test_bounds() -> None:
         assert bounds[project] == SpecifierSet(tested)
 
 
+def test_linter_knows_the_same_names() -> None:
+    """SLF001 refuses every private name of others that is not in the registry."""
+    text = (Path(internals.__file__).parents[1] / "pyproject.toml").read_text()
+    allowed = tomllib.loads(text)["tool"]["ruff"]["lint"]["flake8-self"]["ignore-names"]
+    registries = (internals.REGISTRY, internals.REQUESTS)
+    entries = [each for registry in registries for some in registry.values() for each in some]
+    names = {name for entry in entries for name in entry.names.split() if name[0] == "_"}
+    assert sorted(allowed) == sorted(names | internals.DOCUMENTED | internals.UNVERIFIED.keys())
+
+
 def without(names: list[Any]) -> Any:
     asked = [(project, entry.owner, name) for project, entry, name in names]
     source = "from tests import renaming; renaming.main()"

@@ -704,7 +704,7 @@ class _Stream(InTurn):
                 cursor._closed = True  # or it would keep the connection
         elif not cursor._closed:
             cursor._closed = True
-            session.abandon(cursor._name)
+            session.abandon(cursor.name)
 
 
 class _CopyCursor:
