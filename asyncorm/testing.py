@@ -1,6 +1,6 @@
 """Helpers for tests: no thread hops, queries by task, the timeline of a failing test.
 
-The fixtures of pytest_plugin.py are these. Of Django's private names,
+The fixtures of pytest_asyncorm.py are these. Of Django's private names,
 `BaseDatabaseWrapper._cursor` is replaced while `native_only()` is open: every cursor comes from it.
 """
 
