@@ -13,6 +13,7 @@ from .compiling import compiled
 from .copying import copy_to
 from .cursors import cursor
 from .limits import parallelism
+from .listening import listen, notify
 from .pools import close_pools, pool_stats
 from .retry import retrying
 from .sessions import connection, detached, detached_task
@@ -33,7 +34,9 @@ __all__ = [
     "cursor",
     "detached",
     "detached_task",
+    "listen",
     "native",
+    "notify",
     "on_commit",
     "parallelism",
     "pool_stats",
