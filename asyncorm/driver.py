@@ -559,6 +559,12 @@ class Connection(psycopg.Connection[Any]):
             cursor.__class__ = _in_turn(type(cursor))  # type: ignore[arg-type]
         return cursor
 
+    def _check_intrans_gen(self, attribute: str) -> Any:
+        # psycopg says "can't change 'autocommit' now" of a lost connection, too.
+        if self.pgconn.status != _OK:
+            raise psycopg.OperationalError(CLOSED)
+        yield from super()._check_intrans_gen(attribute)
+
     @property
     def waiting(self) -> bool:
         """Whether a task waits for the server on this connection."""

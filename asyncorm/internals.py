@@ -75,6 +75,11 @@ PSYCOPG = (
         "BEGIN where one is due, and psycopg's own book of prepared statements",
     ),
     Names(
+        "psycopg._connection_base:BaseConnection",
+        "_check_intrans_gen",
+        "a block that begins on a lost connection: an OperationalError that says so; replaced",
+    ),
+    Names(
         "psycopg._preparing:PrepareManager",
         "get key maybe_add_to_cache validate maintain_gen _names _to_flush",
         "that book: a statement without a cursor obeys prepare_threshold and prepared_max",

@@ -8,7 +8,7 @@ import os
 from asyncio import AbstractEventLoop, get_running_loop
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -248,27 +248,25 @@ class Pool:
         )
 
     async def _checkout(self, wrapper: Any) -> PooledConnection:
-        if self.connections is None:
-            await self._open(wrapper)
-        assert self.connections is not None
         try:
+            conns = self.connections or await self._open(wrapper)
             with self.asked(admitted=wrapper.session.pipelining) as suspicion:
                 if suspicion is not None:
                     await suspicion()
                 task = asyncio.current_task()
                 cancels = task.cancelling() if task is not None else 0
                 with self._warning_if_slow():
-                    conn = await self.connections.getconn()
+                    conn = await conns.getconn()
                 if task is not None and task.cancelling() > cancels:
                     # Python 3.11's wait_for() forgets a cancellation that comes with the
                     # connection.
-                    self.connections.give(conn)
+                    conns.give(conn)
                     raise asyncio.CancelledError
                 return conn
         except PoolRefusal:
             raise
         except PoolTimeout:
-            raise self._exhausted() from self.connections.connect_error
+            raise self._exhausted(conns) from conns.connect_error
         except PoolClosed as exc:
             raise psycopg.OperationalError(
                 f"The native pool of database {self.alias!r} was closed while this task waited "
@@ -354,13 +352,12 @@ class Pool:
             handle.cancel()
 
     def _sessions(self) -> Iterator[Any]:
-        assert self.connections is not None
-        return (conn.twin.lock for conn in self.connections.live if not conn.closed)
+        live = () if self.connections is None else self.connections.live
+        return (conn.twin.lock for conn in live if not conn.closed)
 
-    def _exhausted(self) -> psycopg.OperationalError:
-        assert self.connections is not None
+    def _exhausted(self, conns: ConnectionPool) -> psycopg.OperationalError:
         seconds = self.options["timeout"]
-        if not self.connections.live:
+        if not conns.live:
             return psycopg.OperationalError(
                 f"Cannot connect to database {self.alias!r} ({self.description}): no answer "
                 f"within {seconds:g} s. Check that the "
@@ -388,12 +385,14 @@ class Pool:
             f"user {get('USER') or 'default'!r}"
         )
 
-    async def _open(self, wrapper: BaseDatabaseWrapper) -> None:
+    async def _open(self, wrapper: BaseDatabaseWrapper) -> ConnectionPool:
         if self._opening is None:
             self._opening = asyncio.Lock()
         async with self._opening:
             if self.connections is not None:
-                return
+                return self.connections
+            if not self.current:
+                raise PoolClosed
             options = {**self.options}
             min_size = options.pop("min_size")
             options.pop("max_waiting", None)  # see asked()
@@ -431,6 +430,7 @@ class Pool:
             self.connections = pool
             if min_size:
                 self.loop.call_later(conf.get("FILL_DELAY"), self._fill, min_size)
+            return pool
 
     def _params(self, first: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         """Each connection asks Django's wrapper anew how to connect: passwords are rotated."""
@@ -453,7 +453,8 @@ class Pool:
     async def close(self) -> None:
         """Close every connection of the pool and forget it."""
         forget(self)
-        pool, self.connections = self.connections, None
+        async with self._opening or nullcontext():  # or it would be open a moment later
+            pool, self.connections = self.connections, None
         if pool is not None:
             await pool.shut()
         closer, self._closer = self._closer, None

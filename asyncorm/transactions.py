@@ -434,8 +434,9 @@ class _Characteristics:
             wrapper.ensure_connection()
             conn = wrapper.connection
             self.saved = {name: getattr(conn, name) for name in self.transaction}
-            for name, value in self.transaction.items():
-                setattr(conn, name, value)
+            with wrapper.wrap_database_errors:
+                for name, value in self.transaction.items():
+                    setattr(conn, name, value)
 
     def after(self, block: Block) -> None:
         """In the block: the time limit of its statements."""

@@ -6,6 +6,7 @@ import os
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import anyio
 import psycopg
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from django.db import OperationalError, connection, connections
+from django.db import OperationalError, connection, connections, transaction
 from django.db.backends.signals import connection_created
 from django.db.models import Q
 from django.test import override_settings
@@ -565,6 +566,44 @@ async def test_closing_with_operations_in_flight() -> None:
         # The pool opens again.
         assert await native(backend_pid)(alias)
         await asyncorm.close_pools(alias)
+
+
+async def test_closing_at_any_moment_of_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the first one, too, for which the pool is opened: nothing stays open, nobody is misled."""
+    outcomes: Counter[str] = Counter()
+
+    async def block(alias: str) -> None:
+        async with asyncorm.atomic(alias), asyncorm.atomic(alias):
+            await native(backend_pid)(alias)
+
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
+        for turns in range(25):
+            tasks = [asyncio.create_task(block(alias)) for _ in range(4)]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await asyncorm.close_pools(alias)
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert result is None or isinstance(result, OperationalError), result
+                outcomes[str(result)] += 1
+            await asyncorm.close_pools(alias)
+            gc.collect()
+            with administrator() as ask:
+                await eventually(lambda ask=ask: not server_connections(ask, alias))
+    assert any("was closed while" in outcome for outcome in outcomes)
+    assert "was destroyed" not in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"isolation_level": IsolationLevel.SERIALIZABLE}])
+async def test_a_block_begins_on_a_connection_that_was_closed(options: dict[str, Any]) -> None:
+    with database() as alias:
+        async with asyncorm.connection(alias):
+            await native(backend_pid)(alias)
+            await asyncorm.close_pools(alias)
+            with pytest.raises(OperationalError, match="connection was closed"):
+                async with asyncorm.atomic(alias, **options):
+                    raise AssertionError("there is no connection")
+            with pytest.raises(OperationalError, match="connection was closed"):
+                await native(transaction.atomic(alias).__enter__)()
 
 
 async def test_closing_one_alias_leaves_the_others() -> None:
