@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 import pytest
+from greenlet import greenlet
 
 import asyncorm
 from asyncorm import await_, bridge, native, pools
@@ -60,6 +61,30 @@ def test_greenlets_end_with_their_thread() -> None:
         thread.start()
         thread.join()
         assert runners() == before
+
+
+def test_threads_with_loops_leave_no_greenlet_behind() -> None:
+    async def many() -> None:
+        for _ in range(300):
+            await Tag.objects.native_count()
+        async with asyncorm.atomic():
+            await asyncio.gather(*[Tag.objects.native_count() for _ in range(300)])
+        async for _ in Tag.objects.native_iterator(chunk_size=1):
+            break
+
+    def greenlets() -> int:
+        gc.collect()
+        return sum(isinstance(thing, greenlet) for thing in gc.get_objects())
+
+    before = greenlets()
+    for _ in range(5):
+        threads = [threading.Thread(target=asyncio.run, args=(many(),)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    # Those that greenlet makes for a thread itself end when the next one begins.
+    assert greenlets() - before <= 4
 
 
 async def test_greenlets_keep_nothing_of_an_operation() -> None:
