@@ -23,7 +23,7 @@ from psycopg import pq
 
 from . import bridge
 from .bridge import Runner
-from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, finish
+from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, finish, reported
 from .pipelines import Pipeline
 from .session_state import leaves_state, plain, remembered
 
@@ -47,13 +47,15 @@ _WAITS = re.compile(
 _WAITING = ("update", "share", "pg_sleep", "lock", "into")  # one is in what that matches
 _INTO = re.compile(r"\binto\s++[\w$\".]++\s*+\(")  # columns follow
 _CALL = re.compile(r"\"\s*+\(|(?<![\w$])([\w$]++)\s*+\(")
+_PLACEHOLDER = re.compile(r"%(?:\(\w++\))?s")
+_OPERATOR = re.compile(r"[-+*/<>=~!@#%^&|`?]++")
 # What may stand before a parenthesis: functions of PostgreSQL and of extensions that Django knows
 # which leave the session alone, types, and words that are no functions.
 _HARMLESS = frozenset(
     """
     all and any array as asc between by case cast conflict cube desc distinct else end escape except
     exists filter from group having ilike in intersect interval into is join lateral like limit
-    materialized not offset on only operator or order over returning rollup row select set sets
+    materialized not offset on only or order over returning rollup row select set sets
     similar some then to union using values when where window with zone
     bigint bit bool boolean bpchar bytea char character date decimal double float float4 float8
     inet int int4 int8 integer json jsonb numeric precision real regclass smallint text time
@@ -98,6 +100,16 @@ _HARMLESS = frozenset(
     """.split()
 )
 
+# Those of PostgreSQL, of its extensions that Django and its friends use, and of pgvector.
+_OPERATORS = frozenset(
+    """
+    !! !~ !~* !~~ !~~* # ## #- #> #>> % %% & && &< &<| &> * *< *<= *<> *= *> *>= + - -> ->> -|- /
+    < <-> << <<= <<| <= <> <@ <^ = > >= >> >>= >^ ? ?# ?& ?- ?-| ?| ?|| @ @-@ @> @? @@ @@@ ^ ^@ |
+    |&> |/ |>> || ||/ ~ ~* ~<=~ ~<~ ~= ~>=~ ~>~ ~~ ~~* != <#> ~> #<# #<=# #= #># #>=# %# %> %>> <%
+    <->> <->>> <<% <<-> <<<-> ?<@ ?@ ?@> ?~ ^<@ ^? ^@> ^~ <=> <+> <~> <%>
+    """.split()
+)
+
 
 @remembered
 def is_read(text: str) -> bool:
@@ -113,13 +125,13 @@ def is_read(text: str) -> bool:
 
 @remembered
 def calls_known(text: str) -> bool:
-    """Whether a statement calls no function but those known to leave the session alone: others may
-    set something in it, which the statements behind would run with."""
+    """Whether a statement calls no function and no operator but those known to leave the session
+    alone: others may set something in it, which the statements behind would run with."""
     command = plain(text)
     if command is None:
         return False
-    command = _INTO.sub("into (", command)
-    return all(
+    command = _PLACEHOLDER.sub("", _INTO.sub("into (", command))
+    return _OPERATORS.issuperset(_OPERATOR.findall(command)) and all(
         match[1] in _HARMLESS and command[match.start() - 1 : match.start()] != "."
         for match in _CALL.finditer(command)
     )
@@ -154,7 +166,7 @@ class _Slow:
             self._seen.popitem(last=False)
 
 
-slow = _Slow()
+slow = _Slow()  # those that have changed the session, too
 
 
 # Told of waits (timeline.py): the alias, for what, from when to when (time.monotonic()).
@@ -181,6 +193,10 @@ class Source(Protocol):
     @property
     def in_order(self) -> bool:
         """Whether one statement's operation has to go on before the next one's begins."""
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether what one statement sets in the session is meant for those behind it."""
 
     @property
     def size(self) -> int:
@@ -336,8 +352,10 @@ class Queue:
             with self._source.connection() as conn:
                 while requests := self._take(segment, first=requests is None):
                     self._send(runner, conn, requests)
-                    if self._source.size > 1:
+                    if self._source.size > 1 or (conn.touched and not self._source.keeps_state):
                         break
+            if segment.waiting and not segment.pipelines:
+                self._start(segment)
         except BaseException as exc:
             if requests is None:
                 requests = self._unserved(segment, started)
@@ -383,11 +401,20 @@ class Queue:
         for request in requests:
             request.pid, request.sent = pid, now
         looking = _Looking(conn, pipeline, requests)
+        before = None if self._source.keeps_state else reported(conn.pgconn)
+        setter: _Request | None = None  # what has changed the session for those behind it
         # One connection only: they go on together, so that what they send next can travel together.
         together: list[_Answer] = []
         try:
             for number, results in pipeline:
-                answer = _Answer(requests[number], results, conn)
+                request = requests[number]
+                if setter is not None:
+                    self._refuse(request, setter, results)
+                    continue
+                answer = _Answer(request, results, conn)
+                if before is not None and reported(conn.pgconn) != before:
+                    setter = request
+                    slow.add(setter.command.text)
                 if self._source.size > 1:
                     answer.give()
                 else:
@@ -412,6 +439,25 @@ class Queue:
         if self._source.in_order:
             # Who waited goes on before the connection is given to anybody else.
             bridge.wait_for(runner, sleep(0))
+
+    def _refuse(self, request: _Request, setter: _Request, results: list[Any]) -> None:
+        """Not serve a statement that ran with what another one has set in the session.
+
+        A view, a trigger, a type may hide that. What only reads, or failed, is executed again.
+        """
+        if is_read(request.command.text) or results[-1].status == _FATAL_ERROR:
+            request.travelling = None
+            if not request.future.done():
+                self._join(request)
+            return
+        _fail(
+            request.future,
+            psycopg.OperationalError(
+                "This statement was executed, in one round trip behind another operation's that "
+                "changed the settings of the server session, and so with those: "
+                f"{setter.command.text[:200]!r}. Execute that one outside of batch()."
+            ),
+        )
 
     def _bind(self, conn: Connection, requests: list[_Request]) -> dict[_Request, Statement]:
         """The statements of those whose values can be sent; the others are told why not."""

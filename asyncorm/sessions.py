@@ -418,6 +418,7 @@ class Block:
     of_test_case = False
     size = 1  # pipelines under way at once
     in_order = True
+    keeps_state = True
 
     is_transaction = True
     of_thread = False
@@ -713,6 +714,10 @@ class _PoolSource:
         self.pool = pool
 
     @property
+    def keeps_state(self) -> bool:
+        return self.source.keeps_state
+
+    @property
     def size(self) -> int:
         return self.source.size
 
@@ -751,7 +756,9 @@ def _travels(source: limits.Source, text: str) -> bool:
 
 def _is_crowded(source: limits.Source) -> bool:
     """Whether single statements are to travel with others' there now."""
-    return source.gathers or (bool(conf.get("MULTIPLEXING")) and not source.has_free)
+    return source.gathers or (
+        bool(conf.get("MULTIPLEXING")) and not source.has_free and not conf.get("RESET_ALWAYS")
+    )
 
 
 def crowded(alias: str) -> pools.Pool | None:
