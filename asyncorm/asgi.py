@@ -15,7 +15,7 @@ from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefuncti
 from django.db import OperationalError, connections
 from psycopg_pool import PoolTimeout
 
-from . import bridge, limits, pools, sessions, transactions
+from . import bridge, limits, patches, pools, sessions, transactions
 from ._requests.views import native_view
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -58,13 +58,9 @@ def get_asgi_application() -> Application:
 
     from ._requests.handler import NativeHandler
 
-    asgi: Any = django.core.asgi
-    original = asgi.ASGIHandler
-    asgi.ASGIHandler = NativeHandler
-    try:
+    asgi = django.core.asgi
+    with patches.replaced(asgi, "ASGIHandler", NativeHandler, "Django's function makes ours"):
         return cast(Application, asgi.get_asgi_application())
-    finally:
-        asgi.ASGIHandler = original
 
 
 def lifespan(

@@ -40,6 +40,7 @@ from psycopg_pool import AsyncConnectionPool
 from psycopg_pool._acompat import AEvent
 from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
 
+from . import patches
 from .bridge import Runner, deliver
 from .session_state import leaves_state
 from .turns import BUSY as _BUSY
@@ -999,14 +1000,14 @@ def _telling(self: Any, command: Any, *args: Any, **kwargs: Any) -> Any:
 def watch_commands(begin: Callable[[Any, str], Callable[[], None]]) -> None:
     """Tell `begin` of commands from now on."""
     _told.append(begin)
-    psycopg.Connection._exec_command = _telling  # type: ignore[method-assign]
+    patches.replace(psycopg.Connection, "_exec_command", _telling, "somebody listens to commands")
 
 
 def unwatch_commands(begin: Callable[[Any, str], Callable[[], None]]) -> None:
     """Tell it no more."""
     _told.remove(begin)
     if not _told:
-        psycopg.Connection._exec_command = _exec_command  # type: ignore[method-assign]
+        patches.undo(psycopg.Connection, "_exec_command")
 
 
 class Start(NamedTuple):

@@ -39,7 +39,7 @@ from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 from psycopg.types.numeric import Int2, Int4, Int8
 
-from . import bridge, bulk, conf, grounds, internals, rows, sessions, verifying
+from . import bridge, bulk, conf, grounds, internals, patches, rows, sessions, verifying
 from .binding import writes_as_django
 from .bridge import Runner
 from .driver import SLICE, Connection, LazyConnection
@@ -967,50 +967,44 @@ def _batched_insert(original: Any) -> Any:
     return insert
 
 
+_ROWS = "rows are read by a plan of the statement cache"
+_WRITES = "writes take their SQL from the statement cache"
+_BULK = "bulk_create() takes its values by columns"
+
+
+def _replacements() -> Iterator[tuple[Any, str, Any, str]]:
+    """What is replaced: owner, name, by what, and why."""
+    querysets: Any = query.QuerySet
+    for cls in _ITERABLES:
+        yield cls, "__iter__", _planned(cls), _ROWS
+    raw = query.RawModelIterable
+    yield raw, "__iter__", _raw(raw.__iter__), _ROWS
+    yield querysets, "get", _get(querysets.get), _ROWS
+    yield Query, "has_results", _has_results(Query.has_results), _ROWS
+    yield Query, "get_count", _get_count(Query.get_count), _ROWS
+    yield Query, "get_aggregation", _get_aggregation(Query.get_aggregation), _ROWS
+    select = compiler.SQLCompiler
+    yield select, "execute_sql", _execute_select(select.execute_sql), _ROWS
+    for writer in (compiler.SQLUpdateCompiler, compiler.SQLDeleteCompiler):
+        yield writer, "execute_sql", _execute_write(writer.execute_sql), _WRITES
+    insert = compiler.SQLInsertCompiler
+    yield insert, "execute_sql", _execute_insert(insert.execute_sql), _WRITES
+    yield Model, "_do_update", _do_update(Model._do_update), _WRITES
+    yield Model, "_do_insert", _do_insert(Model._do_insert), _WRITES
+    yield DeleteQuery, "delete_batch", _delete_batch(DeleteQuery.delete_batch), _WRITES
+    for name, wrap in (
+        ("_prepare_for_bulk_create", _prepare_for_bulk_create),
+        ("_batched_insert", _batched_insert),
+    ):
+        yield querysets, name, wrap(getattr(querysets, name)), _BULK
+
+
 def install() -> None:
     """Put the replacements in place, once, and follow the settings."""
-    if internals.CACHE in internals.lost() or hasattr(Query.has_results, "asyncorm"):
+    if internals.CACHE in internals.lost() or patches.replaced_by_us(Query, "has_results"):
         return
-    replacements: list[tuple[Any, str, Any]] = [
-        (cls, "__iter__", _planned(cls)) for cls in _ITERABLES
-    ]
-    replacements += [
-        (Model, "_do_update", _do_update(Model._do_update)),
-        (Model, "_do_insert", _do_insert(Model._do_insert)),
-        (DeleteQuery, "delete_batch", _delete_batch(DeleteQuery.delete_batch)),
-        (query.RawModelIterable, "__iter__", _raw(query.RawModelIterable.__iter__)),
-        (query.QuerySet, "get", _get(query.QuerySet.get)),
-        (
-            query.QuerySet,
-            "_prepare_for_bulk_create",
-            _prepare_for_bulk_create(query.QuerySet._prepare_for_bulk_create),  # type: ignore[attr-defined]
-        ),
-        (
-            query.QuerySet,
-            "_batched_insert",
-            _batched_insert(query.QuerySet._batched_insert),  # type: ignore[attr-defined]
-        ),
-        (Query, "has_results", _has_results(Query.has_results)),
-        (Query, "get_count", _get_count(Query.get_count)),
-        (Query, "get_aggregation", _get_aggregation(Query.get_aggregation)),
-        (
-            compiler.SQLCompiler,
-            "execute_sql",
-            _execute_select(compiler.SQLCompiler.execute_sql),
-        ),
-        *(
-            (cls, "execute_sql", _execute_write(cls.execute_sql))
-            for cls in (compiler.SQLUpdateCompiler, compiler.SQLDeleteCompiler)
-        ),
-        (
-            compiler.SQLInsertCompiler,
-            "execute_sql",
-            _execute_insert(compiler.SQLInsertCompiler.execute_sql),
-        ),
-    ]
-    for cls, name, function in replacements:
-        function.asyncorm = True
-        setattr(cls, name, function)
+    for owner, name, by, why in list(_replacements()):
+        patches.replace(owner, name, by, why)
     setting_changed.connect(_settings_changed, dispatch_uid="asyncorm.planned")
     _settings_changed()
 

@@ -13,7 +13,7 @@ from django.db.models.fields import related_descriptors
 from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
 
-from . import bridge, copying, planned, sessions, streams, swap
+from . import bridge, copying, patches, planned, sessions, streams, swap
 
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
 
@@ -174,7 +174,6 @@ def _adding_twins(factory: Callable[..., type]) -> Callable[..., type]:
     def make(*args: Any, **kwargs: Any) -> type:
         return add_twins(factory(*args, **kwargs))
 
-    make.asyncorm = True  # type: ignore[attr-defined]
     return make
 
 
@@ -186,9 +185,9 @@ _FACTORIES = (
 
 def _patch_factories(factories: Any) -> None:
     for module, name in factories:
-        factory = getattr(module, name)
-        if not hasattr(factory, "asyncorm"):
-            setattr(module, name, _adding_twins(factory))
+        if not patches.replaced_by_us(module, name):
+            twins = _adding_twins(getattr(module, name))
+            patches.replace(module, name, twins, "related managers have native_* methods")
 
 
 def install() -> None:

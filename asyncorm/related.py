@@ -41,7 +41,7 @@ from django.db.models.query_utils import DeferredAttribute
 from django.db.models.sql.query import Query
 from django.db.models.sql.where import WhereNode
 
-from . import grounds, planned
+from . import grounds, patches, planned
 
 _SLICE = 500
 _KEYS = {int, str, uuid.UUID}  # types that are compared alike as keys by everybody
@@ -418,6 +418,7 @@ def _with_query(original: Any) -> Any:
 def install() -> None:
     """Let querysets do without a query until somebody asks for it, once."""
     if "_query" not in vars(QuerySet):
-        QuerySet._query = _Query()  # type: ignore[attr-defined]
+        why = "a related queryset makes its query when somebody asks for it"
+        patches.replace(QuerySet, "_query", _Query(), why)
         for name in ("__getstate__", "__deepcopy__"):
-            setattr(QuerySet, name, _with_query(getattr(QuerySet, name)))
+            patches.replace(QuerySet, name, _with_query(getattr(QuerySet, name)), why)

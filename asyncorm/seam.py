@@ -1,8 +1,8 @@
-"""Everything asyncorm replaces in Django and asgiref while the app is installed: the seam to
-Django's internals.
+"""What asyncorm replaces in Django and asgiref while the app is installed, so that connections,
+blocks and waiting work natively: the seam to Django's internals.
 
 (The wrapper classes are in backends/mixin.py.) Each replacement does what it replaced outside
-native code.
+native code. They are made by patches.py, as those of other modules are.
 
 - `django.db.connections._connections`: where `connections[alias]` is kept. It must be the running
   operation's wrapper in native code; Django's own is a context variable on a loop's thread, copied
@@ -42,7 +42,16 @@ from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
 from django.dispatch import dispatcher
 
-from . import bridge, callers, internals, observers, prefetching, sessions, transactions
+from . import (
+    bridge,
+    callers,
+    internals,
+    observers,
+    patches,
+    prefetching,
+    sessions,
+    transactions,
+)
 
 
 class _Storage:
@@ -184,16 +193,38 @@ def install() -> None:
     """Put the replacements in place, once."""
     if isinstance(connections._connections, _Storage):  # type: ignore[attr-defined]
         return
-    connections._connections = _Storage(connections._connections)  # type: ignore[attr-defined]
-    django.utils.asyncio.get_running_loop = _get_running_loop  # type: ignore[attr-defined]
-    Atomic.__enter__ = transactions.enter  # type: ignore[method-assign]
-    Atomic.__exit__ = transactions.leave  # type: ignore[method-assign]
-    AsyncToSync.__call__ = _call(AsyncToSync.__call__)  # type: ignore[method-assign]
+    storage = _Storage(connections._connections)  # type: ignore[attr-defined]
+    patches.replace(
+        connections, "_connections", storage, "native code has a connection for each operation",
+        label="django.db.connections",
+    )  # fmt: skip
+    patches.replace(
+        django.utils.asyncio, "get_running_loop", _get_running_loop,
+        "native code may call the synchronous ORM on the event loop",
+    )  # fmt: skip
+    blocks = "blocks are a tree that tasks share"
+    patches.replace(Atomic, "__enter__", transactions.enter, blocks)
+    patches.replace(Atomic, "__exit__", transactions.leave, blocks)
+    patches.replace(
+        AsyncToSync, "__call__", _call(AsyncToSync.__call__),
+        "native code awaits, and synchronous code lends its transaction",
+    )  # fmt: skip
     if run_parallel := getattr(dispatcher, "_run_parallel", None):
-        dispatcher._run_parallel = _in_own_scopes(run_parallel)  # type: ignore[attr-defined]
-    FieldFile.save = _with_threaded_storage(FieldFile.save)  # type: ignore[method-assign]
+        patches.replace(
+            dispatcher, "_run_parallel", _in_own_scopes(run_parallel),
+            "asynchronous receivers have blocks of their own",
+        )  # fmt: skip
     if internals.PREFETCH not in internals.lost():
+        together = "queries of independent lookups run at once"
         for module in (django.db.models.query, django.db.models):
-            module.prefetch_related_objects = prefetching.prefetch_related_objects  # type: ignore[attr-defined]
-        django.db.models.query.prefetch_one_level = prefetching.prefetch_one_level
-    FieldFile.delete = _with_threaded_storage(FieldFile.delete)  # type: ignore[method-assign]
+            patches.replace(
+                module, "prefetch_related_objects", prefetching.prefetch_related_objects, together
+            )
+        patches.replace(
+            django.db.models.query, "prefetch_one_level", prefetching.prefetch_one_level, together
+        )
+    for name in ("save", "delete"):
+        patches.replace(
+            FieldFile, name, _with_threaded_storage(getattr(FieldFile, name)),
+            "file storage works in a thread",
+        )  # fmt: skip

@@ -24,7 +24,7 @@ from django.apps import apps
 from django.core.signals import setting_changed
 from django.db import connections, router
 
-from . import bridge, conf, planned, pools, sessions
+from . import bridge, conf, patches, planned, pools, sessions
 
 # Module: the app that must be installed for it to be importable.
 MODULES = {
@@ -178,6 +178,13 @@ def _replacement(module: str) -> Callable[..., Any]:
     return _dispatch_own if module in _BASES else dispatch
 
 
+_WHY = "a* methods run natively with SWAP_MANAGERS"
+
+
+def _replace_in(module: Any) -> None:
+    patches.replace(module, "sync_to_async", _replacement(module.__name__), _WHY)
+
+
 def install() -> None:
     """Put `dispatch` in the place of sync_to_async, once, and follow the setting."""
     global _django_aiterator
@@ -185,10 +192,10 @@ def install() -> None:
 
     for name, app in MODULES.items():
         if app is None or apps.is_installed(app):
-            importlib.import_module(name).sync_to_async = _replacement(name)  # type: ignore[attr-defined]
+            _replace_in(importlib.import_module(name))
     if _django_aiterator is None:
         _django_aiterator = QuerySet.aiterator
-        QuerySet.aiterator = _aiterator  # type: ignore[method-assign]
+        patches.replace(QuerySet, "aiterator", _aiterator, _WHY)
         setting_changed.connect(_settings_changed, dispatch_uid="asyncorm.swap")
     _read_setting()
 
@@ -210,4 +217,4 @@ def _settings_changed(*, setting: str, **kwargs: Any) -> None:
     elif setting == "INSTALLED_APPS" and apps.is_installed("asyncorm"):
         for name, app in MODULES.items():
             if name in sys.modules and (app is None or apps.is_installed(app)):
-                sys.modules[name].sync_to_async = _replacement(name)  # type: ignore[attr-defined]
+                _replace_in(sys.modules[name])

@@ -40,7 +40,7 @@ from django.urls import URLResolver
 from django.utils.module_loading import import_string
 from django.views import defaults
 
-from .. import bridge, sessions, swap
+from .. import bridge, patches, sessions, swap
 from . import flow, views
 
 _CACHES = "django.core.cache.backends."
@@ -100,7 +100,8 @@ def _replace(
     """
     for name, method in list(chosen):
         if not hasattr(method, "asyncorm_original"):
-            setattr(cls, name, _in_thread(method, database, sensitive, stays))
+            by = _in_thread(method, database, sensitive, stays)
+            patches.replace(cls, name, by, "what may block native code waits for a thread")
 
 
 def _in_thread(
@@ -330,21 +331,24 @@ def _is_djangos(view: Any) -> bool:
     return True
 
 
+_OF_PROJECT = "a view of the project's runs where its views do"
+
+
 @functools.cache
 def install() -> None:
     """Put the replacements in place, once."""
-    django.core.cache.backends.base.sync_to_async = _dispatch_cache  # type: ignore[attr-defined]
-    sessions_base: Any = django.contrib.sessions.backends.base
-    sessions_base.sync_to_async = _dispatch_session
-    email: Any = BaseEmailBackend
-    email.__init__ = _init_email(email.__init__)
-    gzip: Any = django.middleware.gzip
-    gzip.compress_string = _compress(gzip.compress_string)
-    csrf: Any = django.middleware.csrf
-    csrf._get_failure_view = _view_in_thread(csrf._get_failure_view)
-    URLResolver.resolve_error_handler = _view_in_thread(  # type: ignore[method-assign]
-        URLResolver.resolve_error_handler
-    )
+    for module, dispatch in (
+        (django.core.cache.backends.base, _dispatch_cache),
+        (django.contrib.sessions.backends.base, _dispatch_session),
+    ):
+        patches.replace(module, "sync_to_async", dispatch, "what cannot block needs no thread")
+    for owner, name, wrap, why in (
+        (BaseEmailBackend, "__init__", _init_email, "sees backends that no setting names"),
+        (django.middleware.gzip, "compress_string", _compress, "long work waits for a thread"),
+        (django.middleware.csrf, "_get_failure_view", _view_in_thread, _OF_PROJECT),
+        (URLResolver, "resolve_error_handler", _view_in_thread, _OF_PROJECT),
+    ):
+        patches.replace(owner, name, wrap(getattr(owner, name)), why)
     for prepare in dict.fromkeys(_PREPARE.values()):
         prepare()
     setting_changed.connect(_changed, dispatch_uid="asyncorm.blocking")

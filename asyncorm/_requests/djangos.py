@@ -21,7 +21,7 @@ from django.core.handlers import base
 from django.core.handlers.base import BaseHandler
 from django.db import connections
 
-from .. import sessions, swap
+from .. import patches, sessions, swap
 from . import flow
 
 _hinted = False
@@ -30,10 +30,12 @@ _hinted = False
 @functools.cache
 def install() -> None:
     """Put the replacements in place, once."""
-    handler: Any = BaseHandler
-    handler.get_response_async = _get_response_async(handler.get_response_async)
-    handler.load_middleware = _load_middleware(handler.load_middleware)
-    base.sync_to_async = _dispatch  # type: ignore[attr-defined]
+    for name, wrap, why in (
+        ("get_response_async", _get_response_async, "a request's tasks log queries in one place"),
+        ("load_middleware", _load_middleware, "AsyncClient goes through our handler"),
+    ):
+        patches.replace(BaseHandler, name, wrap(getattr(BaseHandler, name)), why)
+    patches.replace(base, "sync_to_async", _dispatch, "logging a response needs no thread")
 
 
 def _keep_logs() -> None:

@@ -19,7 +19,7 @@ from django.core.handlers import base
 from django.core.handlers.exception import convert_exception_to_response
 from django.utils.module_loading import import_string
 
-from .. import conf
+from .. import conf, patches
 from . import flow
 from .thread_locals import makes_thread_local
 
@@ -36,11 +36,12 @@ def placed() -> Iterator[None]:
     with _import_lock:
         # Sentry replaces the name, too, to put a class of its own around each.
         original = base.import_string  # type: ignore[attr-defined]
-        base.import_string = lambda path: _place(path, original(path), inner)  # type: ignore[attr-defined]
-        try:
+
+        def place(path: str) -> Any:
+            return _place(path, original(path), inner)
+
+        with patches.replaced(base, "import_string", place, "each middleware where it belongs"):
             yield
-        finally:
-            base.import_string = original  # type: ignore[attr-defined]
 
 
 def is_own(path: str) -> bool:

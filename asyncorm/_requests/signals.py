@@ -20,7 +20,7 @@ from django.core.cache import caches, close_caches
 from django.core.signals import got_request_exception, request_finished, request_started
 from django.dispatch import Signal, dispatcher
 
-from .. import bridge, sessions
+from .. import bridge, patches, sessions
 from . import flow
 
 Receiver = Callable[..., Any]
@@ -80,9 +80,16 @@ def _of_requests(signal: Signal, original: Callable[..., Any]) -> Callable[..., 
 
 def install() -> None:
     """Replace `send()` of the two signals that Django sends from synchronous code, once."""
-    for signal in (request_finished, got_request_exception):
+    for name, signal in (
+        ("request_finished", request_finished),
+        ("got_request_exception", got_request_exception),
+    ):
         if "send" not in vars(signal):
-            signal.send = _of_requests(signal, signal.send)  # type: ignore[method-assign]
+            patches.replace(
+                signal, "send", _of_requests(signal, signal.send),
+                "Django's receivers of a request need no thread",
+                label=f"django.core.signals.{name}",
+            )  # fmt: skip
 
 
 __all__ = ["has_thread", "install", "request_finished", "request_started", "send"]
