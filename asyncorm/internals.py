@@ -338,12 +338,15 @@ class Missing:
         return f"{self.project} {installed(self.project)}{tested} has no {self.name}: {self.why}"
 
 
+UNKNOWN = "of an unknown version"
+
+
 def installed(project: str) -> str:
     """The installed version of a project."""
     try:
         return version(project)
     except PackageNotFoundError:
-        return "of an unknown version"
+        return UNKNOWN
 
 
 @cache

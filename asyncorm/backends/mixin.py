@@ -142,7 +142,7 @@ class NativeBackendMixin:
             self.execute_wrappers
             or self.queries_logged  # type: ignore[attr-defined]
             or "cursor" in self.__dict__
-            or _cursors_are_patched()
+            or cursors_are_patched()
         )
 
     def ensure_connection(self) -> None:
@@ -264,7 +264,7 @@ _functions: tuple[Any, ...] = ()
 _patched = False
 
 
-def _cursors_are_patched() -> bool:
+def cursors_are_patched() -> bool:
     """Whether somebody has put functions in the place of those of Django's cursors.
 
     Tools that record queries do (Sentry, Datadog, New Relic, tests): they are to see each of them.
@@ -465,7 +465,7 @@ class NativeWrapper:
         if self.unpooled:
             return super().watched  # type: ignore[misc, no-any-return]
         state = self.__dict__
-        if sessions.everywhere or settings.DEBUG or "cursor" in state or _cursors_are_patched():
+        if sessions.everywhere or settings.DEBUG or "cursor" in state or cursors_are_patched():
             return True
         own = _known(self)
         return bool(

@@ -1,0 +1,10 @@
+"""The subcommands of `manage.py asyncorm`, a module each.
+
+A module has `add_arguments(parser)` and `run(options, write)`, whose `write` prints a line.
+"""
+
+# Name: what it does, in the words of --help.
+SUBCOMMANDS = {
+    "status": "settings in force, versions, connections to expect, what is off and why, "
+    "what of Django is replaced",
+}

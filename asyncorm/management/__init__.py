@@ -1,0 +1,1 @@
+"""What `manage.py asyncorm` needs; Django looks for commands in this package."""
