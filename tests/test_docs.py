@@ -51,6 +51,30 @@ def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
         assert f'id="asyncorm.{name}"' in reference, f"{name} is not in the reference"
 
 
+def test_pages_for_contributors_name_what_exists() -> None:
+    """ARCHITECTURE.md knows every module, and no page names a file that is not there."""
+    pages = (
+        "ARCHITECTURE.md",
+        "INVARIANTS.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "tests/README.md",
+    )
+    text = {page: (ROOT / page).read_text() for page in pages}
+    for page, content in text.items():
+        for name in re.findall(r"`((?:tests|asyncorm|docs|compat)/[\w/.-]+)`", content):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+        for name in re.findall(r"\]\(([^)#:]+)\)", content):
+            assert ((ROOT / page).parent / name).exists(), f"{page}: {name}"
+    tests = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    named = {Path(name).name for name in re.findall(r"tests/\w+\.py", text["INVARIANTS.md"])}
+    assert named <= tests
+    modules = {path.stem for path in (ROOT / "asyncorm").glob("*.py")}
+    modules |= {f"{path.parent.name}/" for path in (ROOT / "asyncorm").glob("*/__init__.py")}
+    missing = {name for name in modules if f"`{name}`" not in text["ARCHITECTURE.md"]}
+    assert not missing, f"put these into the map of ARCHITECTURE.md: {missing}"
+
+
 def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text())
 
