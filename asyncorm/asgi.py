@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import multiprocessing
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
@@ -13,10 +15,11 @@ from typing import Any, TypeVar, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.db import OperationalError, connections
-from psycopg_pool import PoolTimeout
 
 from . import bridge, limits, patches, pools, sessions, transactions
 from ._requests.views import native_view
+from .driver import ConnectionPool
+from .growth import is_away
 
 F = TypeVar("F", bound=Callable[..., Any])
 Message = MutableMapping[str, Any]
@@ -37,6 +40,7 @@ __all__ = [
 ]
 
 _AGAIN = 0.5  # seconds between attempts to reach the server at start-up
+_SHORTEST = 5.0  # seconds for the first attempt, and the last
 _FILL_TIMEOUT = 10.0  # seconds for the connections after the first
 
 
@@ -67,23 +71,27 @@ def lifespan(
     app: Application,
     *,
     using: Iterable[str] | None = None,
-    wait: float = 0.0,
+    wait: float = 30.0,
     drain: float = 10.0,
 ) -> Application:
     """Wrap an ASGI application: pools open when the server starts and close when it stops.
 
         application = lifespan(get_asgi_application())
 
-    At start-up each pool gets its `min_size` connections (at least one). If the database cannot be
-    reached the server does not start, and says why. At shut-down requests and other work in
-    progress (of a websocket, only what uses a connection) are waited for, then the pools are
-    closed. Answers the `lifespan` scope itself (Django refuses it) and passes everything else on;
-    on a server without lifespan, such as daphne, pools open on first use.
+    At start-up each pool gets its `min_size` connections. With fewer, but one at least, the server
+    starts and a warning says so. If the database cannot be reached the server does not start, and
+    says why; but one of several worker processes starts if the reason passes by itself, since
+    uvicorn and gunicorn stop the others when one that was replaced fails to start. At shut-down
+    requests and other work in progress (of a websocket, only what uses a connection) are waited
+    for, then the pools are closed. Answers the `lifespan` scope itself (Django refuses it) and
+    passes everything else on; on a server without lifespan, such as daphne, pools open on first
+    use.
 
     Args:
         app: Django's application, or one around it.
         using: database aliases; by default all whose ENGINE is native.
-        wait: seconds to go on trying at start-up, for a database that starts at the same time.
+        wait: seconds to go on trying at start-up, for a database that starts or is away; 0: fail at
+            once.
         drain: seconds to wait at shut-down for connections that are in use.
     """
     running = 0
@@ -144,7 +152,7 @@ def limited(app: Application, parallelism: int, using: str | None = None) -> App
 async def open_pools(
     using: Iterable[str] | None = None,
     *,
-    wait: float = 0.0,
+    wait: float = 30.0,
     drain: float = 10.0,
     until: Callable[[], bool] = lambda: True,
 ) -> AsyncIterator[None]:
@@ -155,15 +163,14 @@ async def open_pools(
         until: drained only when this returns True, too.
 
     Raises:
-        django.db.OperationalError: the database cannot be reached, or not by `min_size`
-            connections.
+        django.db.OperationalError: the database cannot be reached.
         django.db.NotSupportedError: an alias of `using` has another engine.
     """
     aliases = [*connections.settings] if using is None else list(using)
     try:
         for alias in aliases:
             if sessions.native_class(alias) is not None:
-                await _open(alias, monotonic() + wait)
+                await _open(alias, wait)
             elif using is not None:
                 raise sessions.refuse_foreign(alias)
         yield
@@ -173,29 +180,70 @@ async def open_pools(
             await pools.close_pools(alias)
 
 
-async def _open(alias: str, deadline: float) -> None:
+async def _open(alias: str, wait: float) -> None:
+    deadline = monotonic() + wait
     while True:
         try:
-            await bridge.run(lambda: connections[alias].ensure_connection())
+            await _reach(alias, max(deadline - monotonic(), _SHORTEST))
             break
         except OperationalError as exc:
             left = deadline - monotonic()
             if left <= 0:
+                if wait and _is_one_of_several() and _passes(alias):
+                    logger.error(
+                        "Database %r cannot be reached. This worker process starts all the same: "
+                        "that it does not might end the others. %s", alias, exc
+                    )  # fmt: skip
+                    return
                 raise
             logger.warning("Waiting for database %r (%.0f s left): %s", alias, left, exc)
             await asyncio.sleep(min(_AGAIN, left))
     pool = pools.find(alias)
     if pool is None or pool.connections is None:  # in a test's transaction
         return
-    pool.connections.fill(pool.options["min_size"])
+    await _fill(pool.connections, alias, pool.options["min_size"])
+
+
+async def _reach(alias: str, seconds: float) -> None:
     try:
-        await pool.connections.wait(max(_FILL_TIMEOUT, deadline - monotonic()))
-    except PoolTimeout as exc:
+        async with asyncio.timeout(seconds):
+            await bridge.run(lambda: connections[alias].ensure_connection())
+    except TimeoutError:
+        pool = pools.find(alias)
+        reason = pool and pool.connections and pool.connections.connect_error
         raise OperationalError(
-            f"Database {alias!r} gave {len(pool.connections.live)} of the "
-            f"{pool.options['min_size']} connections that OPTIONS['pool']['min_size'] asks for: "
-            f"{pool.connections.connect_error or exc}"
-        ) from exc
+            f"Cannot connect to database {alias!r}, no connection within {seconds:.1f} s: "
+            f"{reason or 'no answer'}"
+        ) from None
+
+
+async def _fill(connections: ConnectionPool, alias: str, min_size: int) -> None:
+    connections.fill(min_size)
+    deadline = monotonic() + _FILL_TIMEOUT
+
+    def fills() -> bool:
+        return len(connections.live) < min(min_size, connections.opened)
+
+    while fills() and monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
+    if len(connections.live) < min_size:
+        logger.warning(
+            "Database %r gave %d of the %d connections that OPTIONS['pool']['min_size'] asks for; "
+            "the pool grows when they are needed. %s", alias, len(connections.live), min_size,
+            connections.connect_error or "",
+        )  # fmt: skip
+
+
+def _is_one_of_several() -> bool:
+    """Whether a server's main process has started this one, and may end when this one does."""
+    return multiprocessing.parent_process() is not None or "gunicorn.arbiter" in sys.modules
+
+
+def _passes(alias: str) -> bool:
+    """Whether the database is only away, not wrongly named."""
+    pool = pools.find(alias)
+    conns = None if pool is None else pool.connections
+    return conns is not None and conns.connect_error is not None and is_away(conns.connect_error)
 
 
 async def _drain(aliases: list[str], until: Callable[[], bool], deadline: float) -> None:

@@ -36,12 +36,12 @@ from psycopg._preparing import Prepare
 from psycopg.adapt import AdaptersMap, Transformer
 from psycopg.types import TypesRegistry
 from psycopg.types.string import TextLoader
-from psycopg_pool import AsyncConnectionPool
 from psycopg_pool._acompat import AEvent
 from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
 
 from . import patches
 from .bridge import Runner, deliver
+from .growth import GrowingPool
 from .session_state import leaves_state
 from .turns import BUSY as _BUSY
 from .turns import turn
@@ -1214,7 +1214,7 @@ class _Event(AEvent):
         return happened
 
 
-class ConnectionPool(AsyncConnectionPool[PooledConnection]):
+class ConnectionPool(GrowingPool[PooledConnection]):
     """psycopg_pool's pool, with a checkout that costs no task switch when a connection is free.
 
     Attributes:
@@ -1225,7 +1225,6 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
     def __init__(self, **kwargs: Any) -> None:
         self.live: set[PooledConnection] = set()
         self.connect_error: BaseException | None = None
-        self._loop: asyncio.AbstractEventLoop
         super().__init__("", connection_class=PooledConnection, open=False, **kwargs)
 
     async def start(self) -> None:
@@ -1264,7 +1263,7 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
             raise _Cancelled from None
         except Exception as exc:
             self.connect_error = exc
-            if not self.live:
+            if not self.live and not self.passes(exc):
                 await self._fail_waiting(exc)
             raise
         self.connect_error = None
@@ -1284,6 +1283,11 @@ class ConnectionPool(AsyncConnectionPool[PooledConnection]):
         for _ in range(self._nconns, min_size):
             self._nconns += 1
             self.run_task(AddConnection(self))
+
+    def discard(self, conn: PooledConnection) -> None:
+        """Close a connection that nobody has."""
+        self.live.discard(conn)
+        conn.twin.terminate()
 
     def take(self) -> PooledConnection | None:
         """A free connection, the one used last, or None: then `await getconn()`."""

@@ -126,6 +126,11 @@ PSYCOPG_POOL = (
     ),
     Names(
         "psycopg_pool.pool_async:AsyncConnectionPool",
+        "_add_connection _add_to_pool _maybe_grow_pool _growing _lock",
+        "growth that backs off while tasks wait; replaced",
+    ),
+    Names(
+        "psycopg_pool.pool_async:AsyncConnectionPool",
         "_start_workers _sched _sched_runner _workers worker run_task",
         "its maintenance tasks, which end when they are cancelled and are waited for",
     ),

@@ -27,6 +27,7 @@ from .driver import (
     PooledConnection,
     Start,
 )
+from .growth import is_full
 from .tasks import current_and_represented
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ _IGNORED = ("open", "close_returns", "connection_class", "kwargs", "reconnect_ti
 _DEFAULTS = {"min_size": 4, "timeout": 30.0}  # psycopg_pool's own
 _MAX_SIZE = 10  # without a "pool" key
 _MAX_IDLE = 32  # wrappers that are kept beyond a burst
+_FULL = (
+    "The server refuses more connections: give it a larger max_connections, or the pools of all "
+    "processes a smaller max_size."
+)
+_AWAY = "Was waited for, since this passes by itself: is the server started, or promoted?"
 _WHERE = ("NAME", "USER", "PASSWORD", "HOST", "PORT")
 
 
@@ -194,7 +200,9 @@ class Pool:
     def room(self) -> int:
         """How many connections more are to be had without waiting for anybody."""
         conns = self.connections
-        return 0 if conns is None or conns.waiting else conns.free + self.size - conns.opened
+        if conns is None or conns.waiting:
+            return 0
+        return conns.free if conns.rest > 0 else conns.free + self.size - conns.opened
 
     def begin(self, conn: Connection) -> None:
         """A new connection is ready: what it has is what all of the pool's have at their start."""
@@ -357,17 +365,29 @@ class Pool:
 
     def _exhausted(self, conns: ConnectionPool) -> psycopg.OperationalError:
         seconds = self.options["timeout"]
+        reason = conns.connect_error
         if not conns.live:
+            if reason is None:
+                return psycopg.OperationalError(
+                    f"Cannot connect to database {self.alias!r} ({self.description}): no answer "
+                    f"within {seconds:g} s. Check that the "
+                    f"server can be reached; OPTIONS['connect_timeout'] makes it fail sooner."
+                )
             return psycopg.OperationalError(
-                f"Cannot connect to database {self.alias!r} ({self.description}): no answer "
-                f"within {seconds:g} s. Check that the "
-                f"server can be reached; OPTIONS['connect_timeout'] makes it fail sooner."
+                f"Cannot connect to database {self.alias!r} ({self.description}) for {seconds:g} "
+                f"s: {str(reason).strip()}\n{_FULL if is_full(reason) else _AWAY}"
             )
+        advice = (
+            f"Raise OPTIONS['pool']['max_size'] in DATABASES[{self.alias!r}], or hold connections "
+            "for less time."
+        )
+        size = self.size
+        if is_full(reason):
+            size, advice = len(conns.live), _FULL
         return psycopg.OperationalError(
-            f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
+            f"The native pool of database {self.alias!r} is exhausted: all {size} "
             f"connections were in use for {seconds:g} s and {self.waiting} more tasks "
-            f"wait. Held by: {holders(self._sessions())}. Raise OPTIONS['pool']['max_size'] in "
-            f"DATABASES[{self.alias!r}], or hold connections for less time."
+            f"wait. Held by: {holders(self._sessions())}. {advice}"
         )
 
     @property
@@ -376,10 +396,16 @@ class Pool:
         return int(self.options["max_size"])
 
     @property
+    def host(self) -> str:
+        """The name of the server, or of several; empty for the local one."""
+        settings = self.settings_dict
+        return str(settings.get("HOST") or settings["OPTIONS"].get("host") or "")
+
+    @property
     def description(self) -> str:
         """Where the server is, for messages; no password."""
         get = self.settings_dict.get
-        host = get("HOST") or self.settings_dict["OPTIONS"].get("host") or "local socket"
+        host = self.host or "local socket"
         return (
             f"host {host!r}, port {get('PORT') or 'default'}, database {get('NAME')!r}, "
             f"user {get('USER') or 'default'!r}"
@@ -410,9 +436,10 @@ class Pool:
                     kwargs=self._params(wrapper.get_connection_params()),
                     # One connection at first, by growth; filled to min_size if the loop lives on.
                     min_size=0,
-                    # A failed attempt is not repeated in the background: the next checkout tries
-                    # anew (psycopg #1315).
+                    # A failed attempt is not repeated in the background, but where tasks wait
+                    # (growth.py; psycopg #1315).
                     reconnect_timeout=0.0,
+                    several_hosts="," in self.host,
                     **callbacks,
                     **{"name": f"asyncorm-{self.alias}", **options},
                 )

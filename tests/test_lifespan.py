@@ -13,7 +13,15 @@ from psycopg import sql
 
 import asyncorm
 from asyncorm.asgi import lifespan, open_pools
-from tests.support import administrator, database, eventually, server_connections, value
+from asyncorm.demo.postgres import postgres_server
+from tests.support import (
+    administrator,
+    database,
+    eventually,
+    free_port,
+    server_connections,
+    value,
+)
 
 pytestmark = pytest.mark.usefixtures("django_db_setup")
 
@@ -77,7 +85,7 @@ async def test_fails_at_once_and_says_why(django_db_blocker: Any) -> None:
         unused.bind(("127.0.0.1", 0))
         port = str(unused.getsockname()[1])
         with django_db_blocker.unblock(), database(HOST="127.0.0.1", PORT=port):
-            protocol = Protocol(lifespan(nothing))
+            protocol = Protocol(lifespan(nothing, wait=0))
             began = time.monotonic()
             answer = await protocol.ask("startup")
             await protocol.task
@@ -108,10 +116,43 @@ async def test_waits_as_long_as_it_is_told(django_db_blocker: Any) -> None:
                 raise AssertionError
 
 
-async def test_fewer_connections_than_asked_for(
-    django_db_blocker: Any, monkeypatch: pytest.MonkeyPatch
+async def test_waits_for_a_server_by_default(django_db_blocker: Any) -> None:
+    with postgres_server(own=True) as server, django_db_blocker.unblock():
+        await asyncio.to_thread(server.stop)
+        with database(**server.settings):
+            protocol = Protocol(lifespan(nothing, using=["extra"]))
+            starting = asyncio.ensure_future(protocol.ask("startup"))
+            await asyncio.sleep(1)
+            assert not starting.done()
+            await asyncio.to_thread(server.start)
+            assert await starting == {"type": "lifespan.startup.complete"}
+            await protocol.ask("shutdown")
+            await protocol.task
+
+
+@pytest.mark.parametrize("wrong", [{"PORT": None}, {"NAME": "no_such_database"}])
+async def test_one_of_several_workers_starts_if_the_database_is_only_away(
+    wrong: dict[str, Any], django_db_blocker: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr("asyncorm.asgi._FILL_TIMEOUT", 0.5)
+    """In a real worker process: test_availability.py."""
+    monkeypatch.setattr("asyncorm.asgi._is_one_of_several", lambda: True)
+    if away := "PORT" in wrong:
+        wrong = {"HOST": "127.0.0.1", "PORT": str(free_port())}
+    with django_db_blocker.unblock(), database(**wrong):
+        protocol = Protocol(lifespan(nothing, using=["extra"], wait=0.3))
+        answer = await protocol.ask("startup")
+        if away:
+            assert answer == {"type": "lifespan.startup.complete"}
+            assert "starts all the same" in caplog.text
+            with pytest.raises(OperationalError, match="refused"):
+                await asyncorm.native(value)("SELECT 1", using="extra")
+            await protocol.ask("shutdown")
+        else:
+            assert "does not exist" in answer["message"]
+        await protocol.task
+
+
+async def test_fewer_connections_than_asked_for(django_db_blocker: Any, caplog: Any) -> None:
     with administrator() as ask, django_db_blocker.unblock():
         ask("CREATE ROLE few LOGIN CONNECTION LIMIT 2 SUPERUSER")
         try:
@@ -119,10 +160,10 @@ async def test_fewer_connections_than_asked_for(
             ask("ALTER ROLE few NOSUPERUSER")
             pool = {"pool": {"min_size": 3, "max_size": 5}}
             with database(USER="few", OPTIONS=pool):
-                with pytest.raises(OperationalError, match=r"gave 2 of the 3 .*too many"):
-                    async with open_pools(["extra"]):
-                        raise AssertionError
-                await asyncorm.close_pools("extra")
+                async with served(lifespan(nothing, using=["extra"])):
+                    assert "gave 2 of the 3 connections" in caplog.text
+                    assert "too many connections for role" in caplog.text
+                    await asyncorm.native(value)("SELECT 1", using="extra")
         finally:
             ask("DROP ROLE few")
 

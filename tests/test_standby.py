@@ -326,8 +326,7 @@ async def test_promotion(django_db_setup: Any, django_db_blocker: Any) -> None:
 
             await asyncio.to_thread(primary.stop, "immediate")
             await eventually(lambda: traffic.errors, 30)
-            with pytest.raises(OperationalError, match="Cannot connect to database 'primary'"):
-                await add(using="primary")
+            late = group.create_task(add(using="primary"))  # waits for the next primary
             reads = traffic.reads
             await eventually(lambda: traffic.reads > reads + 5, 30)  # nobody misses the primary
 
@@ -339,9 +338,10 @@ async def test_promotion(django_db_setup: Any, django_db_blocker: Any) -> None:
             before = len(traffic.written)
             await eventually(lambda: len(traffic.written) > before + 20, 30)
             traffic.stopped = True
+            await late
 
         assert recovered < 10, "the pool recovers within seconds"
-        assert traffic.errors
+        assert 1 <= len(traffic.errors) <= 3, "one for each that was under way"
         assert [error for error in traffic.errors if type(error) is not OperationalError] == []
         rows = set(
             await Item.objects.using("replica").values_list("remote_id", flat=True).anative()
