@@ -14,9 +14,10 @@ class AsyncormConfig(AppConfig):
 
     def ready(self) -> None:
         """Install the replacements and the native_* methods; the rest is up to the swap."""
-        from . import checks, planned, querysets, related, seam, swap
+        from . import checks, cursor_events, planned, querysets, related, seam, swap
         from ._requests import djangos
 
+        cursor_events.install()
         seam.install()
         querysets.install()
         swap.install()

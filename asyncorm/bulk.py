@@ -24,11 +24,12 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from operator import attrgetter
+from time import monotonic
 from types import NoneType
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -40,13 +41,13 @@ from django.db.models.sql.subqueries import InsertQuery
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
-from . import bridge, grounds, verifying
+from . import _events, bridge, grounds, verifying
 from .binding import has_djangos_type, writes_as_django
 from .driver import Reading, Statement
 from .grounds import Ground
 from .rows import RowMaker, tuple_of
 from .shapes import Unfit
-from .statements import UNPLANNED, Compiled, Plan, counts, direct, hit, learn, recall, serves
+from .statements import UNPLANNED, Compiled, Plan, count, direct, hit, learn, recall, serves
 
 SLICE = 1000  # objects between two looks whether other tasks are to have a turn
 _TEXT_ARRAY, _TIMESTAMPTZ, _TIMESTAMPTZ_ARRAY = 1009, 1184, 1185
@@ -245,12 +246,13 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
         return None
     plan, statement = made
     wrapper.validate_no_broken_transaction()
+    maker = plan.maker
     with wrapper.wrap_database_errors:
-        maker = plan.maker
-        if maker is None:
-            conn.run(statement)
-            return []
-        loaded = conn.run(Reading(statement, maker.load))
+        with _told(statement, wrapper):
+            if maker is None:
+                conn.run(_events.followed(statement))
+                return []
+            loaded = conn.run(_events.followed(Reading(statement, maker.load)))
         return maker.made(loaded, conn.give_turn, wrapper.alias, wrapper, None)
 
 
@@ -306,14 +308,29 @@ def insert_batches(
 
 def _start(plan: Plan, statement: Statement, wrapper: Any, conn: Any) -> Callable[[], list[Any]]:
     wrapper.validate_no_broken_transaction()
+    started = monotonic()
     with wrapper.wrap_database_errors:
         received = conn.start(statement)
 
     def receive() -> list[Any]:
         with wrapper.wrap_database_errors:
-            return _rows(plan, received(), wrapper, conn)
+            with _told(statement, wrapper) as told:
+                result = received()
+                if told is not None:
+                    told.began = told.sent = started
+                    told.connection = conn.pgconn.backend_pid
+                    told.rows = int(result.command_tuples or 0)
+            return _rows(plan, result, wrapper, conn)
 
     return receive
+
+
+def _told(statement: Statement, wrapper: Any) -> AbstractContextManager[Any]:
+    """An INSERT for those who listen."""
+    if not _events.statements:
+        return nullcontext()
+    text, params = statement.text, statement.params
+    return _events.statement(wrapper.alias, text, params, in_block=wrapper.in_atomic_block)
 
 
 def _rows(plan: Plan, result: Any, wrapper: Any, conn: Any) -> list[Any]:
@@ -348,13 +365,13 @@ def _made(
             arrays = [_array(field, query.objs, wrapper, conn) for field in fields]
             params, types, formats = zip(*arrays, strict=True)
             if plan is UNPLANNED:
-                counts["misses"] += 1
+                count("misses")
                 make = functools.partial(_plan, compiler, wrapper, fields, returning)
                 plan = learn(key, query.model, make)
             if plan is not None:
                 statement = Statement(plan.query, params, types, formats, text=plan.text)
     if statement is None:
-        counts["unfit"] += 1
+        count("unfit")
         return None
     if known:
         elements = _elements(fields, params, formats, conn) if verifying.active else ()

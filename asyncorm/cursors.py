@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from operator import length_hint
 from types import TracebackType
@@ -12,7 +13,7 @@ from django.db import DEFAULT_DB_ALIAS, InterfaceError
 from psycopg.pq import ExecStatus
 from psycopg.rows import tuple_row
 
-from . import bridge, sessions
+from . import _events, bridge, sessions
 from .driver import Answer, Connection, LazyConnection, Start, Statement
 from .multiplexing import is_single
 from .statements import NotServed, direct, serves, stand_in
@@ -35,6 +36,13 @@ class _Raw:
 
     def read(self, conn: Connection, result: Any) -> Answer:
         return conn.answer(result, conn.transformer)
+
+
+def _told(text: str, params: Any, wrapper: Any) -> AbstractContextManager[Any]:
+    """The statement for those who listen."""
+    if not _events.statements:
+        return nullcontext()
+    return _events.statement(wrapper.alias, text, params, in_block=wrapper.in_atomic_block)
 
 
 class AsyncCursor:
@@ -66,8 +74,8 @@ class AsyncCursor:
             return
         self._close()
         wrapper.validate_no_broken_transaction()
-        with wrapper.wrap_database_errors:
-            answer = conn.run(_Raw(text, params, wrapper))
+        with wrapper.wrap_database_errors, _told(text, params, wrapper):
+            answer = conn.run(_events.followed(_Raw(text, params, wrapper)))
         self._keep(answer, wrapper, wrapper.session.pool.start, conn)
 
     async def _share(self, text: Any, params: Any) -> bool:
@@ -88,7 +96,8 @@ class AsyncCursor:
         self._close()
         with wrapper.wrap_database_errors:
             try:
-                answer = await queue.submit(_Raw(text, params, wrapper))
+                with _told(text, params, wrapper):
+                    answer = await queue.submit(_events.followed(_Raw(text, params, wrapper)))
             except NotServed:
                 return False
         self._keep(answer, wrapper, start)

@@ -131,10 +131,15 @@ _STYLE = (
 )
 
 
-def as_html(timeline: Timeline) -> str:
-    """A self-contained page."""
+def as_fragment(timeline: Timeline) -> str:
+    """The picture and what was found, for a page around it."""
     picture = as_svg(timeline).partition("\n")[2]  # without the XML declaration
     found = "".join(f"<li>{escape(finding)}</li>" for finding in timeline.findings())
+    return f"{picture}<ul>{found}</ul>"
+
+
+def as_html(timeline: Timeline) -> str:
+    """A self-contained page."""
     rows = "".join(
         f"<tr><td class=n>{span.began * 1000:.1f}</td><td class=n>{span.seconds * 1000:.1f}</td>"
         f"<td>{escape(span.task)}</td><td>{_who(span.connection)}</td><td>"
@@ -144,6 +149,6 @@ def as_html(timeline: Timeline) -> str:
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>asyncorm: timeline</title>'
-        f"<style>{_STYLE}</style>{picture}<ul>{found}</ul><table><tr><th>at, ms<th>took, ms"
+        f"<style>{_STYLE}</style>{as_fragment(timeline)}<table><tr><th>at, ms<th>took, ms"
         f"<th>task<th>pid<th>what<th>where</tr>{rows}</table></html>\n"
     )

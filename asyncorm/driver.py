@@ -39,7 +39,7 @@ from psycopg.types.string import TextLoader
 from psycopg_pool._acompat import AEvent
 from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
 
-from . import patches
+from . import _events, patches
 from .bridge import Runner, deliver
 from .growth import GrowingPool
 from .session_state import leaves_state
@@ -141,7 +141,7 @@ class _Cursor:
         if self.closed:
             raise psycopg.InterfaceError("the cursor is closed")
         self._reset()
-        answer = queue.run(_Executing(self, query, params, text))
+        answer = queue.run(_events.followed(_Executing(self, query, params, text)))
         conn.served_by = queue.served_by
         conn.yielded = monotonic()
         return self.show(answer)
@@ -981,33 +981,33 @@ def copy_read(cursor: Any, size: int) -> Steps:
     return data, None
 
 
-# Told of each command that psycopg sends by itself for a session (timeline.py): called with the
-# connection and the text when it begins; what they return is called when it has ended.
-_told: list[Callable[[Any, str], Callable[[], None]]] = []
 _exec_command: Any = psycopg.Connection._exec_command
 
 
 def _telling(self: Any, command: Any, *args: Any, **kwargs: Any) -> Any:
-    of_session = hasattr(self.lock, "alias")
-    ends = [begin(self, text_of(command)) for begin in _told] if of_session else []
+    """`_exec_command()`, with listeners told of the commands of sessions."""
+    session = self.lock
+    told = None
+    if hasattr(session, "alias"):
+        pid = 0 if self.closed else self.pgconn.backend_pid
+        told = _events.Command(session.alias, text_of(command), pid, session.root is not None)
     try:
         return (yield from _exec_command(self, command, *args, **kwargs))
     finally:
-        for end in ends:
-            end()
+        if told is not None:
+            told.end()
 
 
-def watch_commands(begin: Callable[[Any, str], Callable[[], None]]) -> None:
-    """Tell `begin` of commands from now on."""
-    _told.append(begin)
-    patches.replace(psycopg.Connection, "_exec_command", _telling, "somebody listens to commands")
-
-
-def unwatch_commands(begin: Callable[[Any, str], Callable[[], None]]) -> None:
-    """Tell it no more."""
-    _told.remove(begin)
-    if not _told:
+def _arrange() -> None:
+    if _events.commands:
+        patches.replace(
+            psycopg.Connection, "_exec_command", _telling, "somebody listens to commands"
+        )
+    else:
         patches.undo(psycopg.Connection, "_exec_command")
+
+
+_events.changed.append(_arrange)
 
 
 class Start(NamedTuple):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from asyncio import CancelledError, Future, Task, current_task, get_running_loop, sleep
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import Context
 from copy import copy
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 import psycopg
 from psycopg import pq
 
-from . import bridge
+from . import _events, bridge
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, finish, reported
 from .pipelines import Pipeline
@@ -169,16 +168,6 @@ class _Slow:
 slow = _Slow()  # those that have changed the session, too
 
 
-# Told of waits (timeline.py): the alias, for what, from when to when (time.monotonic()).
-waits: list[Callable[[str, str, float, float], None]] = []
-
-
-def waited(alias: str, what: str, since: float, until: float | None = None) -> None:
-    """The current task has waited for a connection or a block."""
-    for tell in waits:
-        tell(alias, what, since, monotonic() if until is None else until)
-
-
 class Source(Protocol):
     """Where a pipeline gets its connection: a pool, a part of one, or a transaction block."""
 
@@ -304,9 +293,9 @@ class Queue:
                 await self._drop(request, exc)
                 raise
         self.served_by = request.pid
-        if waits and request.sent - request.since > 0.001:
+        if _events.waits and request.sent - request.since > 0.001:
             source = self._source
-            waited(source.pool.alias, source.awaited, request.since, request.sent)
+            _events.waited(source.pool.alias, source.awaited, request.since, request.sent)
         return value
 
     def _join(self, request: _Request) -> None:
@@ -396,6 +385,8 @@ class Queue:
         travelling = _Travelling(requests)
         bound = self._bind(conn, requests)
         requests = list(bound)
+        if _events.statements and len(requests) > 1:
+            _events.pipelined(request.command for request in requests)
         pipeline = Pipeline(conn, list(bound.values()))
         pid, now = conn.pgconn.backend_pid, monotonic()
         for request in requests:

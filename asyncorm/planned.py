@@ -39,7 +39,7 @@ from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 from psycopg.types.numeric import Int2, Int4, Int8
 
-from . import bridge, bulk, conf, grounds, internals, patches, rows, sessions, verifying
+from . import _events, bridge, bulk, conf, grounds, internals, patches, rows, sessions, verifying
 from .binding import writes_as_django
 from .bridge import Runner
 from .driver import SLICE, Connection, LazyConnection
@@ -54,8 +54,8 @@ from .statements import (
     Planned,
     chunks,
     clear,
+    count,
     count_of,
-    counts,
     hit,
     items,
     learn,
@@ -64,6 +64,7 @@ from .statements import (
     recall,
     remember,
     stand_in,
+    told,
 )
 from .tracing import Resolving
 
@@ -352,9 +353,14 @@ async def _without_operation(
     if queue is None:
         return None
     bridge.check()
+    command = Planned(plan, params, 0, wrapper)
     with wrapper.wrap_database_errors:
         try:
-            loaded = await queue.submit(Planned(plan, params, 0, wrapper))
+            if not _events.statements:
+                loaded = await queue.submit(command)
+            else:
+                with told(plan, params, 0, wrapper):
+                    loaded = await queue.submit(_events.followed(command))
         except NotServed:
             return None
         # A get() asks for no more rows than are taken apart in one turn.
@@ -896,12 +902,12 @@ def _insert_plan(
     if plan is not None and all(type(field).pre_save in bulk.PRE_SAVES for field in fields):
         params = _insert_params(fields, query.objs[0], query.raw, wrapper, [None] * len(fields))
     if params is None:
-        counts["unfit"] += 1
+        count("unfit")
         return None
     if plan is UNPLANNED:
         make = functools.partial(_plan_insert, compiler, wrapper, fields, returning, params)
         plan = learn(key, query.model, make)
-        counts["misses"] += 1
+        count("misses")
     elif not hit(
         key, plan, params, 0,
         lambda: bulk.compiled_again(query.model, fields, query.objs, returning, wrapper),

@@ -48,11 +48,11 @@ from greenlet import getcurrent
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
-from . import bridge, conf, generators, limits, pools
+from . import _events, bridge, conf, generators, limits, pools
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, NO_LOCK, Connection, LazyConnection, finish
 from .generators import Place
-from .multiplexing import Queue, calls_known, is_read, is_single, slow, waited
+from .multiplexing import Queue, calls_known, is_read, is_single, slow
 from .tasks import represented
 
 T = TypeVar("T")
@@ -416,6 +416,7 @@ class Block:
     """
 
     of_test_case = False
+    event: _events.Block | None = None  # for those who listen
     size = 1  # pipelines under way at once
     in_order = True
     keeps_state = True
@@ -471,6 +472,8 @@ class Block:
     def end(self) -> None:
         """Take no more statements but of who leaves it."""
         self.ended = True
+        if self.event is not None:  # by force, if it is not told already
+            self.event.end(rolled_back=True)
         if (scope := self.scope) is not None:
             scope.ended = True
 
@@ -556,7 +559,7 @@ class Block:
                 self.queue.seal()
             since = monotonic()
             bridge.wait_for(runner, self._acquire())
-            waited(self.session.alias, self.awaited, since)
+            _events.waited(self.session.alias, self.awaited, since)
         if self.ended:
             self.lock.release()
             raise self.outlived_error()
@@ -888,6 +891,8 @@ class Session:
         if conn is None:
             self.taken = conn = self._lazy() or self._checkout()
         conn.lock = self
+        if _events.checkouts and not conn.unsettled:
+            _events.checked_out(self.alias, conn, self)
         return conn
 
     @property
@@ -927,7 +932,7 @@ class Session:
         since = monotonic()
         conn = self.source.get(self.wrapper)
         if not self.pipelining:  # or the statements' own tasks have waited, and say so
-            waited(self.alias, "for a connection", since)
+            _events.waited(self.alias, "for a connection", since)
         return conn
 
     def queue_for(self, text: str) -> Queue | None:
@@ -988,6 +993,8 @@ class Session:
                 # Somebody turned autocommit off and left: what was not committed is rolled back.
                 conn.terminate()
             conn._autocommit = True
+        if _events.checkouts:
+            _events.checked_in(conn)
         self.source.checkin(conn)
 
     def terminate(self) -> None:
@@ -1263,7 +1270,7 @@ def _pool(alias: str, cls: Any) -> pools.Pool:
     return pool
 
 
-# Execute wrappers of native code in every task (testing.py).
+# Execute wrappers of native code in every task: what tells those who listen (cursor_events.py).
 everywhere: list[Any] = []
 
 

@@ -30,7 +30,7 @@ from django.db.models.lookups import Lookup
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
-from . import grounds, sessions, verifying
+from . import _events, grounds, sessions, verifying
 from .backends.mixin import has_djangos_cursors
 from .binding import in_place_of_expressions, writes_as_django
 from .driver import SLICE, Connection, Statement
@@ -351,6 +351,16 @@ def learn(
     return known
 
 
+_OUTCOMES = {"misses": "miss", "unfit": "uncacheable"}
+
+
+def count(what: str) -> None:
+    """Count a statement that is compiled."""
+    counts[what] += 1
+    if _events.cache:
+        _events.cached(_OUTCOMES[what])
+
+
 def hit(key: Any, plan: Plan, params: Any, offset: int, compile: Callable[[], Compiled]) -> bool:
     """Count a hit; where hits are verified, False if Django's SQL is another one each time.
 
@@ -367,10 +377,12 @@ def hit(key: Any, plan: Plan, params: Any, offset: int, compile: Callable[[], Co
             families.insert(place, _NO_KIND)
         if not verifying.holds(key, sent, families, compile):
             remember(key, None, Ground(()))
-            counts["unfit"] += 1
+            count("unfit")
             return False
         counts["verified"] += 1
     counts["hits"] += 1
+    if _events.cache:
+        _events.cached("hit")
     return True
 
 
@@ -393,14 +405,14 @@ def plan_for(
         key = tuple(shape.key)
         plan = recall(key)
     except Exception:  # whatever is wrong with the query, Django will say
-        counts["unfit"] += 1
+        count("unfit")
         return None
     known = plan is not UNPLANNED and (plan is None or plan.holds(shape))
     if not known:
         plan = _made(key, query, shape, compile)
-        counts["misses"] += 1
+        count("misses")
     if plan is None:
-        counts["unfit"] += 1
+        count("unfit")
         return None
     params = shape.bind(skips_null=plan.skips_null)
     if plan.picked is not None:
@@ -556,7 +568,7 @@ def stand_in(alias: str) -> tuple[Pool, Any] | None:
     return (pool, wrapper) if known and not wrapper.watched else None
 
 
-class NotServed(Exception):
+class NotServed(_events.Unserved):
     """A connection's cursors are not like those that the wrapper would have: use one."""
 
 
@@ -588,13 +600,11 @@ class Planned:
 def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:
     """What `Planned` gives, or else None and Django's cursor."""
     if not wrapper.watched:
-        session = wrapper.session
-        queue = None if session is None else session.shared(plan.text)
-        runs: Any = queue if queue is not None else _connection(wrapper)
-        if runs is not None:
-            wrapper.validate_no_broken_transaction()
-            with wrapper.wrap_database_errors, suppress(NotServed):
-                return runs.run(Planned(plan, params, offset, wrapper)), None
+        with suppress(NotServed):
+            if not _events.statements:
+                return _sent(plan, params, offset, wrapper), None
+            with told(plan, params, offset, wrapper):
+                return _sent(plan, params, offset, wrapper), None
     cursor = wrapper.cursor()
     try:
         cursor.execute(*_djangos(plan, params, offset))
@@ -602,6 +612,32 @@ def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any,
         cursor.close()
         raise
     return None, cursor
+
+
+def _sent(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> Any:
+    """What `Planned` gives.
+
+    Raises:
+        NotServed: it needs a cursor.
+    """
+    session = wrapper.session
+    queue = None if session is None else session.shared(plan.text)
+    runs: Any = queue if queue is not None else _connection(wrapper)
+    if runs is None:
+        raise NotServed
+    wrapper.validate_no_broken_transaction()
+    planned: Any = Planned(plan, params, offset, wrapper)
+    if _events.statements:
+        planned = _events.followed(planned)
+    with wrapper.wrap_database_errors:
+        return runs.run(planned)
+
+
+def told(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> _events.Statement:
+    """A plan's statement for those who listen."""
+    return _events.statement(
+        wrapper.alias, *_djangos(plan, params, offset), in_block=wrapper.in_atomic_block
+    )
 
 
 def _djangos(plan: Plan, params: list[Any], offset: int) -> tuple[str, tuple[Any, ...]]:

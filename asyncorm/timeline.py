@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
-from . import drawing, driver, multiplexing, sessions
+from . import _events, drawing, sessions
 from .contexts import EitherWay
-
-T = TypeVar("T")
 
 REPEATED = 5  # times one statement of one place in one task is taken to be an N+1 problem
 _IN_TURN = 3  # queries in a row in one task that might run at once
@@ -54,11 +52,8 @@ class Span:
         return self.ended - self.began
 
 
-class Timeline(EitherWay["Timeline"]):
+class Timeline(EitherWay["Timeline"], _events.Listener):
     """What `timeline()` records; `print()` shows it.
-
-    It can be put among a connection's `execute_wrappers` by hand, to record what synchronous code
-    runs there.
 
     Attributes:
         spans: queries, commands and waits, in the order in which they ended.
@@ -70,8 +65,7 @@ class Timeline(EitherWay["Timeline"]):
     def begin(self) -> None:
         """Forget what was recorded, and start the clock."""
         self.spans: list[Span] = []
-        # When what a task's query waited for, or its BEGIN, had ended: the query itself began then.
-        self._inside: dict[str, float] = {}
+        self._places: dict[_events.Command, str] = {}
         self._start = monotonic()
 
     def elapsed(self) -> float:
@@ -80,52 +74,39 @@ class Timeline(EitherWay["Timeline"]):
 
     # Recording
 
-    def __call__(
-        self, execute: Callable[..., T], sql: Any, params: Any, many: bool, context: dict[str, Any]
-    ) -> T:
-        task = _task()
-        self._inside.pop(task, None)
-        began = self.elapsed()
-        place = sessions.caller()
-        wrapper = context["connection"]
-        pid = _served_by(wrapper.connection)
-        try:
-            return execute(sql, params, many, context)
-        finally:
-            began = self._inside.pop(task, began)
-            pid = _served_by(wrapper.connection) or pid
-            ended = self.elapsed()
-            in_block = wrapper.in_atomic_block
-            self._add(Span(task, str(sql), wrapper.alias, pid, place, began, ended, in_block))
+    def statement_ended(self, statement: _events.Statement) -> None:
+        """Record a query, from when it had its connection on."""
+        self._add(
+            statement, statement.sql, statement.sent, sessions.caller(),
+            connection=statement.connection, in_block=statement.in_block,
+        )  # fmt: skip
 
-    def _command(self, conn: Any, what: str) -> Callable[[], None]:
-        # A shielded COMMIT may end in another task than it began in.
-        began, task, place, session = self.elapsed(), _task(), sessions.caller(), conn.lock
-        alias, in_block, pid = session.alias, session.root is not None, _served_by(conn)
+    def command_begun(self, command: _events.Command) -> None:
+        """Note the place: a shielded COMMIT may end in another task than it began in."""
+        self._places[command] = sessions.caller()
 
-        def end() -> None:
-            ended = self.elapsed()
-            self._add(Span(task, what, alias, pid, place, began, ended, in_block, is_command=True))
+    def command_ended(self, command: _events.Command) -> None:
+        """Record a command."""
+        self._add(
+            command, command.text, command.began, self._places.pop(command, ""),
+            connection=command.connection, in_block=command.in_block, is_command=True,
+        )  # fmt: skip
 
-        return end
+    def waited(self, wait: _events.Wait) -> None:
+        """Record a wait."""
+        self._add(wait, wait.what, wait.began, sessions.caller(), is_wait=True)
 
-    def _wait(self, alias: str, what: str, since: float, until: float) -> None:
-        place = sessions.caller()
-        began, ended = since - self._start, until - self._start
-        self._add(Span(_task(), what, alias, 0, place, began, ended, is_wait=True))
-
-    def _add(self, span: Span) -> None:
-        self.spans.append(span)
-        if span.is_wait or span.what.startswith("BEGIN"):
-            self._inside[span.task] = span.ended
+    def _add(self, event: Any, what: str, began: float, place: str, **facts: Any) -> None:
+        facts = {"connection": 0, **facts}
+        name = threading.current_thread().name if event.task is None else event.task.get_name()
+        began, ended = max(began - self._start, 0.0), event.ended - self._start
+        self.spans.append(
+            Span(name, what, event.alias, place=place, began=began, ended=ended, **facts)
+        )
 
     def __enter__(self) -> Timeline:
         self.begin()
-        sessions.everywhere.append(self)
-        for session in list(sessions.sharing):
-            session.wrapper.execute_wrappers.append(self)
-        multiplexing.waits.append(self._wait)
-        driver.watch_commands(self._command)
+        _events.listen(self)
         return self
 
     def __exit__(
@@ -134,12 +115,7 @@ class Timeline(EitherWay["Timeline"]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        driver.unwatch_commands(self._command)
-        multiplexing.waits.remove(self._wait)
-        for session in list(sessions.sharing):
-            if self in session.wrapper.execute_wrappers:
-                session.wrapper.execute_wrappers.remove(self)
-        sessions.everywhere.remove(self)
+        _events.unlisten(self)
 
     # Reading
 
@@ -218,6 +194,10 @@ class Timeline(EitherWay["Timeline"]):
         """A page with the picture, what was found, and every query."""
         return drawing.as_html(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the picture and what was found."""
+        return drawing.as_fragment(self)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the picture, or with a name in .html the page.
 
@@ -228,19 +208,6 @@ class Timeline(EitherWay["Timeline"]):
         if path.suffix not in (".svg", ".html"):
             raise ValueError(f"A timeline is saved as .svg or .html, not as {path.name!r}.")
         path.write_text(self.svg() if path.suffix == ".svg" else self.html(), encoding="utf-8")
-
-
-def _served_by(conn: Any) -> int:
-    if conn is None:
-        return 0
-    if getattr(conn, "unsettled", False):  # not psycopg's own connection
-        return int(conn.served_by)
-    return 0 if conn.closed else int(conn.pgconn.backend_pid)
-
-
-def _task() -> str:
-    task = sessions.current_task_or_none()
-    return threading.current_thread().name if task is None else task.get_name()
 
 
 def _runs(spans: list[Span]) -> Iterator[list[Span]]:

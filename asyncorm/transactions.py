@@ -20,7 +20,7 @@ from django.db.transaction import Atomic as DjangoAtomic
 from django.db.transaction import TransactionManagementError, get_connection
 from psycopg import Error, IsolationLevel
 
-from . import bridge, callers, sessions, testcase
+from . import _events, bridge, callers, sessions, testcase
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT
 from .sessions import Block, Scope, Session
@@ -158,6 +158,8 @@ def enter_block(
         if parent is not None and parent.ended and isinstance(exc, Exception):
             raise parent.outlived_error() from exc  # by force, in the meantime
         raise
+    if _events.blocks:
+        block.event = _events.Block(session.alias, origin, block.outermost)
     return block
 
 
@@ -192,7 +194,10 @@ def leave_block(
                 lost = exc_type is None and _lost(block)
                 if lost:
                     block.needs_rollback = True
+                rolled_back = exc_type is not None or block.needs_rollback
                 _exit_django_well(block, atomic, exc_type, exc, traceback)
+                if block.event is not None:
+                    block.event.end(rolled_back)
     finally:
         runner.cleaning_until = None
         if not acquired:  # a statement still holds the lock: the transaction cannot go on
@@ -288,7 +293,7 @@ def _lost(block: Block) -> bool:
 
 
 def _close_block(runner: Runner, block: Block) -> None:
-    block.ended = True
+    block.end()
     if (scope := block.scope) is not None:
         scope.pop()
     session = block.session

@@ -248,6 +248,11 @@ async def test_text_picture_and_page(tmp_path: Path) -> None:
     assert page.count("<tr>") >= 4 and "&lt;0&gt;" in page and "<svg" in page
     with pytest.raises(ValueError, match=r"seen\.png"):
         seen.save(tmp_path / "seen.png")
+    shown = seen._repr_html_()  # in a notebook
+    assert shown.startswith("<svg") and "<style" not in shown and "3 queries of 3 tasks" in shown
+    async with asyncorm.timeline() as one:
+        await Tag.objects.native_count()
+    assert str(one).startswith("1 query of 1 task on 1 connection, ")
     assert str(Timeline()).startswith("0 queries")
     assert Timeline().svg().startswith("<?xml")
 

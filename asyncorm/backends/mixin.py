@@ -465,7 +465,7 @@ class NativeWrapper:
         if self.unpooled:
             return super().watched  # type: ignore[misc, no-any-return]
         state = self.__dict__
-        if sessions.everywhere or settings.DEBUG or "cursor" in state or cursors_are_patched():
+        if settings.DEBUG or "cursor" in state or cursors_are_patched():
             return True
         own = _known(self)
         return bool(

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from ..timeline import Span, Timeline
+from ..timeline import Timeline
 from .figures import Statement
 
 P = ParamSpec("P")
@@ -36,9 +36,7 @@ def named(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
 
 
 class Recorder(Timeline):
-    """The timeline that `asyncorm.timeline()` records, with names for what ran; Django's half has
-    it among its connection's execute_wrappers.
-    """
+    """The timeline that `asyncorm.timeline()` records, with names for what ran."""
 
     def begin(self) -> None:
         """Forget what was recorded, and start the clock; called in the event loop's thread."""
@@ -46,8 +44,8 @@ class Recorder(Timeline):
         self.names: list[str] = []
         self.threads = {threading.get_ident()}
 
-    def _add(self, span: Span) -> None:
-        super()._add(span)
+    def _add(self, *args: Any, **facts: Any) -> None:
+        super()._add(*args, **facts)
         self.names.append(_query.get())
         self.threads.add(threading.get_ident())
 

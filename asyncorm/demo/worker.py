@@ -65,13 +65,14 @@ async def _install(recorder: Recorder, half: Half) -> None:
     from asgiref.sync import sync_to_async
     from django.db import connection
 
+    from ..cursor_events import tell
+
     def install() -> None:
-        connection.execute_wrappers[:] = [recorder]
+        connection.execute_wrappers[:] = [tell]
 
     if half is DJANGO:
         await sync_to_async(install)()
-    else:
-        recorder.__enter__()  # for as long as the process lives
+    recorder.__enter__()  # for as long as the process lives
 
 
 def _compare_with_server(rows: list[Any], recorder: Recorder) -> None:

@@ -1,0 +1,399 @@
+"""One stream of what happens: statements, commands, waits, check-outs, the cache, blocks.
+
+Who does one of these asks first whether anybody listens to its kind (`if _events.statements:`):
+listening costs, and nobody else pays. A listener sees and does not change anything: a statement
+takes the same way as without it, and an error of the listener's is logged.
+
+This module knows neither Django nor psycopg. Times are those of `time.monotonic()`.
+"""
+
+from __future__ import annotations
+
+import logging
+from asyncio import Task, current_task
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from time import monotonic
+from types import TracebackType
+from typing import Any
+from weakref import ref
+
+logger = logging.getLogger("asyncorm")
+
+# Whether anybody listens to events of a kind; set by listen() and unlisten().
+statements = commands = waits = checkouts = cache = blocks = False
+
+
+class Statement:
+    """An SQL statement, from before it waits for a connection until its result is there.
+
+    Attributes:
+        alias: the database alias.
+        sql: its text, with placeholders.
+        params: its parameters, as they were given; None if there are none.
+        task: the asyncio task that runs it, None in synchronous code.
+        native: native code runs it; otherwise synchronous code in a test's transaction.
+        by_cursor: a cursor of Django's executes it: who has replaced a method of that one knows it.
+        cache: "hit", "miss" or "uncacheable"; None of SQL that the ORM did not make.
+        pipelined: it went to the server together with statements of others.
+        connection: the process id of the server's end; 0 if there was none.
+        in_block: a transaction was open.
+        rows: how many it returned or changed; -1 if that is not known.
+        error: what it raised.
+        known: its listeners have been told that it has begun.
+        waited: seconds for a connection, or for the transaction block.
+        began, sent, ended: when; `sent` when there was a connection, the same as `began` until
+            then.
+    """
+
+    native = True
+    by_cursor = pipelined = False
+    cache: str | None = None
+    connection = 0
+    rows = -1
+    error: BaseException | None = None
+    waited = ended = 0.0
+    known = False
+    _outer: ref[Statement] | None = None
+
+    def __init__(self, alias: str, sql: str, params: Any, in_block: bool) -> None:
+        self.alias = alias
+        self.sql = sql
+        self.params = params
+        self.in_block = in_block
+        self.task = _task()
+        if (outcome := _outcome.get()) is not None:
+            self.cache = outcome
+            _outcome.set(None)
+        self.began = self.sent = monotonic()
+
+    def __enter__(self) -> Statement:
+        if (outer := _running.get()) is not None:
+            self._outer = outer
+        _running.set(ref(self))
+        if _begun_statement and not self.known:
+            self.known = True
+            _tell(_begun_statement, self)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _running.set(self._outer)
+        if exc is not None:
+            if isinstance(exc, Unserved):
+                _unserved.set(self)
+                return
+            self.error = exc
+        self.ended = monotonic()
+        _tell(_ended_statement, self)
+
+    @property
+    def seconds(self) -> float:
+        """How long the server and the way to it took."""
+        return self.ended - self.sent
+
+
+class Unserved(Exception):
+    """A statement is not sent in this way after all; the task's next one stands for it."""
+
+
+class Command:
+    """What is sent beside statements: BEGIN, COMMIT, ROLLBACK, FETCH and CLOSE of a stream.
+
+    Attributes: as those of `Statement`.
+    """
+
+    def __init__(self, alias: str, text: str, connection: int, in_block: bool) -> None:
+        self.alias = alias
+        self.text = text
+        self.connection = connection
+        self.in_block = in_block
+        self._statement = _under_way()
+        self.task = _task()
+        self.began = monotonic()
+        self.ended = 0.0
+        _tell(_begun_command, self)
+
+    def end(self) -> None:
+        """It has been answered; possibly in another task, if this one was cancelled."""
+        self.ended = monotonic()
+        if self._statement is not None and self.text.startswith("BEGIN"):
+            self._statement.sent = self.ended
+        _tell(_ended_command, self)
+
+
+class Wait:
+    """A task has waited for a connection or a transaction block.
+
+    Attributes: as those of `Statement`, and
+        what: for what, in words.
+    """
+
+    def __init__(self, alias: str, what: str, began: float, ended: float) -> None:
+        self.alias = alias
+        self.what = what
+        self.task = _task()
+        self.began = began
+        self.ended = ended
+
+
+class CheckOut:
+    """Somebody has a connection.
+
+    Attributes: as those of `Statement`, and
+        holder: says by `str()` who has it now.
+    """
+
+    def __init__(self, alias: str, connection: int, holder: Any) -> None:
+        self.alias = alias
+        self.connection = connection
+        self.holder = holder
+        self.task = _task()
+        self.began = monotonic()
+        self.ended = 0.0
+
+
+class Block:
+    """A transaction or a savepoint.
+
+    Attributes: as those of `Statement`, and
+        origin: file and line where it was entered.
+        outermost: it is a transaction, no savepoint.
+        rolled_back: it ended by a rollback.
+    """
+
+    def __init__(self, alias: str, origin: str, outermost: bool) -> None:
+        self.alias = alias
+        self.origin = origin
+        self.outermost = outermost
+        self.rolled_back = False
+        self.task = _task()
+        self.began = monotonic()
+        self.ended = 0.0
+        _tell(_begun_block, self)
+
+    def end(self, rolled_back: bool) -> None:
+        """It was left; told once."""
+        if not self.ended:
+            self.ended = monotonic()
+            self.rolled_back = rolled_back
+            _tell(_ended_block, self)
+
+
+class Listener:
+    """Hears what it has a method for; these do nothing and cost nothing.
+
+    They are called in the task that the event is of, and must not wait.
+    """
+
+    def statement_begun(self, statement: Statement) -> None:
+        """Before it waits for a connection."""
+
+    def statement_ended(self, statement: Statement) -> None:
+        """Its result is there, or its error."""
+
+    def command_begun(self, command: Command) -> None:
+        """It is about to be sent."""
+
+    def command_ended(self, command: Command) -> None:
+        """It was answered."""
+
+    def waited(self, wait: Wait) -> None:
+        """A wait is over."""
+
+    def checked_out(self, checkout: CheckOut) -> None:
+        """A connection has left the pool."""
+
+    def checked_in(self, checkout: CheckOut) -> None:
+        """It is back."""
+
+    def cached(self, outcome: str) -> None:
+        """The statement cache was asked: "hit", "miss" or "uncacheable"."""
+
+    def block_begun(self, block: Block) -> None:
+        """BEGIN or SAVEPOINT was executed."""
+
+    def block_ended(self, block: Block) -> None:
+        """It was committed, released or rolled back."""
+
+
+_Told = tuple[Callable[[Any], None], ...]
+_listeners: list[Listener] = []
+_begun_statement: _Told = ()
+_ended_statement: _Told = ()
+_begun_command: _Told = ()
+_ended_command: _Told = ()
+_waited: _Told = ()
+_checked_out: _Told = ()
+_checked_in: _Told = ()
+_cached: _Told = ()
+_begun_block: _Told = ()
+_ended_block: _Told = ()
+
+# Called when somebody begins or ceases to listen: who has something to put in place for that.
+changed: list[Callable[[], None]] = []
+
+
+def listen(listener: Listener) -> None:
+    """Tell `listener` of what happens from now on, in all tasks; once, however often it is said."""
+    if listener not in _listeners:
+        _listeners.append(listener)
+        _arrange()
+
+
+def unlisten(listener: Listener) -> None:
+    """Tell it no more."""
+    if listener in _listeners:
+        _listeners.remove(listener)
+        _arrange()
+
+
+def _arrange() -> None:
+    global _begun_statement, _ended_statement, _begun_command, _ended_command, _waited
+    global _checked_out, _checked_in, _cached, _begun_block, _ended_block
+    global statements, commands, waits, checkouts, cache, blocks
+
+    def of(name: str) -> _Told:
+        nothing = getattr(Listener, name)
+        heard = [each for each in _listeners if getattr(type(each), name) is not nothing]
+        return tuple(getattr(each, name) for each in heard)
+
+    _begun_statement, _ended_statement = of("statement_begun"), of("statement_ended")
+    _begun_command, _ended_command = of("command_begun"), of("command_ended")
+    _checked_out, _checked_in = of("checked_out"), of("checked_in")
+    _begun_block, _ended_block = of("block_begun"), of("block_ended")
+    _waited, _cached = of("waited"), of("cached")
+    statements = bool(_begun_statement or _ended_statement)
+    commands = bool(_begun_command or _ended_command)
+    waits = statements or bool(_waited)
+    checkouts = bool(_checked_out or _checked_in)
+    cache = statements or bool(_cached)
+    blocks = bool(_begun_block or _ended_block)
+    if not checkouts:
+        _out.clear()
+    for tell in changed:
+        tell()
+
+
+_failed: set[Any] = set()
+
+
+def _tell(told: _Told, event: Any) -> None:
+    for function in told:
+        try:
+            function(event)
+        except Exception:
+            cls = type(getattr(function, "__self__", function))
+            if cls not in _failed:  # a line for each statement would make it worse
+                _failed.add(cls)
+                logger.exception("%s raised an error. Later ones are not logged.", function)
+
+
+# The statement under way in the current task; one that it is to send otherwise; what the cache said
+# of the next one. Tasks may share a Context, so each is asked whose it is; a Context that is copied
+# meanwhile may live for long.
+_running: ContextVar[ref[Statement] | None] = ContextVar("asyncorm_statement", default=None)
+_unserved: ContextVar[Statement | None] = ContextVar("asyncorm_unserved", default=None)
+_outcome: ContextVar[str | None] = ContextVar("asyncorm_outcome", default=None)
+
+
+def _task() -> Task[Any] | None:
+    try:
+        return current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
+
+
+def _under_way() -> Statement | None:
+    running = _running.get()
+    statement = None if running is None else running()
+    return statement if statement is not None and statement.task is _task() else None
+
+
+# What the places that tell something call
+
+
+def statement(alias: str, sql: str, params: Any, in_block: bool = False) -> Statement:
+    """The statement that the current task is about to run: inside `with` it is under way."""
+    again = _unserved.get()
+    if again is not None:  # listeners know of it
+        _unserved.set(None)
+        if again.alias == alias and again.task is _task():
+            return again
+    return Statement(alias, sql, params, in_block)
+
+
+class _Followed:
+    """A command that tells the statement it is for what becomes of it (driver.Command)."""
+
+    __slots__ = ("_command", "statement", "text")
+
+    def __init__(self, command: Any, statement: Statement) -> None:
+        self._command = command
+        self.statement = statement
+        self.text = command.text
+
+    def bind(self, conn: Any) -> Any:
+        bound = self._command.bind(conn)
+        statement = self.statement
+        statement.connection = conn.pgconn.backend_pid
+        statement.sent = monotonic()
+        return bound
+
+    def read(self, conn: Any, result: Any) -> Any:
+        self.statement.rows = result.ntuples or int(result.command_tuples or 0)
+        return self._command.read(conn, result)
+
+
+def followed(command: Any) -> Any:
+    """The command; it tells the running statement of the current task where it was executed."""
+    statement = _under_way() if statements else None
+    return command if statement is None else _Followed(command, statement)
+
+
+def pipelined(commands: Iterable[Any]) -> None:
+    """These are sent together."""
+    for command in commands:
+        if type(command) is _Followed:
+            command.statement.pipelined = True
+
+
+def waited(alias: str, what: str, began: float, ended: float | None = None) -> None:
+    """The current task has waited for a connection or a block."""
+    if not waits:
+        return
+    if ended is None:
+        ended = monotonic()
+    if (statement := _under_way()) is not None:
+        statement.waited += ended - began
+        statement.sent = ended
+    if _waited:
+        _tell(_waited, Wait(alias, what, began, ended))
+
+
+_out: dict[int, CheckOut] = {}
+
+
+def checked_out(alias: str, conn: Any, holder: Any) -> None:
+    """A connection has left its pool."""
+    event = _out[id(conn)] = CheckOut(alias, conn.pgconn.backend_pid, holder)
+    _tell(_checked_out, event)
+
+
+def checked_in(conn: Any) -> None:
+    """It is back."""
+    event = _out.pop(id(conn), None)
+    if event is not None:
+        event.ended = monotonic()
+        _tell(_checked_in, event)
+
+
+def cached(outcome: str) -> None:
+    """The statement cache was asked for the current task's next statement."""
+    _outcome.set(outcome)
+    if _cached:
+        _tell(_cached, outcome)

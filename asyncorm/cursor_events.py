@@ -1,0 +1,54 @@
+"""Statements of Django's cursors as events: an execute wrapper, in place while somebody listens."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from . import _events, bridge, sessions
+from .driver import text_of
+
+
+def tell(execute: Any, sql: Any, params: Any, many: bool, context: dict[str, Any]) -> Any:
+    """Run a statement, and have listeners told of it."""
+    wrapper = context["connection"]
+    text = sql if type(sql) is str else text_of(sql)
+    statement = _events.statement(wrapper.alias, text, params)
+    statement.by_cursor, statement.native = True, bridge.in_native_code()
+    with statement:
+        pid = _served_by(wrapper.connection)
+        try:
+            return execute(sql, params, many, context)
+        finally:
+            statement.connection = _served_by(wrapper.connection) or pid
+            statement.in_block = wrapper.in_atomic_block
+            statement.rows = getattr(context["cursor"].cursor, "rowcount", -1)
+
+
+def _served_by(conn: Any) -> int:
+    if conn is None:
+        return 0
+    if getattr(conn, "unsettled", False):  # not psycopg's own connection
+        return int(conn.served_by)
+    return 0 if conn.closed else int(conn.pgconn.backend_pid)
+
+
+def _arrange() -> None:
+    if _events.statements == (tell in sessions.everywhere):
+        return
+    lists = [sessions.everywhere]
+    # Not as what this thread installs: it may be called in any.
+    lists += [session.wrapper.execute_wrappers for session in list(sessions.sharing)]
+    for wrappers in lists:
+        if _events.statements:
+            list.insert(wrappers, 0, tell)
+        else:
+            with suppress(ValueError):
+                list.remove(wrappers, tell)
+
+
+def install() -> None:
+    """Be in place whenever somebody listens; done once."""
+    if _arrange not in _events.changed:
+        _events.changed.append(_arrange)
+        _arrange()
