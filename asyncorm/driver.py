@@ -1003,7 +1003,7 @@ def _arrange() -> None:
         patches.replace(
             psycopg.Connection, "_exec_command", _telling, "somebody listens to commands"
         )
-    else:
+    elif patches.replaced_by_us(psycopg.Connection, "_exec_command"):
         patches.undo(psycopg.Connection, "_exec_command")
 
 
