@@ -9,6 +9,8 @@ ARGS ?=
 PYTEST_ARGS ?=
 LOWEST := .venv-lowest
 BENCH ?= .venv-bench
+# The demo runs in the developers' environment where that is there; else what it needs is enough.
+DEMO := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-demo)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-lowest test-next soak chaos lint format bench bench-distance bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-matrix docs pictures build clean FORCE
@@ -19,8 +21,8 @@ help:  ## show this list
 
 install: $(VENV)/.installed  ## put the package, the demo's and the developers' tools into .venv
 
-demo: $(VENV)/.installed  ## show asyncorm beside Django's own async methods, on real data
-	$(VENV)/bin/python -m asyncorm.demo $(ARGS)
+demo: $(DEMO)/.installed  ## show asyncorm beside Django's own async methods, on real data
+	$(DEMO)/bin/python -m asyncorm.demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
@@ -119,11 +121,15 @@ this is " + sys.version.split()[0] + ": name another interpreter with PYTHON=...
 $(LOWEST)/.installed: CONSTRAINTS := -c tests/lowest.txt
 $(LOWEST)/.installed: tests/lowest.txt $(call stale,$(LOWEST))
 $(VENV)/.installed: $(call stale,$(VENV))
-$(VENV)/.installed $(LOWEST)/.installed: pyproject.toml
+.venv-demo/.installed: $(call stale,.venv-demo)
+.venv-demo/.installed: EXTRAS := demo
+$(sort $(VENV)/.installed $(LOWEST)/.installed .venv-demo/.installed): pyproject.toml
 	@$(if $(filter FORCE,$^),$(create),:)
-	@echo "Installing asyncorm and its tools into $(@D) (once, a minute or so) ..."
-	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check --no-input \
-		-e '.[demo,dev]' $(CONSTRAINTS)
+	@printf 'Installing asyncorm and $(if $(EXTRAS),what the demo needs,its tools) into $(@D) (once) '
+	@{ PYTHONUNBUFFERED=1 $(@D)/bin/python -m pip install --disable-pip-version-check --no-input \
+		-e '.[$(or $(EXTRAS),demo,dev)]' $(CONSTRAINTS) 2>$(@D)/.errors; echo $$? >$(@D)/.status; } | \
+		while read -r word rest; do case $$word in Collecting) printf .;; esac; done; \
+		echo; test "$$(cat $(@D)/.status)" = 0 || { cat $(@D)/.errors >&2; exit 1; }
 	@touch $@
 
 # Nothing is removed that is not a virtual environment, and no half-made one stays.

@@ -146,7 +146,9 @@ def show_comparison(console: Console, comparison: Comparison) -> None:
 def show_end(console: Console, report: Report, svg: Path, json: Path | None) -> None:
     """Where the files are, and the summary: one line, the last one."""
     console.print()
-    console.print(f"Picture of the timelines: {svg}", soft_wrap=True)
+    path = svg.resolve()
+    console.print(f"Picture of the timelines: {path}", soft_wrap=True)
+    console.print(f"  open it: python3 -m webbrowser {path.as_uri()}", soft_wrap=True)
     if json is not None:
         console.print(f"Figures: {json}", soft_wrap=True)
     console.print()
