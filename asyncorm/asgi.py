@@ -17,6 +17,7 @@ from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefuncti
 from django.db import OperationalError, connections
 
 from . import bridge, limits, patches, pools, sessions, transactions
+from ._requests.health import health, health_view
 from ._requests.views import native_view
 from .driver import ConnectionPool
 from .growth import is_away
@@ -33,6 +34,8 @@ __all__ = [
     "AtomicRequestsMiddleware",
     "atomic_requests",
     "get_asgi_application",
+    "health",
+    "health_view",
     "lifespan",
     "limited",
     "native_view",

@@ -247,12 +247,12 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
     plan, statement = made
     wrapper.validate_no_broken_transaction()
     maker = plan.maker
+    with _told(statement, wrapper), wrapper.wrap_database_errors:
+        if maker is None:
+            conn.run(_events.followed(statement))
+            return []
+        loaded = conn.run(_events.followed(Reading(statement, maker.load)))
     with wrapper.wrap_database_errors:
-        with _told(statement, wrapper):
-            if maker is None:
-                conn.run(_events.followed(statement))
-                return []
-            loaded = conn.run(_events.followed(Reading(statement, maker.load)))
         return maker.made(loaded, conn.give_turn, wrapper.alias, wrapper, None)
 
 
@@ -313,13 +313,15 @@ def _start(plan: Plan, statement: Statement, wrapper: Any, conn: Any) -> Callabl
         received = conn.start(statement)
 
     def receive() -> list[Any]:
-        with wrapper.wrap_database_errors:
-            with _told(statement, wrapper) as told:
+        with _told(statement, wrapper) as told:
+            if told is not None:
+                told.began = told.sent = started
+                told.connection = conn.pgconn.backend_pid
+            with wrapper.wrap_database_errors:
                 result = received()
-                if told is not None:
-                    told.began = told.sent = started
-                    told.connection = conn.pgconn.backend_pid
-                    told.rows = int(result.command_tuples or 0)
+            if told is not None:
+                told.rows = int(result.command_tuples or 0)
+        with wrapper.wrap_database_errors:
             return _rows(plan, result, wrapper, conn)
 
     return receive

@@ -74,7 +74,7 @@ class AsyncCursor:
             return
         self._close()
         wrapper.validate_no_broken_transaction()
-        with wrapper.wrap_database_errors, _told(text, params, wrapper):
+        with _told(text, params, wrapper), wrapper.wrap_database_errors:
             answer = conn.run(_events.followed(_Raw(text, params, wrapper)))
         self._keep(answer, wrapper, wrapper.session.pool.start, conn)
 
@@ -94,12 +94,11 @@ class AsyncCursor:
             return False
         bridge.check()
         self._close()
-        with wrapper.wrap_database_errors:
-            try:
-                with _told(text, params, wrapper):
-                    answer = await queue.submit(_events.followed(_Raw(text, params, wrapper)))
-            except NotServed:
-                return False
+        try:
+            with _told(text, params, wrapper), wrapper.wrap_database_errors:
+                answer = await queue.submit(_events.followed(_Raw(text, params, wrapper)))
+        except NotServed:
+            return False
         self._keep(answer, wrapper, start)
         return True
 

@@ -359,7 +359,7 @@ async def _without_operation(
             if not _events.statements:
                 loaded = await queue.submit(command)
             else:
-                with told(plan, params, 0, wrapper):
+                with told(plan, params, 0, wrapper), wrapper.wrap_database_errors:
                     loaded = await queue.submit(_events.followed(command))
         except NotServed:
             return None

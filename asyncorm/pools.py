@@ -197,6 +197,14 @@ class Pool:
         return self.connections is not None and self.connections.free > 0
 
     @property
+    def is_full(self) -> bool:
+        """Whether it has all the connections that it may have, and somebody has each of them."""
+        conns = self.connections
+        if conns is None or conns.free:
+            return False
+        return sum(not conn.closed for conn in conns.live) >= self.size
+
+    @property
     def room(self) -> int:
         """How many connections more are to be had without waiting for anybody."""
         conns = self.connections
@@ -596,14 +604,23 @@ def pool_stats(using: str | None = None) -> dict[str, int]:
     """
     alias = using or DEFAULT_DB_ALIAS
     try:
-        found = [find(alias)]
+        pool = find(alias)
     except RuntimeError:  # no loop runs in this thread
-        found = [by_alias.get(alias) for by_alias in list(_pools.values())]
-    total: Counter[str] = Counter()
-    for pool in found:
-        if pool is not None:
-            total.update(pool.stats())
-    return dict(total)
+        return total_stats().get(alias, {})
+    return {} if pool is None else pool.stats()
+
+
+def everywhere() -> list[Pool]:
+    """The pools of all loops of the process; from any thread."""
+    return [pool for by_alias in list(_pools.values()) for pool in list(by_alias.values())]
+
+
+def total_stats() -> dict[str, dict[str, int]]:
+    """Statistics by alias, the sums over all loops of the process; from any thread."""
+    totals: dict[str, Counter[str]] = {}
+    for pool in everywhere():
+        totals.setdefault(pool.alias, Counter()).update(pool.stats())
+    return {alias: dict(total) for alias, total in totals.items()}
 
 
 def discard_pools(alias: str | None = None, *, now: bool = False) -> None:
