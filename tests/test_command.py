@@ -136,3 +136,221 @@ def __getattr__(name: str) -> Any:
 
         return NativeHandler.__new__(NativeHandler)
     raise AttributeError(name)
+
+
+# hops
+
+
+def hops(folder: Path, **sources: str) -> dict[str, tuple[str, str]]:
+    """What the command says of these files: what is written and what to write instead, by place."""
+    for name, text in sources.items():
+        path = folder / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    found: dict[str, tuple[str, str]] = {}
+    place = ""
+    for line in shown("hops", str(folder)).splitlines():
+        if line.startswith("    instead: "):
+            found[place] = (found[place][0], line.removeprefix("    instead: "))
+        elif line.startswith(str(folder)):
+            file, number, what = line.removeprefix(f"{folder}/").split(":", 2)
+            place = f"{file}:{number}"
+            found[place] = (what.strip(), "")
+    return found
+
+
+CALLS = """\
+import asyncio, asyncio as aio, time
+from asgiref.sync import sync_to_async, sync_to_async as s2a
+import asgiref.sync
+from channels.db import database_sync_to_async
+from .helpers import report
+
+async def view(request, user, loop, client):
+    await sync_to_async(Book.objects.get)(pk=1, title="a")
+    await s2a(list)(Book.objects.filter(price=1))
+    await asgiref.sync.sync_to_async(report)(2026, user=user)
+    await database_sync_to_async(user.save)()
+    await aio.to_thread(report, 2026)
+    await loop.run_in_executor(None, report, 2026)
+    await asyncio.to_thread(time.sleep, 1)
+    await sync_to_async(client.get)("/")
+    await asyncio.gather(*map(sync_to_async, [report]))
+
+@sync_to_async
+def decorated(): ...
+
+@database_sync_to_async
+def also(): ...
+
+@sync_to_async(thread_sensitive=False)
+def with_options():
+    sync_to_async(sync_to_async(report))
+
+twin = sync_to_async(Book.objects.count, thread_sensitive=True)
+
+def not_ours(sync_to_thread, to_thread):
+    to_thread(report)
+    sync_to_thread(report)
+"""
+
+
+def test_hops_finds_each_call_and_says_what_to_write_instead(tmp_path: Path) -> None:
+    instead = {place: text for place, (_, text) in hops(tmp_path, shop__views=CALLS).items()}
+    assert instead == {
+        "shop/views.py:8": "await Book.objects.native_get(pk=1, title='a')",
+        "shop/views.py:9": "await Book.objects.filter(price=1).anative()",
+        "shop/views.py:10": "await asyncorm.native(report)(2026, user=user), if it uses the ORM",
+        "shop/views.py:11": "await user.native_save() of a model or queryset, else "
+        "await asyncorm.native(user.save)(), if it uses the ORM",
+        "shop/views.py:12": "await asyncorm.native(report)(2026), if it uses the ORM",
+        "shop/views.py:13": "await asyncorm.native(report)(2026), if it uses the ORM",
+        "shop/views.py:14": "nothing, if it is to block: the ORM is not in it",
+        "shop/views.py:15": "await client.native_get('/') of a model or queryset, else "
+        "await asyncorm.native(client.get)('/'), if it uses the ORM",
+        "shop/views.py:16": "asyncorm.native",
+        "shop/views.py:18": "@asyncorm.native",
+        "shop/views.py:21": "@asyncorm.native",
+        "shop/views.py:24": "@asyncorm.native",
+        "shop/views.py:26": "asyncorm.native(report), if it uses the ORM",
+        "shop/views.py:28": "Book.objects.native_count",
+    }
+
+
+def test_hops_knows_the_swap(tmp_path: Path, settings: Any) -> None:
+    settings.ASYNCORM = {"SWAP_MANAGERS": True}
+    (place,) = hops(
+        tmp_path,
+        views="from asgiref.sync import sync_to_async\nx = sync_to_async(Book.objects.get)(pk=1)\n",
+    ).values()
+    assert place[1] == "await Book.objects.aget(pk=1)"
+
+
+MIDDLEWARE = """\
+from django.utils.decorators import sync_and_async_middleware
+from django.utils.deprecation import MiddlewareMixin
+
+def function(get_response): ...
+
+@sync_and_async_middleware
+def both(get_response): ...
+
+class Plain:
+    def __init__(self, get_response): ...
+    def __call__(self, request): ...
+
+class Asynchronous:
+    async_capable = True
+    def __init__(self, get_response): ...
+    def __call__(self, request): ...
+
+class Hooks(MiddlewareMixin):
+    def process_request(self, request): ...
+
+class Other:
+    def __init__(self, name): ...
+"""
+
+VIEWS = """\
+from ninja import NinjaAPI
+from rest_framework.decorators import api_view
+from django.views.generic import ListView, View
+from asyncorm.asgi import native_view
+
+api = NinjaAPI()
+
+def index(request): ...
+
+async def detail(request): ...
+
+def helper(request): ...
+
+@native_view
+def native(request): ...
+
+class Books(ListView): ...
+
+class Orders(View):
+    async def get(self, request): ...
+
+class Users(View):
+    def get(self, request): ...
+
+@api.get("/items")
+def items(request): ...
+
+@api_view(["POST"])
+def posted(request): ...
+
+class Items: ...
+class BookAdmin: ...
+"""
+
+URLS = """\
+from django.contrib import admin
+from django.urls import include, path, re_path
+from . import views
+from .views import Users
+from .models import Book
+
+admin.site.register(Book, views.BookAdmin)
+router.register("items", views.Items)
+urlpatterns = [
+    path("", cache_page(60)(views.index)),
+    path("detail", views.detail),
+    path("native", views.native),
+    re_path("books", views.Books.as_view(), name="books"),
+    path("orders", login_required(views.Orders.as_view())),
+    path("users", Users.as_view()),
+    path("other", include("other.urls")),
+]
+"""
+
+
+def test_hops_finds_synchronous_middleware_and_views(tmp_path: Path) -> None:
+    sources = {"shop__middleware": MIDDLEWARE, "shop__views": VIEWS, "shop__urls": URLS}
+    found = hops(tmp_path, **sources)
+    assert {place: what for place, (what, _) in found.items()} == {
+        "shop/middleware.py:4": "synchronous middleware function",
+        "shop/middleware.py:9": "synchronous middleware Plain",
+        "shop/middleware.py:18": "synchronous middleware Hooks",
+        "shop/views.py:8": "synchronous view index",
+        "shop/views.py:17": "synchronous view Books",
+        "shop/views.py:22": "synchronous view Users",
+        "shop/views.py:26": "synchronous view items",
+        "shop/views.py:29": "synchronous view posted",
+        "shop/views.py:31": "synchronous view Items",
+    }
+    assert "NATIVE_MIDDLEWARE" in found["shop/middleware.py:9"][1]
+    assert "NATIVE_VIEWS" in found["shop/views.py:17"][1]
+
+
+def test_hops_leaves_out_what_the_settings_name(tmp_path: Path, settings: Any) -> None:
+    settings.ASYNCORM = {"NATIVE_VIEWS": ["tests.project.shop.sample"]}
+    sample = ROOT / "tests" / "project" / "urls.py"
+    assert "synchronous view" not in shown("hops", str(sample))
+    settings.ASYNCORM = {"NATIVE_VIEWS": True, "NATIVE_MIDDLEWARE": "__all__"}
+    assert not hops(tmp_path, middleware=MIDDLEWARE, views=VIEWS, urls=URLS)
+
+
+def test_hops_reads_the_project_alone(tmp_path: Path) -> None:
+    hop = "from asyncio import to_thread\nto_thread(f)\n"
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "pyvenv.cfg").touch()
+    sources = {"venv__a": hop, "node_modules__a": hop, ".hidden__a": hop, "mine": hop}
+    assert hops(tmp_path, **sources).keys() == {"mine.py:2"}
+    (tmp_path / "broken.py").write_text("def")
+    text = shown("hops", str(tmp_path))
+    assert "broken.py: cannot be read: " in text and "1 hops in 1 of 1 files." in text
+
+
+def test_hops_of_a_path_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="does not exist"):
+        shown("hops", str(tmp_path / "nowhere"))
+
+
+def test_hops_tells_of_djangos_handler(tmp_path: Path, settings: Any) -> None:
+    (tmp_path / "a.py").write_text("def a(get_response): ...\n")
+    assert "asyncorm.asgi" in shown("hops", str(tmp_path)).splitlines()[-1]
+    settings.ASGI_APPLICATION = "tests.test_command.native_application"
+    assert shown("hops", str(tmp_path)).splitlines()[-1] == "1 hops in 1 of 1 files."

@@ -7,4 +7,5 @@ A module has `add_arguments(parser)` and `run(options, write)`, whose `write` pr
 SUBCOMMANDS = {
     "status": "settings in force, versions, connections to expect, what is off and why, "
     "what of Django is replaced",
+    "hops": "what hops to a thread in the project's code, and what to write instead",
 }

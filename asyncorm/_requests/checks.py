@@ -23,7 +23,7 @@ from .thread_locals import makes_thread_local
 
 logger = logging.getLogger("asyncorm")
 
-_HINT = (
+HINT = (
     "Use get_asgi_application() of asyncorm.asgi in asgi.py: Django's middleware runs on the event "
     "loop then, without threads."
 )
@@ -93,7 +93,7 @@ def check_handler() -> list[CheckMessage]:
     if not conf.get("SWAP_MANAGERS") or type(projects_handler()) is not ASGIHandler:
         return []
     text = f"{settings.ASGI_APPLICATION} is served by Django's own handler."
-    return [Info(text, hint=_HINT, id="asyncorm.I001")]
+    return [Info(text, hint=HINT, id="asyncorm.I001")]
 
 
 def projects_handler() -> ASGIHandler | None:
@@ -131,7 +131,7 @@ def hint_once() -> None:
     if hopping:
         logger.warning(
             "Requests are served by Django's own handler, which hops to a thread for %s. %s",
-            ", ".join(hopping), _HINT,
+            ", ".join(hopping), HINT,
         )  # fmt: skip
 
 
