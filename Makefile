@@ -80,7 +80,7 @@ compat-verify: $(VENV)/.installed  ## run Django's suite and the apps', comparin
 	$(if $(APPS),,$(COMPAT) --suite apps --verify)
 
 compat-requests: $(VENV)/.installed  ## run its tests of handlers with requests through asyncorm's own handler
-	$(COMPAT) --requests $(APPS)
+	$(COMPAT) --requests $(KEEP) $(APPS)
 
 compat-apps: $(VENV)/.installed  ## run the test suites of other people's apps (APPS="django-filter ...")
 	$(COMPAT) --suite apps $(KEEP) $(APPS)

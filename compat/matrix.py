@@ -18,6 +18,7 @@ from .environment import ROOT, environment
 RUNS = (
     ("run", "compat.run"),
     ("run", "compat.run", "--fast", "--redirect"),
+    ("run", "compat.run", "--requests"),
     ("apps", "compat.apps"),
 )
 

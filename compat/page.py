@@ -41,6 +41,7 @@ It takes an hour and a half or so on two cores; a part of it with
 | `make compat` | Django's test suite; `DJANGO=6.1` chooses, `APPS="queries transactions"` a part |
 | `make compat-fast` | the part about the ORM, some 5,000 tests; CI does |
 | `make compat-redirected` | that part, synchronous calls of tests sent through their `a*` twins |
+| `make compat-requests` | the part that goes through handlers, requests through asyncorm's own |
 | `make compat-verify` | all, in [verify mode](speed.md); `ARGS=--fast` for the ORM's part |
 | `make compat-apps` | other people's suites; `APPS="django-treebeard"` one of them |
 
@@ -63,6 +64,14 @@ Few of Django's tests call `a*` methods. Here the ORM calls that the tests thems
 `count()`, iteration, `save()`, related managers' methods, ...) go to the twin and are awaited:
 {calls} calls in these runs. A call that an override makes of its own base (`super().save()`), and
 one under `set_autocommit(False)`, stay as they are.
+
+"""
+
+REQUESTS = """\
+Every request that a test makes, by `Client`, by `AsyncClient` or through `get_asgi_application()`,
+goes through the handler of `asyncorm.asgi`, with all middleware and views native
+([requests](requests.md)). The stock backend, under Django's own handler, is asked about what does
+not pass.
 
 """
 
@@ -118,6 +127,7 @@ def text() -> str:
     for title, suite, said in (
         ("Django's test suite", "django", ""),
         ("The ORM's part of it, through the a* methods", "django-redirected", REDIRECTED),
+        ("Its part about requests, through asyncorm's handler", "django-requests", REQUESTS),
     ):
         if chosen := _of(runs, suite):
             rows = [(f"Django {facts['version']}", facts, facts["totals"]) for facts in chosen]

@@ -282,7 +282,8 @@ def main() -> int:
         choices=("all", "doubtful", "kept"),
         help="what to run on the stock backend: all, or what does not pass natively, or nothing "
         "because the outcomes of the last whole run with these versions are kept "
-        "(default: doubtful with --verify, with --fast and without --results, else all)",
+        "(default: doubtful with --verify, with --requests, with --fast and without --results, "
+        "else all)",
     )
     parser.add_argument("--workers", type=int, default=workers())
     parser.add_argument(
@@ -332,7 +333,8 @@ def main() -> int:
         print(f"No such test modules: {' '.join(unknown)}", file=sys.stderr)
         return 2
     fast = options.fast and not options.results  # what is kept is from full runs
-    baseline = options.baseline or ("doubtful" if fast or options.verify else "all")
+    some_of_it = fast or options.verify or options.requests
+    baseline = options.baseline or ("doubtful" if some_of_it else "all")
     with server(options.embedded) as (database, bindir):
         missing = left_out(labels, tests, database)
         labels = [label for label in labels if label not in missing]

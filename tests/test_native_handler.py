@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from django.contrib.auth import login
+from django.contrib.auth.middleware import RemoteUserMiddleware
 from django.contrib.auth.models import User
 from django.core.asgi import get_asgi_application as djangos
 from django.core.exceptions import ImproperlyConfigured
@@ -222,6 +223,38 @@ async def test_a_thousand_threaded_views_leave_no_connection(
             await eventually(lambda: server_connections(ask_server, "threaded") == 0)
     finally:
         gc.enable()
+
+
+async def whoami(request: Any) -> HttpResponse:
+    return HttpResponse(request.user.username)
+
+
+urlpatterns.append(path("whoami/", whoami))
+
+
+class OtherHeader(RemoteUserMiddleware):
+    pass
+
+
+@pytest.mark.parametrize(
+    "middleware", ["django.contrib.auth.middleware.RemoteUserMiddleware", f"{__name__}.OtherHeader"]
+)
+async def test_remote_users_are_known_by_the_header_that_servers_of_asgi_give(
+    settings: Any, someone: User, middleware: str
+) -> None:
+    """Django's middleware has an asynchronous form, which is another one on Django 5.2."""
+    settings.MIDDLEWARE = [*DEFAULT, middleware]
+    settings.AUTHENTICATION_BACKENDS = ["django.contrib.auth.backends.RemoteUserBackend"]
+    settings.ASYNCORM = {"SWAP_MANAGERS": True, "NATIVE_MIDDLEWARE": [f"{__name__}.OtherHeader"]}
+    headers = {"remote-user": "someone"}
+    assert await body(djangos(), "/whoami/", **headers) == "someone"
+    app = get_asgi_application()
+    answer = await ask(app, "/whoami/", **headers)  # logs in: receivers of that have a thread
+    assert answer.body == "someone"
+    headers["cookie"] = f"sessionid={answer.cookies['sessionid']}"
+    with watched_threads() as threads:
+        assert await body(app, "/user/", **headers) == "someone 1 0"
+    assert threads == []
 
 
 # Signals

@@ -17,6 +17,7 @@ from typing import Any
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.core.handlers import base
 from django.core.handlers.exception import convert_exception_to_response
+from django.utils.deprecation import MiddlewareMixin
 from django.utils.module_loading import import_string
 
 from .. import conf, patches
@@ -99,9 +100,7 @@ def _place(path: str, factory: Any, inner: _Inner) -> Any:
     can_async = getattr(factory, "async_capable", False)
     if not can_sync and not can_async:
         return factory  # Django refuses it
-    if is_own(path):
-        return _Native(factory, asynchronous=False)
-    if is_named(path):
+    if is_own(path) or is_named(path):
         return _Native(factory, asynchronous=_has_async_form(path, factory))
     if can_async and not (inner.threaded and can_sync):
         return _Foreign(factory, inner, threaded=False)
@@ -111,8 +110,9 @@ def _place(path: str, factory: Any, inner: _Inner) -> Any:
 def _has_async_form(path: str, factory: Any) -> bool:
     """Whether a middleware that runs natively is better used as a coroutine.
 
-    What was written for the loop does not block it; but what only hops to threads by sync_to_async,
-    as MiddlewareMixin does, is better called natively.
+    What was written for the loop does not block it, and may differ: Django 5.2's remote users have
+    another header there. But what only hops to threads by sync_to_async, as MiddlewareMixin does,
+    is better called natively.
     """
     if not getattr(factory, "async_capable", False):
         return False
@@ -120,6 +120,8 @@ def _has_async_form(path: str, factory: Any) -> bool:
         return True
     middleware = _raw(path)
     form = getattr(middleware, "__acall__", middleware)
+    if form.__module__.startswith("django."):
+        return form is not MiddlewareMixin.__acall__
     return not hasattr(sys.modules.get(form.__module__), "sync_to_async")
 
 
