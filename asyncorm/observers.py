@@ -5,6 +5,9 @@ that Django's own a* methods run in. It is handed to the task, whose native stat
 it is left there. Such wrappers often keep their state in a `threading.local`: each is called in its
 thread, while native code waits.
 
+The other way round, what a request's native code enters (a native middleware) is called by what the
+request does in its thread: see `entering()`.
+
 `asgiref.sync.SyncToAsync.threadlocal` is read: whether a thread works for a coroutine.
 """
 
@@ -14,11 +17,13 @@ import asyncio
 import threading
 from asyncio import CancelledError, get_running_loop
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from asgiref.sync import SyncToAsync, sync_to_async
+from django.db import connections
 
 from . import bridge
 from .bridge import Runner
@@ -264,3 +269,40 @@ class _Call:
 
 # The innermost call that each operation waits for.
 _calls: dict[Runner, _Call] = {}
+
+
+# What native code enters, for its work in threads
+
+_entered: ContextVar[tuple[tuple[str, Any], ...]] = ContextVar("asyncorm_entered", default=())
+
+
+@contextmanager
+def entering(own: Any, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Have an execute wrapper of native code on Django's own DatabaseWrapper of the task."""
+    before = _entered.get()
+    with own.execute_wrapper(wrapper):
+        _entered.set((*before, (own.alias, wrapper)))
+        try:
+            yield
+        finally:
+            _entered.set(before)
+
+
+def with_entered(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a function that is to work in a thread call what native code around it has entered."""
+    entered = _entered.get()
+    if not entered:
+        return func
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for alias, wrapper in entered:
+                # Not as what this thread installs: native code inside has it already.
+                wrappers = connections[alias].execute_wrappers
+                list.append(wrappers, wrapper)
+                stack.callback(list.remove, wrappers, wrapper)
+            stack.callback(_entered.set, entered)
+            _entered.set(())  # they are there
+            return func(*args, **kwargs)
+
+    return call

@@ -1,6 +1,8 @@
 """The system checks: what can be seen to be wrong at start-up."""
 
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from django.test import override_settings
 from django.test.utils import isolate_apps
 
 from asyncorm import conf
+from asyncorm._requests.thread_locals import thread_local_of
 from tests.project.myapp.models import Item
 from tests.support import database
 
@@ -156,6 +159,52 @@ LOCAL = threading.local()
 
 def keeps_state(get_response: Any) -> Any:
     return get_response
+
+
+@pytest.mark.parametrize(
+    ("imports", "maker"),
+    [
+        ("from shopfront.state import current", "shopfront.state"),
+        ("from shopfront import helpers", "shopfront.state"),
+        ("from shopfront.helpers import stored", "shopfront.state"),  # an instance of its class
+        ("from otherpeople import get_current_user", "otherpeople"),
+        ("from otherpeople.large import Large", None),
+        ("import asgiref.sync, json", None),
+    ],
+)
+def test_state_of_threads_of_imported_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, imports: str, maker: str | None
+) -> None:
+    sources = {
+        "shopfront/__init__": "",
+        "shopfront/state": "import threading as t\n_s = t.local()\ndef current(): return _s\n"
+        "class Stored: pass\n",
+        "shopfront/helpers": "from shopfront.state import Stored\nstored = Stored()\n",
+        "shopfront/middleware": f"{imports}\ndef plain(get_response): return get_response\n",
+        "otherpeople/__init__": "from threading import local\n_s = local()\n"
+        "def get_current_user(): return _s.user\n",
+        "otherpeople/large": "from otherpeople import get_current_user\nclass Large: pass\n",
+    }
+    for name, source in sources.items():
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = "shopfront.middleware.plain"
+    thread_local_of.cache_clear()
+    try:
+        with override_settings(MIDDLEWARE=[path]):
+            messages = native(NATIVE_MIDDLEWARE=[path]), native(NATIVE_MIDDLEWARE="__all__")
+    finally:
+        for name in [name for name in sys.modules if name.startswith(("shopfront", "otherp"))]:
+            del sys.modules[name]
+        thread_local_of.cache_clear()
+    if maker is None:
+        assert messages == ([], [])
+    else:
+        [warning], [info] = messages
+        assert (warning.id, info.id) == ("asyncorm.W004", "asyncorm.I002")
+        assert maker in warning.msg and maker in info.msg
 
 
 def test_state_of_threads() -> None:

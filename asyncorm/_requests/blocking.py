@@ -40,7 +40,7 @@ from django.urls import URLResolver
 from django.utils.module_loading import import_string
 from django.views import defaults
 
-from .. import bridge, patches, sessions, swap
+from .. import bridge, observers, patches, sessions, swap
 from . import flow, views
 
 _CACHES = "django.core.cache.backends."
@@ -123,7 +123,7 @@ def _in_thread(
 
 def _wait(func: Method, /, *args: Any, sensitive: bool, **kwargs: Any) -> Any:
     __traceback_hide__ = True  # as above
-    call = _Call(func, args, kwargs)
+    call = observers.with_entered(_Call(func, args, kwargs))
     return bridge.await_(sync_to_async(call, thread_sensitive=sensitive)())
 
 

@@ -19,7 +19,7 @@ from django.utils.module_loading import import_string
 
 from .. import conf
 from . import middleware, names, views
-from .thread_locals import makes_thread_local
+from .thread_locals import thread_local_of
 
 logger = logging.getLogger("asyncorm")
 
@@ -40,12 +40,13 @@ def check_thread_locals() -> list[CheckMessage]:
     """asyncorm.W004 and I002: state of threads in modules of native code."""
     found: list[CheckMessage] = []
     for what, module, native in _entries():
-        if not makes_thread_local(module):
+        if (maker := thread_local_of(module)) is None:
             continue
+        its = "its module" if maker == module else f"its module {module} imports from"
         if native:
             found.append(
                 Warning(
-                    f"{what} runs natively, and its module {module} makes a threading.local: all "
+                    f"{what} runs natively, and {its} {maker}, which makes a threading.local: all "
                     "requests would share it.",
                     hint="Use a contextvars.ContextVar in its place, or asgiref.local.Local.",
                     id="asyncorm.W004",
@@ -54,7 +55,7 @@ def check_thread_locals() -> list[CheckMessage]:
         else:
             found.append(
                 Info(
-                    f"{what} stays in threads: its module {module} makes a threading.local.",
+                    f"{what} stays in threads: {its} {maker}, which makes a threading.local.",
                     id="asyncorm.I002",
                 )
             )

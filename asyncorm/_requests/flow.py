@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from asgiref.sync import sync_to_async
 
-from .. import bridge, conf
+from .. import bridge, conf, observers
 
 
 class Running:
@@ -120,11 +120,12 @@ def awaited(func: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]
 def in_thread(func: Callable[..., Any]) -> Callable[..., Any]:
     """Make a native step of a function that works in the request's thread, as on Django's handler.
 
-    Like asgiref, it sees the exception that is being handled.
+    Like asgiref, it sees the exception that is being handled; and the execute wrappers that native
+    middleware has entered.
     """
-    threaded = sync_to_async(func, thread_sensitive=True)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        threaded = sync_to_async(observers.with_entered(func), thread_sensitive=True)
         return bridge.await_(while_handling(sys.exception(), threaded, *args, **kwargs))
 
     return _method_like(func, call)

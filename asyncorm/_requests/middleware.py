@@ -22,7 +22,7 @@ from django.utils.module_loading import import_string
 
 from .. import conf, patches
 from . import flow
-from .thread_locals import makes_thread_local
+from .thread_locals import thread_local_of
 
 ALL = "__all__"
 _METHODS = ("process_view", "process_template_response", "process_exception")
@@ -57,7 +57,7 @@ def is_named(path: str) -> bool:
         return True
     middleware = _raw(path)
     if names == ALL:
-        return not makes_thread_local(middleware.__module__)
+        return thread_local_of(middleware.__module__) is None
     return path in names or any(_raw(name) is middleware for name in names)
 
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from django.core.signals import setting_changed
 
 from .. import conf
-from .thread_locals import makes_thread_local
+from .thread_locals import thread_local_of
 
 V = TypeVar("V", bound=Callable[..., Any])
 
@@ -51,7 +51,7 @@ def _decide(view: Any) -> bool:
         return True
     names = conf.get("NATIVE_VIEWS")
     if names is True:
-        return not any(map(makes_thread_local, modules(view)))
+        return not any(map(thread_local_of, modules(view)))
     name = f"{target.__module__}.{target.__qualname__}"
     return any(name == each or name.startswith(f"{each}.") for each in names)
 

@@ -554,7 +554,7 @@ class NativeWrapper:
         own = _own(self.alias)
         if self.session is not None:
             self.session.own = own
-        return own.execute_wrapper(wrapper)
+        return observers.entering(own, wrapper)
 
     def _commit(self) -> None:
         try:
