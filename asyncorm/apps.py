@@ -28,6 +28,7 @@ class AsyncormConfig(AppConfig):
         for check in (
             checks.check_settings,
             checks.check_databases,
+            checks.check_deadlines,
             checks.check_swap,
             checks.check_internals,
             checks.check_requests,

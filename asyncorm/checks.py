@@ -21,6 +21,38 @@ def check_settings(**kwargs: Any) -> list[CheckMessage]:
     return [Error(text, id="asyncorm.E001") for text in conf.problems()]
 
 
+# What bounds how long a server that does not answer is waited for. connect_timeout alone is not
+# enough: it ends with the connection being made.
+_DEADLINES = ("tcp_user_timeout", "keepalives_idle", "keepalives_interval", "keepalives_count")
+
+
+def check_deadlines(**kwargs: Any) -> list[CheckMessage]:
+    """asyncorm.W030: several hosts, and nothing that ends the wait for one that hangs."""
+    found: list[CheckMessage] = []
+    for alias in connections:
+        database = connections.settings[alias]
+        options = database["OPTIONS"]
+        host = str(database["HOST"] or options.get("host") or "")
+        if sessions.native_class(alias) is None or "," not in host:
+            continue
+        missing = [] if "connect_timeout" in options else ["connect_timeout"]
+        if not any(name in options for name in _DEADLINES):
+            missing.append("tcp_user_timeout")
+        if missing:
+            found.append(
+                Warning(
+                    f"DATABASES[{alias!r}] names several hosts, but not how long one that does "
+                    f"not answer is waited for: OPTIONS has no {' and no '.join(missing)}.",
+                    hint=(
+                        'For instance "connect_timeout": 3 (seconds for each host, 2 at least) and '
+                        '"tcp_user_timeout": 5000 (milliseconds); see docs/distributed.md.'
+                    ),
+                    id="asyncorm.W030",
+                )
+            )
+    return found
+
+
 def check_databases(**kwargs: Any) -> list[CheckMessage]:
     """asyncorm.E002 to E004, W001 and W002: DATABASES."""
     found: list[CheckMessage] = []

@@ -42,6 +42,7 @@ from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
 from . import _events, patches
 from .bridge import Runner, deliver
 from .growth import GrowingPool
+from .roles import ASK, STANDBY_WANTED, Role, contradicts
 from .session_state import leaves_state
 from .turns import BUSY as _BUSY
 from .turns import turn
@@ -52,6 +53,7 @@ logger = logging.getLogger("psycopg.pool")
 
 # Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
 CANCEL_TIMEOUT = 5.0
+_ELSEWHERE = 10.0  # seconds for which standbys are refused where a primary was and is looked for
 SLICE = 100  # rows loaded, or made into objects, before other tasks may have a turn
 
 _WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
@@ -539,7 +541,8 @@ class Connection(psycopg.Connection[Any]):
     def _settings(self) -> tuple[Any, ...]:
         """What is set in the session, of what can be seen without asking the server."""
         handlers = (*self._notice_handlers, *self._notify_handlers)
-        return (*reported(self.pgconn), *_kept(self), handlers)
+        standby = self.pgconn.parameter_status(b"in_hot_standby")
+        return (*reported(self.pgconn), standby, *_kept(self), handlers)
 
     @property
     def touched(self) -> bool:
@@ -552,6 +555,11 @@ class Connection(psycopg.Connection[Any]):
     @touched.setter
     def touched(self, value: bool) -> None:
         self._touched = value
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a statement may have set something in the session, as far as its text tells."""
+        return self._touched
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's."""
@@ -794,8 +802,14 @@ class Connection(psycopg.Connection[Any]):
             self.terminate()
             raise
 
+    def _hangs(self) -> None:
+        """The server does not answer: whoever gets another old connection would find that, too."""
+        if self.pooled is not None and self.pooled.home is not None:
+            self.pooled.home.retire_all()
+
     def _given_up(self, gen: Any) -> psycopg.OperationalError:
         gen.close()
+        self._hangs()
         self.terminate()
         return psycopg.OperationalError(
             f"The task was cancelled and the server did not answer within {CANCEL_TIMEOUT:g} s; "
@@ -875,6 +889,7 @@ class Connection(psycopg.Connection[Any]):
             task = get_running_loop().create_task(self._cancel_and_drain())
             if await finish(task, CANCEL_TIMEOUT) and not task.cancelled() and not task.exception():
                 return
+            self._hangs()
         self.terminate()
 
     async def _cancel_and_drain(self) -> None:
@@ -1146,9 +1161,17 @@ class PooledConnection(AsyncConnection[Any]):
 
     `connect()` takes the arguments that Django makes for `psycopg.connect()`; those about Python
     state go to the twin.
+
+    Attributes:
+        home: the pool that it belongs to, until that retires it.
+        began: the server's role when it was made.
+        wrote_in_vain: a write was refused on it, perhaps since the role has changed.
     """
 
     twin: Connection
+    home: ConnectionPool | None = None
+    began: Role
+    wrote_in_vain = False
     options: dict[str, Any]
 
     @classmethod
@@ -1158,6 +1181,7 @@ class PooledConnection(AsyncConnection[Any]):
         kwargs["autocommit"] = True
         conn = await super().connect(conninfo, prepare_threshold=None, **kwargs)
         conn.options = options
+        conn.began = Role.of(conn.pgconn)
         conn.renew()
         return conn
 
@@ -1186,7 +1210,9 @@ class PooledConnection(AsyncConnection[Any]):
         self.twin.pooled = self
 
     def alive(self) -> bool:
-        """Whether the server has kept the connection open, as far as one can see here."""
+        """Whether it may be used and the server has kept it open, as far as one can see here."""
+        if self.home is None:
+            return False
         twin = self.twin
         try:
             for _ in range(3):  # a last message, then the end of the stream
@@ -1220,11 +1246,15 @@ class ConnectionPool(GrowingPool[PooledConnection]):
     Attributes:
         live: every open connection, in the pool or not.
         connect_error: why the last attempt to connect failed; None after one that worked.
+        target: the role that servers have to have (`target_session_attrs`), None if it is not said.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, target: str | None = None, **kwargs: Any) -> None:
         self.live: set[PooledConnection] = set()
         self.connect_error: BaseException | None = None
+        self.target = target
+        self._had_primary = False
+        self._primary_until = 0.0
         super().__init__("", connection_class=PooledConnection, open=False, **kwargs)
 
     async def start(self) -> None:
@@ -1258,6 +1288,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         self.live = {conn for conn in self.live if not conn.closed}
         try:
             conn = await super()._connect(timeout)
+            self._look_at_role(conn)
         except CancelledError as exc:
             traceback.clear_frames(exc.__traceback__)  # closes the half-open connection now
             raise _Cancelled from None
@@ -1267,8 +1298,16 @@ class ConnectionPool(GrowingPool[PooledConnection]):
                 await self._fail_waiting(exc)
             raise
         self.connect_error = None
+        conn.home = self
         self.live.add(conn)
         return conn
+
+    def _look_at_role(self, conn: PooledConnection) -> None:
+        if not conn.began.in_recovery:
+            self._had_primary = True
+        elif monotonic() < self._primary_until:
+            conn.twin.terminate()
+            raise psycopg.OperationalError("A write was refused, and the server is in hot standby")
 
     async def _fail_waiting(self, exc: BaseException) -> None:
         # Tell those who wait what the server said, at once rather than after the pool's timeout.
@@ -1356,10 +1395,57 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         try:
             async with asyncio.timeout(CANCEL_TIMEOUT):
                 await conn.execute("DISCARD ALL")
+                changed = contradicts(Role.of(conn.pgconn), conn.began, self.target)
+                if conn.wrote_in_vain and not changed:
+                    conn.wrote_in_vain = False
+                    changed = await (await conn.execute(ASK)).fetchone() == (True,)
             conn.renew()
+            if changed:
+                self.role_changed(conn)
         except Exception:
             conn.twin.terminate()
         self.give(conn)
+
+    # The server's role
+
+    def refused_write(self, conn: PooledConnection, ask: Callable[[], bool] | None) -> bool:
+        """A write was refused on a connection; whether the reason is that its server's role has
+        changed. The next one then gets another connection.
+
+        Args:
+            ask: asks the server whether it is read-only; None if it cannot be asked now.
+        """
+        now, began = Role.of(conn.pgconn), conn.began
+        if self.target in STANDBY_WANTED or (began.in_recovery and not self._had_primary):
+            return False
+        changed = now.in_recovery or (contradicts(now, began, None) and not conn.twin.is_set)
+        if not changed and (now.in_recovery is None or now.read_only is not began.read_only):
+            if ask is None:
+                conn.wrote_in_vain = conn.twin.touched = True
+            else:
+                changed = ask()
+        if changed:
+            self.role_changed(conn)
+        return bool(changed)
+
+    def role_changed(self, conn: PooledConnection) -> None:
+        """The server of a connection is not the one that is wanted: neither are those before."""
+        if self._had_primary and self.target is None:
+            # A proxy may need a moment to see that, too.
+            self._primary_until = monotonic() + _ELSEWHERE
+        if conn.home is not None:
+            self.retire_all()
+
+    def retire_all(self) -> None:
+        """Use none of the connections any more, those in use when they are given back."""
+        self._drained_at = monotonic()
+        for conn in self.live:
+            conn.home = None
+        while self._pool:
+            self._nconns -= 1
+            self.discard(self._pool.pop())
+        self._nconns_min = 0
+        self.fill(self._min_size)
 
     async def shut(self, timeout: float = 5.0) -> None:
         """Close everything, connections in use too, even if the pool's tasks are cancelled."""

@@ -448,6 +448,7 @@ class Pool:
                     # (growth.py; psycopg #1315).
                     reconnect_timeout=0.0,
                     several_hosts="," in self.host,
+                    target=self.settings_dict["OPTIONS"].get("target_session_attrs"),
                     **callbacks,
                     **{"name": f"asyncorm-{self.alias}", **options},
                 )

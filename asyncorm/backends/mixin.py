@@ -44,11 +44,19 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
 from django.db.backends.utils import CursorWrapper
 from django.db.transaction import TransactionManagementError
-from django.db.utils import DatabaseError, InterfaceError, OperationalError
-from psycopg.pq import ConnStatus
+from django.db.utils import (
+    DatabaseError,
+    DatabaseErrorWrapper,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+)
+from psycopg.errors import ReadOnlySqlTransaction
+from psycopg.pq import ConnStatus, TransactionStatus
 
 from .. import bridge, observers, pools, sessions, transactions
 from ..driver import ENDED, Connection, InTurn, PooledConnection, reported, text_of
+from ..roles import ASK
 from ..session_state import leaves_state
 
 
@@ -310,6 +318,25 @@ def _noticing(cls: Any) -> Any:
     return type(cls.__name__, (_Noticing, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
+class _Errors(DatabaseErrorWrapper):
+    """Django's errors for psycopg's; that of a refused write says if the server's role changed."""
+
+    wrapper: Any
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        if exc_type is None:
+            return
+        wrapper = self.wrapper
+        if exc_type is ReadOnlySqlTransaction and wrapper.refused_write():
+            wrapper.errors_occurred = True
+            raise InternalError(
+                f"{str(exc).strip()}\nThe server of database {wrapper.alias!r} has become a "
+                "standby, or read-only: nothing was written. Its connections are replaced, so the "
+                "next statement goes to the server that is the primary by then."
+            ).with_traceback(traceback) from exc
+        super().__exit__(exc_type, exc, traceback)
+
+
 class _Pool:
     """The pool as Django's pooled mode sees it: hands out what the session checked out."""
 
@@ -555,6 +582,31 @@ class NativeWrapper:
         if self.session is not None:
             self.session.own = own
         return observers.entering(own, wrapper)
+
+    @cached_property
+    def wrap_database_errors(self) -> _Errors:
+        """Django's, which looks at refused writes."""
+        return _Errors(self)
+
+    def refused_write(self) -> bool:
+        """Whether the write that was just refused was so since the server's role has changed."""
+        conns = None if self.session is None else self.session.pool.connections
+        if conns is None:
+            return False
+        conn = self.connection
+        if conn is None or conn.unsettled:  # it travelled, nobody knows on which
+            return any(conns.refused_write(each, None) for each in list(conns.live))
+        if conn.pooled is None:
+            return False
+        free = conn.pgconn.transaction_status == TransactionStatus.IDLE
+        return conns.refused_write(conn.pooled, self._is_read_only if free else None)
+
+    def _is_read_only(self) -> bool:
+        try:
+            with self.connection.cursor() as cursor:
+                return bool(cursor.execute(ASK).fetchone()[0])
+        except psycopg.Error:
+            return False
 
     def _commit(self) -> None:
         try:
