@@ -13,6 +13,7 @@ import pytest
 from django.db.models import QuerySet
 
 import asyncorm
+from asyncorm import conf
 from tests.project.shop import models
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,15 @@ def test_pages_for_contributors_name_what_exists() -> None:
     modules |= {f"{path.parent.name}/" for path in (ROOT / "asyncorm").glob("*/__init__.py")}
     missing = {name for name in modules if f"`{name}`" not in text["ARCHITECTURE.md"]}
     assert not missing, f"put these into the map of ARCHITECTURE.md: {missing}"
+
+
+def test_every_setting_and_check_is_documented() -> None:
+    page = (ROOT / "docs/settings.md").read_text()
+    code = "".join(path.read_text() for path in (ROOT / "asyncorm").rglob("*.py"))
+    ids = set(re.findall(r'id="(asyncorm\.[A-Z]\d+)"', code))
+    missing = {name for name in {*conf.DEFAULTS, *ids} if f"`{name}`" not in page}
+    assert not missing, f"put these into docs/settings.md: {missing}"
+    assert set(re.findall(r"`(asyncorm\.[A-Z]\d+)`", page)) == ids
 
 
 def blocks(page: Path) -> list[str]:
