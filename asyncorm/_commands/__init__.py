@@ -8,4 +8,5 @@ SUBCOMMANDS = {
     "status": "settings in force, versions, connections to expect, what is off and why, "
     "what of Django is replaced",
     "hops": "what hops to a thread in the project's code, and what to write instead",
+    "sizing": "connections that the settings open in all, against what the servers allow",
 }

@@ -1,0 +1,180 @@
+"""How many connections the settings may open in all, against what the servers allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import psycopg
+from django.db import connections
+from psycopg.rows import tuple_row
+
+from . import pools, sessions
+
+# What is reserved for superusers and, from PostgreSQL 16 on, for pg_use_reserved_connections.
+_LIMITS = """
+    SELECT concat_ws(' ', inet_server_addr(), inet_server_port(), pg_postmaster_start_time()),
+        pg_backend_pid(), pg_is_in_recovery(),
+        current_setting('max_connections')::int,
+        current_setting('superuser_reserved_connections')::int
+            + coalesce(nullif(current_setting('reserved_connections', true), ''), '0')::int,
+        (SELECT rolconnlimit FROM pg_roles WHERE rolname = session_user), session_user::text,
+        (SELECT datconnlimit FROM pg_database WHERE datname = current_database()),
+        current_database()::text,
+        (SELECT count(*) FROM pg_stat_activity
+         WHERE backend_type = 'client backend' AND pid <> pg_backend_pid())
+"""
+
+
+@dataclass
+class Demand:
+    """What one process may open for an alias.
+
+    Attributes:
+        alias: the database alias.
+        native: connections of the native pool.
+        synchronous: connections of Django's own for synchronous code: its pool, or one for the
+            thread that such code has.
+        role, database: as whom and where, as the server says; empty where it was not asked.
+    """
+
+    alias: str
+    native: int
+    synchronous: int
+    role: str = ""
+    database: str = ""
+
+    @property
+    def each(self) -> int:
+        """Connections of one process."""
+        return self.native + self.synchronous
+
+
+@dataclass
+class Server:
+    """A server, and what aliases demand of it.
+
+    Attributes:
+        name: where it is, as the settings say.
+        demands: of the aliases that reach it.
+        most: `max_connections`; 0 if the server could not be asked.
+        reserved: those of them that are for superusers.
+        limits: CONNECTION LIMITs by "role NAME" or "database NAME".
+        present: connections that clients have now.
+        standby: whether it is one.
+        pooled: whether a pooler is before it, whose own limits count.
+        error: why it could not be asked.
+    """
+
+    name: str
+    demands: list[Demand] = field(default_factory=list)
+    most: int = 0
+    reserved: int = 0
+    limits: dict[str, int] = field(default_factory=dict)
+    present: int = 0
+    standby: bool = False
+    pooled: bool = False
+    error: str = ""
+
+    def wanted(self, workers: int, of: str = "") -> int:
+        """Connections that so many processes may open, of all or of a role or database."""
+        return workers * sum(
+            demand.each
+            for demand in self.demands
+            if of in ("", f"role {demand.role}", f"database {demand.database}")
+        )
+
+    def problems(self, workers: int) -> Iterator[str]:
+        """What is less than wanted, in words for the user."""
+        if not self.most:
+            return
+        wanted, free = self.wanted(workers), self.most - self.reserved
+        if wanted > free:
+            yield (
+                f"{wanted} are more than max_connections ({self.most}) leaves: {free}. "
+                + self._advice(workers, free)
+            )
+        for of, limit in self.limits.items():
+            if (wanted := self.wanted(workers, of)) > limit:
+                yield (
+                    f"{wanted} are more than the CONNECTION LIMIT of {of} allows: {limit}. "
+                    + self._advice(workers, limit)
+                )
+
+    def _advice(self, workers: int, limit: int) -> str:
+        pools = sum(2 if demand.synchronous > 1 else 1 for demand in self.demands)
+        single = sum(demand.synchronous == 1 for demand in self.demands)
+        size = (limit // workers - single) // pools
+        if size < 1:
+            return "Fewer workers, a larger limit, or a pooler (docs/pgbouncer.md) are needed."
+        return f"With OPTIONS['pool']['max_size'] {size} for each alias they fit."
+
+
+def report(workers: int) -> list[Server]:
+    """Ask each server that a native alias names for its limits, and put the demands beside them.
+
+    For synchronous code: it uses Django's own connections, one for each alias.
+
+    Args:
+        workers: how many processes there will be, each with one event loop.
+
+    Raises:
+        ValueError: workers is not positive.
+    """
+    if workers < 1:
+        raise ValueError("workers must be at least 1.")
+    servers: dict[str, Server] = {}
+    for alias in connections:
+        if sessions.native_class(alias) is not None:
+            _ask(alias, servers)
+    return list(servers.values())
+
+
+def _ask(alias: str, servers: dict[str, Server]) -> None:
+    settings = connections.settings[alias]
+    size = pools.pool_options(settings)["max_size"]
+    demand = Demand(alias, size, size if settings["OPTIONS"].get("pool") else 1)
+    host = settings["HOST"] or settings["OPTIONS"].get("host") or "local socket"
+    name = f"{host}, port {settings['PORT'] or 'default'}"
+    try:
+        # Not Django's connection: its pool would wait for 30 s and hide why there is none.
+        with psycopg.connect(**connections[alias].get_connection_params()) as conn:
+            key, pid, *found = conn.cursor(row_factory=tuple_row).execute(_LIMITS).fetchone() or ()
+            pooled = pid != conn.info.backend_pid
+    except psycopg.Error as exc:
+        server = servers.setdefault(name, Server(name, error=str(exc).strip().partition("\n")[0]))
+    else:
+        standby, most, reserved, of_role, role, of_database, database, present = found
+        demand.role, demand.database = role, database
+        server = servers.setdefault(key, Server(name))
+        server.most, server.reserved, server.standby = most, reserved, standby
+        server.present, server.pooled = present, server.pooled or pooled
+        for of, limit in ((f"role {role}", of_role), (f"database {database}", of_database)):
+            if limit >= 0:
+                server.limits[of] = limit
+    server.demands.append(demand)
+
+
+def lines(servers: list[Server], workers: int) -> Iterator[str]:
+    """A report as text."""
+    for server in servers:
+        role = "standby" if server.standby else "primary"
+        yield f"{server.name}" + ("" if server.error else f" ({role})")
+        for demand in server.demands:
+            yield (
+                f"  {demand.alias}: native {demand.native} + synchronous {demand.synchronous} for "
+                f"each process, {demand.each * workers} for {workers}"
+            )
+        yield f"  in all {server.wanted(workers)}; twice that while a deployment replaces workers"
+        if server.error:
+            yield f"  could not be asked: {server.error}"
+            continue
+        limits = "".join(f", {of} {limit}" for of, limit in server.limits.items())
+        yield (
+            f"  the server: max_connections {server.most}, {server.reserved} of them reserved"
+            f"{limits}; {server.present} in use now"
+        )
+        if server.pooled:
+            yield "  a pooler is before it: its pool sizes limit what reaches the server"
+        for problem in server.problems(workers):
+            yield f"  TOO MANY: {problem}"

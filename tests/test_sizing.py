@@ -1,0 +1,118 @@
+"""`manage.py asyncorm sizing`: what the settings will open, and what real servers allow."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from django.core.management import CommandError, call_command
+
+from asyncorm import sizing
+from asyncorm.demo.postgres import Server, postgres_server
+from tests.support import database, free_port
+
+pytestmark = pytest.mark.usefixtures("django_db_setup")
+
+RESERVED = {"superuser_reserved_connections": "2"}
+
+
+@contextmanager
+def administrator(server: Server) -> Iterator[psycopg.Connection[Any]]:
+    settings = server.settings
+    with psycopg.connect(
+        host=settings["HOST"], port=settings["PORT"], user="postgres", dbname="postgres",
+        autocommit=True,
+    ) as admin:  # fmt: skip
+        yield admin
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[tuple[Server, Server]]:
+    """One with a role and a database that have limits, and its standby."""
+    settings = {"max_connections": "60", **RESERVED}
+    with postgres_server(own=True, settings=settings) as primary:
+        with administrator(primary) as admin:
+            admin.execute("CREATE ROLE shop LOGIN CONNECTION LIMIT 50")
+            admin.execute("CREATE DATABASE shop CONNECTION LIMIT 40")
+        with postgres_server(standby_of=primary, settings=settings) as standby:
+            yield primary, standby
+
+
+@pytest.fixture(autouse=True)
+def _unblocked(django_db_blocker: Any) -> Iterator[None]:
+    with django_db_blocker.unblock():
+        yield
+
+
+def shown(*args: str) -> str:
+    out = io.StringIO()
+    call_command("asyncorm", "sizing", *args, stdout=out)
+    return out.getvalue()
+
+
+def of(name: str, workers: int) -> sizing.Server:
+    """The server that an alias reaches."""
+    (found,) = (
+        server
+        for server in sizing.report(workers)
+        if name in [demand.alias for demand in server.demands]
+    )
+    return found
+
+
+def as_shop(server: Server) -> dict[str, Any]:
+    return {**server.settings, "USER": "shop", "NAME": "shop"}
+
+
+def test_two_aliases_of_one_server_and_a_standby(servers: tuple[Server, Server]) -> None:
+    primary, standby = servers
+    pool = {"pool": {"min_size": 1, "max_size": 3}}
+    plain = {"pool": None}
+    with (
+        database("one", **as_shop(primary), OPTIONS=pool),
+        database("two", **as_shop(primary), OPTIONS=plain),
+        database("away", **as_shop(standby), OPTIONS=pool),
+    ):
+        found = of("one", 2)
+        assert found is not of("away", 2)
+        assert [(d.alias, d.native, d.synchronous) for d in found.demands] == [
+            ("one", 3, 3),
+            ("two", 10, 1),
+        ]
+        assert (found.most, found.reserved, found.standby) == (60, 2, False)
+        assert found.limits == {"role shop": 50, "database shop": 40}
+        assert found.wanted(2) == 34
+        assert list(found.problems(2)) == []
+        assert of("away", 1).standby
+        text = shown("--workers", "4")
+        assert "one: native 3 + synchronous 3 for each process, 24 for 4" in text
+        assert "two: native 10 + synchronous 1 for each process, 44 for 4" in text
+        assert "TOO MANY: 68 are more than max_connections (60) leaves: 58." in text
+        assert "68 are more than the CONNECTION LIMIT of role shop allows: 50." in text
+        assert "68 are more than the CONNECTION LIMIT of database shop allows: 40." in text
+
+
+def test_its_advice_fits(servers: tuple[Server, Server]) -> None:
+    with database("one", **servers[0].settings, OPTIONS={"pool": {"min_size": 1, "max_size": 20}}):
+        (problem,) = of("one", 8).problems(8)
+        assert "'max_size'] 3 for each alias" in problem  # 8 * (3 + 3) = 48 of 58
+    with database("one", **servers[0].settings, OPTIONS={"pool": {"min_size": 1, "max_size": 3}}):
+        assert list(of("one", 8).problems(8)) == []
+        assert "a pooler" in next(iter(of("one", 40).problems(40)))
+
+
+def test_a_server_that_cannot_be_asked() -> None:
+    with database("nowhere", HOST="127.0.0.1", PORT=str(free_port())):
+        text = shown("--workers", "2")
+    assert "could not be asked: " in text
+    assert "refused" in text
+
+
+def test_arguments() -> None:
+    assert "for 1" in shown()
+    with pytest.raises((CommandError, SystemExit)):
+        shown("--workers", "0")
+    with pytest.raises(ValueError, match="at least 1"):
+        sizing.report(0)
