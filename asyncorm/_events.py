@@ -33,6 +33,7 @@ class Statement:
         params: its parameters, as they were given; None if there are none.
         task: the asyncio task that runs it, None in synchronous code.
         native: native code runs it; otherwise synchronous code in a test's transaction.
+        pooled: on a connection of a native pool, not on a synchronous one that is lent.
         by_cursor: a cursor of Django's executes it: who has replaced a method of that one knows it.
         cache: "hit", "miss" or "uncacheable"; None of SQL that the ORM did not make.
         pipelined: it went to the server together with statements of others.
@@ -46,7 +47,7 @@ class Statement:
             then.
     """
 
-    native = True
+    native = pooled = True
     by_cursor = pipelined = False
     cache: str | None = None
     connection = 0

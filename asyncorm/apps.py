@@ -16,6 +16,7 @@ class AsyncormConfig(AppConfig):
         """Install the replacements and the native_* methods; the rest is up to the swap."""
         from . import checks, cursor_events, planned, querysets, related, seam, swap
         from ._requests import djangos
+        from .observe import found
 
         cursor_events.install()
         seam.install()
@@ -25,6 +26,7 @@ class AsyncormConfig(AppConfig):
         related.install()
         djangos.install()
         bridge.set_guard(None)
+        found.find()
         for check in (
             checks.check_settings,
             checks.check_databases,

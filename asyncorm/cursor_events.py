@@ -15,6 +15,8 @@ def tell(execute: Any, sql: Any, params: Any, many: bool, context: dict[str, Any
     text = sql if type(sql) is str else text_of(sql)
     statement = _events.statement(wrapper.alias, text, params)
     statement.by_cursor, statement.native = True, bridge.in_native_code()
+    session = getattr(wrapper, "session", None)
+    statement.pooled = session is not None and not session.synchronous
     with statement:
         pid = _served_by(wrapper.connection)
         try:

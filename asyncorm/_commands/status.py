@@ -20,7 +20,7 @@ from .. import __version__, conf, internals, patches, pools, sessions, shapes
 from .._requests import checks as request_checks
 from .._requests import middleware
 from .._requests.handler import NativeHandler
-from ..backends import mixin
+from ..observe import found
 
 _PACKAGES = ("Django", "psycopg", "psycopg-pool", "asgiref", "greenlet", "anyio", "uvloop")
 
@@ -102,7 +102,7 @@ def _off() -> Iterator[str]:
             yield f"{part}: ASYNCORM says so"
     if unknown := shapes.unknown_attributes():
         yield f"{internals.CACHE}: this Django's Query has {', '.join(unknown)}"
-    if mixin.cursors_are_patched():
+    if found.cursors_are_patched():
         yield (
             "The way around Django's cursors: somebody has replaced methods of CursorWrapper, and "
             "is to see each query"

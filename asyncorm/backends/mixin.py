@@ -32,17 +32,14 @@ import inspect
 import os
 from collections.abc import Callable
 from functools import cache, cached_property
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
-import django
 import psycopg
 from django.conf import settings
 from django.db import connections
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
-from django.db.backends.utils import CursorWrapper
 from django.db.transaction import TransactionManagementError
 from django.db.utils import (
     DatabaseError,
@@ -56,6 +53,7 @@ from psycopg.pq import ConnStatus, TransactionStatus
 
 from .. import bridge, observers, pools, sessions, transactions
 from ..driver import ENDED, Connection, InTurn, PooledConnection, reported, text_of
+from ..observe.found import cursors_are_patched
 from ..roles import ASK
 from ..session_state import leaves_state
 
@@ -265,31 +263,6 @@ def _is_plain(cls: Any) -> bool:
 
 
 _KNOWN = ("django.db.backends.", "django.contrib.gis.db.backends.", "asyncorm.")
-
-
-_DJANGO = os.path.dirname(django.__file__)
-_functions: tuple[Any, ...] = ()
-_patched = False
-
-
-def cursors_are_patched() -> bool:
-    """Whether somebody has put functions in the place of those of Django's cursors.
-
-    Tools that record queries do (Sentry, Datadog, New Relic, tests): they are to see each of them.
-    """
-    global _functions, _patched
-    now = (
-        CursorWrapper.execute, CursorWrapper.executemany, CursorWrapper._execute,  # type: ignore[attr-defined]
-        CursorWrapper._execute_with_wrappers, BaseDatabaseWrapper.cursor,  # type: ignore[attr-defined]
-        BaseDatabaseWrapper._cursor, BaseDatabaseWrapper.make_cursor,  # type: ignore[attr-defined]
-    )  # fmt: skip
-    if now != _functions:
-        _patched = not all(
-            type(each) is FunctionType and each.__code__.co_filename.startswith(_DJANGO)
-            for each in now
-        )
-        _functions = now
-    return _patched
 
 
 class _Noticing:

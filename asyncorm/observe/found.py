@@ -1,0 +1,96 @@
+"""Tools that are set up already are found: they see native queries without a line of ours.
+
+Who replaces methods of Django's cursors is to see each statement, so that all are executed there;
+but for those that are known and told otherwise (Sentry), which see them at production's speed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from types import FunctionType
+from typing import Any
+
+import django
+import psycopg
+from django.apps import apps
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.utils import CursorWrapper
+
+_DJANGO = os.path.dirname(django.__file__)
+_functions: tuple[Any, ...] = ()
+_patched = False
+
+
+def cursors_are_patched() -> bool:
+    """Whether somebody whom nobody else tells of statements has put functions in the place of those
+    of Django's cursors.
+
+    Tools that record queries do, and tests: they are to see each of them.
+    """
+    global _functions, _patched
+    now = (
+        CursorWrapper.execute, CursorWrapper.executemany, CursorWrapper._execute,  # type: ignore[attr-defined]
+        CursorWrapper._execute_with_wrappers, BaseDatabaseWrapper.cursor,  # type: ignore[attr-defined]
+        BaseDatabaseWrapper._cursor, BaseDatabaseWrapper.make_cursor,  # type: ignore[attr-defined]
+    )  # fmt: skip
+    if now != _functions:
+        known = list(map(_is_known, now))
+        _patched = not all(known) or not _follow_sentry("sentry" in known)
+        _functions = now
+    return _patched
+
+
+def _is_known(function: Any) -> str | None:
+    """Whose function it is, "django" or "sentry" around Django's; None if that is not known."""
+    owner = "django"
+    while type(function) is FunctionType:
+        name = function.__code__.co_filename
+        if name.startswith(_DJANGO):
+            return owner
+        package = sys.modules.get("sentry_sdk")
+        if package is None or not name.startswith(os.path.dirname(str(package.__file__))):
+            return None
+        owner = "sentry"
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def _follow_sentry(there: bool) -> bool:
+    """Have Sentry told of statements without a cursor, or no more; False if that cannot be done."""
+    if not there and "asyncorm.observe.sentry" not in sys.modules:
+        return True
+    try:
+        sentry: Any = import_module("asyncorm.observe.sentry")
+    except ImportError:  # another version of it
+        return False
+    if there:
+        return bool(sentry.follow())
+    sentry.unfollow()
+    return True
+
+
+def find() -> None:
+    """Set up what is found when the project starts: Datadog and django-prometheus."""
+    if getattr(psycopg, "_datadog_patch", False) or _datadog_wraps_cursors():
+        _try("datadog", lambda module: module.install())
+    if apps.is_installed("django_prometheus"):
+        _try("prometheus", lambda module: module.install())
+
+
+def _datadog_wraps_cursors() -> bool:
+    wrapping = sys.modules.get("ddtrace.internal.wrapping")
+    from django.db.utils import ConnectionHandler
+
+    is_wrapped: Any = getattr(wrapping, "is_wrapped", None)
+    return is_wrapped is not None and bool(is_wrapped(ConnectionHandler.__getitem__))
+
+
+def _try(name: str, install: Callable[[Any], None]) -> None:
+    try:
+        module = import_module(f"asyncorm.observe.{name}")
+    except ImportError:  # a version of the tool's that is not known
+        return
+    install(module)
