@@ -151,6 +151,23 @@ class ExecuteWrappers:
         wrapper.__dict__["execute_wrappers"] = Wrappers(wrapper.alias, value)
 
 
+# The log of queries of each alias that native code of the current task writes to.
+_logs: ContextVar[dict[str, Any]] = ContextVar("asyncorm_logs", default={})  # noqa: B039
+
+
+def note_log(alias: str, log: Any) -> None:
+    """Native code of the current task logs a query there; its threads may want to read it."""
+    if (logs := _logs.get()).get(alias) is not log:
+        _logs.set({**logs, alias: log})
+
+
+def logged(alias: str, own: Any) -> Iterable[Any]:
+    """What the coroutine that this thread works for has logged natively, elsewhere than in the
+    thread's own log."""
+    log = _logs.get().get(alias) if serves_a_loop() else None
+    return () if log is None or log is own else list(log)
+
+
 class ForceDebugCursor:
     """The attribute `force_debug_cursor` of synchronous DatabaseWrappers."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.contrib.auth.models import Group
-from django.db import IntegrityError, connection, connections, transaction
+from django.db import IntegrityError, connection, connections, reset_queries, transaction
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
@@ -195,6 +195,27 @@ def test_captured_queries(alike: None) -> None:
         await Group.objects.acount()
         queries = await sync_to_async(list)(captured)  # `connection` is the thread's there
         assert [query["sql"].split()[0] for query in queries] == ["SELECT", "INSERT"]
+
+    run(work())
+
+
+def test_queries_of_a_debugged_project_read_in_a_thread(alike: None, settings: Any) -> None:
+    async def work() -> None:
+        await sync_to_async(reset_queries)()
+        await Group.objects.acount()
+        settings.DEBUG = True
+        await Group.objects.native_count()
+        await sync_to_async(Group.objects.exists)()
+        await asyncio.gather(*(Group.objects.native_create(name=n) for n in "ab"))
+        read = await sync_to_async(lambda: [q["sql"].split()[0] for q in connection.queries])()
+        assert sorted(read) == ["INSERT", "INSERT", "SELECT", "SELECT"]
+
+        def captured() -> list[str]:
+            with CaptureQueriesContext(connection) as context:
+                Group.objects.count()
+            return [query["sql"].split()[0] for query in context]
+
+        assert await sync_to_async(captured)() == ["SELECT"]
 
     run(work())
 

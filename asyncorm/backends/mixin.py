@@ -151,6 +151,12 @@ class NativeBackendMixin:
             or cursors_are_patched()
         )
 
+    @property
+    def queries(self) -> list[dict[str, str]]:
+        """Django's; in a thread that works for a coroutine, what that ran natively comes last."""
+        log = self.queries_log  # type: ignore[attr-defined]
+        return [*super().queries, *observers.logged(self.alias, log)]  # type: ignore[misc, attr-defined]
+
     def ensure_connection(self) -> None:
         """Django's, except on a running loop's thread and beside a native transaction.
 
@@ -357,7 +363,10 @@ class _Shared:
             if self.default is not None:
                 return self.default
             own = _own(wrapper.alias)
-        return getattr(own, self.name)
+        value = getattr(own, self.name)
+        if self.name == "queries_log":
+            observers.note_log(wrapper.alias, value)
+        return value
 
     def __set__(self, wrapper: Any, value: Any) -> None:
         if wrapper.unpooled:  # BaseDatabaseWrapper.__init__ among others
