@@ -18,11 +18,11 @@ def tell(execute: Any, sql: Any, params: Any, many: bool, context: dict[str, Any
     session = getattr(wrapper, "session", None)
     statement.pooled = session is not None and not session.synchronous
     with statement:
-        pid = _served_by(wrapper.connection)
+        statement.connection = _served_by(wrapper.connection)
         try:
             return execute(sql, params, many, context)
         finally:
-            statement.connection = _served_by(wrapper.connection) or pid
+            statement.connection = _served_by(wrapper.connection) or statement.connection
             statement.in_block = wrapper.in_atomic_block
             statement.rows = getattr(context["cursor"].cursor, "rowcount", -1)
 

@@ -1,0 +1,87 @@
+"""The live page: pools, who holds what since when, statements under way, the last requests."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from django.http import HttpResponse
+from django.urls import path
+
+import asyncorm
+from asyncorm.asgi import get_asgi_application
+from asyncorm.observe import live
+from tests.asgi_client import ask
+from tests.project.shop.models import Book, Tag
+from tests.support import eventually
+
+pytestmark = pytest.mark.usefixtures("shop_data")
+
+
+async def working(request: Any, x: str) -> HttpResponse:
+    await asyncio.gather(Tag.objects.native_count(), Book.objects.native_count())
+    async with asyncorm.atomic():
+        await Tag.objects.native_count()
+    return HttpResponse("done")
+
+
+async def holding(request: Any) -> HttpResponse:
+    async with asyncorm.atomic(), asyncorm.cursor() as cursor:
+        await cursor.execute("SELECT '<b>' || pg_sleep(1)")
+    return HttpResponse("done")
+
+
+urlpatterns = [path("live/", live.view), path("work/<x>", working), path("hold/", holding)]
+
+
+@pytest.fixture(autouse=True)
+def _project(settings: Any) -> Any:
+    settings.ROOT_URLCONF = __name__
+    settings.DEBUG = True
+    settings.MIDDLEWARE = ["asyncorm.observe.live.requests_middleware"]
+    yield
+    live.unwatch()
+
+
+async def test_what_happens_now() -> None:
+    app = get_asgi_application()
+    assert (await ask(app, "/work/<i>")).status == 200
+    busy = asyncio.create_task(ask(app, "/hold/"))
+
+    async def look() -> Any:
+        return json.loads((await ask(app, "/live/?format=json")).body)
+
+    await eventually(lambda: live.snapshot()["statements"])
+    now = await look()
+    [statement] = now["statements"]
+    assert "pg_sleep" in statement["sql"] and not statement["waits"]
+    [holder] = now["holders"]
+    assert "transaction block that began at" in holder["holder"]
+    assert "test_live.py" in holder["holder"] and holder["connection"] == statement["connection"]
+    assert holder["seconds"] >= statement["seconds"] >= 0
+    assert now["pools"]["default"]["pool_size"] >= 1
+
+    page = await ask(app, "/live/")
+    text = page.body.decode()
+    assert page.status == 200 and "Statements under way" in text
+    assert "pg_sleep" in text and "&lt;b&gt;" in text and "<b>" not in text
+    await busy
+
+    now = await look()
+    assert not now["statements"] and not now["holders"]
+    titles = [each["title"] for each in now["requests"]]
+    at = next(n for n, title in enumerate(titles) if title.startswith("GET /work/"))
+    assert now["requests"][at]["queries"] == 3 and now["requests"][at]["seconds"] > 0
+    # The look itself is a request, too.
+    shown = (await ask(app, f"/live/?timeline={at + 1}")).body.decode()
+    assert "COUNT(*)" in shown and "COMMIT" in shown and "<svg" in shown
+    assert (await ask(app, "/live/?timeline=1000")).status == 404
+
+
+async def test_nothing_in_production(settings: Any) -> None:
+    settings.DEBUG = False
+    app = get_asgi_application()
+    await ask(app, "/work/1")
+    assert (await ask(app, "/live/")).status == 404
+    assert not live.snapshot()["requests"]
+    await eventually(lambda: not live.snapshot()["holders"])
