@@ -101,13 +101,13 @@ def _place(path: str, factory: Any, inner: _Inner) -> Any:
     if not can_sync and not can_async:
         return factory  # Django refuses it
     if is_own(path) or is_named(path):
-        return _Native(factory, asynchronous=_has_async_form(path, factory))
+        return _Native(factory, asynchronous=has_async_form(path, factory))
     if can_async and not (inner.threaded and can_sync):
         return _Foreign(factory, inner, threaded=False)
     return _Foreign(factory, inner, threaded=True)
 
 
-def _has_async_form(path: str, factory: Any) -> bool:
+def has_async_form(path: str, factory: Any) -> bool:
     """Whether a middleware that runs natively is better used as a coroutine.
 
     What was written for the loop does not block it, and may differ: Django 5.2's remote users have
