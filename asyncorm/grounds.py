@@ -11,7 +11,9 @@ once, and no longer than they are there.
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 - The classes in `_CLASSES`, those of fields, models and lookups: their contents are looked at.
-- `RegisterLookupMixin.class_lookups`, `.instance_lookups`: what `register_lookup()` fills.
+- `RegisterLookupMixin.class_lookups`, `.instance_lookups`: what `register_lookup()` fills;
+  `.get_class_lookups()`: a `functools.cache` that it empties.
+- `Model.__bases__`, `QuerySet.__bases__`: get one more class, see `Last`.
 - `Options.db_table`, `.managed`, `.concrete_fields`, `.all_parents`, `Field.column`: what SQL is
   made of.
 """
@@ -21,10 +23,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from inspect import getattr_static
-from itertools import chain
 from operator import attrgetter, itemgetter
 from types import FunctionType
 from typing import Any
+from weakref import WeakValueDictionary
 
 from django.core.exceptions import FieldDoesNotExist
 from django.db.backends import utils
@@ -40,6 +42,7 @@ from django.db.models import (
     lookups,
     query,
 )
+from django.db.models.base import ModelBase
 from django.db.models.fields import (
     files,
     generated,
@@ -51,9 +54,11 @@ from django.db.models.fields import (
     tuple_lookups,
 )
 from django.db.models.manager import BaseManager
+from django.db.models.query_utils import RegisterLookupMixin
 from django.db.models.sql import compiler, datastructures, subqueries, where
 from django.db.models.sql import query as sql_query
 from django.db.models.sql.datastructures import Join
+from django.utils.tree import Node
 
 from .expressions import Unfit
 
@@ -159,37 +164,75 @@ class _Name(str):
 _MOST_UNFOUNDED = 16
 
 
-class _Family:
-    """Classes of Django's, with one look at which it is seen that none of them has changed.
+class _Look:
+    """One look at which it is seen whether a class, or a base of it, has changed.
+
+    Args:
+        cls: has the name in its namespace, or in that of a base.
 
     Attributes:
-        heir, name: after a look at `heir.unchanged`, `name.looks` is what `changes()` returns.
+        name: `name.looks` is what `changes()` returns after a look at that attribute of `cls`,
+            `find(cls)`.
     """
 
-    def __init__(self, classes: set[type]) -> None:
-        leaves = [cls for cls in classes if not any(cls in each.__mro__[1:] for each in classes)]
-        leaves.sort(key=lambda cls: (-len(cls.__mro__), cls.__qualname__))
-        self._leaves = tuple(leaves)
-        self.name = _Name("unchanged")
-        self._make()
-
-    def _make(self) -> None:
+    def __init__(self, cls: Any, name: _Name) -> None:
+        self.cls = cls
+        self.name = name
+        self.find = attrgetter(str(name))
         self._unfounded = 0
-        self.heir: Any = type("_Heir", self._leaves, {self.name: None})
 
     def changes(self) -> int:
-        """A number that is another one once any of the classes has been changed."""
-        self.heir.unchanged  # noqa: B018
+        """A number that is another one once something has been changed."""
+        self.find(self.cls)
         return self.name.looks
 
     def nothing_changed(self) -> None:
         """Python looked again for no reason: it had used the place of what it found for another.
 
-        Where that goes on, another class has another place.
+        Where that goes on, have it use another place.
         """
         self._unfounded += 1
         if self._unfounded > _MOST_UNFOUNDED:
-            self._make()
+            self._unfounded = 0
+            self._move()
+
+    def _move(self) -> None:
+        if _free:
+            looks = self.name.looks + 1
+            self.name = _free.pop()
+            self.name.looks = looks
+            self.find = attrgetter(str(self.name))
+
+
+class _Family(_Look):
+    """Classes of Django's: an heir of all of them is looked at."""
+
+    def __init__(self, classes: set[type]) -> None:
+        leaves = [cls for cls in classes if not any(cls in each.__mro__[1:] for each in classes)]
+        leaves.sort(key=lambda cls: (-len(cls.__mro__), cls.__qualname__))
+        self._leaves = tuple(leaves)
+        super().__init__(None, _Name("unchanged"))
+        self._move()
+
+    def _move(self) -> None:
+        self.cls = type("_Heir", self._leaves, {self.name: None})
+
+
+# Other people's classes get no heirs: `__subclasses__()` would show them. A last base of Django's
+# classes has names for them to be looked at.
+_free = [_Name(f"_asyncorm_unchanged_{number}") for number in range(256)]
+Last = type("Last", (), dict.fromkeys(_free))
+for _root in (Model, query.QuerySet):
+    _root.__bases__ = (*_root.__bases__, Last)
+_looks: WeakValueDictionary[type, _Look] = WeakValueDictionary()
+
+
+def _look_at(cls: type) -> _Look | None:
+    """A look at a class that has the names of `Last`; None where none of them is left."""
+    look = _looks.get(cls)
+    if look is None and _free:
+        look = _looks[cls] = _Look(cls, _free.pop())
+    return look
 
 
 _ORM = {
@@ -200,20 +243,20 @@ _ORM = {
         sql_query, subqueries, where, operations, postgresql_compiler, utils,
     )
     for cls in vars(module).values()
-    if type(cls) is type
+    if type(cls) in (type, fields.AutoFieldMeta)
     and cls.__module__.startswith("django.db.")
     and not issubclass(cls, BaseException | tuple | list | type)
     and "__slots__" not in vars(cls)
-}  # fmt: skip
+} | {Node}  # fmt: skip
 _FIELDS = {cls for cls in _ORM if issubclass(cls, Field)}  # each new field changes a counter there
-_orm, _of_fields = _Family(_ORM - _FIELDS), _Family(_FIELDS)
+_METAS: set[type] = {ModelBase}
+_orm, _of_fields, _metas = _Family(_ORM - _FIELDS), _Family(_FIELDS), _Family(_METAS)
 _COUNTERS = {"creation_counter", "auto_creation_counter"}
 # Of classes that count their instances, and of models' own base.
 _within: dict[type, Any] = {
     cls: itemgetter(*vars(cls).keys() - _COUNTERS) for cls in (Field, BaseManager)
 }
-_OF_MODEL = itemgetter("__init__", "from_db")
-_within[Model] = _OF_MODEL
+_within[Model] = itemgetter("__init__", "from_db")
 
 
 def _contents(cls: type) -> Any:
@@ -230,73 +273,112 @@ class Ground:
         models: whose tables and columns, and whose instances' making, matter.
     """
 
-    __slots__ = ("_fields", "_kept", "_of_fields", "_of_orm", "_options", "_others")
+    __slots__ = (
+        "_fields", "_kept", "_lookups", "_of_fields", "_of_metas", "_of_models", "_of_orm",
+        "_options", "_others", "_registered", "_registries",
+    )  # fmt: skip
 
     def __init__(self, classes: Iterable[type], models: Iterable[Any] = ()) -> None:
         options = list(dict.fromkeys(model._meta for model in models))
         concrete = list(dict.fromkeys(f for opts in options for f in opts.concrete_fields))
         all_of = dict.fromkeys([*classes, *map(type, concrete), *models, *map(type, models)])
-        parts = {part for cls in all_of for part in cls.__mro__} - {object, type}
-        registered = [vars(cls).get("class_lookups") for cls in parts]
-        registered += [vars(field).get("instance_lookups") for field in concrete]
+        parts = {part for cls in all_of for part in cls.__mro__} - {object, type, Last}
         self._of_orm = _Seen(_orm, parts & _ORM - _FIELDS)
         self._of_fields = _Seen(_of_fields, parts & _FIELDS)
-        self._others = [vars(cls).values() for cls in parts - _ORM - {Model}]
-        self._others += [each.values() for each in registered if each is not None]
+        self._of_metas = _Seen(_metas, parts & _METAS)
+        others = parts - _ORM - _METAS
+        bases = {base for cls in others for base in cls.__mro__[1:]}
+        self._of_models = [
+            _Seen(look, others.intersection(cls.__mro__))
+            for cls in others - bases
+            if issubclass(cls, Last) and (look := _look_at(cls)) is not None
+        ]
+        others = others.difference(*(seen.classes for seen in self._of_models))
+        if Model in others:
+            self._of_models.append(_Seen(_of_all_models, [Model]))
+        self._lookups = _lookups_of(Field)
+        registries = [vars(cls).get("class_lookups") for cls in parts]
+        self._registries = [each.values() for each in registries if each is not None]
+        self._registered = [*map(list, self._registries)]
         self._fields = [vars(field) for field in concrete]
         self._options = options
+        self._others = [vars(cls).values() for cls in others - {Model}]
+        instances = [field.get("instance_lookups") for field in self._fields]
+        self._others += [each.values() for each in instances if each is not None]
         self._kept = self._now()
 
     def _now(self) -> list[Any]:
-        # One list, compared for each use of the plan: lengths first, they tell parts from another.
+        """What is compared for each use of the plan."""
+        fields = self._fields
         return [
-            len(_MODEL),
-            *map(len, self._others),
-            *map(len, self._fields),  # a mock on a field itself
-            *_OF_MODEL(_MODEL),
-            *chain.from_iterable(self._others),
-            *map(_COLUMN, self._fields),
+            *map(len, fields),  # a mock on a field itself
+            *map(_COLUMN, fields),
             *map(_TABLE, self._options),
+            *map(list, self._others),
         ]
 
     def holds(self) -> bool:
         """Whether all is as it was."""
         # For each use of a plan: without the calls that a change needs.
-        _orm.heir.unchanged, _of_fields.heir.unchanged  # noqa: B018
-        return (
+        _orm.cls.unchanged, _of_fields.cls.unchanged, _metas.cls.unchanged  # noqa: B018
+        if not (
             (self._of_orm.number == _orm.name.looks or self._of_orm.holds())
             and (self._of_fields.number == _of_fields.name.looks or self._of_fields.holds())
-            and self._now() == self._kept
-        )
+            and (self._of_metas.number == _metas.name.looks or self._of_metas.holds())
+            and (self._lookups is _lookups_of(Field) or self._has_lookups())
+        ):
+            return False
+        for seen in self._of_models:
+            look = seen.look
+            look.find(look.cls)
+            if seen.number != look.name.looks and not seen.holds():
+                return False
+        return self._now() == self._kept
+
+    def _has_lookups(self) -> bool:
+        """Whether the lookups that were registered or taken out are of no concern here."""
+        lookups = _lookups_of(Field)
+        if [*map(list, self._registries)] != self._registered:
+            return False
+        self._lookups = lookups
+        return True
 
 
-_MODEL = vars(Model)
+# Django keeps what it gives for each class until a lookup of whichever class is registered or taken
+# out: then it is another dict.
+_lookups_of = vars(RegisterLookupMixin)["get_class_lookups"].__func__
 _COLUMN = itemgetter("column")
 _TABLE = attrgetter("db_table", "concrete_fields", "managed")
 
 
 class _Seen:
-    """Classes of a family as they were.
+    """Classes as they were.
+
+    Args:
+        look: at an heir of them all, or at one that they are bases of.
 
     Attributes:
-        number: of the family's changes, when they were looked at.
+        number: of the changes, when they were looked at.
     """
 
-    __slots__ = ("_classes", "_contents", "_family", "number")
+    __slots__ = ("_contents", "classes", "look", "number")
 
-    def __init__(self, family: _Family, classes: set[type]) -> None:
-        self._family = family
-        self._classes = list(classes)
-        self.number = family.changes()
-        self._contents = [*map(_contents, self._classes)]
+    def __init__(self, look: _Look, classes: Iterable[type]) -> None:
+        self.look = look
+        self.classes = list(classes)
+        self.number = look.changes()
+        self._contents = [*map(_contents, self.classes)]
 
     def holds(self) -> bool:
-        if self.number != (number := self._family.changes()):
-            if [*map(_contents, self._classes)] != self._contents:
+        if self.number != (number := self.look.changes()):
+            if [*map(_contents, self.classes)] != self._contents:
                 return False
             self.number = number
-            self._family.nothing_changed()
+            self.look.nothing_changed()
         return True
+
+
+_of_all_models = _Look(Model, _free.pop())
 
 
 _base = _Seen(_orm, set(_CLASSES))
@@ -306,7 +388,7 @@ _sound = all(map(is_djangos, _CLASSES))
 def are_sound() -> bool:
     """Whether what every plan rests on is Django's own."""
     global _base, _sound
-    _orm.heir.unchanged  # noqa: B018
+    _orm.cls.unchanged  # noqa: B018
     if _base.number != _orm.name.looks and not _base.holds():
         _base = _Seen(_orm, set(_CLASSES))
         _sound = all(map(is_djangos, _CLASSES))

@@ -40,7 +40,7 @@ from django.db.models.signals import post_init, pre_init
 from django.db.models.utils import AltersData
 
 from .driver import SLICE, Connection
-from .grounds import is_anothers
+from .grounds import Last, is_anothers
 from .shapes import Unfit
 
 _TIMESTAMPTZ, _JSONB = 1184, 3802
@@ -61,7 +61,7 @@ def is_plain(model: Any) -> bool:
         and model.from_db.__func__ is Model.from_db.__func__  # type: ignore[attr-defined]
         and type(model).__call__ is type.__call__
         and not any(map(is_anothers, (Model.__dict__["__init__"], Model.__dict__["from_db"])))
-        and set(mro[mro.index(Model) + 1 :]) <= {AltersData, object}
+        and set(mro[mro.index(Model) + 1 :]) <= {AltersData, Last, object}
         and all(
             type(getattr_static(model, field.attname, None)) in _DESCRIPTORS
             for field in model._meta.concrete_fields

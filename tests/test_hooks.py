@@ -341,3 +341,59 @@ def test_helpers_of_others_do_no_harm() -> None:
     with mock.patch.object(QuerySet, "filter", to_table):
         assert not grounds.are_sound()
     assert grounds.are_sound()
+
+
+def test_one_look_notices_any_change_of_a_model() -> None:
+    class Mixin:
+        pass
+
+    with isolate_apps("tests.project.shop"):
+
+        class Base(models.Model):
+            class Meta:
+                app_label = "shop"
+                abstract = True
+
+        class One(Mixin, Base):
+            objects = models.Manager.from_queryset(type("Some", (QuerySet,), {}))()
+
+            class Meta:
+                app_label = "shop"
+
+    some = type(One.objects.all())
+    ground = grounds.Ground([some], [One])
+    for cls in (One, Base, Mixin, models.Model, ModelBase, some):
+        assert ground.holds()
+        with mock.patch.object(cls, "new_name", None, create=True):
+            assert not ground.holds()
+        assert ground.holds()
+    with mock.patch.object(One, "objects", None), register_lookup(models.CharField, Lower):
+        assert not ground.holds()
+    assert ground.holds()
+    assert One.__subclasses__() == []
+
+
+def test_a_model_without_a_name_to_look_at() -> None:
+    with mock.patch.object(grounds, "_free", []), isolate_apps("tests.project.shop"):
+
+        class Late(models.Model):
+            class Meta:
+                app_label = "shop"
+
+        ground = grounds.Ground([], [Late])
+        for cls in (Late, models.Model):
+            assert ground.holds()
+            with mock.patch.object(cls, "new_name", None, create=True):
+                assert not ground.holds()
+        assert ground.holds()
+
+
+def test_what_python_forgets_for_another_class_is_remembered_elsewhere() -> None:
+    ground = grounds.Ground([], [Tag])
+    look = grounds._looks[Tag]
+    name = look.name
+    for _ in range(50):
+        name.looks += 1  # as if it had been looked for
+        assert ground.holds()
+    assert look.name is not name
+    assert look.name.looks > name.looks
