@@ -49,7 +49,6 @@ class Statement:
 
     native = pooled = True
     by_cursor = pipelined = False
-    cache: str | None = None
     connection = 0
     rows = -1
     error: BaseException | None = None
@@ -57,12 +56,15 @@ class Statement:
     known = False
     _outer: ref[Statement] | None = None
 
-    def __init__(self, alias: str, sql: str, params: Any, in_block: bool) -> None:
+    def __init__(
+        self, alias: str, sql: str, params: Any, in_block: bool, cache: str | None
+    ) -> None:
         self.alias = alias
         self.sql = sql
         self.params = params
         self.in_block = in_block
         self.task = _task()
+        self.cache = cache
         if (outcome := _outcome.get()) is not None:
             self.cache = outcome
             _outcome.set(None)
@@ -318,14 +320,20 @@ def _under_way() -> Statement | None:
 # What the places that tell something call
 
 
-def statement(alias: str, sql: str, params: Any, in_block: bool = False) -> Statement:
-    """The statement that the current task is about to run: inside `with` it is under way."""
+def statement(
+    alias: str, sql: str, params: Any, in_block: bool = False, cache: str | None = None
+) -> Statement:
+    """The statement that the current task is about to run: inside `with` it is under way.
+
+    Args:
+        cache: what it says of the cache if that said nothing else.
+    """
     again = _unserved.get()
     if again is not None:  # listeners know of it
         _unserved.set(None)
         if again.alias == alias and again.task is _task():
             return again
-    return Statement(alias, sql, params, in_block)
+    return Statement(alias, sql, params, in_block, cache)
 
 
 class _Followed:
@@ -350,9 +358,10 @@ class _Followed:
         return self._command.read(conn, result)
 
 
-def followed(command: Any) -> Any:
-    """The command; it tells the running statement of the current task where it was executed."""
-    statement = _under_way() if statements else None
+def followed(command: Any, statement: Statement | None = None) -> Any:
+    """The command; it tells a statement, or that of the current task, where it was executed."""
+    if statement is None and statements:
+        statement = _under_way()
     return command if statement is None else _Followed(command, statement)
 
 
@@ -394,7 +403,11 @@ def checked_in(conn: Any) -> None:
 
 
 def cached(outcome: str) -> None:
-    """The statement cache was asked for the current task's next statement."""
-    _outcome.set(outcome)
+    """The statement cache was asked for the current task's next statement.
+
+    That it had it needs no note: its statements say so themselves.
+    """
+    if outcome != "hit":
+        _outcome.set(outcome)
     if _cached:
         _tell(_cached, outcome)

@@ -332,7 +332,7 @@ def _told(statement: Statement, wrapper: Any) -> AbstractContextManager[Any]:
     if not _events.statements:
         return nullcontext()
     text, params = statement.text, statement.params
-    return _events.statement(wrapper.alias, text, params, in_block=wrapper.in_atomic_block)
+    return _events.statement(wrapper.alias, text, params, wrapper.in_atomic_block, "hit")
 
 
 def _rows(plan: Plan, result: Any, wrapper: Any, conn: Any) -> list[Any]:

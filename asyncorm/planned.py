@@ -359,8 +359,8 @@ async def _without_operation(
             if not _events.statements:
                 loaded = await queue.submit(command)
             else:
-                with told(plan, params, 0, wrapper), wrapper.wrap_database_errors:
-                    loaded = await queue.submit(_events.followed(command))
+                with told(plan, params, 0, wrapper) as statement, wrapper.wrap_database_errors:
+                    loaded = await queue.submit(_events.followed(command, statement))
         except NotServed:
             return None
         # A get() asks for no more rows than are taken apart in one turn.

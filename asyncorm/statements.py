@@ -603,8 +603,8 @@ def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any,
         with suppress(NotServed):
             if not _events.statements:
                 return _sent(plan, params, offset, wrapper), None
-            with told(plan, params, offset, wrapper):
-                return _sent(plan, params, offset, wrapper), None
+            with told(plan, params, offset, wrapper) as statement:
+                return _sent(plan, params, offset, wrapper, statement), None
     cursor = wrapper.cursor()
     try:
         cursor.execute(*_djangos(plan, params, offset))
@@ -614,7 +614,13 @@ def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any,
     return None, cursor
 
 
-def _sent(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> Any:
+def _sent(
+    plan: Plan,
+    params: list[Any],
+    offset: int,
+    wrapper: Any,
+    statement: _events.Statement | None = None,
+) -> Any:
     """What `Planned` gives.
 
     Raises:
@@ -627,17 +633,16 @@ def _sent(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> Any:
         raise NotServed
     wrapper.validate_no_broken_transaction()
     planned: Any = Planned(plan, params, offset, wrapper)
-    if _events.statements:
-        planned = _events.followed(planned)
+    if statement is not None:
+        planned = _events.followed(planned, statement)
     with wrapper.wrap_database_errors:
         return runs.run(planned)
 
 
 def told(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> _events.Statement:
     """A plan's statement for those who listen."""
-    return _events.statement(
-        wrapper.alias, *_djangos(plan, params, offset), in_block=wrapper.in_atomic_block
-    )
+    sql, values = _djangos(plan, params, offset)
+    return _events.statement(wrapper.alias, sql, values, wrapper.in_atomic_block, "hit")
 
 
 def _djangos(plan: Plan, params: list[Any], offset: int) -> tuple[str, tuple[Any, ...]]:
