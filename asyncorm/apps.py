@@ -34,5 +34,6 @@ class AsyncormConfig(AppConfig):
             checks.check_swap,
             checks.check_internals,
             checks.check_requests,
+            checks.check_tools,
         ):
             django_checks.register(check, "asyncorm")

@@ -6,10 +6,27 @@ import inspect
 from typing import Any
 
 from django.apps import apps
+from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
 from django.db import connections
 
 from . import conf, internals, pools, sessions, shapes
+
+_SILK = "silk.middleware.SilkyMiddleware"
+
+
+def check_tools(**kwargs: Any) -> list[CheckMessage]:
+    """asyncorm.W032: a tool that sees no native query as it is set up."""
+    if _SILK not in (settings.MIDDLEWARE or ()):
+        return []
+    return [
+        Warning(
+            f"{_SILK} sees no native query.",
+            hint="Put 'asyncorm.observe.silk.SilkyMiddleware' in its place in MIDDLEWARE.",
+            id="asyncorm.W032",
+        )
+    ]
+
 
 MANY_CONNECTIONS = (
     50  # native and synchronous pools of one process; PostgreSQL's default max_connections is 100

@@ -26,6 +26,7 @@ if STOCK:
 else:
     names["ASYNCORM"] = {"SWAP_MANAGERS": True}
 names.update(DATABASES={"default": default}, DATABASE_ROUTERS=[])
+names.update(globals().get("CHANGES", {}))
 settings.configure(**names)
 import django
 django.setup()
@@ -161,3 +162,61 @@ def test_datadogs_spans(shop_data: Any, of_django: str) -> None:
     assert len(ours) >= 7
     assert ours == theirs
     assert cursors <= 1
+
+
+SILK = """
+CHANGES = {
+    "ROOT_URLCONF": "__main__", "SILKY_PYTHON_PROFILER": False, "ALLOWED_HOSTS": ["*"],
+    "INSTALLED_APPS": ["django.contrib.contenttypes", "silk", *([] if STOCK else ["asyncorm"])],
+    "MIDDLEWARE": ["silk.middleware.SilkyMiddleware" if STOCK else
+                   "asyncorm.observe.silk.SilkyMiddleware"]}
+urlpatterns = []
+async def traced(work):
+    from django.core.management import call_command
+    from django.db.models import Model
+    from django.http import HttpResponse
+    from django.test import AsyncClient
+    from django.urls import path
+    from asgiref.sync import sync_to_async
+    from silk.models import Request
+    async def worked(request):
+        await asyncio.gather(work(), ContentType.objects.aget(pk=1))
+        return HttpResponse("done")
+    def synchronous(request):
+        return HttpResponse(str(ContentType.objects.count()))
+    urlpatterns[:] = [path("worked", worked), path("synchronous", synchronous)]
+    def kept():
+        return [[request.path, sorted(query.query for query in request.queries.all()),
+                 all(query.end_time >= query.start_time for query in request.queries.all())]
+                for request in Request.objects.order_by("start_time")]
+    await sync_to_async(call_command)("migrate", "silk", verbosity=0)
+    try:
+        client = AsyncClient()
+        for url in "/worked", "/synchronous", "/worked":
+            assert (await client.get(url)).status_code == 200
+        return [await sync_to_async(kept)()]
+    finally:
+        await sync_to_async(call_command)("migrate", "silk", "zero", verbosity=0)
+"""
+
+
+def test_silks_queries(shop_data: Any) -> None:
+    pytest.importorskip("silk")
+    (theirs,), (ours, _) = traced(SILK)
+    assert [request[0] for request in ours] == ["/worked", "/synchronous", "/worked"]
+    for their, our in zip(theirs, ours, strict=True):
+        # What fails is kept by both; silk does not see the UPDATEs, which have compilers of their
+        # own.
+        assert [q for q in our[1] if not q.startswith("UPDATE")] == [
+            q for q in their[1] if not q.startswith("UPDATE")
+        ]
+        assert our[2]
+
+
+def test_silks_own_middleware_is_warned_of(settings: Any) -> None:
+    from asyncorm.checks import check_tools
+
+    settings.MIDDLEWARE = ["silk.middleware.SilkyMiddleware"]
+    assert [found.id for found in check_tools()] == ["asyncorm.W032"]
+    settings.MIDDLEWARE = ["asyncorm.observe.silk.SilkyMiddleware"]
+    assert not check_tools()
