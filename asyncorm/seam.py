@@ -38,6 +38,7 @@ import django.utils.asyncio
 from asgiref.sync import AsyncToSync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import connections
+from django.db.backends.dummy.base import DatabaseWrapper as _NoDatabase
 from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
 from django.dispatch import dispatcher
@@ -120,6 +121,8 @@ def _refuse_foreign(args: Any) -> None:
         and getattr(wrapper, "native_class", None) is None  # ours, of another thread, is not
     ):
         engine = wrapper.settings_dict.get("ENGINE")
+        if isinstance(wrapper, _NoDatabase):
+            return  # says itself that there is no database in the settings
         raise SynchronousOnlyOperation(
             f"Native code used database {alias!r}, whose ENGINE {engine!r} would block the event "
             "loop. Use sync_to_async for it, or "

@@ -312,6 +312,14 @@ async def test_native_code_refuses_other_engines() -> None:
         await native(lambda: LegacyRecord.objects.count())()
 
 
+async def test_without_a_database_in_the_settings() -> None:
+    with (
+        database(ENGINE="django.db.backends.dummy", OPTIONS={}) as alias,
+        failing(ImproperlyConfigured, "settings.DATABASES"),
+    ):
+        await native(lambda: connections[alias].cursor())()
+
+
 async def test_djangos_async_methods_work_on_other_engines(django_db_blocker: Any) -> None:
     from asgiref.sync import sync_to_async
 
