@@ -18,7 +18,7 @@ import asyncorm
 from asyncorm import _events
 from asyncorm.observe import prometheus
 from tests.project.shop.models import Tag
-from tests.support import database, free_port
+from tests.support import database, free_port, run_script
 
 pytestmark = pytest.mark.usefixtures("fresh_shop")
 
@@ -133,3 +133,35 @@ def test_each_worker_has_a_port(shop_data: Any) -> None:
             found[port] = float(line.split()[-1])
         assert len(found) == 2 and set(found) == {first, first + 1}
         assert found[first + 1] - found[first] == 2
+
+
+DJANGO_PROMETHEUS = """
+import asyncio, sys
+from django.conf import settings
+import tests.project.settings as base
+names = {name: getattr(base, name) for name in dir(base) if name.isupper()}
+names["INSTALLED_APPS"] = ["django_prometheus", *names["INSTALLED_APPS"]]
+settings.configure(**{**names, "ROOT_URLCONF": "django_prometheus.urls", "MIDDLEWARE": []})
+import django
+django.setup()
+import asyncorm
+from asyncorm.asgi import get_asgi_application
+from tests.asgi_client import ask
+async def main():
+    async with asyncorm.cursor() as cursor:
+        await cursor.execute("SELECT 1")
+    print((await ask(get_asgi_application(), "/metrics")).body)
+    await asyncorm.close_pools()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_django_prometheus_exports_them_without_a_line(shop_data: Any) -> None:
+    pytest.importorskip("django_prometheus")
+    result = run_script(DJANGO_PROMETHEUS, "-W", "ignore")
+    assert result.returncode == 0, result.stderr
+    families = {f.name: f for f in text_string_to_metric_families(result.stdout)}
+    (size,) = families["asyncorm_pool_size"].samples
+    assert (size.labels, size.value) == ({"alias": "default"}, 1)
+    assert families["asyncorm_statements"].samples[0].value >= 1
