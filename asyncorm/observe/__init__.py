@@ -1,4 +1,5 @@
-"""Tools for production see native queries: one module each, one line to set it up.
+"""Tools see native queries: one module for each, one line to set it up, or none.
 
-`prometheus`, `opentelemetry`, `sentry`, `datadog`; each is imported only by who uses it.
+`sentry`, `datadog`, `opentelemetry`, `prometheus`, `silk`, `live`; each is imported only by
+who uses its tool. `found` looks which of them are set up already.
 """
