@@ -57,8 +57,8 @@ bench: $(BENCH)/.installed  ## measure beside bare drivers and other ORMs (ARGS=
 bench-distance: $(VENV)/.installed  ## measure multiplexing, batch() and COPY, near and 2 ms away
 	$(VENV)/bin/python -m compat.bench.distance $(ARGS)
 
-bench-requests: $(VENV)/.installed  ## measure whole requests: a default project under both handlers
-	$(VENV)/bin/python -m compat.bench.web $(ARGS)
+bench-requests: $(BENCH)/.installed  ## measure whole requests: a default project under both handlers
+	$(BENCH)/bin/python -m compat.bench.web $(ARGS)
 
 bench-profile: $(BENCH)/.installed  ## show where the microseconds of a native get go
 	$(BENCH)/bin/python -m compat.bench --profile

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import report, works
+from . import report, web, works
 from .contestants import BY_NAME, CONTESTANTS, FLOOR
 from .run import ROOT, Failed, run
 
@@ -64,10 +64,16 @@ def main() -> None:
     except Failed as exc:
         raise SystemExit(f"The benchmark cannot run: {exc}") from None
     report.show(result)
+    if not (args.only or args.works):
+        seconds, rounds = (0.3, 1) if args.tiny else (1.0, 1) if args.quick else (3.0, 3)
+        requests = web.report(web.measure(seconds, rounds, [1, 64], [*web.VIEWS]))
+        print(requests)
     if (args.tiny or args.only or args.works) and not args.out:
         return
     folder = args.out or ROOT / "docs" / "benchmarks"
     stem = f"python{sys.version_info[0]}.{sys.version_info[1]}" + "-quick" * args.quick
+    if not (args.only or args.works or args.quick):
+        (folder / "requests.md").write_text(requests)
     paths = report.write(result, folder, stem, args.remark)
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"Written: {paths[0]} with its plots, {folder / stem}.json")

@@ -1,4 +1,4 @@
-"""What a whole request costs: a default project under Django's own handler and under ours.
+"""What a whole request costs: a default project under Django's own handler, under ours and others.
 
 `python -m compat.bench.web`: what `make bench-requests` runs. The server's process is measured (its
 CPU time for each request), the clients are another one.
@@ -19,7 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,78 @@ from .run import ROOT
 from .schema import database
 
 VIEWS = {
-    "empty": ("an empty asynchronous view", "/empty/"),
-    "one": ("an asynchronous view with one `aget()`", "/one/"),
+    "empty": ("an empty view", "/empty/"),
+    "one": ("one row: `aget()`", "/one/"),
     "user": ("a logged-in user: session read and written, `auser()`, a count", "/user/"),
     "synchronous": ("a synchronous view with one `get()`", "/synchronous/"),
     "admin": ("the admin's change list of 100 users", "/admin/auth/user/"),
+    "rest": ("a list of 100 users by Django REST framework", "/rest/"),
 }
+BASE = "Django"
+_DJANGOS = "django.db.backends.postgresql"
+_OURS = "asyncorm.backends.postgresql"
+_BACKEND = "django_async_backend.db.backends.postgresql"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who serves the project.
+
+    Attributes:
+        server: a module that is run, "bolt" for django-bolt's own server.
+        views: what it can serve; all by default.
+        package: what has to be installed for it.
+        engine, apps, handler: what differs in the project (see site/settings.py).
+    """
+
+    server: str = "uvicorn"
+    application: str = "asgi"
+    views: tuple[str, ...] = tuple(VIEWS)
+    package: str = "django"
+    engine: str = _DJANGOS
+    apps: tuple[str, ...] = ()
+    handler: str = "django"
+
+    def site(self, database: dict[str, Any]) -> dict[str, Any]:
+        """Its SITE in the environment."""
+        chosen = {"engine": self.engine, "apps": self.apps, "handler": self.handler}
+        return {**chosen, "database": database}
+
+    @property
+    def missing(self) -> bool:
+        """Whether its package is not installed here."""
+        return find_spec(self.package) is None
+
+    def command(self, port: int) -> list[str]:
+        """What starts it."""
+        application = f"{__package__}.site.{self.application}:application"
+        if self.server == "gunicorn":
+            options = ["--worker-class=gthread", "--threads=16", "--log-level=error"]
+            return ["gunicorn", f"--bind=127.0.0.1:{port}", *options, application]
+        if self.server == "bolt":
+            return ["django", "runbolt", "--host=127.0.0.1", f"--port={port}", "--no-admin"]
+        quietly = ["--no-access-log", "--log-level=error"]
+        return ["uvicorn", *quietly, f"--port={port}", application]
+
+
 CONTESTANTS = {
-    "Django": {"asyncorm": False, "handler": "django"},
-    "asyncorm, Django's handler": {"asyncorm": True, "handler": "django"},
-    "asyncorm, its own handler": {"asyncorm": True, "handler": "asyncorm"},
-}
+    BASE: Contestant(),
+    "Django, gunicorn with 16 threads": Contestant(
+        "gunicorn", "wsgi", handler="wsgi", package="gunicorn"
+    ),
+    "django-async-backend": Contestant(
+        views=("one",), engine=_BACKEND, apps=("django_async_backend",),
+        package="django_async_backend",
+    ),
+    "asyncorm, Django's handler": Contestant(engine=_OURS, apps=("asyncorm",)),
+    "asyncorm, its own handler": Contestant(engine=_OURS, apps=("asyncorm",), handler="asyncorm"),
+    "django-bolt (no middleware)": Contestant(
+        "bolt", views=("empty", "one", "rest"), package="django_bolt", apps=("django_bolt",)
+    ),
+    "FastAPI, SQLAlchemy on asyncpg": Contestant(
+        application="fast", views=("empty", "one", "rest"), package="fastapi"
+    ),
+}  # fmt: skip
 
 
 class Client(asyncio.Protocol):
@@ -90,44 +153,55 @@ async def load(port: int, path: str, cookies: list[str], seconds: float) -> dict
     await asyncio.wait([failed], timeout=seconds / 4)
     for each in asking:
         each.seconds.clear()
-    cpu, began = server_cpu(port), time.perf_counter()
+    (cpu, threads), began = taken(port), time.perf_counter()
     await asyncio.wait([failed], timeout=seconds)
     took = time.perf_counter() - began
     if failed.done():
         failed.result()
     times = sorted(second for each in asking for second in each.seconds)
-    cpu = server_cpu(port) - cpu
+    cpu_after, threads_after = taken(port)
     failed.cancel()
     return {
-        "cpu_ms": 1000 * cpu / len(times),
+        "requests": len(times),
+        "threads": threads_after - threads,
+        "cpu_ms": 1000 * (cpu_after - cpu) / len(times),
         "per_second": len(times) / took,
         "p50_ms": 1000 * statistics.median(times),
         "p99_ms": 1000 * times[int(len(times) * 0.99)],
     }
 
 
-def server_cpu(port: int) -> float:
-    """Seconds of CPU time that the server's process has taken."""
+def taken(port: int) -> tuple[float, int]:
+    """Seconds of CPU time that the server's process has taken, and threads that it has started."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("GET", "/cpu/")
-    return float(connection.getresponse().read())
+    connection.request("GET", "/taken/")
+    cpu, threads = json.loads(connection.getresponse().read())
+    return cpu, threads
 
 
 @contextmanager
-def server(site: dict[str, Any], port: int) -> Iterator[None]:
-    """Serve the project by uvicorn."""
+def server(contestant: Contestant, database: dict[str, Any], port: int) -> Iterator[None]:
+    """Serve the project.
+
+    Raises:
+        RuntimeError: it does not start.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", "uvicorn", "--no-access-log", "--log-level=error",
-         f"--port={port}", "compat.bench.site.asgi:application"],
+        [sys.executable, "-m", *contestant.command(port)],
         cwd=ROOT,
-        env={**os.environ, **environment(site)},
-    )  # fmt: skip
+        env={**os.environ, **environment(contestant.site(database))},
+        stdout=subprocess.DEVNULL,
+        stderr=None if os.environ.get("BENCH_TRACEBACK") else subprocess.DEVNULL,
+    )
     try:
-        for _ in range(200):
+        until = time.monotonic() + 20
+        while True:
             try:
-                server_cpu(port)
+                taken(port)
                 break
-            except OSError:
+            except (OSError, ValueError):
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"{contestant} does not start") from None
                 time.sleep(0.1)
         yield
     finally:
@@ -168,60 +242,86 @@ for _ in range(100):
     return done.stdout.split()
 
 
-def measure(seconds: float, clients: list[int], views: list[str]) -> list[dict[str, Any]]:
-    """All contestants, turn by turn for each view."""
+def measure(
+    seconds: float, rounds: int, clients: list[int], views: list[str]
+) -> list[dict[str, Any]]:
+    """All contestants, turn by turn in each round: the machine's mood changes."""
     results = []
     with database(10, 10) as settings:
-        sites = {name: {**site, "database": settings} for name, site in CONTESTANTS.items()}
-        cookies = prepare(sites["Django"])
+        cookies = prepare(CONTESTANTS[BASE].site(settings))
         for view in views:
-            for number, (name, site) in enumerate(sites.items()):
-                port = 8700 + number
-                with server(site, port):
-                    for count in clients:
-                        known = cookies if view in ("user", "admin") else ["none=1"] * len(cookies)
-                        found = asyncio.run(load(port, VIEWS[view][1], known[:count], seconds))
-                        results.append({"view": view, "name": name, "clients": count, **found})
-                        print(json.dumps(results[-1]), flush=True)
+            chosen = {n: c for n, c in CONTESTANTS.items() if view in c.views and not c.missing}
+            with ExitStack() as stack:
+                ports = {}
+                for port, (name, contestant) in enumerate(chosen.items(), 8700):
+                    stack.enter_context(server(contestant, settings, port))
+                    ports[name] = port
+                known = cookies if view in ("user", "admin") else ["none=1"] * len(cookies)
+                for count in clients:
+                    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ports}
+                    for _ in range(rounds):
+                        for name, port in ports.items():
+                            asked = load(port, VIEWS[view][1], known[:count], seconds)
+                            found[name].append(asyncio.run(asked))
+                    for name, each in found.items():
+                        results.append({"view": view, "name": name, "clients": count, **over(each)})
+                        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     return results
+
+
+def over(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several rounds in one: sums of what is counted, medians of what is measured."""
+    counted = ("requests", "threads")
+    return {
+        key: (sum if key in counted else statistics.median)(each[key] for each in rounds)
+        for key in rounds[0]
+    }
 
 
 def report(results: list[dict[str, Any]]) -> str:
     """The results as a page."""
     import django
 
+    missing = [name for name, each in CONTESTANTS.items() if each.missing]
     lines = [
         "# Whole requests",
         "",
         f"Python {platform.python_version()}, Django {django.__version__}, uvicorn, a project as "
-        "`startproject` makes it (seven MIDDLEWARE), PostgreSQL on the same machine. CPU time of "
-        "the server's process for each request; asyncorm's own handler is "
-        "`asyncorm.asgi.get_asgi_application()` with the views named. Measured by "
-        "`make bench-requests`, on a machine that had other things to do as well: compare within "
-        "a group.",
+        "`startproject` makes it (seven MIDDLEWARE) with Django REST framework, PostgreSQL on the "
+        "same machine. CPU time of the server's process for each request; asyncorm's own handler "
+        "is `asyncorm.asgi.get_asgi_application()` with the views named. Threads are those started "
+        "while that was measured. Measured by `make bench-requests`, turn by turn, on a machine "
+        "that had other things to do as well: compare within a group.",
         "",
-        "| | clients | | CPU ms | of Django's | requests/s | p50 ms | p99 ms |",
-        "|---|---|---|---|---|---|---|---|",
+        "django-async-backend takes part where it has an asynchronous way of its own. django-bolt "
+        "and FastAPI are there for orientation: they pass no MIDDLEWARE, no sessions, no CSRF, "
+        "and their list is not Django REST framework's.",
+        *(["", f"Not installed here: {', '.join(missing)}."] if missing else []),
+        "",
+        "| | clients | | CPU ms | of Django's | requests/s | p50 ms | p99 ms | threads/requests |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    base = {(r["view"], r["clients"]): r for r in results if r["name"] == "Django"}
+    base = {(r["view"], r["clients"]): r for r in results if r["name"] == BASE}
     for each in results:
         share = each["cpu_ms"] / base[each["view"], each["clients"]]["cpu_ms"]
         lines.append(
             f"| {VIEWS[each['view']][0]} | {each['clients']} | {each['name']} "
             f"| {each['cpu_ms']:.2f} | {share:.2f} | {each['per_second']:,.0f} "
-            f"| {each['p50_ms']:.1f} | {each['p99_ms']:.1f} |"
+            f"| {each['p50_ms']:.1f} | {each['p99_ms']:.1f} "
+            f"| {each['threads']:,} / {each['requests']:,} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m compat.bench.web", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=6)
+    parser.add_argument("--seconds", type=float, default=3, help="of each turn")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--views", nargs="+", choices=VIEWS, default=list(VIEWS))
     parser.add_argument("--output", type=Path, help="where the page goes, by default nowhere")
     args = parser.parse_args()
-    page = report(measure(args.seconds, args.clients, args.views))
+    page = report(measure(args.seconds, args.rounds, args.clients, args.views))
     print(page)
     if args.output:
         args.output.write_text(page)

@@ -8,20 +8,19 @@ SITE: dict[str, Any] = json.loads(os.environ["SITE"])
 DATABASES = {
     "default": {
         **SITE["database"],
-        "ENGINE": "asyncorm.backends.postgresql"
-        if SITE["asyncorm"]
-        else "django.db.backends.postgresql",
+        "ENGINE": SITE["engine"],
         "OPTIONS": {"pool": {"min_size": 4, "max_size": 20}},
     }
 }
 INSTALLED_APPS = [
-    *(["asyncorm"] if SITE["asyncorm"] else []),
+    *SITE["apps"],
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
     "django.contrib.messages",
     "django.contrib.staticfiles",
+    "rest_framework",
 ]
 ASYNCORM = {"SWAP_MANAGERS": True, "NATIVE_VIEWS": ["django.contrib.admin", "compat.bench.site"]}
 MIDDLEWARE = [
@@ -46,6 +45,11 @@ TEMPLATES = [
         },
     }
 ]
+REST_FRAMEWORK = {
+    "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+    "UNAUTHENTICATED_USER": None,
+}
+BOLT_API = ["compat.bench.site.bolt:api"]
 ROOT_URLCONF = "compat.bench.site.urls"
 SECRET_KEY = "only for the measurement"
 ALLOWED_HOSTS = ["*"]

@@ -1,12 +1,20 @@
-"""The views: nothing, one get, a logged-in user, a synchronous get, the admin."""
+"""The views: nothing, one get, a logged-in user, a synchronous get, the admin, a list by REST.
 
-import time
+The asynchronous ones have a synchronous form, for a server with threads.
+"""
+
 from typing import Any
 
+from django.conf import settings
 from django.contrib import admin
 from django.contrib.auth.models import User
 from django.http import HttpResponse
 from django.urls import path
+from rest_framework.generics import ListAPIView
+from rest_framework.permissions import AllowAny
+from rest_framework.serializers import ModelSerializer
+
+from . import process
 
 
 async def empty(request: Any) -> HttpResponse:
@@ -24,20 +32,57 @@ async def user(request: Any) -> HttpResponse:
     return HttpResponse(f"{user.username} {count} {await User.objects.acount()}")
 
 
+async def taken(request: Any) -> HttpResponse:
+    return HttpResponse(process.taken())
+
+
+def empty_in_a_thread(request: Any) -> HttpResponse:
+    return HttpResponse("empty")
+
+
 def synchronous(request: Any) -> HttpResponse:
     return HttpResponse(User.objects.get(pk=1).username)
 
 
-async def cpu(request: Any) -> HttpResponse:
-    """How much CPU time this process has taken."""
-    return HttpResponse(repr(time.process_time()))
+def user_in_a_thread(request: Any) -> HttpResponse:
+    count = request.session.get("count", 0) + 1
+    request.session["count"] = count
+    return HttpResponse(f"{request.user.username} {count} {User.objects.count()}")
 
 
+def taken_in_a_thread(request: Any) -> HttpResponse:
+    return HttpResponse(process.taken())
+
+
+class UserSerializer(ModelSerializer[User]):
+    class Meta:
+        model = User
+        fields = ("id", "username", "first_name", "last_name", "email", "is_staff", "date_joined")
+
+
+class Users(ListAPIView[User]):
+    queryset = User.objects.order_by("pk")
+    serializer_class = UserSerializer
+    permission_classes = (AllowAny,)
+
+
+threads = settings.SITE["handler"] == "wsgi"
 urlpatterns = [
-    path("empty/", empty),
-    path("one/", one),
-    path("user/", user),
+    path("empty/", empty_in_a_thread if threads else empty),
+    path("one/", synchronous if threads else one),
+    path("user/", user_in_a_thread if threads else user),
     path("synchronous/", synchronous),
-    path("cpu/", cpu),
     path("admin/", admin.site.urls),
+    path("rest/", Users.as_view()),
+    path("taken/", taken_in_a_thread if threads else taken),
 ]
+
+if "django_async_backend" in settings.SITE["apps"]:
+    from django_async_backend.db.models.manager import AsyncManager
+
+    User.add_to_class("async_objects", AsyncManager())
+
+    async def one_by_the_backend(request: Any) -> HttpResponse:
+        return HttpResponse((await User.async_objects.aget(pk=1)).username)  # type: ignore[attr-defined]
+
+    urlpatterns[1] = path("one/", one_by_the_backend)
