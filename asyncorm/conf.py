@@ -31,6 +31,9 @@ DEFAULTS: dict[str, Any] = {
     "STATEMENT_CACHE": True,
     # Run the queries of independent lookups of prefetch_related() at once.
     "PARALLEL_PREFETCH": True,
+    # bulk_create() reserves keys, since rows may come back in another order (Citus). None: where
+    # the server is not plain PostgreSQL, which is asked once.
+    "DISTRIBUTED": None,
     # Requests (asyncorm.asgi.get_asgi_application()): other people's middleware that runs on the
     # loop, by dotted name, or "__all__"; the same of synchronous views, by name or prefix, or True.
     "NATIVE_MIDDLEWARE": [],
@@ -107,8 +110,9 @@ def problems() -> list[str]:
             isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
         ):
             found.append(f'ASYNCORM["{key}"] must be a list of dotted names, or {everything!r}.')
-    if value.get("NATIVE_HANDLER") not in (None, True, False):
-        found.append('ASYNCORM["NATIVE_HANDLER"] must be True, False or None.')
+    for key in ("NATIVE_HANDLER", "DISTRIBUTED"):
+        if value.get(key) not in (None, True, False):
+            found.append(f'ASYNCORM["{key}"] must be True, False or None.')
     seconds = value.get("SLOW_STEP")
     if seconds not in (None, False) and (
         isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0

@@ -39,7 +39,19 @@ from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 from psycopg.types.numeric import Int2, Int4, Int8
 
-from . import _events, bridge, bulk, conf, grounds, internals, patches, rows, sessions, verifying
+from . import (
+    _events,
+    bridge,
+    bulk,
+    conf,
+    distributed,
+    grounds,
+    internals,
+    patches,
+    rows,
+    sessions,
+    verifying,
+)
 from .binding import writes_as_django
 from .bridge import Runner
 from .driver import SLICE, Connection, LazyConnection
@@ -955,6 +967,8 @@ def _batched_insert(original: Any) -> Any:
     """The INSERTs of `bulk_create()`."""
 
     def insert(self: Any, objs: Any, fields: Any, batch_size: Any, **options: Any) -> Any:
+        if len(objs) > 1 and distributed.concerns(self.db):
+            return distributed.insert(self, original, objs, fields, batch_size, **options)
         size = batch_size or bulk.BATCH
         insert = getattr(type(self), "_insert")  # noqa: B009
         if (
