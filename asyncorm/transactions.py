@@ -83,6 +83,7 @@ def _enter_plainly(atomic: DjangoAtomic, beside_native: bool) -> None:
     wrapper = get_connection(alias)
     shared = beside_native and not _of_test_case(atomic) and callers.are_sharing(wrapper)
     if shared:
+        sessions.refuse_beside_block(alias)  # or it would wait for a block that waits for it
         callers.enter_thread(wrapper)
     try:
         _enter_django(atomic)

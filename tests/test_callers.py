@@ -583,6 +583,25 @@ def test_set_rollback(run: Any, alike: None) -> None:
     run(body)
 
 
+@pytest.mark.parametrize("how", ["statement", "atomic"])
+def test_a_thread_that_a_block_waits_for_is_refused(how: str, run: Any, alike: None) -> None:
+    def work() -> int:
+        with transaction.atomic() if how == "atomic" else contextlib.nullcontext():
+            return Group.objects.count()
+
+    async def block() -> None:
+        async with asyncorm.atomic():
+            await sync_to_async(work)()
+
+    def body() -> None:
+        with transaction.atomic():
+            with pytest.raises(TransactionManagementError, match="Use 'await asyncorm.native"):
+                async_to_sync(block)()
+            assert not Group.objects.exists()
+
+    run(body)
+
+
 def test_a_waiting_thread_does_not_stop_a_block(run: Any) -> None:
     """A block that needs the thread while a sibling's statement wants the connection there."""
 
