@@ -595,7 +595,7 @@ def test_a_thread_that_a_block_waits_for_is_refused(how: str, run: Any, alike: N
 
     def body() -> None:
         with transaction.atomic():
-            with pytest.raises(TransactionManagementError, match="Use 'await asyncorm.native"):
+            with pytest.raises(TransactionManagementError, match=r"Use 'await asyncorm.native"):
                 async_to_sync(block)()
             assert not Group.objects.exists()
 
