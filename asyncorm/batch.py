@@ -51,14 +51,22 @@ async def batch(
     """
     alias = using or DEFAULT_DB_ALIAS
     try:
-        if sessions.native_class(alias) is None:
-            raise sessions.refuse_foreign(alias)
-        calls = [_call(operation) for operation in operations]
-    except BaseException:
-        for operation in operations:
+        results = await _batch(operations, alias)
+    finally:
+        for operation in operations:  # those that have not begun
             if inspect.iscoroutine(operation):
                 operation.close()
-        raise
+    if not return_exceptions:
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+    return results
+
+
+async def _batch(operations: tuple[Any, ...], alias: str) -> list[Any]:
+    if sessions.native_class(alias) is None:
+        raise sessions.refuse_foreign(alias)
+    calls = [_call(operation) for operation in operations]
     scope = sessions.find_scope(alias)
     kept = None
     if scope is None:
@@ -71,18 +79,13 @@ async def batch(
         with Parallelism(1, alias, gathers=True, kept=kept):
             tasks = [asyncio.create_task(call()) for call in calls]
         try:
-            results = await asyncio.gather(*tasks, return_exceptions=True)
+            return await asyncio.gather(*tasks, return_exceptions=True)
         except asyncio.CancelledError:
             for task in tasks:
                 task.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.gather(*tasks, return_exceptions=True)
             raise
-    if not return_exceptions:
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-    return results
 
 
 def _call(operation: Any) -> Callable[[], Coroutine[Any, Any, Any]]:

@@ -163,6 +163,9 @@ class _Cursor:
 
     def executemany(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
         self._watch(text_of(query))
+        if self._conn.streamed:
+            with self._conn.lock:
+                self._conn.wait(self._conn.whole_results())
         return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
 
     def copy(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
@@ -172,6 +175,7 @@ class _Cursor:
     def stream(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
         self._watch(text_of(query))
         with self._conn.lock:  # or psycopg may see that others' statements are in a pipeline now
+            self._conn.streamed = True
             yield from super().stream(query, *args, **kwargs)  # type: ignore[misc]
 
     def _watch(self: Any, text: str) -> None:
@@ -496,9 +500,11 @@ class Connection(psycopg.Connection[Any]):
         pooled: the pool's connection underneath, None when there is none.
         unsettled: it is a `LazyConnection` and has no server connection yet.
         served_by: the server process that ran the last statement of an unsettled one.
+        streamed: a cursor's `stream()` has asked libpq for single rows.
     """
 
     unsettled = False
+    streamed = False
     served_by = 0
     lock: Any
     configured: bool
@@ -598,9 +604,27 @@ class Connection(psycopg.Connection[Any]):
         try:
             state = next(gen)
         except StopIteration as stop:
-            self.give_turn()
+            if not self.pgconn.pipeline_status:  # else psycopg's Pipeline is being entered
+                self.give_turn()
             return stop.value
         return runner.parent.switch(self._wait(runner, gen, state, timeout))  # type: ignore[union-attr]
+
+    def whole_results(self) -> Steps:
+        """A generator for `wait()`: libpq would give single rows to the first statement of a
+        pipeline, too, if nothing else came between."""
+        if self.streamed:
+            self.streamed = False
+            self.pgconn.send_query(b"")
+            yield from generators.execute(self.pgconn)
+
+    def _try_cancel(self, *, timeout: float = CANCEL_TIMEOUT) -> None:
+        # For a stream() that is left before its end: psycopg's would block the loop, and might hit
+        # the next statement.
+        runner = getcurrent()
+        if type(runner) is Runner:
+            runner.parent.switch(self.interrupt())  # type: ignore[union-attr]
+        else:
+            self.terminate()
 
     @property
     def transformer(self) -> Any:
@@ -798,7 +822,7 @@ class Connection(psycopg.Connection[Any]):
                 raise self._given_up(gen) from exc
             return task.result()
         except GeneratorExit:  # who waited is closed, and nobody else knows what was under way
-            gen.close()
+            _close(gen)
             self.terminate()
             raise
 
@@ -808,7 +832,7 @@ class Connection(psycopg.Connection[Any]):
             self.pooled.home.retire_all()
 
     def _given_up(self, gen: Any) -> psycopg.OperationalError:
-        gen.close()
+        _close(gen)
         self._hangs()
         self.terminate()
         return psycopg.OperationalError(
@@ -824,6 +848,9 @@ class Connection(psycopg.Connection[Any]):
                 state = gen.send(await self.ready(state))
         except StopIteration as stop:
             return stop.value
+        except Exception:  # or it would go on when the garbage collector closes it
+            _close(gen)
+            raise
 
     async def ready(self, state: int) -> int:
         """Wait until the socket is ready, for what psycopg's generators yield; how it is ready."""
@@ -878,18 +905,22 @@ class Connection(psycopg.Connection[Any]):
         return ready & state
 
     async def give_up(self, gen: Any) -> None:
-        gen.close()
+        _close(gen)
         await self.interrupt()
 
     async def interrupt(self) -> None:
         """Cancel the statement on the server; close the connection if it stays in doubt."""
-        if self.pgconn.status == pq.ConnStatus.OK and not self.pgconn.pipeline_status:
-            if self.pgconn.transaction_status != _ACTIVE:
+        if self.pgconn.status == pq.ConnStatus.OK:
+            pipeline = self.pgconn.pipeline_status
+            if not pipeline and self.pgconn.transaction_status != _ACTIVE:
                 return
-            task = get_running_loop().create_task(self._cancel_and_drain())
-            if await finish(task, CANCEL_TIMEOUT) and not task.cancelled() and not task.exception():
+            stop = self.cancel_running() if pipeline else self._cancel_and_drain()
+            task = get_running_loop().create_task(stop)
+            answered = await finish(task, CANCEL_TIMEOUT)
+            if not answered or task.cancelled() or task.exception():
+                self._hangs()
+            elif not pipeline:
                 return
-            self._hangs()
         self.terminate()
 
     async def _cancel_and_drain(self) -> None:
@@ -965,6 +996,13 @@ class Connection(psycopg.Connection[Any]):
 
 
 Steps = Generator[int, int, Any]  # what `wait()` runs
+
+
+def _close(gen: Any) -> None:
+    """Close a generator of psycopg's: that of its Pipeline goes on at first, to read results."""
+    for _ in range(2):
+        with suppress(RuntimeError, psycopg.Error):
+            gen.close()
 
 
 def copy_in(cursor: Any, statement: str, data: Iterable[bytes]) -> Steps:

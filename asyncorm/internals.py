@@ -74,6 +74,7 @@ PSYCOPG = (
         "_start_query _prepared",
         "BEGIN where one is due, and psycopg's own book of prepared statements",
     ),
+    Names("psycopg:Connection", "_try_cancel", "the end of a stream() that was left; replaced"),
     Names(
         "psycopg._connection_base:BaseConnection",
         "_check_intrans_gen",

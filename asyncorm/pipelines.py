@@ -98,6 +98,7 @@ class Pipeline:
     def _run(self) -> Steps:
         conn = self._conn
         yield from conn._start_query()
+        yield from conn.whole_results()
         pgconn = conn.pgconn
         book: Any = conn._prepared
         alone = pgconn.transaction_status == _IDLE
