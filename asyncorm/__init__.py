@@ -12,6 +12,7 @@ from .bridge import await_, native
 from .compiling import compiled
 from .copying import copy_to
 from .cursors import cursor
+from .fate import CommitUnknown
 from .limits import parallelism
 from .listening import listen, notify
 from .pools import close_pools, pool_stats
@@ -24,6 +25,7 @@ from .transactions import atomic, on_commit, set_rollback
 __version__ = "0.1.0"
 
 __all__ = [
+    "CommitUnknown",
     "atomic",
     "await_",
     "batch",

@@ -29,6 +29,9 @@ DEFAULTS: dict[str, Any] = {
     # Keep the SQL that querysets of one shape are compiled to, for other values. "verify": compare
     # each statement from there with what Django's compiler makes of the queryset.
     "STATEMENT_CACHE": True,
+    # Outside a block, execute a SELECT that Django made again on another connection if its own was
+    # lost before the answer came.
+    "RETRY_READS": True,
     # Run the queries of independent lookups of prefetch_related() at once.
     "PARALLEL_PREFETCH": True,
     # bulk_create() reserves keys, since rows may come back in another order (Citus). None: where

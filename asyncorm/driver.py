@@ -23,7 +23,7 @@ import select
 import traceback
 from asyncio import CancelledError, get_running_loop
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
@@ -99,6 +99,27 @@ class _NoLock:
 NO_LOCK = _NoLock()
 
 
+class Unanswered(psycopg.OperationalError):
+    """The connection was lost after a statement outside a transaction had been sent, and before it
+    was answered: whether the server has executed it is not known.
+
+    Attributes:
+        text: the statement.
+    """
+
+    def __init__(self, message: str = "", text: str = "") -> None:
+        super().__init__(message)
+        self.text = text
+
+    @classmethod
+    def of(cls, exc: BaseException, text: str) -> Unanswered:
+        """What to raise for an error of a connection that is lost."""
+        lost = "The connection was lost before the server had answered this statement."
+        unanswered = cls(f"{lost} {exc}", text)
+        unanswered.__cause__ = exc
+        return unanswered
+
+
 class OwnLock:
     """The lock of a connection that no session holds: one statement at a time."""
 
@@ -139,7 +160,8 @@ class _Cursor:
         queue = None if options else conn.lock.queue_for(text)
         if queue is None:
             self._watch(text)
-            return super().execute(query, params, **options)  # type: ignore[misc]
+            with self._conn.sending(text):
+                return super().execute(query, params, **options)  # type: ignore[misc]
         if self.closed:
             raise psycopg.InterfaceError("the cursor is closed")
         self._reset()
@@ -162,11 +184,12 @@ class _Cursor:
         return super().fetchmany(size)  # type: ignore[misc]
 
     def executemany(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
-        self._watch(text_of(query))
+        self._watch(text := text_of(query))
         if self._conn.streamed:
             with self._conn.lock:
                 self._conn.wait(self._conn.whole_results())
-        return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
+        with self._conn.sending(text):
+            return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
 
     def copy(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
         self._watch(text_of(statement))
@@ -498,11 +521,13 @@ class Connection(psycopg.Connection[Any]):
         lock: taken by psycopg around each statement; the session that holds the connection sets it.
         configured: whether Django has set time zone, role and so on.
         pooled: the pool's connection underneath, None when there is none.
+        alone: the statement that runs, or the last one, is no part of a transaction, and was sent.
         unsettled: it is a `LazyConnection` and has no server connection yet.
         served_by: the server process that ran the last statement of an unsettled one.
         streamed: a cursor's `stream()` has asked libpq for single rows.
     """
 
+    alone = False
     unsettled = False
     streamed = False
     served_by = 0
@@ -733,7 +758,29 @@ class Connection(psycopg.Connection[Any]):
                 result = self.wait(self._run(command.bind(self)))
                 return command.read(self, result)
         except psycopg.errors._NO_TRACEBACK as exc:
-            raise exc.with_traceback(None)  # noqa: B904
+            raise self.lost(exc, command.text).with_traceback(None)  # noqa: B904
+
+    def lost(self, exc: BaseException, text: str) -> BaseException:
+        """What to raise for an exception: `Unanswered` if that is what it means."""
+        if (
+            self.alone
+            and self.configured  # else it was Django's, to set the session up
+            and isinstance(exc, psycopg.OperationalError)
+            and self.pgconn.status != _OK
+        ):
+            return Unanswered.of(exc, text)
+        return exc
+
+    @contextmanager
+    def sending(self, text: str) -> Iterator[None]:
+        """Have what psycopg itself does with a statement inside raise `Unanswered`, too."""
+        self.alone = self._autocommit and self.pgconn.transaction_status == _IDLE
+        try:
+            yield
+        except psycopg.OperationalError as exc:
+            if (lost := self.lost(exc, text)) is exc:
+                raise
+            raise lost from exc
 
     def start(self, statement: Statement) -> Callable[[], Any]:
         """Send a statement; what is returned waits for its result, as `run()`.
@@ -754,13 +801,14 @@ class Connection(psycopg.Connection[Any]):
         return (yield from self._received(statement, *begun))
 
     def _begun(self, statement: Statement) -> Any:
+        self.alone = False  # or it would be that of the last one if this is not sent
         yield from self._start_query()
         if statement.leaves_state:
             self.touched = True
         pgconn = self.pgconn
         book: Any = self._prepared
         prepare, name = book.get(statement, statement.prepare)
-        alone = pgconn.transaction_status == _IDLE
+        self.alone = alone = pgconn.transaction_status == _IDLE
         if not name:
             statement.send(pgconn)
         else:
@@ -1039,16 +1087,23 @@ _exec_command: Any = psycopg.Connection._exec_command
 
 def _telling(self: Any, command: Any, *args: Any, **kwargs: Any) -> Any:
     """`_exec_command()`, with listeners told of the commands of sessions."""
-    session = self.lock
-    told = None
-    if hasattr(session, "alias"):
-        pid = 0 if self.closed else self.pgconn.backend_pid
-        told = _events.Command(session.alias, text_of(command), pid, session.root is not None)
-    try:
+    with told(self, text_of(command)):
         return (yield from _exec_command(self, command, *args, **kwargs))
+
+
+@contextmanager
+def told(conn: Connection, text: str) -> Iterator[None]:
+    """Tell listeners of a command that is executed inside for a session."""
+    session = conn.lock
+    command = None
+    if _events.commands and hasattr(session, "alias"):
+        pid = 0 if conn.closed else conn.pgconn.backend_pid
+        command = _events.Command(session.alias, text, pid, session.root is not None)
+    try:
+        yield
     finally:
-        if told is not None:
-            told.end()
+        if command is not None:
+            command.end()
 
 
 def _arrange() -> None:

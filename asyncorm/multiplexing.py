@@ -22,7 +22,7 @@ from psycopg import pq
 
 from . import _events, bridge
 from .bridge import Runner
-from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, finish, reported
+from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, Unanswered, finish, reported
 from .pipelines import Pipeline
 from .session_state import leaves_state, plain, remembered
 
@@ -134,6 +134,21 @@ def calls_known(text: str) -> bool:
         match[1] in _HARMLESS and command[match.start() - 1 : match.start()] != "."
         for match in _CALL.finditer(command)
     )
+
+
+# Of the known ones those that change something, or give something else each time or in another
+# session.
+_VOLATILE = re.compile(
+    r"\b(?:nextval|currval|txid_current|random|gen_random_uuid|clock_timestamp|pg_backend_pid)"
+    r"\s*+\("
+)
+
+
+@remembered
+def only_reads(text: str) -> bool:
+    """Whether a statement changes nothing and may be executed again elsewhere, as far as its text
+    tells: what views, operators and row policies do is not seen in it."""
+    return is_read(text) and calls_known(text) and not _VOLATILE.search(plain(text) or "")
 
 
 @remembered
@@ -418,7 +433,7 @@ class Queue:
             if isinstance(exc, psycopg.Error):
                 self._give_all(runner, together)
                 for request in requests[: pipeline.sent]:
-                    _fail(request.future, _in_doubt(exc))
+                    _fail(request.future, self._in_doubt(exc, request.command.text))
             raise
         finally:
             looking.end()
@@ -449,6 +464,10 @@ class Queue:
                 f"{setter.command.text[:200]!r}. Execute that one outside of batch()."
             ),
         )
+
+    def _in_doubt(self, exc: psycopg.Error, text: str) -> psycopg.Error:
+        # In a block it is rolled back, whatever the server has done.
+        return exc if self._source.in_order else Unanswered.of(exc, text)
 
     def _bind(self, conn: Connection, requests: list[_Request]) -> dict[_Request, Statement]:
         """The statements of those whose values can be sent; the others are told why not."""
@@ -525,15 +544,6 @@ class _Looking:
     def end(self) -> None:
         """Look no more."""
         self._handle.cancel()
-
-
-def _in_doubt(exc: psycopg.Error) -> psycopg.OperationalError:
-    doubt = psycopg.OperationalError(
-        "The connection was lost before the server had answered this statement; if it writes, that "
-        f"may or may not have been done. {exc}"
-    )
-    doubt.__cause__ = exc
-    return doubt
 
 
 def _fail(future: Future[Any], exc: BaseException) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import get_running_loop
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psycopg
@@ -71,6 +71,21 @@ class Pipeline:
                 yield self._answer
             else:
                 ready = bridge.wait_for(runner, self._conn.ready(self._state))
+
+    def gathered(self, note: Callable[[int, list[Any]], None]) -> Steps:
+        """A generator for `Connection.wait()`: send them and tell `note` of each answer at once."""
+        ready: Any = None
+        while True:
+            try:
+                state = self._steps.send(ready)
+            except StopIteration:
+                return
+            ready = None
+            if state == _ANSWERED:
+                assert self._answer is not None
+                note(*self._answer)
+            else:
+                ready = yield state
 
     async def abort(self) -> None:
         """Have the server stop them; the connection is closed unless it is idle soon."""

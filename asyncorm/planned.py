@@ -28,6 +28,7 @@ from typing import Any
 
 import django
 from django.core.signals import setting_changed
+from django.db import OperationalError
 from django.db.models import Manager, Model, query
 from django.db.models.lookups import Lookup
 from django.db.models.sql import compiler
@@ -54,7 +55,7 @@ from . import (
 )
 from .binding import writes_as_django
 from .bridge import Runner
-from .driver import SLICE, Connection, LazyConnection
+from .driver import SLICE, Connection, LazyConnection, Unanswered
 from .grounds import Ground
 from .rows import RowMaker
 from .shapes import MAX_PARAMS, Shape, Unfit, family
@@ -71,6 +72,7 @@ from .statements import (
     hit,
     items,
     learn,
+    may_repeat,
     plan_for,
     plans,
     recall,
@@ -375,6 +377,10 @@ async def _without_operation(
                     loaded = await queue.submit(_events.followed(command, statement))
         except NotServed:
             return None
+        except (Unanswered, OperationalError) as exc:
+            if not may_repeat(plan, exc):
+                raise
+            return None  # and another connection is waited for
         # A get() asks for no more rows than are taken apart in one turn.
         return plan.maker.make_part(loaded, next(loaded.parts), alias, wrapper, mode)  # type: ignore[union-attr]
 

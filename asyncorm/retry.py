@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import random
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -13,7 +14,8 @@ from django.db import DEFAULT_DB_ALIAS
 from django.db.transaction import TransactionManagementError
 from psycopg.errors import DeadlockDetected, SerializationFailure
 
-from . import sessions
+from . import fate, sessions
+from .fate import CommitUnknown
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -26,6 +28,7 @@ def retrying(
     ),
     backoff: float | Callable[[int], float] = 0.05,
     using: str | None = None,
+    settle: bool | float = False,
 ) -> Callable[[F], F]:
     """Decorate a coroutine function that is a transaction of its own: run it again if it fails so.
 
@@ -37,11 +40,13 @@ def retrying(
         attempts: how often to run it at most; the last failure is raised.
         on: which exceptions to run it again for. Matched against the exception and what caused it
             (`__cause__`), so that psycopg's classes work beside Django's, and against the members
-            of an exception group.
+            of an exception group. Where CommitUnknown is among these it is not run again, for that
+            might do it twice, unless `on` names that very class.
         backoff: seconds to wait after the first failure, doubled after each further one; or a
             function of the number of the failed attempt (1, 2, ...). The wait is a random part of
             that time, so that those who collided do not collide again.
         using: the alias of the transaction; the default one by default.
+        settle: as for `atomic()`, for the transactions that begin inside.
 
     Raises (when called):
         django.db.transaction.TransactionManagementError: inside a transaction block, where only the
@@ -49,6 +54,8 @@ def retrying(
     """
     if attempts < 1:
         raise ValueError("attempts must be at least 1.")
+
+    limit = fate.seconds(settle)
 
     def decorate(func: F) -> F:
         if not inspect.iscoroutinefunction(func):
@@ -64,15 +71,19 @@ def retrying(
                     "again. Put asyncorm.retrying around it, or call this under "
                     "asyncorm.detached()."
                 )
-            for attempt in range(1, attempts):
-                try:
-                    return await func(*args, **kwargs)
-                except Exception as exc:
-                    if not _matches(exc, on):
-                        raise
-                seconds = backoff(attempt) if callable(backoff) else backoff * 2 ** (attempt - 1)
-                await asyncio.sleep(random.uniform(0, seconds))
-            return await func(*args, **kwargs)
+            around = sys.exc_info()[1]  # whoever calls may be handling one already
+            with fate.settling(limit):
+                for attempt in range(1, attempts):
+                    try:
+                        return await func(*args, **kwargs)
+                    except Exception as exc:
+                        if not _matches(exc, on) or _is_unknown(exc, on, around):
+                            raise
+                    seconds = (
+                        backoff(attempt) if callable(backoff) else backoff * 2 ** (attempt - 1)
+                    )
+                    await asyncio.sleep(random.uniform(0, seconds))
+                return await func(*args, **kwargs)
 
         return inner  # type: ignore[return-value]
 
@@ -88,3 +99,19 @@ def _matches(exc: BaseException, on: Any) -> bool:
             return any(_matches(member, on) for member in cause.exceptions)
         cause = cause.__cause__
     return False
+
+
+def _is_unknown(exc: BaseException | None, on: Any, around: BaseException | None) -> bool:
+    """Whether what failed may have been done nevertheless, and is not named for that.
+
+    Args:
+        around: what was handled before.
+    """
+    if exc is None or exc is around:
+        return False
+    if isinstance(exc, CommitUnknown):
+        named = on if isinstance(on, tuple) else (on,)
+        return not any(issubclass(cls, CommitUnknown) for cls in named)
+    members = exc.exceptions if isinstance(exc, BaseExceptionGroup) else ()
+    behind = exc.__cause__ if exc.__suppress_context__ else exc.__context__
+    return any(_is_unknown(each, on, around) for each in (*members, behind))

@@ -806,8 +806,10 @@ class Session:
         holder: the greenlet whose statement runs.
         acting: the block that `holder` enters or leaves.
         active: when the last statement began or ended (time.monotonic()).
+        fate: what the open transaction settles by, if it does (fate.py).
     """
 
+    fate: Any = None
     pipelining = False
     settling = False
     left = False
@@ -941,7 +943,10 @@ class Session:
             block = self.innermost()
             if block is None or self.holder is getcurrent():
                 return None
-            return block.queue_for(text)
+            queue = block.queue_for(text)
+            if queue is None and self.fate is not None and self.fate.wants(text):
+                return self.fate  # type: ignore[no-any-return]
+            return queue
         conn = self.wrapper.connection if self.wrapper is not None else None
         if conn is None or not conn.unsettled:
             return None
@@ -973,6 +978,18 @@ class Session:
                 self.taken = None
             self.wrapper.connection = None
         self.drop_taken()
+
+    def give_up_lost(self) -> bool:
+        """Give back a connection that was lost with a statement outside transactions, to have
+        another; False if somebody would miss what it had."""
+        conn = self.wrapper.connection
+        if self.kept:
+            return False
+        if conn is not None and not conn.unsettled:
+            if not conn.closed or self._has_state(conn):
+                return False
+            self.detach()
+        return True
 
     def drop_taken(self) -> None:
         """Close and give back a connection that was checked out in vain."""

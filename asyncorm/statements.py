@@ -26,15 +26,17 @@ from math import isfinite
 from typing import Any
 from uuid import UUID
 
+from django.db import OperationalError
 from django.db.models.lookups import Lookup
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
-from . import _events, grounds, sessions, verifying
+from . import _events, conf, grounds, sessions, verifying
 from .backends.mixin import has_djangos_cursors
 from .binding import in_place_of_expressions, writes_as_django
-from .driver import SLICE, Connection, Statement
+from .driver import SLICE, Connection, Statement, Unanswered
 from .grounds import Ground
+from .multiplexing import only_reads
 from .pools import Pool
 from .rows import RowMaker
 from .session_state import leaves_state
@@ -63,6 +65,7 @@ class Plan:
         columns: of the models that are selected beside the query's own, which the key has.
         ready: for each field of an INSERT, which values need not be prepared (bulk.py).
         classes: of the nodes that the SQL was compiled of: lookups, expressions.
+        only_reads: Django made its whole text, and it may be executed again elsewhere.
     """
 
     ready: Any = ()
@@ -97,6 +100,7 @@ class Plan:
         if with_offset:
             sql = f"{sql} OFFSET %s"
         self.lists = lists
+        self.only_reads = by_server and only_reads(sql)
         by_server = by_server and in_place_of_expressions(sql)
         self.query = _numbered(sql, len(self.families), lists) if by_server else None
         if self.query is None and by_server and lists:
@@ -598,7 +602,24 @@ class Planned:
 
 
 def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:
-    """What `Planned` gives, or else None and Django's cursor."""
+    """What `Planned` gives, or else None and Django's cursor; a second time if the connection was
+    lost with a statement that only reads."""
+    try:
+        return _run_once(plan, params, offset, wrapper)
+    except OperationalError as exc:
+        session = wrapper.session
+        if not may_repeat(plan, exc) or session is None or not session.give_up_lost():
+            raise
+    return _run_once(plan, params, offset, wrapper)
+
+
+def may_repeat(plan: Plan, exc: Exception) -> bool:
+    """Whether a statement that failed so is executed again: outside a block, its answer lost."""
+    lost = type(exc) is Unanswered or type(exc.__cause__) is Unanswered
+    return lost and plan.only_reads and bool(conf.get("RETRY_READS"))
+
+
+def _run_once(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:
     if not wrapper.watched:
         with suppress(NotServed):
             if not _events.statements:

@@ -20,7 +20,7 @@ from django.db.transaction import Atomic as DjangoAtomic
 from django.db.transaction import TransactionManagementError, get_connection
 from psycopg import Error, IsolationLevel
 
-from . import _events, bridge, callers, sessions, testcase
+from . import _events, bridge, callers, fate, sessions, testcase
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT
 from .sessions import Block, Scope, Session
@@ -125,8 +125,13 @@ def enter_block(
     atomic: DjangoAtomic,
     origin: str,
     characteristics: _Characteristics | None = None,
+    settle: float = 0.0,
 ) -> Block:
-    """Begin a transaction or a savepoint, the current task's innermost block."""
+    """Begin a transaction or a savepoint, the current task's innermost block.
+
+    Args:
+        settle: seconds to find out what became of a transaction whose COMMIT was lost.
+    """
     parent = session.innermost()
     if parent is None and session.root is not None:
         raise TransactionManagementError(
@@ -141,6 +146,7 @@ def enter_block(
         parent.inner = block
     else:
         session.root = block
+        session.fate = fate.of(session, settle)
     block.enter()
     try:
         with bridge.shield(runner), session.acting_for(runner, block):
@@ -311,7 +317,7 @@ def _close_block(runner: Runner, block: Block) -> None:
     if block.outermost:
         session.transaction_ended()
     if parent is None:
-        session.root = None
+        session.root = session.fate = None
         # The session is this operation's again, which gives it back when it ends.
         runner.resources[session.key] = session
 
@@ -340,9 +346,10 @@ class Atomic:
         session = sessions.require(self.using)
         options = dict(self.options)
         django = DjangoAtomic(session.alias, options.pop("savepoint"), options.pop("durable"))
+        settle = options.pop("settle")
         characteristics = _Characteristics(session, **options)
         characteristics.check(session.innermost())
-        block = enter_block(runner, session, django, origin, characteristics)
+        block = enter_block(runner, session, django, origin, characteristics, settle)
         assert block.scope is not None
         self._entered.append((block, block.scope))
 
@@ -487,6 +494,7 @@ def atomic(
     read_only: bool | None = None,
     deferrable: bool | None = None,
     statement_timeout: float | None = None,
+    settle: bool | float = False,
 ) -> Atomic: ...
 def atomic(
     using: Any = None,
@@ -497,6 +505,7 @@ def atomic(
     read_only: bool | None = None,
     deferrable: bool | None = None,
     statement_timeout: float | None = None,
+    settle: bool | float = False,
 ) -> Any:
     """A transaction, or inside another block a savepoint: `async with atomic():`, or a decorator of
     coroutine functions.
@@ -514,11 +523,16 @@ def atomic(
         deferrable: for an outermost block that is serializable and read-only.
         statement_timeout: seconds after which the server cancels a statement of the block
             (django.db.OperationalError).
+        settle: if the connection is lost during COMMIT, ask the server what became of the
+            transaction, for 10 or so many seconds: if it was committed, the block ends well; if
+            not, OperationalError says so; only if nobody knows it raises CommitUnknown. In a nested
+            block it changes nothing.
 
     Raises:
         django.db.NotSupportedError: the alias has another engine.
         django.db.transaction.TransactionManagementError: an option for outermost blocks in a nested
             one.
+        asyncorm.CommitUnknown: the connection was lost during COMMIT.
     """
     options = {
         "savepoint": savepoint,
@@ -527,6 +541,7 @@ def atomic(
         "read_only": read_only,
         "deferrable": deferrable,
         "statement_timeout": statement_timeout,
+        "settle": fate.seconds(settle),
     }
     if callable(using):
         return Atomic(None, **options)(using)

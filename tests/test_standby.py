@@ -52,11 +52,11 @@ class Changing(Apart):
         return ("primary", "primary", "replica")[self.asked % 3]
 
 
-def ask(server: Server, statement: str, *params: Any) -> Any:
-    """The value of a query, over a connection of its own."""
+def ask(server: Server, statement: str, *params: Any, **options: Any) -> Any:
+    """The value of a query, over a connection of its own; options are psycopg's."""
     names = {"host": "HOST", "port": "PORT", "user": "USER", "dbname": "NAME"}
     where = {name: server.settings[key] for name, key in names.items()}
-    with psycopg.connect(**where, autocommit=True) as connection:
+    with psycopg.connect(**where, **options, autocommit=True) as connection:
         cursor = connection.execute(statement.encode(), params or None)
         row = cursor.fetchone() if cursor.description else None
         return row[0] if row else None

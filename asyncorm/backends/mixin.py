@@ -40,10 +40,10 @@ import psycopg
 from django.conf import settings
 from django.db import connections
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
+from django.db.backends.utils import debug_transaction
 from django.db.transaction import TransactionManagementError
 from django.db.utils import (
     DatabaseError,
-    DatabaseErrorWrapper,
     InterfaceError,
     InternalError,
     OperationalError,
@@ -51,7 +51,7 @@ from django.db.utils import (
 from psycopg.errors import ReadOnlySqlTransaction
 from psycopg.pq import ConnStatus, TransactionStatus
 
-from .. import bridge, observers, pools, sessions, transactions
+from .. import bridge, fate, observers, pools, sessions, transactions
 from ..driver import ENDED, Connection, InTurn, PooledConnection, reported, text_of
 from ..observe.found import cursors_are_patched
 from ..roles import ASK
@@ -297,8 +297,8 @@ def _noticing(cls: Any) -> Any:
     return type(cls.__name__, (_Noticing, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
-class _Errors(DatabaseErrorWrapper):
-    """Django's errors for psycopg's; that of a refused write says if the server's role changed."""
+class _Errors(fate.Errors):
+    """Django's errors, and CommitUnknown; that of a refused write says if the role changed."""
 
     wrapper: Any
 
@@ -436,6 +436,7 @@ class NativeWrapper:
     settings_dict: dict[str, Any]
     connection: Any
     run_on_commit: list[Any]
+    run_commit_hooks_on_set_autocommit_on: bool
     in_atomic_block: bool
     errors_occurred: bool
     closed_in_transaction: bool
@@ -567,7 +568,7 @@ class NativeWrapper:
 
     @cached_property
     def wrap_database_errors(self) -> _Errors:
-        """Django's, which looks at refused writes."""
+        """Django's, which looks at refused writes, and at what may have been written."""
         return _Errors(self)
 
     def refused_write(self) -> bool:
@@ -591,17 +592,39 @@ class NativeWrapper:
             return False
 
     def _commit(self) -> None:
-        try:
+        """Django's; if the connection is lost, it says so or finds out what became of it."""
+        session, conn = self.session, self.connection
+        settles = None if session is None else session.fate
+        if conn is None or conn.pgconn.status != ConnStatus.OK:  # nothing will be sent
             super()._commit()  # type: ignore[misc]
+            return
+        try:
+            if settles is None:
+                super()._commit()  # type: ignore[misc]
+            else:
+                with debug_transaction(self, "COMMIT"), self.wrap_database_errors:
+                    settles.commit(conn)
         except OperationalError as exc:
-            if self.connection is not None and self.connection.pgconn.status != ConnStatus.OK:
-                if (runner := bridge.current()) is not None:
-                    runner.cancelled = None  # or it would be raised in place of this error
-                raise OperationalError(
-                    "The connection was lost during COMMIT: the transaction may or may not have "
-                    f"been committed. {exc}"
-                ) from exc
-            raise
+            if conn.pgconn.status == ConnStatus.OK:
+                raise
+            runner = bridge.current()
+            unknown = fate.CommitUnknown(
+                "The connection was lost during COMMIT: the transaction may or may not have "
+                f"been committed. {exc}"
+            )
+            if settles is not None and runner is not None:
+                session.detach()  # type: ignore[union-attr]
+                committed = settles.settle(runner, unknown)
+                if committed:
+                    return
+                if committed is False:
+                    raise OperationalError(
+                        "The connection was lost during COMMIT, and the transaction was rolled "
+                        f"back, as the server says. {exc}"
+                    ) from exc
+            if runner is not None:
+                runner.cancelled = None  # or it would be raised in place of this error
+            raise unknown from exc
 
     def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
         """Django's, with the savepoints of the caller's own block."""
@@ -628,7 +651,11 @@ class NativeWrapper:
             and session.acting is not None
         ):
             self.autocommit = True
-            self.run_on_commit = []
+            if self.run_commit_hooks_on_set_autocommit_on:  # it was committed all the same
+                self.run_commit_hooks_on_set_autocommit_on = False
+                self.run_and_clear_commit_hooks()
+            else:
+                self.run_on_commit = []
         else:
             super().set_autocommit(  # type: ignore[misc]
                 autocommit, force_begin_transaction_with_broken_autocommit
