@@ -75,7 +75,7 @@ class Contestant:
         """What starts it."""
         application = f"{__package__}.site.{self.application}:application"
         if self.server == "gunicorn":
-            options = ["--worker-class=gthread", "--threads=16", "--log-level=error"]
+            options = ["--worker-class=gthread", "--threads=16", "--keep-alive=75"]
             return ["gunicorn", f"--bind=127.0.0.1:{port}", *options, application]
         if self.server == "bolt":
             return ["django", "runbolt", "--host=127.0.0.1", f"--port={port}", "--no-admin"]
