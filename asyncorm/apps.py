@@ -37,3 +37,5 @@ class AsyncormConfig(AppConfig):
             checks.check_tools,
         ):
             django_checks.register(check, "asyncorm")
+        # That tag alone: Django 6.1 names all databases to checks that are asked for by another.
+        django_checks.register(checks.check_server, django_checks.Tags.database)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 from django.apps import apps
@@ -68,6 +69,20 @@ def check_deadlines(**kwargs: Any) -> list[CheckMessage]:
                 )
             )
     return found
+
+
+def check_installed(**kwargs: Any) -> list[CheckMessage]:
+    """asyncorm.W040: the backend without the app (registered by the backend)."""
+    if apps.is_installed("asyncorm"):
+        return []
+    return [
+        Warning(
+            'A database has an ENGINE of asyncorm, but "asyncorm" is not in INSTALLED_APPS: '
+            "nothing runs natively, and the ASYNCORM setting has no effect.",
+            hint='Put "asyncorm" first in INSTALLED_APPS.',
+            id="asyncorm.W040",
+        )
+    ]
 
 
 def check_databases(**kwargs: Any) -> list[CheckMessage]:
@@ -136,6 +151,44 @@ def _check_database(alias: str, database: dict[str, Any]) -> list[CheckMessage]:
     return found
 
 
+def check_server(databases: Any = None, **kwargs: Any) -> list[CheckMessage]:
+    """asyncorm.W043: pools that the server has no room for (`manage.py check --database default`).
+
+    Without `--database`, and before migrations, no check may connect.
+    """
+    found: list[CheckMessage] = []
+    workers = _workers()
+    for alias in databases or ():
+        if sessions.native_class(alias) is None:
+            continue
+        option = connections.settings[alias]["OPTIONS"].get("pool")
+        size = pools.pool_options(connections.settings[alias])["max_size"]
+        each = size * 2 if option else size + 1  # Django's own pool, or connection
+        with connections[alias].cursor() as cursor:
+            cursor.execute(
+                "SELECT current_setting('max_connections')::int"
+                " - current_setting('superuser_reserved_connections')::int"
+            )
+            (room,) = cursor.fetchone()
+        if workers * each > room:
+            found.append(
+                Warning(
+                    f"DATABASES[{alias!r}] may open {workers * each} connections ({workers} x "
+                    f"{each}, native and synchronous), and the server has room for {room}.",
+                    hint="Lower OPTIONS['pool']['max_size'], or raise the server's "
+                    "max_connections. WEB_CONCURRENCY is taken for the number of processes.",
+                    id="asyncorm.W043",
+                )
+            )
+    return found
+
+
+def _workers() -> int:
+    """How many processes serve, as far as the environment tells (gunicorn, uvicorn)."""
+    number = os.environ.get("WEB_CONCURRENCY", "")
+    return int(number) if number.isdecimal() and int(number) else 1
+
+
 def check_swap(**kwargs: Any) -> list[CheckMessage]:
     """asyncorm.W003: a* methods that the swap cannot make native."""
     if conf.problems() or not conf.get("SWAP_MANAGERS"):
@@ -193,11 +246,17 @@ def check_internals(**kwargs: Any) -> list[CheckMessage]:
 
 
 def check_requests(**kwargs: Any) -> list[CheckMessage]:
-    """asyncorm.E005, W004 and I001 to I003: NATIVE_MIDDLEWARE, NATIVE_VIEWS and the handler."""
+    """asyncorm.E005, W004, W041, W042 and I001 to I003: middleware, views and the handler."""
     if conf.problems():
         return []
     from ._requests import checks
 
     if found := checks.check_names():
         return found
-    return [*checks.check_thread_locals(), *checks.check_admin(), *checks.check_handler()]
+    return [
+        *checks.check_thread_locals(),
+        *checks.check_admin(),
+        *checks.check_handler(),
+        *checks.check_middleware(),
+        *checks.check_toolbar(),
+    ]

@@ -1,5 +1,6 @@
 """The system checks: what can be seen to be wrong at start-up."""
 
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
+from django.conf import settings
 from django.contrib import admin
 from django.core.checks import CheckMessage, run_checks
-from django.db import models
+from django.db import connection, models
 from django.test import override_settings
 from django.test.utils import isolate_apps
 
@@ -19,6 +21,9 @@ from asyncorm._requests.thread_locals import thread_local_of
 from tests.project.myapp.models import Item
 from tests.support import database
 
+ROOT = Path(__file__).parent.parent
+urlpatterns: list[Any] = []
+
 
 def found() -> list[CheckMessage]:
     return list(run_checks(tags=["asyncorm"]))
@@ -26,7 +31,9 @@ def found() -> list[CheckMessage]:
 
 def test_the_example_project_is_fine() -> None:
     assert found() == []
-    with override_settings(ASYNCORM={"SWAP_MANAGERS": True}, ASGI_APPLICATION=None):
+    with override_settings(
+        ASYNCORM={"SWAP_MANAGERS": True}, ASGI_APPLICATION=None, ROOT_URLCONF=__name__
+    ):
         assert found() == []
 
 
@@ -233,3 +240,91 @@ def test_the_other_handler() -> None:
     [info] = native(SWAP_MANAGERS=True)
     assert info.id == "asyncorm.I001"
     assert "get_asgi_application() of asyncorm.asgi" in str(info.hint)
+    with override_settings(ASGI_APPLICATION=None):  # as startproject leaves it
+        [info] = native(SWAP_MANAGERS=True)
+        assert info.msg == "tests.project.asgi is served by Django's own handler."
+
+
+class Synchronous:
+    """Somebody's middleware."""
+
+    sync_capable, async_capable = True, False
+
+    def __init__(self, get_response: Any) -> None: ...
+
+    def __call__(self, request: Any) -> Any: ...
+
+
+class Asynchronous:
+    """Somebody's, too."""
+
+    sync_capable = async_capable = True
+
+    def __init__(self, get_response: Any) -> None: ...
+
+    def __call__(self, request: Any) -> Any: ...
+
+
+def test_synchronous_middleware_under_the_swap() -> None:
+    paths = [f"{__name__}.Synchronous", f"{__name__}.Asynchronous"]
+    with override_settings(MIDDLEWARE=paths, ASGI_APPLICATION=None, ROOT_URLCONF=__name__):
+        assert native() == []
+        [warning] = native(SWAP_MANAGERS=True)
+        assert warning.id == "asyncorm.W041"
+        assert paths[0] in warning.msg and paths[1] not in warning.msg
+        named = native(SWAP_MANAGERS=True, NATIVE_MIDDLEWARE=paths)
+        assert "asyncorm.W041" not in {message.id for message in named}
+
+
+def test_the_toolbars_own_panel_under_the_swap() -> None:
+    pytest.importorskip("debug_toolbar")
+    others = ["debug_toolbar.panels.timer.TimerPanel", "asyncorm.debug_toolbar.SQLPanel"]
+    with override_settings(
+        INSTALLED_APPS=[*settings.INSTALLED_APPS, "debug_toolbar"],
+        ASGI_APPLICATION=None,
+        ROOT_URLCONF=__name__,
+    ):
+        assert native() == []
+        [warning] = native(SWAP_MANAGERS=True)
+        assert warning.id == "asyncorm.W042" and "SQLPanel" in str(warning.hint)
+        with override_settings(DEBUG_TOOLBAR_PANELS=others):
+            assert native(SWAP_MANAGERS=True) == []
+
+
+def test_the_backend_without_the_app() -> None:
+    others = [app for app in settings.INSTALLED_APPS if app != "asyncorm"]
+    code = (
+        "from django.conf import settings\n"
+        "from tests.project import settings as project\n"
+        f"project.INSTALLED_APPS = {others!r}\n"
+        "from django.core.management import execute_from_command_line\n"
+        "execute_from_command_line(['manage.py', 'check', '--tag', 'asyncorm'])\n"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stderr.count("asyncorm.W040") == 1, result.stderr
+    assert '"asyncorm" first in INSTALLED_APPS' in result.stderr
+
+
+# The server
+
+
+def of_server() -> list[CheckMessage]:
+    messages = run_checks(databases=["default", "legacy"])
+    return [message for message in messages if "asyncorm" in (message.id or "")]
+
+
+def test_pools_that_the_server_has_no_room_for(
+    stock: Any, django_db_blocker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WEB_CONCURRENCY", raising=False)
+    with django_db_blocker.unblock():
+        assert of_server() == []
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW max_connections")
+            most = int(cursor.fetchone()[0])
+        monkeypatch.setenv("WEB_CONCURRENCY", str(most))
+        [warning] = of_server()
+    assert warning.id == "asyncorm.W043"
+    assert f"{most} x 40" in warning.msg and f"room for {most - 3}." in warning.msg
+    assert found() == []  # it connects only where it may

@@ -78,14 +78,21 @@ for package in ("db", "core", "dispatch", "utils", "urls", "test", "middleware",
         except Exception:  # of drivers that are not installed
             pass
 import asyncorm, asyncorm.asgi
-from asyncorm import driver, planned, related, seam, swap
+from asyncorm import _events, driver, planned, related, seam, swap
 from asyncorm._requests import blocking, djangos, signals
 from asyncorm.backends import mixin
 
 before = snapshot()
 ready(apps.get_app_config("asyncorm"))
 asyncorm.asgi.get_asgi_application()
-driver.watch_commands(print)
+
+
+class Listener(_events.Listener):
+    def command_begun(self, command):
+        pass
+
+
+_events.listen(Listener())
 after = snapshot()
 found = changed(before, after)
 registered = {(id(patch.owner), patch.name) for patch in patches.all_patches()}

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from django.apps import apps
@@ -27,6 +29,7 @@ HINT = (
     "Use get_asgi_application() of asyncorm.asgi in asgi.py: Django's middleware runs on the event "
     "loop then, without threads."
 )
+_TOOLBAR = "debug_toolbar.panels.sql.SQLPanel"
 # Where applications around others keep them.
 _INNER = ("app", "application", "inner", "application_mapping")
 
@@ -91,10 +94,64 @@ def check_admin() -> list[CheckMessage]:
 
 def check_handler() -> list[CheckMessage]:
     """asyncorm.I001: the swap is on, and requests are served by Django's own handler."""
-    if not conf.get("SWAP_MANAGERS") or type(projects_handler()) is not ASGIHandler:
+    if not conf.get("SWAP_MANAGERS"):
         return []
-    text = f"{settings.ASGI_APPLICATION} is served by Django's own handler."
-    return [Info(text, hint=HINT, id="asyncorm.I001")]
+    what = getattr(settings, "ASGI_APPLICATION", None)
+    if what:
+        djangos = type(projects_handler()) is ASGIHandler
+    else:
+        what = f"{settings.ROOT_URLCONF.rpartition('.')[0]}.asgi"
+        djangos = _imports_djangos_handler(what)
+    if not djangos:
+        return []
+    return [Info(f"{what} is served by Django's own handler.", hint=HINT, id="asyncorm.I001")]
+
+
+def _imports_djangos_handler(module: str) -> bool:
+    """Whether a module, as startproject makes one, uses Django's handler; it is not imported."""
+    try:
+        spec = find_spec(module)
+        source = Path(spec.origin or "").read_text() if spec is not None else ""
+    except (ImportError, ValueError, OSError):
+        return False
+    return "from django.core.asgi import get_asgi_application" in source
+
+
+def check_middleware() -> list[CheckMessage]:
+    """asyncorm.W041: middleware of other people that goes to a thread under the swap."""
+    if not conf.get("SWAP_MANAGERS"):
+        return []
+    paths = [
+        path
+        for path in settings.MIDDLEWARE
+        if not (middleware.is_own(path) or middleware.is_named(path)) and _hops(import_string(path))
+    ]
+    if not paths:
+        return []
+    return [
+        Warning(
+            f"Each request goes to a thread for {', '.join(paths)}.",
+            hint="With the handler of asyncorm.asgi, name them in ASYNCORM['NATIVE_MIDDLEWARE'] "
+            "if they block by nothing but the ORM, or use asynchronous ones.",
+            id="asyncorm.W041",
+        )
+    ]
+
+
+def check_toolbar() -> list[CheckMessage]:
+    """asyncorm.W042: django-debug-toolbar's own panel, which sees no native queries."""
+    if not (conf.get("SWAP_MANAGERS") and apps.is_installed("debug_toolbar")):
+        return []
+    panels = getattr(settings, "DEBUG_TOOLBAR_PANELS", [_TOOLBAR])
+    if _TOOLBAR not in panels:
+        return []
+    return [
+        Warning(
+            f"{_TOOLBAR} does not see native queries.",
+            hint="Put 'asyncorm.debug_toolbar.SQLPanel' in its place in DEBUG_TOOLBAR_PANELS.",
+            id="asyncorm.W042",
+        )
+    ]
 
 
 def projects_handler() -> ASGIHandler | None:

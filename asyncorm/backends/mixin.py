@@ -38,6 +38,7 @@ from weakref import WeakSet
 
 import psycopg
 from django.conf import settings
+from django.core.checks import register
 from django.db import connections
 from django.db.backends.postgresql.psycopg_any import IsolationLevel
 from django.db.backends.utils import debug_transaction
@@ -51,7 +52,7 @@ from django.db.utils import (
 from psycopg.errors import ReadOnlySqlTransaction
 from psycopg.pq import ConnStatus, TransactionStatus
 
-from .. import bridge, fate, observers, pools, sessions, transactions
+from .. import bridge, checks, fate, observers, pools, sessions, transactions
 from ..driver import ENDED, Connection, InTurn, PooledConnection, reported, text_of
 from ..observe.found import cursors_are_patched
 from ..roles import ASK
@@ -799,3 +800,6 @@ def copy(wrapper: Any, statement: str, transfer: Callable[[Any, str], int]) -> i
         cursor = wrapper.create_cursor()
     with wrapper._prepare_cursor(_CopyCursor(cursor, transfer)) as copying:
         return copying.execute(statement)  # type: ignore[no-any-return]
+
+
+register(checks.check_installed, "asyncorm")  # here, where the app may not be
