@@ -122,12 +122,13 @@ $(LOWEST)/.installed: CONSTRAINTS := -c tests/lowest.txt
 $(LOWEST)/.installed: tests/lowest.txt $(call stale,$(LOWEST))
 $(VENV)/.installed: $(call stale,$(VENV))
 .venv-demo/.installed: $(call stale,.venv-demo)
+EXTRAS := demo,dev
 .venv-demo/.installed: EXTRAS := demo
 $(sort $(VENV)/.installed $(LOWEST)/.installed .venv-demo/.installed): pyproject.toml
 	@$(if $(filter FORCE,$^),$(create),:)
-	@printf 'Installing asyncorm and $(if $(EXTRAS),what the demo needs,its tools) into $(@D) (once) '
+	@printf 'Installing asyncorm and $(if $(filter demo,$(EXTRAS)),what the demo needs,its tools) into $(@D) (once) '
 	@{ PYTHONUNBUFFERED=1 $(@D)/bin/python -m pip install --disable-pip-version-check --no-input \
-		-e '.[$(or $(EXTRAS),demo,dev)]' $(CONSTRAINTS) 2>$(@D)/.errors; echo $$? >$(@D)/.status; } | \
+		-e '.[$(EXTRAS)]' $(CONSTRAINTS) 2>$(@D)/.errors; echo $$? >$(@D)/.status; } | \
 		while read -r word rest; do case $$word in Collecting) printf .;; esac; done; \
 		echo; test "$$(cat $(@D)/.status)" = 0 || { cat $(@D)/.errors >&2; exit 1; }
 	@touch $@
