@@ -6,6 +6,7 @@ import inspect
 import os
 from typing import Any
 
+import psycopg
 from django.apps import apps
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
@@ -164,12 +165,7 @@ def check_server(databases: Any = None, **kwargs: Any) -> list[CheckMessage]:
         option = connections.settings[alias]["OPTIONS"].get("pool")
         size = pools.pool_options(connections.settings[alias])["max_size"]
         each = size * 2 if option else size + 1  # Django's own pool, or connection
-        with connections[alias].cursor() as cursor:
-            cursor.execute(
-                "SELECT current_setting('max_connections')::int"
-                " - current_setting('superuser_reserved_connections')::int"
-            )
-            (room,) = cursor.fetchone()
+        room = _room(alias)
         if workers * each > room:
             found.append(
                 Warning(
@@ -181,6 +177,21 @@ def check_server(databases: Any = None, **kwargs: Any) -> list[CheckMessage]:
                 )
             )
     return found
+
+
+def _room(alias: str) -> int:
+    """How many connections the server has for ordinary users.
+
+    Asked on a connection of its own: the project's, or its pool's, would be open before a test
+    runner's processes are forked.
+    """
+    params = connections.create_connection(alias).get_connection_params()
+    with psycopg.connect(**{**params, "autocommit": True}) as connection:
+        row = connection.execute(
+            "SELECT current_setting('max_connections')::int"
+            " - current_setting('superuser_reserved_connections')::int"
+        ).fetchone()
+    return int(row[0])  # type: ignore[index]
 
 
 def _workers() -> int:

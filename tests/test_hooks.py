@@ -389,6 +389,8 @@ def test_a_model_without_a_name_to_look_at() -> None:
 
 
 def test_what_python_forgets_for_another_class_is_remembered_elsewhere() -> None:
+    if not grounds._free:
+        pytest.skip("the models of the tests before have all the names")
     ground = grounds.Ground([], [Tag])
     look = grounds._looks[Tag]
     name = look.name

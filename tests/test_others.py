@@ -1,15 +1,18 @@
-"""Runs test_other_middleware.py in a process of its own: what other people's apps connect and patch
-when they are imported is not for all tests after it."""
+"""Runs files in a process of their own: what other people's apps connect and patch when they are
+imported, and what middleware leaves in the threads' sessions, is not for all tests after them."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_other_middleware() -> None:
+
+@pytest.mark.parametrize("name", ["test_other_middleware", "test_native_rules"])
+def test_apart(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/test_other_middleware.py"],
+        [sys.executable, "-m", "pytest", "-q", f"tests/{name}.py"],
         env={**os.environ, "ASYNCORM_TEST_OTHERS": "1"},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
