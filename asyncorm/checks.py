@@ -6,13 +6,12 @@ import inspect
 import os
 from typing import Any
 
-import psycopg
 from django.apps import apps
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
 from django.db import connections
 
-from . import conf, internals, pools, sessions, shapes
+from . import conf, internals, pools, sessions, shapes, sizing
 
 _SILK = "silk.middleware.SilkyMiddleware"
 
@@ -157,41 +156,20 @@ def check_server(databases: Any = None, **kwargs: Any) -> list[CheckMessage]:
 
     Without `--database`, and before migrations, no check may connect.
     """
-    found: list[CheckMessage] = []
     workers = _workers()
-    for alias in databases or ():
-        if sessions.native_class(alias) is None:
-            continue
-        option = connections.settings[alias]["OPTIONS"].get("pool")
-        size = pools.pool_options(connections.settings[alias])["max_size"]
-        each = size * 2 if option else size + 1  # Django's own pool, or connection
-        room = _room(alias)
-        if workers * each > room:
-            found.append(
-                Warning(
-                    f"DATABASES[{alias!r}] may open {workers * each} connections ({workers} x "
-                    f"{each}, native and synchronous), and the server has room for {room}.",
-                    hint="Lower OPTIONS['pool']['max_size'], or raise the server's "
-                    "max_connections. WEB_CONCURRENCY is taken for the number of processes.",
-                    id="asyncorm.W043",
-                )
-            )
-    return found
-
-
-def _room(alias: str) -> int:
-    """How many connections the server has for ordinary users.
-
-    Asked on a connection of its own: the project's, or its pool's, would be open before a test
-    runner's processes are forked.
-    """
-    params = connections.create_connection(alias).get_connection_params()
-    with psycopg.connect(**{**params, "autocommit": True}) as connection:
-        row = connection.execute(
-            "SELECT current_setting('max_connections')::int"
-            " - current_setting('superuser_reserved_connections')::int"
-        ).fetchone()
-    return int(row[0])  # type: ignore[index]
+    return [
+        Warning(
+            f"DATABASES[{demand.alias!r}] may open {workers * demand.each} connections "
+            f"({workers} x {demand.each}, native and synchronous), and the server has room for "
+            f"{server.room}.",
+            hint="Lower OPTIONS['pool']['max_size'], or raise the server's "
+            "max_connections. WEB_CONCURRENCY is taken for the number of processes.",
+            id="asyncorm.W043",
+        )
+        for server in sizing.ask(databases or ())
+        for demand in server.demands
+        if server.most and workers * demand.each > server.room
+    ]
 
 
 def _workers() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import psycopg
@@ -76,6 +76,11 @@ class Server:
     pooled: bool = False
     error: str = ""
 
+    @property
+    def room(self) -> int:
+        """Connections for ordinary users."""
+        return self.most - self.reserved
+
     def wanted(self, workers: int, of: str = "") -> int:
         """Connections that so many processes may open, of all or of a role or database."""
         return workers * sum(
@@ -88,11 +93,10 @@ class Server:
         """What is less than wanted, in words for the user."""
         if not self.most:
             return
-        wanted, free = self.wanted(workers), self.most - self.reserved
-        if wanted > free:
+        if (wanted := self.wanted(workers)) > self.room:
             yield (
-                f"{wanted} are more than max_connections ({self.most}) leaves: {free}. "
-                + self._advice(workers, free)
+                f"{wanted} are more than max_connections ({self.most}) leaves: {self.room}. "
+                + self._advice(workers, self.room)
             )
         for of, limit in self.limits.items():
             if (wanted := self.wanted(workers, of)) > limit:
@@ -123,8 +127,13 @@ def report(workers: int) -> list[Server]:
     """
     if workers < 1:
         raise ValueError("workers must be at least 1.")
+    return ask(connections)
+
+
+def ask(aliases: Iterable[str]) -> list[Server]:
+    """The servers of those of the aliases that are native, asked; see `report()`."""
     servers: dict[str, Server] = {}
-    for alias in connections:
+    for alias in aliases:
         if sessions.native_class(alias) is not None:
             _ask(alias, servers)
     return list(servers.values())
