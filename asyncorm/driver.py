@@ -1249,6 +1249,10 @@ async def finish(task: asyncio.Task[Any], timeout: float) -> bool:
     return True
 
 
+# Of the arguments that Django makes for connect(), those about the cursors of synchronous code.
+OF_CURSORS = ("row_factory", "cursor_factory", "context", "prepare_threshold")
+
+
 class PooledConnection(AsyncConnection[Any]):
     """A connection of the pool with the synchronous-looking `twin` over it.
 
@@ -1269,8 +1273,7 @@ class PooledConnection(AsyncConnection[Any]):
 
     @classmethod
     async def connect(cls, conninfo: str = "", **kwargs: Any) -> PooledConnection:
-        names = ("row_factory", "cursor_factory", "context", "prepare_threshold")
-        options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        options = {name: kwargs.pop(name) for name in OF_CURSORS if name in kwargs}
         kwargs["autocommit"] = True
         conn = await super().connect(conninfo, prepare_threshold=None, **kwargs)
         conn.options = options

@@ -22,6 +22,7 @@ from django.db.utils import DatabaseErrorWrapper
 from psycopg import sql
 
 from .cursors import cursor
+from .driver import OF_CURSORS
 
 logger = logging.getLogger("asyncorm")
 
@@ -29,8 +30,6 @@ _LONGEST = 63  # bytes of an identifier; LISTEN cuts a longer one, pg_notify() r
 _PROBE = 30.0  # seconds of silence, after which the connection is tried
 _ANSWER = 10.0  # seconds that the server has for it
 _BACK_OFF = 0.1, 30.0  # seconds between attempts to connect, at first and at most
-# Of Django's arguments for connect() those that are about Django's cursors.
-_OF_CURSORS = ("row_factory", "cursor_factory", "context", "prepare_threshold")
 
 
 class Note(NamedTuple):
@@ -147,7 +146,7 @@ class _Hub:
 
     async def _connect(self) -> psycopg.AsyncConnection[Any]:
         params = connections.create_connection(self.alias).get_connection_params()
-        for name in _OF_CURSORS:
+        for name in OF_CURSORS:
             params.pop(name, None)
         return await psycopg.AsyncConnection.connect(**{**params, "autocommit": True})
 

@@ -18,6 +18,17 @@ from asgiref.sync import sync_to_async
 from django.db import connection, connections
 from django.db.backends.postgresql.base import DatabaseWrapper as BaseWrapper
 
+# For scripts: what Sentry sends is kept in `sent`.
+SENTRY_KEPT = """
+import sentry_sdk
+from sentry_sdk.integrations.django import DjangoIntegration
+from sentry_sdk.transport import Transport
+sent = []
+class Kept(Transport):
+    def capture_envelope(self, envelope):
+        sent.extend(item.payload.json for item in envelope.items if item.payload.json)
+"""
+
 
 def backend_pid(using: str = "default") -> int:
     """The server process that serves the caller's connection."""

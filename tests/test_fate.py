@@ -5,11 +5,10 @@ the server and swallows the answer.
 """
 
 import asyncio
-import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from itertools import count
 from typing import Any
 
@@ -492,18 +491,23 @@ async def test_an_option_that_means_nothing() -> None:
     assert fate.seconds(True) == fate.SETTLE_TIMEOUT
 
 
+@contextmanager
+def reached() -> Iterator[Server]:
+    """A server that a test may end, reached without a proxy."""
+    options = {"options": None, "pool": {"min_size": 0, "max_size": 2}}
+    with (
+        postgres_server(own=True) as own,
+        database(ALIAS, **own.settings, OPTIONS=options),
+    ):
+        ask(own, TABLE)
+        yield own
+
+
 async def test_a_restarted_server_does_not_know(
     django_db_setup: Any, django_db_blocker: Any
 ) -> None:
     """The end of its log may be lost with the crash, and the id given to somebody else."""
-    with (
-        django_db_blocker.unblock(),
-        postgres_server(own=True) as own,
-        database(
-            ALIAS, **own.settings, OPTIONS={"options": None, "pool": {"min_size": 0, "max_size": 2}}
-        ),
-    ):
-        ask(own, TABLE)
+    with django_db_blocker.unblock(), reached() as own:
         ask(own, LINGER)
         committing = asyncio.create_task(pay_slowly(10))
         await eventually(lambda: ask(own, SLEEPING))
@@ -522,21 +526,14 @@ async def test_a_restarted_server_does_not_know(
 async def test_a_crash_that_the_postmaster_survives(
     django_db_setup: Any, django_db_blocker: Any
 ) -> None:
-    with (
-        django_db_blocker.unblock(),
-        postgres_server(own=True) as own,
-        database(
-            ALIAS, **own.settings, OPTIONS={"options": None, "pool": {"min_size": 0, "max_size": 2}}
-        ),
-    ):
-        ask(own, TABLE)
+    with django_db_blocker.unblock(), reached() as own:
         server = f"SELECT {fate._SERVER}"
         before, pid = ask(own, server), await value("SELECT pg_backend_pid()")
         assert ask(own, server) == before == await value(server)
         await asyncio.to_thread(kill_process, pid)
 
         async def after() -> Any:
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 return await asyncio.to_thread(ask, own, server)
 
         async with asyncio.timeout(20):

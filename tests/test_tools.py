@@ -9,7 +9,7 @@ from django.db.backends.utils import CursorWrapper
 
 import asyncorm
 from tests.project.shop.models import Tag
-from tests.support import run_script
+from tests.support import SENTRY_KEPT, run_script
 
 PROJECT = """
 import asyncio, json, django
@@ -186,19 +186,15 @@ async def test_whoever_replaces_the_cursors_execute_sees_each_statement() -> Non
 @pytest.mark.slow
 def test_sentrys_spans(shop_data: Any) -> None:
     pytest.importorskip("sentry_sdk")
-    before = """
-import sentry_sdk
-from sentry_sdk.integrations.django import DjangoIntegration
-from sentry_sdk.transport import Transport
-sent = []
-class Kept(Transport):
-    def capture_envelope(self, envelope):
-        sent.extend(item.payload.json for item in envelope.items if item.payload.json)
+    before = (
+        SENTRY_KEPT
+        + """
 sentry_sdk.init(dsn="http://x@127.0.0.1:1/1", traces_sample_rate=1.0, transport=Kept,
     integrations=[DjangoIntegration()], default_integrations=False)
 EXTRA_APPS, EXTRA_MIDDLEWARE, EXTRA = [], [], {}
 EXTRA_URLS = list
 """
+    )
     after = """
 async def main():
     with sentry_sdk.start_transaction(name="page", op="http"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import run_script
+from tests.support import SENTRY_KEPT, run_script
 
 pytestmark = pytest.mark.slow
 
@@ -66,14 +66,9 @@ found = asyncio.run(main())
 print(json.dumps(found))
 """
 
-SENTRY = """
-import sentry_sdk
-from sentry_sdk.integrations.django import DjangoIntegration
-from sentry_sdk.transport import Transport
-sent = []
-class Kept(Transport):
-    def capture_envelope(self, envelope):
-        sent.extend(item.payload.json for item in envelope.items if item.payload.json)
+SENTRY = (
+    SENTRY_KEPT
+    + """
 sentry_sdk.init(dsn="http://x@127.0.0.1:1/1", traces_sample_rate=1.0, transport=Kept,
     integrations=[DjangoIntegration()], default_integrations=False,
     db_query_source_threshold_ms=0)
@@ -94,6 +89,7 @@ async def traced(work):
     said = [crumb["message"] for crumb in said["breadcrumbs"]["values"]]
     return [sorted(found), sorted(crumb for crumb in said if crumb != "connect")]
 """
+)
 
 DATADOG = """
 os.environ.update(DD_TRACE_ENABLED="true", DD_INSTRUMENTATION_TELEMETRY_ENABLED="false",

@@ -115,24 +115,11 @@ def snapshot() -> dict[str, Any]:
     return {
         "pools": pools.total_stats(),
         "holders": [
-            {
-                "alias": each.alias,
-                "connection": each.connection,
-                "holder": str(each.holder),
-                "task": _name(each.task),
-                "seconds": now - each.began,
-            }
+            {**_about(each, now), "holder": str(each.holder)}
             for each in sorted(out, key=lambda each: each.began)
         ],
         "statements": [
-            {
-                "alias": each.alias,
-                "connection": each.connection,
-                "sql": each.sql,
-                "task": _name(each.task),
-                "waits": not each.connection,
-                "seconds": now - each.began,
-            }
+            {**_about(each, now), "sql": each.sql, "waits": not each.connection}
             for each in sorted(statements, key=lambda each: each.began)
         ],
         "requests": [
@@ -148,8 +135,13 @@ def snapshot() -> dict[str, Any]:
     }
 
 
-def _name(task: Any) -> str:
-    return "" if task is None else str(task.get_name())
+def _about(event: _events.CheckOut | _events.Statement, now: float) -> dict[str, Any]:
+    return {
+        "alias": event.alias,
+        "connection": event.connection,
+        "task": "" if event.task is None else event.task.get_name(),
+        "seconds": now - event.began,
+    }
 
 
 @sync_and_async_middleware
