@@ -389,15 +389,22 @@ def test_a_model_without_a_name_to_look_at() -> None:
 
 
 def test_what_python_forgets_for_another_class_is_remembered_elsewhere() -> None:
-    if not grounds._free:
-        pytest.skip("the models of the tests before have all the names")
-    ground = grounds.Ground([], [Tag])
-    look = grounds._looks[Tag]
-    name = look.name
-    for _ in range(200):
-        if look.name is not name:
-            break
-        name.looks += 1  # as if it had been looked for
-        assert ground.holds()
-    assert look.name is not name
-    assert look.name.looks > name.looks
+    names = [grounds._Name(f"_asyncorm_of_a_test_{number}") for number in range(2)]
+    for each in names:
+        setattr(grounds.Last, each, None)
+    with mock.patch.object(grounds, "_free", names), isolate_apps("tests.project.shop"):
+
+        class Moved(models.Model):
+            class Meta:
+                app_label = "shop"
+
+        ground = grounds.Ground([], [Moved])
+        look = grounds._looks[Moved]
+        name = look.name
+        for _ in range(200):
+            if look.name is not name:
+                break
+            name.looks += 1  # as if it had been looked for
+            assert ground.holds()
+        assert look.name is not name
+        assert look.name.looks > name.looks

@@ -291,9 +291,12 @@ urlpatterns += [
 
 
 @pytest.fixture(autouse=True)
-def _project(settings: Any) -> None:
+def _project(settings: Any) -> Iterator[None]:
     settings.ROOT_URLCONF = __name__
     trace.clear()
+    yield
+    # Django's pool gives connections out as they came back: what middleware has set is still there.
+    connections["default"].close_pool()
 
 
 @pytest.fixture(params=[False, True], ids=["", "atomic"])

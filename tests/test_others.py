@@ -1,18 +1,15 @@
-"""Runs files in a process of their own: what other people's apps connect and patch when they are
-imported, and what middleware leaves in the threads' sessions, is not for all tests after them."""
+"""Runs test_other_middleware.py in a process of its own: what other people's apps connect and patch
+when they are imported is not for all tests after it."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 
-
-@pytest.mark.parametrize("name", ["test_other_middleware", "test_native_rules"])
-def test_apart(name: str) -> None:
+def test_other_middleware() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", f"tests/{name}.py"],
+        [sys.executable, "-m", "pytest", "-q", "tests/test_other_middleware.py"],
         env={**os.environ, "ASYNCORM_TEST_OTHERS": "1"},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
