@@ -65,13 +65,14 @@ class Proxy:
         tail = b""
 
         async def back() -> None:
-            while data := await behind.read(65536):
-                if losing.is_set():
-                    if tail:  # what was answered before it comes through
-                        writer.write(data.partition(tail)[0])
-                        await writer.drain()
-                    return
-                writer.write(data)
+            with suppress(ConnectionError):  # to a session that has ended something was sent
+                while data := await behind.read(65536):
+                    if losing.is_set():
+                        if tail:  # what was answered before it comes through
+                            writer.write(data.partition(tail)[0])
+                            await writer.drain()
+                        return
+                    writer.write(data)
             writer.close()  # the server has ended the session
 
         answers = asyncio.create_task(back())
