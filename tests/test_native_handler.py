@@ -781,7 +781,7 @@ async def storm(settings: Any, count: int) -> None:
     await eventually(lambda: len(asyncio.all_tasks()) <= tasks + 1)
     await eventually(lambda: threading.active_count() <= threads + 1)
     gc.collect()
-    waiting = [each for each in gc.get_objects() if isinstance(each, Runner) and each.gr_frame]
+    waiting = [each for each in gc.get_objects() if type(each) is Runner and each.gr_frame]
     assert len([each for each in waiting if each.gr_context is not None]) == 0
     assert await Item.objects.acount() == 30  # each middleware's was rolled back
 
