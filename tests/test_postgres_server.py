@@ -185,6 +185,8 @@ def start_process(*options: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Under nohup the tests themselves ignore it, and a new process would do so, too.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
 
 
