@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import psycopg
-from django.db import connections
+from django.db import Error, connections
 from psycopg.rows import tuple_row
 
-from . import pools, sessions
+from . import bridge, pools, sessions
 
 # What is reserved for superusers and, from PostgreSQL 16 on, for pg_use_reserved_connections.
 _LIMITS = """
@@ -146,22 +147,32 @@ def _ask(alias: str, servers: dict[str, Server]) -> None:
     host = settings["HOST"] or settings["OPTIONS"].get("host") or "local socket"
     name = f"{host}, port {settings['PORT'] or 'default'}"
     try:
-        # Not Django's connection: its pool would wait for 30 s and hide why there is none.
-        with psycopg.connect(**connections[alias].get_connection_params()) as conn:
-            key, pid, *found = conn.cursor(row_factory=tuple_row).execute(_LIMITS).fetchone() or ()
-            pooled = pid != conn.info.backend_pid
-    except psycopg.Error as exc:
+        served_by, (key, pid, *found) = _limits(alias)
+    except (psycopg.Error, Error) as exc:
         server = servers.setdefault(name, Server(name, error=str(exc).strip().partition("\n")[0]))
     else:
         standby, most, reserved, of_role, role, of_database, database, present = found
         demand.role, demand.database = role, database
         server = servers.setdefault(key, Server(name))
         server.most, server.reserved, server.standby = most, reserved, standby
-        server.present, server.pooled = present, server.pooled or pooled
+        server.present, server.pooled = present, server.pooled or pid != served_by
         for of, limit in ((f"role {role}", of_role), (f"database {database}", of_database)):
             if limit >= 0:
                 server.limits[of] = limit
     server.demands.append(demand)
+
+
+def _limits(alias: str) -> tuple[int, tuple[Any, ...]]:
+    """What the server answers, and which of its processes the connection was told."""
+    if bridge.in_native_code():  # which does not block the loop
+        with connections[alias].cursor() as cursor:
+            cursor.execute(_LIMITS)
+            return connections[alias].connection.info.backend_pid, cursor.fetchone()
+    # Not Django's connection: its pool would wait for 30 s and hide why there is none; and what is
+    # open when a test runner forks its processes, those would share.
+    with psycopg.connect(**connections[alias].get_connection_params()) as conn:
+        row = conn.cursor(row_factory=tuple_row).execute(_LIMITS).fetchone()
+        return conn.info.backend_pid, row or ()
 
 
 def lines(servers: list[Server], workers: int) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """`manage.py asyncorm sizing`: what the settings will open, and what real servers allow."""
 
+import asyncio
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,10 @@ import psycopg
 import pytest
 from django.core.management import CommandError, call_command
 
+import asyncorm
 from asyncorm import sizing
 from asyncorm.demo.postgres import Server, postgres_server
+from asyncorm.testing import native_only
 from tests.support import database, free_port
 
 pytestmark = pytest.mark.usefixtures("django_db_setup")
@@ -92,6 +95,15 @@ def test_two_aliases_of_one_server_and_a_standby(servers: tuple[Server, Server])
         assert "TOO MANY: 68 are more than max_connections (60) leaves: 58." in text
         assert "68 are more than the CONNECTION LIMIT of role shop allows: 50." in text
         assert "68 are more than the CONNECTION LIMIT of database shop allows: 40." in text
+
+
+async def test_in_native_code_the_loop_goes_on(servers: tuple[Server, Server]) -> None:
+    with database("one", **as_shop(servers[0]), OPTIONS={"pool": None}) as alias:
+        expected = await asyncio.to_thread(sizing.ask, [alias])
+        with native_only(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(psycopg, "connect", None)
+            assert await asyncorm.native(sizing.ask)([alias]) == expected
+        await asyncorm.close_pools(alias)
 
 
 def test_its_advice_fits(servers: tuple[Server, Server]) -> None:
