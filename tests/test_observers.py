@@ -5,11 +5,13 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.contrib.auth.models import Group
 from django.db import IntegrityError, connection, connections, reset_queries, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
@@ -246,3 +248,13 @@ def test_errors_of_a_wrapper_and_of_the_statement() -> None:
         await sync_to_async(hook.__exit__)(None, None, None)
 
     run(work())
+
+
+def test_too_many_queries_for_the_log() -> None:
+    """Django's warning names the place that reads them."""
+    with mock.patch.object(BaseDatabaseWrapper, "queries_limit", 2):
+        wrapper = connection.copy()
+        wrapper.queries_log.extend([{"sql": "", "time": ""}] * 3)
+        with pytest.warns(UserWarning, match="only the last 2 queries will be") as caught:
+            assert len(wrapper.queries) == 2
+    assert [each.filename for each in caught] == [__file__]

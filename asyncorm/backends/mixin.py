@@ -30,6 +30,7 @@ import _thread
 import asyncio
 import inspect
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache, cached_property
 from types import SimpleNamespace
@@ -156,7 +157,13 @@ class NativeBackendMixin:
     def queries(self) -> list[dict[str, str]]:
         """Django's; in a thread that works for a coroutine, what that ran natively comes last."""
         log = self.queries_log  # type: ignore[attr-defined]
-        return [*super().queries, *observers.logged(self.alias, log)]  # type: ignore[misc, attr-defined]
+        if len(log) == log.maxlen:  # as Django, whose warning would name this file
+            warnings.warn(
+                f"Limit for query logging exceeded, only the last {log.maxlen} queries will be "
+                "returned.",
+                stacklevel=2,
+            )
+        return [*log, *observers.logged(self.alias, log)]  # type: ignore[attr-defined]
 
     def ensure_connection(self) -> None:
         """Django's, except on a running loop's thread and beside a native transaction.
