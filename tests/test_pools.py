@@ -560,7 +560,8 @@ async def test_closing_with_operations_in_flight() -> None:
         began = time.monotonic()
         await asyncorm.close_pools()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(result) for result in results] == [OperationalError] * 3
+        # CommitUnknown, if a connection closed before the server said that it had cancelled.
+        assert [isinstance(result, OperationalError) for result in results] == [True] * 3
         assert time.monotonic() - began < 7
         assert asyncorm.pool_stats(alias) == {}
         # The pool opens again.
