@@ -15,9 +15,9 @@ from .cursors import cursor
 from .fate import CommitUnknown
 from .limits import parallelism
 from .listening import listen, notify
+from .pinning import connection, detached, detached_task
 from .pools import close_pools, pool_stats
 from .retry import retrying
-from .sessions import connection, detached, detached_task
 from .statements import statement_cache_stats
 from .timeline import timeline
 from .transactions import atomic, on_commit, set_rollback

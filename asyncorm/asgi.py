@@ -16,9 +16,10 @@ from typing import Any, TypeVar, cast
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.db import OperationalError, connections
 
-from . import bridge, limits, patches, pools, sessions, transactions
+from . import bridge, limits, patches, pools, transactions
 from ._requests.health import health, health_view
 from ._requests.views import native_view
+from ._sessions import engines
 from .driver import ConnectionPool
 from .growth import is_away
 
@@ -172,10 +173,10 @@ async def open_pools(
     aliases = [*connections.settings] if using is None else list(using)
     try:
         for alias in aliases:
-            if sessions.native_class(alias) is not None:
+            if engines.native_class(alias) is not None:
                 await _open(alias, wait)
             elif using is not None:
-                raise sessions.refuse_foreign(alias)
+                raise engines.refuse_foreign(alias)
         yield
     finally:
         await _drain(aliases, until, monotonic() + drain)
@@ -280,7 +281,7 @@ class _Ours(set[str]):
         if self.excludes(alias):
             return True
         ours = self.decorated or _by_middleware.get()
-        return ours and sessions.native_class(str(alias)) is not None
+        return ours and engines.native_class(str(alias)) is not None
 
     def excludes(self, alias: object) -> bool:
         return super().__contains__(alias)
@@ -292,7 +293,7 @@ def _aliases(ours: _Ours) -> list[str]:
         for alias, settings in connections.settings.items()
         if settings["ATOMIC_REQUESTS"]
         and not ours.excludes(alias)
-        and sessions.native_class(alias) is not None
+        and engines.native_class(alias) is not None
     ]
 
 

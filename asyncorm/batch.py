@@ -15,6 +15,8 @@ from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
 
 from . import bridge, sessions
+from ._sessions import engines, leaving, scopes
+from ._sessions.blocks import Block
 from .limits import Kept, Parallelism
 
 
@@ -64,16 +66,16 @@ async def batch(
 
 
 async def _batch(operations: tuple[Any, ...], alias: str) -> list[Any]:
-    if sessions.native_class(alias) is None:
-        raise sessions.refuse_foreign(alias)
+    if engines.native_class(alias) is None:
+        raise engines.refuse_foreign(alias)
     calls = [_call(operation) for operation in operations]
-    scope = sessions.find_scope(alias)
+    scope = scopes.find_scope(alias)
     kept = None
     if scope is None:
         await sessions.warm(alias)
     elif scope.block is None:  # inside connection()
         session: Any = scope.session
-        await sessions.run_in(session, session.wrapper.ensure_connection)
+        await leaving.run_in(session, session.wrapper.ensure_connection)
         kept = Kept(session)
     with _gathered(None if scope is None else scope.block):
         with Parallelism(1, alias, gathers=True, kept=kept):
@@ -108,7 +110,7 @@ def _call(operation: Any) -> Callable[[], Coroutine[Any, Any, Any]]:
 
 
 @contextmanager
-def _gathered(block: sessions.Block | None) -> Iterator[None]:
+def _gathered(block: Block | None) -> Iterator[None]:
     if block is None:
         yield
         return

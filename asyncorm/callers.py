@@ -36,8 +36,10 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from . import bridge, conf, driver, sessions
+from ._sessions import callsite, scopes
+from ._sessions.blocks import Block, Loan, PlainBlock
+from ._sessions.session import Session
 from .bridge import Runner
-from .sessions import Block, Loan, PlainBlock, Session
 
 _ACTIVE = TransactionStatus.ACTIVE
 _CANCEL_TIMEOUT = 2.0
@@ -271,7 +273,7 @@ class SynchronousSession(Session):
 
     def _scoped(self) -> Block | None:
         """The native block that the current task is in."""
-        scope = sessions.find_scope(self.alias, detached=False)
+        scope = scopes.find_scope(self.alias, detached=False)
         return scope.block if scope is not None and scope.session is self else None
 
     def thread_block(self) -> ThreadBlock | None:
@@ -356,7 +358,7 @@ def enter_thread(wrapper: Any) -> None:
     session.case_lock.acquire_thread()
     block = session.thread_block()
     if block is None:
-        block = session.begun_by(sessions.caller())
+        block = session.begun_by(callsite.caller())
         _thread_blocks.set({**_thread_blocks.get(), session.alias: block})
     block.entered += 1
 
@@ -394,7 +396,7 @@ class LentSession(SynchronousSession):
 
     def __init__(self, wrapper: Any) -> None:
         super().__init__(wrapper, "")
-        self.root = self._loan = loan = Loan(self, sessions.caller())
+        self.root = self._loan = loan = Loan(self, callsite.caller())
         loan.lock = self.case_lock  # type: ignore[assignment]
         self.origin = str(loan)
         self._dropped: list[str] = []
@@ -425,7 +427,7 @@ class LentSession(SynchronousSession):
         bridge.wait_for(runner, sync_to_async(self._connect)())
 
     def _connect(self) -> None:
-        with sessions.unscoped():
+        with scopes.unscoped():
             self.wrapper.ensure_connection()
 
     def abandon(self, name: str) -> None:
@@ -461,7 +463,7 @@ def lending() -> Iterator[None]:
         return
     with ExitStack() as stack:
         # Whatever scopes the coroutine leaves behind, asgiref brings them back to this thread.
-        stack.enter_context(sessions.unscoped(sessions.outer()))
+        stack.enter_context(scopes.unscoped(scopes.outer()))
         for wrapper in wrappers:
             stack.callback(LentSession(wrapper).end)
         yield

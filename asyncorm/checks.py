@@ -11,7 +11,8 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
 from django.db import connections
 
-from . import conf, internals, pools, sessions, shapes, sizing
+from . import conf, internals, pools, shapes, sizing
+from ._sessions import engines
 
 _SILK = "silk.middleware.SilkyMiddleware"
 
@@ -51,7 +52,7 @@ def check_deadlines(**kwargs: Any) -> list[CheckMessage]:
         database = connections.settings[alias]
         options = database["OPTIONS"]
         host = str(database["HOST"] or options.get("host") or "")
-        if sessions.native_class(alias) is None or "," not in host:
+        if engines.native_class(alias) is None or "," not in host:
             continue
         missing = [] if "connect_timeout" in options else ["connect_timeout"]
         if not any(name in options for name in _DEADLINES):
@@ -88,7 +89,7 @@ def check_installed(**kwargs: Any) -> list[CheckMessage]:
 def check_databases(**kwargs: Any) -> list[CheckMessage]:
     """asyncorm.E002 to E004, W001 and W002: DATABASES."""
     found: list[CheckMessage] = []
-    ours = [alias for alias in connections if sessions.native_class(alias) is not None]
+    ours = [alias for alias in connections if engines.native_class(alias) is not None]
     if not ours:
         found.append(
             Warning(

@@ -15,7 +15,8 @@ from django.db import NotSupportedError, connections, transaction
 from django.db.models import AutoField
 from django.db.models.constants import OnConflict
 
-from . import conf, sessions
+from . import conf
+from ._sessions import engines
 
 # Others than PostgreSQL say so in their version, or call themselves by its name with a suffix.
 _ASK = r"""
@@ -41,7 +42,7 @@ def concerns(alias: str) -> bool:
     """
     if (said := conf.get("DISTRIBUTED")) is not None:
         return bool(said)
-    if sessions.native_class(alias) is None:
+    if engines.native_class(alias) is None:
         return False
     settings = connections.settings[alias]
     key = (alias, *map(settings.get, ("HOST", "PORT", "NAME")))

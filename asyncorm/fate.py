@@ -21,7 +21,8 @@ from django.db import OperationalError
 from django.db.utils import DatabaseErrorWrapper
 from psycopg import pq
 
-from . import bridge, sessions
+from . import bridge, pinning, sessions
+from ._sessions.session import Session
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, Unanswered, told
 from .multiplexing import is_read, is_single, only_reads
@@ -102,7 +103,7 @@ def settling(limit: float) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def of(session: sessions.Session, limit: float) -> Fate | None:
+def of(session: Session, limit: float) -> Fate | None:
     """What a transaction that begins now settles by, None if it does not."""
     limit = limit or _wanted.get()
     return Fate(session, limit) if limit else None
@@ -117,7 +118,7 @@ class Fate:
 
     served_by = 0
 
-    def __init__(self, session: sessions.Session, limit: float) -> None:
+    def __init__(self, session: Session, limit: float) -> None:
         self._session = session
         self._limit = limit
         self._id: str | None = None
@@ -204,7 +205,7 @@ class Fate:
         # Somebody who was cancelled does not wait for long.
         limit = self._limit if runner.cancelled is None else min(self._limit, CANCEL_TIMEOUT)
         try:
-            return bridge.wait_for(runner, sessions.detached_task(self._ask(limit)))
+            return bridge.wait_for(runner, pinning.detached_task(self._ask(limit)))
         except CancelledError as exc:
             raise exc from unknown
 

@@ -34,7 +34,7 @@ class Limit:
     Attributes:
         size: how many.
         gathers: statements wait for the end of the loop's turn, to travel with others.
-        queue: statements that wait for a connection; set by sessions.py.
+        queue: statements that wait for a connection; set by crowding.queue_of().
     """
 
     queue: Any = None

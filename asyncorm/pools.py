@@ -118,7 +118,7 @@ class Pool:
         wrappers: idle wrappers; building one is costly.
         asking: tasks that wait for a connection.
         current: not discarded; sessions leave one that is at their next checkout.
-        queue: statements that wait for a connection; set by sessions.py.
+        queue: statements that wait for a connection; set by crowding.queue_of().
         limits: those of `parallelism()` that were entered (limits.py).
         top: itself, or the limit that the PARALLELISM setting puts on it (limits.py).
         start: what its connections have at their start; None before the first.

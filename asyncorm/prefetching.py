@@ -22,9 +22,10 @@ from django.db.models.constants import LOOKUP_SEP
 from django.db.models.fields.related_descriptors import ReverseManyToOneDescriptor
 
 from . import bridge, conf, limits, planned, pools, related, sessions
+from ._sessions import scopes
+from ._sessions.session import Session
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, finish
-from .sessions import Session
 
 # Replaced by seam.py. The latter may be missing (internals.py): this part is off then.
 _prefetch_related_objects = query.prefetch_related_objects
@@ -113,7 +114,7 @@ def _assign(fetch: _Fetch, instances: Any, lookup: Any, level: int) -> Any:
 def _session(instance: Any, runner: Runner) -> Session | None:
     """The session of the operation if queries may run beside it."""
     alias = getattr(getattr(instance, "_state", None), "db", None)
-    if alias is None or sessions.keeps_connection():
+    if alias is None or scopes.keeps_connection():
         # asyncorm.connection() keeps a session whose state, say temporary tables, others lack.
         return None
     session = sessions.session_for(alias, runner)

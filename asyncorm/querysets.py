@@ -13,7 +13,8 @@ from django.db.models.fields import related_descriptors
 from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
 
-from . import bridge, copying, patches, planned, sessions, streams, swap
+from . import bridge, copying, patches, planned, streams, swap
+from ._sessions import engines
 
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
 
@@ -21,8 +22,8 @@ _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
 def _check(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if swap.has_foreign():
         alias = swap.alias_of(method, args, kwargs)
-        if alias is not None and sessions.native_class(alias) is None:
-            raise sessions.refuse_foreign(alias)
+        if alias is not None and engines.native_class(alias) is None:
+            raise engines.refuse_foreign(alias)
 
 
 def _twin(name: str, method: Callable[..., Any]) -> Callable[..., Any]:

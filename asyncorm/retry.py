@@ -14,7 +14,8 @@ from django.db import DEFAULT_DB_ALIAS
 from django.db.transaction import TransactionManagementError
 from psycopg.errors import DeadlockDetected, SerializationFailure
 
-from . import fate, sessions
+from . import fate
+from ._sessions import scopes
 from .fate import CommitUnknown
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
@@ -63,7 +64,7 @@ def retrying(
 
         @functools.wraps(func)
         async def inner(*args: Any, **kwargs: Any) -> Any:
-            scope = sessions.find_scope(using or DEFAULT_DB_ALIAS)
+            scope = scopes.find_scope(using or DEFAULT_DB_ALIAS)
             if scope is not None and scope.block is not None:
                 raise TransactionManagementError(
                     f"{func.__qualname__}() is retrying and was called inside the transaction "

@@ -53,6 +53,7 @@ from . import (
     sessions,
     transactions,
 )
+from ._sessions import scopes
 
 
 class _Storage:
@@ -76,7 +77,7 @@ class _Storage:
             # On the loop's thread: what is installed there (CaptureQueriesContext) is for the test.
             # In another thread: synchronous code that the test calls by sync_to_async().
             return sessions.test_sessions[alias].wrapper
-        elif (block := sessions.block_of_coroutine(alias)) is not None:
+        elif (block := scopes.block_of_coroutine(alias)) is not None:
             # For transaction.on_commit(), set_rollback() and the like; statements are refused.
             return block.session.wrapper
         return getattr(self.local, alias)
@@ -152,7 +153,7 @@ def _call(original: Callable[..., Any]) -> Callable[..., Any]:
 def _in_own_scopes(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     async def run_parallel(*coros: Any) -> Any:
-        return await original(*map(sessions.in_own_scope, coros))
+        return await original(*map(scopes.in_own_scope, coros))
 
     return run_parallel
 

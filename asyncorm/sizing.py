@@ -10,7 +10,8 @@ import psycopg
 from django.db import Error, connections
 from psycopg.rows import tuple_row
 
-from . import bridge, pools, sessions
+from . import bridge, pools
+from ._sessions import engines
 
 # What is reserved for superusers and, from PostgreSQL 16 on, for pg_use_reserved_connections.
 _LIMITS = """
@@ -135,7 +136,7 @@ def ask(aliases: Iterable[str]) -> list[Server]:
     """The servers of those of the aliases that are native, asked; see `report()`."""
     servers: dict[str, Server] = {}
     for alias in aliases:
-        if sessions.native_class(alias) is not None:
+        if engines.native_class(alias) is not None:
             _ask(alias, servers)
     return list(servers.values())
 

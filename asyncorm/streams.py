@@ -15,8 +15,9 @@ from django.db import Error, OperationalError
 from django.db.transaction import TransactionManagementError
 from psycopg.errors import InvalidCursorName
 
-from . import bridge, sessions, transactions
-from .sessions import Session
+from . import bridge, pinning, transactions
+from ._sessions import callsite, leaving
+from ._sessions.session import Session
 
 
 async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterator[Any]:
@@ -28,7 +29,7 @@ async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterat
         return pinned.db, pinned.iterator(chunk_size=chunk_size)
 
     using, rows = await bridge.run(begin)
-    session, new = await sessions.hold(using)
+    session, new = await pinning.hold(using)
     ahead: _Ahead | None = None
     if read_ahead and (new or session.root is not None):
         ahead = _Ahead(session, new, rows, chunk_size, read_ahead)
@@ -42,7 +43,7 @@ async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterat
                 if ahead is not None:
                     part = await ahead.next()
                 else:
-                    part = await (sessions.run_in(session, chunk) if new else bridge.run(chunk))
+                    part = await (leaving.run_in(session, chunk) if new else bridge.run(chunk))
                 for row in part:
                     yield row
                 if len(part) < chunk_size:
@@ -53,9 +54,9 @@ async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterat
                     await ahead.stop()
             finally:
                 if new:
-                    await sessions.let_go(session, lambda session: rows.close())
+                    await leaving.let_go(session, lambda session: rows.close())
                 else:
-                    await sessions.clean_up(rows.close)
+                    await leaving.clean_up(rows.close)
     except (Error, InvalidCursorName) as exc:
         if isinstance(exc.__cause__, InvalidCursorName) and not new:
             raise OperationalError(
@@ -89,7 +90,7 @@ class _Ahead:
         self.rows = rows
         self.chunk_size = chunk_size
         self.chunks = chunks
-        self.origin = sessions.caller()
+        self.origin = callsite.caller()
         self.ready: deque[list[Any]] = deque()
         self.task: Task[None] | None = None
         self.reading = new  # whether the task's chunk is begun, and must come to its end
@@ -163,7 +164,7 @@ class _Ahead:
             self.changed.set()
 
     async def _run(self, chunk: Callable[[], list[Any]]) -> list[Any]:
-        return await (sessions.run_in(self.session, chunk) if self.new else bridge.run(chunk))
+        return await (leaving.run_in(self.session, chunk) if self.new else bridge.run(chunk))
 
     def _add(self, part: list[Any]) -> None:
         self.ready.append(part)

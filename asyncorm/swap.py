@@ -24,7 +24,8 @@ from django.apps import apps
 from django.core.signals import setting_changed
 from django.db import connections, router
 
-from . import bridge, conf, patches, planned, pools, sessions
+from . import bridge, conf, patches, planned, pools
+from ._sessions import engines, scopes
 
 # Module: the app that must be installed for it to be importable.
 MODULES = {
@@ -87,7 +88,7 @@ def _dispatch_receivers(func: Callable[..., Any], **options: Any) -> Any:
     A thread could not take part in the transaction (update_last_login() after alogin()). They run
     natively then, as receivers of a native save() do.
     """
-    if active() and sessions.in_block():
+    if active() and scopes.in_block():
         return lambda *args: bridge.run(func, *args)
     return sync_to_async(func, **options)
 
@@ -108,16 +109,16 @@ def _swapped_alias(alias: str) -> bool:
     Outside a scope of ours not where the backend acts in its cursors by what a middleware has put
     on the synchronous connection (a tenant's schema): another connection would not have it.
     """
-    cls: Any = sessions.native_class(alias)
+    cls: Any = engines.native_class(alias)
     return cls is not None and not (
-        cls.acts_in_cursors and sessions.find_scope(alias, outlived=False) is None
+        cls.acts_in_cursors and scopes.find_scope(alias, outlived=False) is None
     )
 
 
 def _of_thread(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether it is to run where synchronous code waits for the current task, as on Django's own
     backend."""
-    return sessions.of_thread() and sessions.of_thread(alias_of(func, args, kwargs))
+    return scopes.of_thread() and scopes.of_thread(alias_of(func, args, kwargs))
 
 
 def _djangos(owner: Any) -> bool:
@@ -152,7 +153,7 @@ def has_foreign() -> bool:
     """Whether the project has a database of another engine, or of one with cursors of its own."""
     global _foreign
     if _foreign is None:
-        classes: list[Any] = [sessions.native_class(alias) for alias in connections.settings]
+        classes: list[Any] = [engines.native_class(alias) for alias in connections.settings]
         _foreign = any(cls is None or cls.acts_in_cursors for cls in classes)
     return _foreign
 

@@ -19,8 +19,9 @@ import psycopg
 from django.db import connections
 
 from . import sessions
+from ._sessions import engines
+from ._sessions.blocks import Block, PlainBlock
 from .callers import SynchronousSession, ThreadBlock
-from .sessions import Block, PlainBlock
 
 
 class _CaseBlock(PlainBlock):
@@ -89,7 +90,7 @@ def begin(alias: str) -> None:
     wrapper = connections[alias]
     if (
         alias not in sessions.test_sessions
-        and sessions.native_class(alias) is not None
+        and engines.native_class(alias) is not None
         and isinstance(wrapper.connection, psycopg.Connection)
     ):
         sessions.test_sessions[alias] = TestSession(wrapper)

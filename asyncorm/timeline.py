@@ -12,7 +12,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
-from . import _events, drawing, sessions
+from . import _events, drawing
+from ._sessions import callsite
 from .contexts import EitherWay
 
 REPEATED = 5  # times one statement of one place in one task is taken to be an N+1 problem
@@ -77,13 +78,13 @@ class Timeline(EitherWay["Timeline"], _events.Listener):
     def statement_ended(self, statement: _events.Statement) -> None:
         """Record a query, from when it had its connection on."""
         self._add(
-            statement, statement.sql, statement.sent, sessions.caller(),
+            statement, statement.sql, statement.sent, callsite.caller(),
             connection=statement.connection, in_block=statement.in_block,
         )  # fmt: skip
 
     def command_begun(self, command: _events.Command) -> None:
         """Note the place: a shielded COMMIT may end in another task than it began in."""
-        self._places[command] = sessions.caller()
+        self._places[command] = callsite.caller()
 
     def command_ended(self, command: _events.Command) -> None:
         """Record a command."""
@@ -94,7 +95,7 @@ class Timeline(EitherWay["Timeline"], _events.Listener):
 
     def waited(self, wait: _events.Wait) -> None:
         """Record a wait."""
-        self._add(wait, wait.what, wait.began, sessions.caller(), is_wait=True)
+        self._add(wait, wait.what, wait.began, callsite.caller(), is_wait=True)
 
     def _add(self, event: Any, what: str, began: float, place: str, **facts: Any) -> None:
         facts = {"connection": 0, **facts}

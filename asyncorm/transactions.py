@@ -21,9 +21,12 @@ from django.db.transaction import TransactionManagementError, get_connection
 from psycopg import Error, IsolationLevel
 
 from . import _events, bridge, callers, fate, sessions, testcase
+from ._sessions import callsite, engines, leaving, scopes
+from ._sessions.blocks import Block
+from ._sessions.scopes import Scope
+from ._sessions.session import Session
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT
-from .sessions import Block, Scope, Session
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 logger = logging.getLogger("asyncorm")
@@ -45,7 +48,7 @@ def enter(atomic: DjangoAtomic) -> None:
     if runner is None or session is None:
         _enter_plainly(atomic, beside_native=runner is None)
     else:
-        enter_block(runner, session, atomic, sessions.caller())
+        enter_block(runner, session, atomic, callsite.caller())
 
 
 def leave(
@@ -73,7 +76,7 @@ def leave(
 def _enter_plainly(atomic: DjangoAtomic, beside_native: bool) -> None:
     alias = atomic.using or DEFAULT_DB_ALIAS
     in_test = alias in sessions.test_sessions and not _of_test_case(atomic)
-    if not in_test and beside_native and sessions.refuses_synchronous_code(alias):
+    if not in_test and beside_native and engines.refuses_synchronous_code(alias):
         # Django would ask the connection, which tells it nothing here: its wrapper would stay in
         # the block.
         raise SynchronousOnlyOperation(
@@ -83,7 +86,7 @@ def _enter_plainly(atomic: DjangoAtomic, beside_native: bool) -> None:
     wrapper = get_connection(alias)
     shared = beside_native and not _of_test_case(atomic) and callers.are_sharing(wrapper)
     if shared:
-        sessions.refuse_beside_block(alias)  # or it would wait for a block that waits for it
+        scopes.refuse_beside_block(alias)  # or it would wait for a block that waits for it
         callers.enter_thread(wrapper)
     try:
         _enter_django(atomic)
@@ -331,7 +334,7 @@ class Atomic:
         self._entered: list[tuple[Block, Scope]] = []
 
     async def __aenter__(self) -> None:
-        origin = sessions.caller()
+        origin = callsite.caller()
         try:
             await bridge.run(self._enter, origin)
         except BaseException as exc:
@@ -359,7 +362,7 @@ class Atomic:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        task = sessions.current_task_or_none()
+        task = scopes.current_task_or_none()
         entry = next((e for e in reversed(self._entered) if e[1].is_of(task)), None)
         block, scope = entry = entry or self._entered[-1]
         self._entered.remove(entry)
@@ -367,11 +370,11 @@ class Atomic:
             scope.pop()
             if exc_type is None:
                 raise block.outlived_error()
-        elif sessions.can_wait(exc):
+        elif leaving.can_wait(exc):
             await _leave(block, exc_type, exc, traceback)
         else:
             scope.pop()
-            sessions.later(block.session, _leave(block, exc_type, exc, traceback))
+            leaving.later(block.session, _leave(block, exc_type, exc, traceback))
 
     def __call__(self, func: F) -> F:
         if not inspect.iscoroutinefunction(func):
@@ -400,10 +403,10 @@ async def _leave(block: Block, *exc: Any) -> None:
         finally:
             runner.lead = None
 
-    await sessions.run_in(block.session, leave)
+    await leaving.run_in(block.session, leave)
 
 
-sessions.roll_back_by(lambda block: _leave(block, GeneratorExit, GeneratorExit(), None))
+scopes.roll_back_by(lambda block: _leave(block, GeneratorExit, GeneratorExit(), None))
 
 
 class _Characteristics:
@@ -555,7 +558,7 @@ def atomic(
 
 
 def _block(alias: str) -> Block | None:
-    scope = sessions.find_scope(alias)
+    scope = scopes.find_scope(alias)
     if scope is not None and scope.block is not None and not scope.block.of_thread:
         return scope.block
     block = callers.block_of_thread(alias)
@@ -586,7 +589,7 @@ def on_commit(callback: Callable[[], Any], using: str | None = None, robust: boo
         raise TypeError("on_commit()'s callback must be a callable.")
     alias = using or DEFAULT_DB_ALIAS
     block = _block(alias)
-    scope = sessions.find_scope(alias)
+    scope = scopes.find_scope(alias)
     session = scope.session if scope is not None else None
     if block is not None:
         session = block.session
@@ -603,7 +606,7 @@ def on_commit(callback: Callable[[], Any], using: str | None = None, robust: boo
             )
     if bridge.in_native_code():
         sessions.require(using).wrapper.on_commit(callback, robust)
-    elif sessions.current_task_or_none() is None:
+    elif scopes.current_task_or_none() is None:
         transaction.on_commit(callback, using, robust)
     else:
         _call(callback, robust)

@@ -1,11 +1,13 @@
-"""Counts the modules that a get goes through: `python -m tests.rooms`.
+"""Counts the rooms that a get goes through: `python -m tests.rooms`.
 
-For a get alone and for one of a hundred gathered: calls of asyncorm's functions, stays (runs of
-calls in one module), modules, and how often it comes back to a module that it had left.
+For a get alone and for one of a hundred gathered: calls of asyncorm's functions; then modules, and
+rooms as the map of ARCHITECTURE.md has them, with the stays (runs of calls in one) and how often
+it comes back to one that it had left.
 """
 
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,13 +17,34 @@ from typing import Any, NamedTuple
 from asyncorm.demo.postgres import postgres_server
 
 
+class Stays(NamedTuple):
+    """How many modules or rooms, and how often each get is in one, and comes back to one."""
+
+    places: int
+    stays: float
+    returns: float
+
+    @classmethod
+    def of(cls, seen: list[str], times: int) -> "Stays":
+        """Count where the calls of `times` gets were, one after the other."""
+        stays = [name for n, name in enumerate(seen) if n == 0 or seen[n - 1] != name]
+        places = len(set(stays))
+        return cls(places, len(stays) / times, (len(stays) - places) / times)
+
+
 class Way(NamedTuple):
     """What was counted, for each get."""
 
     calls: float
-    stays: float
-    modules: int
-    returns: float
+    modules: Stays
+    rooms: Stays
+
+
+def rooms() -> dict[str, str]:
+    """The room of each module, and of each folder, by the map of ARCHITECTURE.md."""
+    text = (Path(__file__).parent.parent / "ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ((?:`[^`|]+`,? ?)+)\|", text, re.MULTILINE)
+    return {name: room for room, names in rows for name in re.findall(r"`([^`]+)`", names)}
 
 
 async def walk(work: Callable[[], Awaitable[Any]], times: int = 1) -> Way:
@@ -40,10 +63,11 @@ async def walk(work: Callable[[], Awaitable[Any]], times: int = 1) -> Way:
         await work()
     finally:
         sys.setprofile(None)
-    stays = [name for n, name in enumerate(seen) if n == 0 or seen[n - 1] != name]
-    modules = set(stays)
+    room = rooms()
+    parts = [Path(name).parts for name in seen]
+    names = [f"{first}/" if rest else first.removesuffix(".py") for first, *rest in parts]
     return Way(
-        len(seen) / times, len(stays) / times, len(modules), (len(stays) - len(modules)) / times
+        len(seen) / times, Stays.of(seen, times), Stays.of([room[name] for name in names], times)
     )
 
 
@@ -84,9 +108,11 @@ def main() -> None:
         )
         django.setup()
         call_command("migrate", verbosity=0)
-        print(f"{'':22}{'calls':>8}{'stays':>8}{'modules':>9}{'comes back':>12}")
+        titles = ("calls", "modules", "stays", "back", "rooms", "stays", "back")
+        print(" " * 20 + "".join(f"{title:>9}" for title in titles))
         for name, way in asyncio.run(measure()).items():
-            print(f"{name:22}{way.calls:8.0f}{way.stays:8.1f}{way.modules:9}{way.returns:12.1f}")
+            counts = (way.calls, *way.modules, *way.rooms)
+            print(f"{name:20}" + "".join(f"{count:9.1f}" for count in counts))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,13 @@ class Kept(Transport):
 """
 
 
+def set_cancel_timeout(monkeypatch: Any, seconds: float) -> None:
+    """Have a cancelled task wait so long for the server's answer, wherever it waits."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("asyncorm.") and hasattr(module, "CANCEL_TIMEOUT"):
+            monkeypatch.setattr(module, "CANCEL_TIMEOUT", seconds)
+
+
 def backend_pid(using: str = "default") -> int:
     """The server process that serves the caller's connection."""
     return int(value("SELECT pg_backend_pid()", using=using))

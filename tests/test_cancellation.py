@@ -19,10 +19,11 @@ from django.test import override_settings
 from django.urls import path
 
 import asyncorm
-from asyncorm import driver, pools, sessions, transactions
+from asyncorm import pools
 from asyncorm.demo.postgres import postgres_server
 from tests.chaos import Proxy
 from tests.project.myapp.models import Item
+from tests.support import set_cancel_timeout
 
 PATIENCE = 30  # seconds: reached only when something hangs
 ids = count(1)
@@ -659,7 +660,7 @@ async def test_a_cancelled_task_is_told_that_the_fate_of_its_commit_is_unknown(
     alias: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A COMMIT that takes longer than a cancelled task waits for it."""
-    monkeypatch.setattr(driver, "CANCEL_TIMEOUT", 0.1)
+    set_cancel_timeout(monkeypatch, 0.1)
     watch.observer.execute(
         """
         CREATE OR REPLACE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS
@@ -834,7 +835,7 @@ async def test_a_block_that_is_cancelled_does_not_wait_for_a_childs_statement(
 async def test_a_childs_block_that_does_not_end_is_ended_by_force(
     alias: str, watch: Watch, kind: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "CANCEL_TIMEOUT", 0.3)
+    set_cancel_timeout(monkeypatch, 0.3)
     go = asyncio.Event()
 
     async def nested() -> None:
@@ -1021,8 +1022,7 @@ async def test_cancelled_when_the_server_does_not_answer(
     times: int,
 ) -> None:
     """The task ends within the time for cancelling; the connection is replaced."""
-    for module in (driver, sessions, transactions):
-        monkeypatch.setattr(module, "CANCEL_TIMEOUT", 0.5)
+    set_cancel_timeout(monkeypatch, 0.5)
     server.observer.execute("TRUNCATE myapp_item")
     server.observer.execute("INSERT INTO myapp_item VALUES (DEFAULT, 1, 'a'), (DEFAULT, 2, 'b')")
     with django_db_blocker.unblock():

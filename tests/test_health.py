@@ -13,6 +13,7 @@ from django.test import override_settings
 from django.urls import path
 
 import asyncorm
+from asyncorm._sessions.engines import native_class
 from asyncorm.asgi import get_asgi_application, health, health_view
 from tests.asgi_client import ask
 from tests.support import database, watched_threads
@@ -42,7 +43,7 @@ async def test_all_is_well(make: Any) -> None:
     with watched_threads() as threads:
         status, body = await asked("/health/", make)
     assert status == 200 and body["status"] == "ok"
-    ours = {alias for alias in connections if asyncorm.sessions.native_class(alias) is not None}
+    ours = {alias for alias in connections if native_class(alias) is not None}
     assert set(body["databases"]) == ours >= {"default"}
     one = body["databases"]["default"]
     assert one["status"] == "ok" and 0 <= one["seconds"] < 1

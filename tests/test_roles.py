@@ -16,7 +16,14 @@ import asyncorm
 from asyncorm import checks, native, pools
 from asyncorm.demo.postgres import Server, postgres_server
 from asyncorm.roles import Role, contradicts
-from tests.support import all_given_back, backend_pid, database, eventually, value
+from tests.support import (
+    all_given_back,
+    backend_pid,
+    database,
+    eventually,
+    set_cancel_timeout,
+    value,
+)
 from tests.test_standby import ask, reach
 
 POOL = {"min_size": 0, "max_size": 4, "timeout": 30}
@@ -230,7 +237,7 @@ def hung(server: Server) -> Iterator[None]:
 async def test_a_server_that_hangs_has_one_victim(
     servers: tuple[Server, Server], alias: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncorm.driver.CANCEL_TIMEOUT", 1.0)
+    set_cancel_timeout(monkeypatch, 1.0)
     using = alias(target_session_attrs="read-write", connect_timeout=2)
     await at_once(using, 4)
     with hung(servers[0]):

@@ -16,10 +16,11 @@ from django.core import checks
 from django.core.handlers.asgi import ASGIHandler
 from django.db import connections
 
-from .. import __version__, conf, internals, patches, pools, sessions, shapes
+from .. import __version__, conf, internals, patches, pools, shapes
 from .._requests import checks as request_checks
 from .._requests import middleware
 from .._requests.handler import NativeHandler
+from .._sessions import engines
 from ..observe import found
 
 _PACKAGES = ("Django", "psycopg", "psycopg-pool", "asgiref", "greenlet", "anyio", "uvloop")
@@ -68,7 +69,7 @@ def _databases() -> Iterator[str]:
     for alias in connections:
         database = connections.settings[alias]
         engine = database["ENGINE"]
-        if sessions.native_class(alias) is None:
+        if engines.native_class(alias) is None:
             yield f"{alias}: {engine}, not native"
             continue
         size = pools.pool_options(database)["max_size"]
@@ -108,7 +109,7 @@ def _off() -> Iterator[str]:
             "is to see each query"
         )
     for alias in connections:
-        cls: Any = sessions.native_class(alias)
+        cls: Any = engines.native_class(alias)
         if cls is not None and cls.acts_in_cursors:
             yield f"a* methods of {alias!r} outside blocks: the backend has cursors of its own"
 

@@ -40,7 +40,8 @@ from django.urls import URLResolver
 from django.utils.module_loading import import_string
 from django.views import defaults
 
-from .. import bridge, observers, patches, sessions, swap
+from .. import bridge, observers, patches, swap
+from .._sessions import engines, scopes
 from . import flow, views
 
 _CACHES = "django.core.cache.backends."
@@ -110,7 +111,7 @@ def _in_thread(
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         __traceback_hide__ = True  # the arguments may be secrets, which an error page would show
-        if not bridge.in_native_code() or (database and sessions.in_block()) or stays(self):
+        if not bridge.in_native_code() or (database and scopes.in_block()) or stays(self):
             return original(self, *args, **kwargs)
         result = _wait(original, self, *args, sensitive=sensitive, **kwargs)
         if original.__name__ == "open" and not type(result).__module__.startswith("django."):
@@ -164,7 +165,7 @@ def _is_native_cache(cache: Any) -> bool:
         return True
     model = cache.cache_model_class
     aliases = {router.db_for_read(model), router.db_for_write(model)}
-    return all(sessions.native_class(alias) is not None for alias in aliases)
+    return all(engines.native_class(alias) is not None for alias in aliases)
 
 
 def _prepare_storages() -> None:

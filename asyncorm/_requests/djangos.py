@@ -21,7 +21,8 @@ from django.core.handlers import base
 from django.core.handlers.base import BaseHandler
 from django.db import connections
 
-from .. import patches, sessions, swap
+from .. import patches, swap
+from .._sessions import engines
 from . import flow
 
 _hinted = False
@@ -41,7 +42,7 @@ def install() -> None:
 def _keep_logs() -> None:
     """Have Django's own wrappers in this context, which keep the queries of a request's tasks."""
     for alias in connections:
-        if sessions.native_class(alias) is not None:
+        if engines.native_class(alias) is not None:
             connections[alias]
 
 

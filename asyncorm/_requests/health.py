@@ -11,6 +11,7 @@ from django.db import connections, transaction
 from django.http import HttpRequest, JsonResponse
 
 from .. import bridge, pools, sessions
+from .._sessions import engines
 
 _DEADLINE = 1.0
 _OK, _BUSY, _DOWN = "ok", "busy", "down"
@@ -34,7 +35,7 @@ def health_view(using: Any = None, deadline: float = _DEADLINE) -> Any:
         exception's name, the seconds it took and the state of the pool. No thread is used.
         """
         names = [*connections.settings] if using is None else list(using)
-        aliases = [alias for alias in names if sessions.native_class(alias) is not None]
+        aliases = [alias for alias in names if engines.native_class(alias) is not None]
         found = dict(
             zip(aliases, await asyncio.gather(*(_look(a, deadline) for a in aliases)), strict=True)
         )

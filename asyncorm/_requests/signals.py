@@ -20,7 +20,8 @@ from django.core.cache import caches, close_caches
 from django.core.signals import got_request_exception, request_finished, request_started
 from django.dispatch import Signal, dispatcher
 
-from .. import bridge, patches, sessions
+from .. import bridge, patches
+from .._sessions import scopes
 from . import flow
 
 Receiver = Callable[..., Any]
@@ -65,11 +66,11 @@ def _of_requests(signal: Signal, original: Callable[..., Any]) -> Callable[..., 
     @functools.wraps(original)
     def replacement(sender: Any, **named: Any) -> Any:
         running = flow.current()
-        if running is None or sessions.current_task_or_none() is None:  # in a thread
+        if running is None or scopes.current_task_or_none() is None:  # in a thread
             return original(sender, **named)
         if signal is request_finished:  # of response.close(), which the handler calls
             running.finished.append(sender)
-        elif bridge.in_native_code() and not sessions.in_block():
+        elif bridge.in_native_code() and not scopes.in_block():
             bridge.await_(flow.while_handling(sys.exception(), send, signal, sender, **named))
         else:
             return original(sender, **named)

@@ -54,6 +54,9 @@ from psycopg.errors import ReadOnlySqlTransaction
 from psycopg.pq import ConnStatus, TransactionStatus
 
 from .. import bridge, checks, fate, observers, pools, sessions, transactions
+from .._sessions import engines, scopes
+from .._sessions.blocks import Block
+from .._sessions.session import UNKNOWN, Session
 from ..driver import ENDED, Connection, InTurn, PooledConnection, reported, text_of
 from ..observe.found import cursors_are_patched
 from ..roles import ASK
@@ -82,7 +85,7 @@ class _OfBlock:
             setattr(block, self.name, value)
 
     @staticmethod
-    def _block(session: sessions.Session | None) -> sessions.Block | None:
+    def _block(session: Session | None) -> Block | None:
         return None if session is None or session.root is None else session.innermost()
 
 
@@ -176,7 +179,7 @@ class NativeBackendMixin:
                 self.session.connect()
             super().ensure_connection()  # type: ignore[misc]
         elif not bridge.loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
-            sessions.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
+            scopes.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
             super().ensure_connection()  # type: ignore[misc]
 
     def create_cursor(self, name: str | None = None) -> Any:
@@ -232,8 +235,8 @@ class NativeBackendMixin:
         In a coroutine, where this connection is not asked, it is asyncorm's.
         """
         alias: str = self.alias  # type: ignore[attr-defined]
-        if sessions.refuses_synchronous_code(alias) and (
-            not self.in_atomic_block or sessions.block_of_coroutine(alias) is not None  # type: ignore[attr-defined]
+        if engines.refuses_synchronous_code(alias) and (
+            not self.in_atomic_block or scopes.block_of_coroutine(alias) is not None  # type: ignore[attr-defined]
         ):
             transactions.on_commit(func, alias, robust)
             return
@@ -404,7 +407,7 @@ def _known(wrapper: Any) -> Any:
     session = wrapper.session
     if session is None or session.kept:  # several tasks may share it
         return _djangos(wrapper.alias)
-    if session.own is sessions.UNKNOWN:
+    if session.own is UNKNOWN:
         session.own = _djangos(wrapper.alias)
     return session.own
 
@@ -438,7 +441,7 @@ class NativeWrapper:
 
     hooks_due = False
     acts_in_cursors = False
-    session: sessions.Session | None = None
+    session: Session | None = None
     native_class = None
     alias: str
     settings_dict: dict[str, Any]
@@ -754,7 +757,7 @@ class _Stream(InTurn):
         """psycopg's; without native code around, the session closes it later."""
         cursor: Any = self
         session = cursor._conn.lock
-        if not isinstance(session, sessions.Session):
+        if not isinstance(session, Session):
             cursor._closed = True  # with the session that it belonged to
         elif session.serves(runner := bridge.current()):
             try:

@@ -1,0 +1,1 @@
+"""Sessions: who uses which server connection, and until when."""

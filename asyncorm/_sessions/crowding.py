@@ -1,0 +1,79 @@
+"""A crowded pool: which statements of operations travel together there, and on what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from .. import bridge, conf, limits, pools
+from ..driver import Connection
+from ..multiplexing import Queue, calls_known, is_read, is_single, slow
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+def travels(source: limits.Source, text: str) -> bool:
+    """Whether a statement may go with those of other operations, outside a block."""
+    alone = not is_single(text) if source.gathers else not is_read(text) or text in slow
+    return not alone and calls_known(text)
+
+
+def is_crowded(source: limits.Source) -> bool:
+    """Whether single statements are to travel with others' there now."""
+    return source.gathers or (
+        bool(conf.get("MULTIPLEXING")) and not source.has_free and not conf.get("RESET_ALWAYS")
+    )
+
+
+def queue_of(source: limits.Source, pool: pools.Pool, session: type[Session]) -> Queue:
+    """Where such statements wait there.
+
+    Args:
+        session: makes the sessions that they run in.
+    """
+    if source.queue is None:
+        source.queue = Queue(PoolSource(source, pool, session))
+    return cast(Queue, source.queue)
+
+
+class PoolSource:
+    """The source of connections for statements outside transactions (multiplexing.Source)."""
+
+    awaited = "for a connection"
+
+    in_order = False
+
+    def __init__(self, source: limits.Source, pool: pools.Pool, session: type[Session]) -> None:
+        self.source = source
+        self.pool = pool
+        self._session = session
+
+    @property
+    def keeps_state(self) -> bool:
+        return self.source.keeps_state
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        runner = bridge.current()
+        assert runner is not None
+        session = self._session(self.pool.alias, self.pool, self.source)
+        session.pipelining = True
+        runner.resources[self.pool.alias] = session
+        session.wrapper.ensure_connection()
+        with session:
+            yield session.wrapper.connection
+
+    def asked(self) -> AbstractContextManager[Any]:
+        return self.source.asked()
+
+    def dropped(self, exc: BaseException) -> None:
+        """It is of no concern to others."""
+
+    def refusal(self) -> None:
+        return None
