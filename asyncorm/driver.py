@@ -70,6 +70,8 @@ _SHOULD = Prepare.SHOULD
 # A prepared statement cannot be executed any more: "cached plan must not change result type" and
 # "prepared statement does not exist".
 STALE = (b"0A000", b"26000")
+_TIMESTAMPTZ = 1184
+_AS_TEXT = 2**32 - 1  # stands for no type of the server's
 _COPY_IN, _COPY_OUT = pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT
 
 
@@ -464,10 +466,26 @@ class _Adapters(AdaptersMap):
         self.version += 1
 
 
+class _TimesAsText(Transformer):  # type: ignore[misc, valid-type]
+    """A Transformer that leaves the timestamps of a row as the server wrote them.
+
+    Only where one is a column of its own: what has timestamps in it (arrays, ranges, composites)
+    has them loaded by the loader that the connection has for them.
+    """
+
+    def set_pgresult(self, result: Any, **kwargs: Any) -> None:
+        super().set_pgresult(result, set_loaders=False)
+        if result is not None:
+            oids = [result.ftype(i) for i in range(result.nfields)]
+            self.set_loader_types(
+                [_AS_TEXT if oid == _TIMESTAMPTZ else oid for oid in oids], pq.Format.TEXT
+            )
+
+
 def _text_transformer(conn: Connection) -> Any:
     adapters = AdaptersMap(conn.adapters)
-    adapters.register_loader("timestamptz", TextLoader)
-    return Transformer(_Context(adapters, conn))
+    adapters.register_loader(_AS_TEXT, TextLoader)
+    return _TimesAsText(_Context(adapters, conn))
 
 
 class _Context:

@@ -38,6 +38,7 @@ from django.db.models.fields.related_descriptors import ForeignKeyDeferredAttrib
 from django.db.models.query_utils import DeferredAttribute
 from django.db.models.signals import post_init, pre_init
 from django.db.models.utils import AltersData
+from psycopg.types.string import TextLoader
 
 from .driver import SLICE, Connection
 from .grounds import Last, is_anothers
@@ -82,8 +83,8 @@ class Loaded:
     Attributes:
         size: how many rows.
         parts: the rows, some at a time.
-        oids: the types of the columns.
-        times: psycopg's loader of timestamps, if they are the server's text still, in UTC.
+        oids: the types of the columns that are the server's text still; 0 for the others.
+        times: psycopg's loader of timestamps, if they are text, in UTC.
     """
 
     __slots__ = ("oids", "parts", "size", "times")
@@ -145,11 +146,11 @@ class RowMaker:
     def load(self, result: Any, conn: Connection) -> Loaded:
         """What psycopg makes of a result, as the session was when it ran the statement."""
         oids = tuple([result.ftype(i) for i in range(result.nfields)])
-        times = None
-        if _TIMESTAMPTZ in oids:
-            transformer, times = conn.per_settings(_loaders)
+        if _TIMESTAMPTZ in oids or _JSONB in oids:
+            transformer, times, texts = conn.per_settings(_loaders)
+            oids = tuple([oid if oid in texts else 0 for oid in oids])
         else:
-            transformer = conn.transformer
+            transformer, times, oids = conn.transformer, None, (0,) * len(oids)
         return Loaded(result.ntuples, conn.load(result, transformer), oids, times)
 
     def made(
@@ -168,12 +169,8 @@ class RowMaker:
         self, loaded: Loaded, part: list[Any], db: str, wrapper: Any, mode: Any
     ) -> list[Any]:
         """The items for some of the rows."""
-        as_text = loaded.times is not None
-        code = self._made.get((loaded.oids, as_text))
-        if code is None:
-            code = self._made[loaded.oids, as_text] = self._compile(loaded.oids, as_text)
         try:
-            return code(part, db, wrapper, mode)
+            return self._code(loaded.oids)(part, db, wrapper, mode)
         except ValueError:
             if loaded.times is None:
                 raise
@@ -182,16 +179,19 @@ class RowMaker:
 
     def make_loaded(self, rows: list[Any], db: str, wrapper: Any, mode: Any) -> list[Any]:
         """The items for rows that a cursor has loaded."""
-        code = self._made.get(None)
-        if code is None:
-            code = self._made[None] = self._compile((0,) * self.width, False)
-        return code(rows, db, wrapper, mode)
+        return self._code((0,) * self.width)(rows, db, wrapper, mode)
 
-    def _compile(self, oids: tuple[int, ...], as_text: bool) -> Callable[..., list[Any]]:
+    def _code(self, oids: tuple[int, ...]) -> Callable[..., list[Any]]:
+        code = self._made.get(oids)
+        if code is None:
+            code = self._made[oids] = self._compile(oids)
+        return code
+
+    def _compile(self, oids: tuple[int, ...]) -> Callable[..., list[Any]]:
         lines = []
         for i, oid in enumerate(oids[: self.width]):
             convs, expression = self.converters.get(i, ((), None))
-            if as_text and oid == _TIMESTAMPTZ:
+            if oid == _TIMESTAMPTZ:
                 lines.append(f"if c{i} is not None: c{i} = read_timestamp(c{i})")
             if len(convs) == 1 and oid == _JSONB and _is_standard_json(convs[0], expression):
                 lines.append(f"if c{i} is not None: c{i} = read_json(c{i}, 0)[0]")
@@ -215,11 +215,17 @@ class RowMaker:
         return scope["code"]  # type: ignore[no-any-return]
 
 
-def _loaders(conn: Connection) -> tuple[Any, Any]:
-    """The loaders for rows with timestamps, and that of timestamps if those stay as text."""
-    if not _in_utc(conn):
-        return conn.transformer, None
-    return conn.text_transformer, conn.adapters.get_loader(_TIMESTAMPTZ, 0)  # type: ignore[arg-type]
+def _loaders(conn: Connection) -> tuple[Any, Any, frozenset[int]]:
+    """The loaders of a connection, that of timestamps if those stay as text, and what does."""
+    texts = set()
+    times: Any = None
+    if conn.adapters.get_loader(_JSONB, 0) is TextLoader:  # type: ignore[arg-type]
+        texts.add(_JSONB)  # as Django registers it: nobody else's loader
+    if _in_utc(conn):
+        texts.add(_TIMESTAMPTZ)
+        times = conn.adapters.get_loader(_TIMESTAMPTZ, 0)  # type: ignore[arg-type]
+    transformer = conn.transformer if times is None else conn.text_transformer
+    return transformer, times, frozenset(texts)
 
 
 def _in_utc(conn: Connection) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from django.contrib.postgres.aggregates import ArrayAgg
 from django.db import DataError, connection, models, transaction
 from django.db.models import (
     Case,
@@ -40,6 +41,8 @@ from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from psycopg.adapt import Loader
+from psycopg.pq import Format
 
 import asyncorm
 from asyncorm import bridge, planned, statements
@@ -803,6 +806,48 @@ async def test_a_session_in_another_zone() -> None:
     expected = await in_thread(synchronous)
     async with asyncorm.atomic():
         assert differences(expected, await asyncorm.native(times)()) == []
+
+
+async def test_timestamps_inside_of_something() -> None:
+    """Beside a column of timestamps, those in ranges and arrays are datetimes, too."""
+
+    def times() -> Any:
+        events = Event.objects.filter(slot__isnull=False).order_by("pk")
+        begin = events.annotate(begin=F("slot__startswith"))
+        grouped = begin.values("begin").order_by("begin")
+        together = grouped.annotate(all=ArrayAgg("slot__endswith"))
+        return [*begin, *begin.values_list("slot", "begin"), *together]
+
+    expected = await in_thread(times)
+    assert isinstance(expected[0].slot.lower, dt.datetime)
+    assert isinstance(expected[0].slot.upper, dt.datetime)
+    assert any(isinstance(each, dt.datetime) for each in expected[-1]["all"])
+    for _ in range(2):
+        assert differences(expected, await asyncorm.native(times)()) == []
+
+
+async def test_a_loader_of_the_connection_for_json() -> None:
+    class Shouting(Loader):
+        def load(self, data: Any) -> str:
+            return "as loaded: " + bytes(data).decode()
+
+    def read() -> Any:
+        with transaction.atomic():
+            connection.ensure_connection()
+            adapters = connection.connection.adapters
+            djangos = adapters.get_loader(adapters.types["jsonb"].oid, Format.TEXT)
+            adapters.register_loader("jsonb", Shouting)
+            try:
+                return list(Book.objects.order_by("pk"))
+            finally:
+                adapters.register_loader("jsonb", djangos)
+
+    usual = await in_thread(lambda: list(Book.objects.order_by("pk")))
+    expected = await in_thread(read)
+    assert differences(usual, expected)
+    for _ in range(2):
+        assert differences(usual, await Book.objects.order_by("pk").anative()) == []
+        assert differences(expected, await asyncorm.native(read)()) == []
 
 
 async def test_timestamps_that_python_does_not_know() -> None:
