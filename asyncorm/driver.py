@@ -56,6 +56,11 @@ CANCEL_TIMEOUT = 5.0
 _ELSEWHERE = 10.0  # seconds for which standbys are refused where a primary was and is looked for
 SLICE = 100  # rows loaded, or made into objects, before other tasks may have a turn
 
+# Who has put a method of his own in its place is to see each statement.
+_EXECUTE: Any = psycopg.Cursor.execute
+if getattr(getattr(_EXECUTE, "__code__", None), "co_filename", None) != psycopg.cursor.__file__:
+    _EXECUTE = object()  # it was there before us
+
 _WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
 _READY_R, _READY_W = psycopg.waiting.READY_R, psycopg.waiting.READY_W
 _OK = pq.ConnStatus.OK
@@ -159,7 +164,8 @@ class _Cursor:
     def execute(self: Any, query: Any, params: Any = None, **options: Any) -> Any:
         text = text_of(query)
         conn = self._conn
-        queue = None if options else conn.lock.queue_for(text)
+        theirs = getattr(super().execute, "__func__", None) is not _EXECUTE  # type: ignore[misc]
+        queue = None if options or theirs else conn.lock.queue_for(text)
         if queue is None:
             self._watch(text)
             with self._conn.sending(text):

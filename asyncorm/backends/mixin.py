@@ -185,7 +185,8 @@ class NativeBackendMixin:
     def create_cursor(self, name: str | None = None) -> Any:
         """Django's; one that native code in a test's transaction leaves open does no harm."""
         cursor = super().create_cursor(name)  # type: ignore[misc]
-        if name and self.session is not None and bridge.in_native_code():
+        native = self.session is not None and bridge.in_native_code()
+        if name and native and isinstance(cursor, psycopg.Cursor):
             cursor.__class__ = _stream_class(type(cursor))  # type: ignore[arg-type]
         return cursor
 

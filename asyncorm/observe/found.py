@@ -16,10 +16,10 @@ from typing import Any
 import django
 import psycopg
 from django.apps import apps
-from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.backends.utils import CursorWrapper
+from django.db.backends import utils
+from django.db.backends.postgresql.base import Cursor, DatabaseWrapper
 
-_DJANGO = os.path.dirname(django.__file__)
+_ORIGINAL = os.path.dirname(django.__file__), os.path.dirname(psycopg.__file__)
 _functions: tuple[Any, ...] = ()
 _patched = False
 
@@ -31,10 +31,12 @@ def cursors_are_patched() -> bool:
     Tools that record queries do, and tests: they are to see each of them.
     """
     global _functions, _patched
+    wrapper: Any = utils.CursorWrapper  # another class may be there
     now = (
-        CursorWrapper.execute, CursorWrapper.executemany, CursorWrapper._execute,  # type: ignore[attr-defined]
-        CursorWrapper._execute_with_wrappers, BaseDatabaseWrapper.cursor,  # type: ignore[attr-defined]
-        BaseDatabaseWrapper._cursor, BaseDatabaseWrapper.make_cursor,  # type: ignore[attr-defined]
+        wrapper.__init__, wrapper.execute, wrapper.executemany, wrapper._execute,
+        wrapper._execute_with_wrappers, DatabaseWrapper.cursor, DatabaseWrapper._cursor,
+        DatabaseWrapper.make_cursor, DatabaseWrapper.create_cursor, Cursor.execute,
+        Cursor.executemany,
     )  # fmt: skip
     if now != _functions:
         known = list(map(_is_known, now))
@@ -48,7 +50,7 @@ def _is_known(function: Any) -> str | None:
     owner = "django"
     while type(function) is FunctionType:
         name = function.__code__.co_filename
-        if name.startswith(_DJANGO):
+        if name.startswith(_ORIGINAL):
             return owner
         package = sys.modules.get("sentry_sdk")
         if package is None or not name.startswith(os.path.dirname(str(package.__file__))):
