@@ -102,7 +102,7 @@ class Kept(TraceFilter):
         spans.extend(trace)
         return None
 tracer.configure(trace_processors=[Kept()])
-ddtrace.patch(django=True, psycopg=True)
+ddtrace.patch(django=True, psycopg=bool(os.environ["PSYCOPG"]))
 async def traced(work):
     spans.clear()
     with tracer.trace("page") as page:
@@ -151,10 +151,13 @@ CursorWrapper.execute = recorded
     assert cursors == len(ours)
 
 
-@pytest.mark.parametrize("of_django", ["false", "true"])
-def test_datadogs_spans(shop_data: Any, of_django: str) -> None:
+@pytest.mark.parametrize(
+    ("of_django", "psycopg"), [("false", "yes"), ("true", "yes"), ("true", "")]
+)
+def test_datadogs_spans(shop_data: Any, of_django: str, psycopg: str) -> None:
     pytest.importorskip("ddtrace")
-    (theirs,), (ours, cursors) = traced(DATADOG, DD_DJANGO_INSTRUMENT_DATABASES=of_django)
+    environment = {"DD_DJANGO_INSTRUMENT_DATABASES": of_django, "PSYCOPG": psycopg}
+    (theirs,), (ours, cursors) = traced(DATADOG, **environment)
     assert len(ours) >= 7
     assert ours == theirs
     assert cursors <= 1

@@ -1,11 +1,11 @@
-"""Datadog: a span for each native query, as ddtrace's integration of psycopg makes them.
+"""Datadog: a span for each native query, as ddtrace's integration of psycopg makes them, or that of
+Django where it is the only one.
 
 ddtrace sees the cursors of `psycopg.connect()`, which native code has none of. Where ddtrace has
 instrumented psycopg, or Django's databases, before the project starts, as `ddtrace-run` does, that
 is found (`found`); otherwise `install()` is called, for instance in asgi.py.
 
-Of ddtrace's private names `ext_service`, `is_wrapped` and `_SPAN_MEASURED_KEY` are used, if they
-are there.
+Of ddtrace's private names `ext_service` is used, if it is there.
 """
 
 from __future__ import annotations
@@ -15,29 +15,28 @@ from time import monotonic, time
 from typing import Any
 
 import ddtrace
+import django
+import psycopg
 from ddtrace.trace import tracer
-from django.db.backends.base.base import BaseDatabaseWrapper
 
 from .. import _events
 from ._where import where
 
 ext_service: Any = None
-is_wrapped: Any = None
 with suppress(ImportError):
     from ddtrace.contrib.internal.trace_utils import ext_service
-with suppress(ImportError):
-    from ddtrace.internal.wrapping import is_wrapped
 
 
 class _Spans(_events.Listener):
     def statement_ended(self, statement: _events.Statement) -> None:
         """Make the span; what was current when the statement began is current now."""
-        if not statement.pooled or (statement.by_cursor and _sees_cursors()):
+        if not statement.pooled or (statement.by_cursor and _has_span(statement)):
             return  # ddtrace has made it
+        service, component = _integration(statement.alias)
         span: Any = tracer.start_span(
             "postgres.query",
             child_of=tracer.current_span() or tracer.current_trace_context(),
-            service=_service(),
+            service=service,
             resource=statement.sql,
             span_type="sql",
             activate=False,
@@ -47,7 +46,7 @@ class _Spans(_events.Listener):
         server = where(statement.alias)
         span.set_tags(
             {
-                "component": "psycopg",
+                "component": component,
                 "span.kind": "client",
                 "db.system": "postgresql",
                 "db.name": server.database,
@@ -67,15 +66,24 @@ class _Spans(_events.Listener):
         span.finish(finish_time=clock + statement.ended)
 
 
-def _service() -> Any:
+def _integration(alias: str) -> tuple[Any, str]:
+    """The service and the component that the spans name."""
+    if getattr(django, "_datadog_patch", False) and not getattr(psycopg, "_datadog_patch", False):
+        config: Any = ddtrace.config.django
+        if config.get("instrument_databases"):
+            prefix = config.get("database_service_name_prefix", "")
+            name = config.get("database_service_name") or f"{prefix}{alias}db"
+            return name, "django-database"
     default = "postgres"
-    return default if ext_service is None else ext_service(None, ddtrace.config.psycopg, default)
+    if ext_service is None:
+        return default, "psycopg"
+    return ext_service(None, ddtrace.config.psycopg, default), "psycopg"
 
 
-def _sees_cursors() -> bool:
-    """Whether ddtrace wraps Django's cursors."""
-    cursor: Any = BaseDatabaseWrapper.cursor
-    return hasattr(cursor, "__dd_wrapped__") or (is_wrapped is not None and is_wrapped(cursor))
+def _has_span(statement: _events.Statement) -> bool:
+    """Whether it is executed in a cursor that ddtrace has wrapped: its span is current."""
+    span: Any = tracer.current_span()
+    return span is not None and span.span_type == "sql" and span.resource in statement.sql
 
 
 _spans = _Spans()

@@ -31,12 +31,13 @@ def cursors_are_patched() -> bool:
     Tools that record queries do, and tests: they are to see each of them.
     """
     global _functions, _patched
-    wrapper: Any = utils.CursorWrapper  # another class may be there
+    outer: Any = utils.CursorWrapper  # another class may be there
+    wrapper: Any = DatabaseWrapper
+    inner: Any = Cursor
     now = (
-        wrapper.__init__, wrapper.execute, wrapper.executemany, wrapper._execute,
-        wrapper._execute_with_wrappers, DatabaseWrapper.cursor, DatabaseWrapper._cursor,
-        DatabaseWrapper.make_cursor, DatabaseWrapper.create_cursor, Cursor.execute,
-        Cursor.executemany,
+        outer.__init__, outer.execute, outer.executemany, outer._execute,
+        outer._execute_with_wrappers, wrapper.cursor, wrapper._cursor, wrapper.make_cursor,
+        wrapper.create_cursor, inner.execute, inner.executemany,
     )  # fmt: skip
     if now != _functions:
         known = list(map(_is_known, now))
@@ -83,11 +84,10 @@ def find() -> None:
 
 
 def _datadog_wraps_cursors() -> bool:
-    wrapping = sys.modules.get("ddtrace.internal.wrapping")
-    from django.db.utils import ConnectionHandler
-
-    is_wrapped: Any = getattr(wrapping, "is_wrapped", None)
-    return is_wrapped is not None and bool(is_wrapped(ConnectionHandler.__getitem__))
+    """Whether ddtrace has patched Django, and is to wrap its cursors once all apps are ready."""
+    config: Any = getattr(sys.modules.get("ddtrace"), "config", None)
+    of_django = getattr(config, "django", {})
+    return bool(getattr(django, "_datadog_patch", False) and of_django.get("instrument_databases"))
 
 
 def _try(name: str, install: Callable[[Any], None]) -> None:
