@@ -21,7 +21,8 @@ from django.db.models import Prefetch, QuerySet, query
 from django.db.models.constants import LOOKUP_SEP
 from django.db.models.fields.related_descriptors import ReverseManyToOneDescriptor
 
-from . import bridge, conf, limits, planned, pools, related, sessions
+from . import bridge, conf, limits, pools, related, sessions
+from ._hooks import switch
 from ._sessions import scopes
 from ._sessions.session import Session
 from .bridge import Runner
@@ -93,7 +94,7 @@ def prefetch_one_level(instances: Any, prefetcher: Any, lookup: Any, level: int)
 
 
 def _one_level(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Any:
-    if not planned.enabled():
+    if not switch.is_on:
         return _prefetch_one_level(instances, prefetcher, lookup, level)
     fetch = _Fetch(instances, prefetcher, lookup, level)
     if fetch.along is None:

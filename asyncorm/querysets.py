@@ -13,7 +13,8 @@ from django.db.models.fields import related_descriptors
 from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
 
-from . import bridge, copying, patches, planned, streams, swap
+from . import bridge, copying, patches, streams, swap
+from ._hooks.get import run_get
 from ._sessions import engines
 
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
@@ -89,7 +90,7 @@ async def native_get(self: Any, *args: Any, **kwargs: Any) -> Any:
     if cls.get is Manager.get and cls.get_queryset is BaseManager.get_queryset:
         self = self.get_queryset()
     _check(self.get, args, kwargs)
-    return await planned.run_get(self.get, *args, **kwargs)
+    return await run_get(self.get, *args, **kwargs)
 
 
 async def native_bulk_create(

@@ -41,7 +41,10 @@ from django.db.models.query_utils import DeferredAttribute
 from django.db.models.sql.query import Query
 from django.db.models.sql.where import WhereNode
 
-from . import grounds, patches, planned
+from . import grounds, patches
+from ._hooks.iterate import give_turn
+from ._hooks.keys import by_keys
+from ._hooks.switch import native_wrapper
 
 _SLICE = 500
 _KEYS = {int, str, uuid.UUID}  # types that are compared alike as keys by everybody
@@ -180,7 +183,7 @@ def get_prefetch_querysets(
 
     rows = None
     if len(set(map(type, keys))) == 1:
-        rows = planned.by_keys(queryset, field.name, keys, narrow)
+        rows = by_keys(queryset, field.name, keys, narrow)
     if rows is None:
         rows = narrow()
     (source,) = field.local_related_fields
@@ -205,7 +208,7 @@ def _ahead(along: Relation, descriptor: Any, instances: Any) -> Any:
     rows = None
     if wanted and len(set(map(type, wanted))) == 1:
         queryset = descriptor.get_queryset(instance=instances[0])
-        rows = planned.by_keys(
+        rows = by_keys(
             queryset,
             (field, "ahead"),
             wanted,
@@ -282,11 +285,11 @@ def _parts(objs: Any, instances: Any) -> Iterator[Any]:
     if size <= _SLICE:
         yield objs
         return
-    wrapper = planned.native_wrapper(instances[0]._state.db or DEFAULT_DB_ALIAS)
+    wrapper = native_wrapper(instances[0]._state.db or DEFAULT_DB_ALIAS)
     for start in range(0, size, _SLICE):
         yield objs[start : start + _SLICE]
         if wrapper is not None:
-            planned.give_turn(wrapper)
+            give_turn(wrapper)
 
 
 def _maker(along: Relation, first: Any) -> Callable[[Any, Any, list[Any]], Any] | None:

@@ -24,7 +24,8 @@ from django.apps import apps
 from django.core.signals import setting_changed
 from django.db import connections, router
 
-from . import bridge, conf, patches, planned, pools
+from . import bridge, conf, patches, pools
+from ._hooks.get import is_get, run_get
 from ._sessions import engines, scopes
 
 # Module: the app that must be installed for it to be importable.
@@ -69,7 +70,7 @@ def dispatch(func: Callable[..., Any] | None = None, **options: Any) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
         if is_native(func, args, kwargs) and not _of_thread(func, args, kwargs):
-            run = planned.run_get if planned.is_get(func) else bridge.run
+            run = run_get if is_get(func) else bridge.run
             return run(func, *args, **kwargs)
         return sync_to_async(func, **options)(*args, **kwargs)
 

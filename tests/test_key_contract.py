@@ -41,7 +41,10 @@ from django.db.models.sql.where import WhereNode
 from django.utils.functional import cached_property
 
 import asyncorm
-from asyncorm import expressions, planned, shapes, statements, verifying
+from asyncorm import expressions, shapes, statements, verifying
+from asyncorm._hooks import switch
+from asyncorm._hooks.iterate import compile_tuples
+from asyncorm._hooks.write import compile_write
 from tests.project.shop.models import Book, Publisher, Review, Tag
 from tests.project.shop.sample import moment
 
@@ -364,9 +367,9 @@ class Changes:
 
 def said(query: Any) -> str:
     """What the cache says to a query: "new", "hit" or "unfit"."""
-    wrapper = planned.native_wrapper("default")
+    wrapper = switch.native_wrapper("default")
     write = isinstance(query, UpdateQuery | DeleteQuery)
-    compile = planned._compile_write if write else planned._compile_tuples
+    compile = compile_write if write else compile_tuples
     before = statements.statement_cache_stats()["hits"]
     if statements.plan_for(query, wrapper, compile) is None:
         return "unfit"

@@ -45,7 +45,8 @@ from psycopg.adapt import Loader
 from psycopg.pq import Format
 
 import asyncorm
-from asyncorm import bridge, planned, statements
+from asyncorm import bridge, statements
+from asyncorm._hooks.switch import native_wrapper
 from asyncorm.driver import Connection
 from tests.checked import hits_checked
 from tests.compare import differences
@@ -935,7 +936,7 @@ async def test_synchronous_code_does_not_use_it() -> None:
     before = asyncorm.statement_cache_stats()
     await in_thread(lambda: Book.objects.get(pk=1))
     assert asyncorm.statement_cache_stats() == before
-    assert not planned.native_wrapper("default")
+    assert not native_wrapper("default")
 
 
 LARGE: dict[str, Callable[[], Any]] = {

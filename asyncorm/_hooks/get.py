@@ -1,0 +1,263 @@
+"""`QuerySet.get()` by keywords, without making another queryset after the first time."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import functools
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from django.db import OperationalError
+from django.db.models import query
+from django.db.models.sql.query import Query
+from greenlet import getcurrent
+
+from .. import _events, bridge, grounds, rows, sessions, verifying
+from ..bridge import Runner
+from ..driver import Unanswered
+from ..grounds import Ground
+from ..shapes import Shape, Unfit
+from ..statements import (
+    UNPLANNED,
+    NotServed,
+    Plan,
+    Planned,
+    hit,
+    items,
+    learn,
+    may_repeat,
+    recall,
+    stand_in,
+    told,
+)
+from . import switch
+from .iterate import compile_instances, mode_of, queryset_plan
+from .switch import native_wrapper
+
+# The types of values that a filter treats alike, whatever their value.
+PLAIN_VALUES = {
+    int, str, float, decimal.Decimal, datetime.datetime, datetime.date, uuid.UUID,
+}  # fmt: skip
+
+
+class _Get:
+    """`get()` with certain keywords on a queryset of a certain shape.
+
+    Attributes:
+        lookups: for each keyword in the order of the statement, the lookup's class and left side.
+    """
+
+    def __init__(self, plan: Plan, lookups: list[tuple[Any, Any]], kept: Any) -> None:
+        self.plan = plan
+        self.lookups = lookups
+        self.kept = kept
+
+    def params(self, base: list[Any], values: list[Any], wrapper: Any) -> list[Any]:
+        """The parameters of the queryset and of the keywords."""
+        params = list(base)
+        for (cls, lhs), value in zip(self.lookups, values, strict=True):
+            sql, more = cls(lhs, value).process_rhs(None, wrapper)
+            if sql != "%s":
+                raise Unfit
+            params += more
+        return params
+
+
+def _filters_as_django(cls: Any) -> bool:
+    """Whether a queryset class leaves to Django what `get()` is made of."""
+    return all(
+        getattr(cls, name) is getattr(query.QuerySet, name)
+        for name in (
+            "filter", "_filter_or_exclude", "_filter_or_exclude_inplace", "_chain", "_clone",
+            "order_by", "__len__", "_fetch_all", "db", "query", "using", "_add_hints",
+        )
+    )  # fmt: skip
+
+
+def get(original: Any) -> Any:
+    """`QuerySet.get()` by keywords: without making another queryset, after the first time."""
+
+    def get(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(getcurrent()) is Runner and kwargs and not args:
+            found = _got(self, kwargs)
+            if found is not None:
+                return _only(self, found)
+        return original(self, *args, **kwargs)
+
+    global _own_get
+    _own_get = functools.wraps(original)(get)
+    return _own_get
+
+
+_own_get: Any = object()
+
+
+def _only(queryset: Any, found: list[Any]) -> Any:
+    """The only item; otherwise what Django's `get()` raises."""
+    return found[0] if len(found) == 1 else _own_get.__wrapped__(_Found(queryset.model, found))
+
+
+class _Found:
+    """What `QuerySet.get()` needs of a queryset to say what is wrong with its result."""
+
+    def __init__(self, model: Any, result: list[Any]) -> None:
+        self.model = model
+        self.query = Query(model)
+        self._result_cache = result
+
+    def filter(self) -> _Found:
+        return self
+
+    order_by = filter
+
+    def __len__(self) -> int:
+        return len(self._result_cache)
+
+
+def _got(queryset: Any, kwargs: dict[str, Any]) -> list[Any] | None:
+    if (wrapper := native_wrapper(queryset.db)) is None:
+        return None
+    found = _get_plan(queryset, kwargs, wrapper)
+    return None if found is None else items(*found, 0, wrapper, mode_of(queryset))
+
+
+def is_get(func: Any) -> bool:
+    """Whether a function is a queryset's `get`, and nobody else's."""
+    return getattr(func, "__func__", None) is _own_get
+
+
+async def run_get(method: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a queryset's `get` natively.
+
+    While all connections are in use it does without an operation, which would do nothing but wait.
+    """
+    if is_get(method) and kwargs and not args and switch.is_on:
+        queryset = method.__self__
+        found = await _without_operation(
+            queryset.db, lambda wrapper: _get_plan(queryset, kwargs, wrapper), mode_of(queryset)
+        )
+        if found is not None:
+            return _only(queryset, found)
+    return await bridge.run(method, *args, **kwargs)
+
+
+async def _without_operation(
+    alias: str, find: Callable[[Any], tuple[Plan, list[Any]] | None], mode: Any
+) -> list[Any] | None:
+    """The items of a plan whose statement travels with others; None if it has to be an operation.
+
+    Args:
+        find: returns the plan and the parameters, given a wrapper.
+    """
+    if (found := stand_in(alias)) is None:
+        return None
+    pool, wrapper = found
+    if (planned := find(wrapper)) is None:
+        return None
+    plan, params = planned
+    queue = sessions.queue_without_session(pool, plan.text)
+    if queue is None:
+        return None
+    bridge.check()
+    command = Planned(plan, params, 0, wrapper)
+    with wrapper.wrap_database_errors:
+        try:
+            if not _events.statements:
+                loaded = await queue.submit(command)
+            else:
+                with told(plan, params, 0, wrapper) as statement, wrapper.wrap_database_errors:
+                    loaded = await queue.submit(_events.followed(command, statement))
+        except NotServed:
+            return None
+        except (Unanswered, OperationalError) as exc:
+            if not may_repeat(plan, exc):
+                raise
+            return None  # and another connection is waited for
+        # A get() asks for no more rows than are taken apart in one turn.
+        return plan.maker.make_part(loaded, next(loaded.parts), alias, wrapper, mode)  # type: ignore[union-attr]
+
+
+def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> tuple[Plan, list[Any]] | None:
+    mode = mode_of(queryset)
+    if (
+        queryset._iterable_class is not query.ModelIterable
+        or queryset._prefetch_related_lookups
+        or queryset._sticky_filter
+        or queryset._known_related_objects
+        or queryset._deferred_filter
+        or queryset._defer_next_filter
+        or (mode is not None and mode.track_peers)
+    ):
+        return None
+    names = sorted(kwargs)
+    values = [kwargs[name] for name in names]
+    types = tuple(map(type, values))
+    if not PLAIN_VALUES.issuperset(types):
+        return None
+    try:
+        shape = Shape(queryset._query, wrapper, "get", type(queryset), *names, types)
+        base = queryset._query
+        if base.distinct_fields or base.low_mark or base.high_mark is not None:
+            return None
+        key = tuple(shape.key)
+        known: Any = recall(key)
+        if known is None:
+            return None
+        if known is UNPLANNED or not known.plan.is_current:
+            if not bridge.in_native_code():  # to compile may need a connection
+                return None
+            known = learn(
+                key,
+                queryset.model,
+                lambda: _plan_get(queryset, wrapper, shape, names, values),
+                type(queryset),
+            )
+            if known is None:
+                return None
+        params = known.params(shape.params, values, wrapper)
+    except Exception:
+        return None
+    plan: Plan = known.plan
+    if rows.is_watched(plan.maker.models):  # type: ignore[union-attr]
+        return None
+    compile = lambda: compile_instances(_narrowed(queryset, names, values).query, wrapper)  # noqa: E731
+    return (plan, params) if hit(key, plan, params, 0, compile) else None
+
+
+def _narrowed(queryset: Any, names: list[str], values: list[Any]) -> Any:
+    """The queryset that `QuerySet.get()` would make."""
+    filtered = queryset.filter(**dict(zip(names, values, strict=True))).order_by()
+    filtered.query.set_limits(high=query.MAX_GET_RESULTS)
+    return filtered
+
+
+def _plan_get(
+    queryset: Any, wrapper: Any, base: Shape, names: list[str], values: list[Any]
+) -> tuple[_Get, Ground]:
+    """What `QuerySet.get()` would execute, as seen on the queryset that it would make."""
+    filtered = _narrowed(queryset, names, values)
+    shape = Shape(filtered.query, wrapper)
+    leaves = shape.leaves[len(base.leaves) :]
+    lookups = [
+        (type(leaf), leaf.lhs) for leaf, count, _ in leaves if hasattr(leaf, "lhs") and count == 1
+    ]
+    found = queryset_plan(filtered, wrapper, query.ModelIterable)
+    if (
+        found is None
+        or found[0].picked is not None
+        or shape.mixed
+        or not (_filters_as_django(type(queryset)) and grounds.clones_as_django())
+        or len(lookups) != len(names)
+        or base.params != shape.params[: len(base.params)]
+    ):
+        raise Unfit
+    known = _Get(found[0], lookups, base.kept)
+    if not verifying.equal(known.params(base.params, values, wrapper), found[1]):
+        raise Unfit
+    ground = grounds.of_query(
+        filtered.query, shape.kept, known.plan.maker, wrapper,
+        [cls for cls, _ in lookups], type(queryset), *known.plan.classes, short=True,
+    )  # fmt: skip
+    return known, ground

@@ -1,0 +1,186 @@
+"""INSERT: of one object, and of `bulk_create()`."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import suppress
+from typing import Any
+
+from django.db.models import Manager, query
+from django.db.models.sql.subqueries import InsertQuery
+
+from .. import bulk, distributed, grounds
+from ..binding import writes_as_django
+from ..driver import Connection, LazyConnection
+from ..grounds import Ground
+from ..shapes import Unfit, family
+from ..statements import UNPLANNED, Plan, count, count_of, hit, items, learn, recall
+from .switch import native_wrapper
+
+
+def execute_insert(original: Any) -> Any:
+    """`execute_sql()` of the compiler of INSERT."""
+
+    def execute_sql(self: Any, returning_fields: Any = None) -> Any:
+        if self.using is not None:
+            wrapper = native_wrapper(self.using)
+            if wrapper is None or wrapper is not self.connection:
+                pass
+            elif len(self.query.objs) > 1:
+                inserted = bulk.insert(self, wrapper, tuple(returning_fields or ()))
+                if inserted is not None:
+                    return inserted
+            else:
+                found = _insert_plan(self, wrapper, tuple(returning_fields or ()))
+                if found is not None:
+                    return _inserted(*found, wrapper)
+        return original(self, returning_fields)
+
+    return execute_sql
+
+
+def do_insert(original: Any) -> Any:
+    """`Model._do_insert()`: the INSERT without a query and a compiler, after the first time."""
+
+    def do_insert(
+        self: Any, manager: Any, using: str, fields: Any, returning_fields: Any, raw: bool
+    ) -> Any:
+        if type(manager) is Manager and (wrapper := native_wrapper(using)) is not None:
+            columns, returning = tuple(fields), tuple(returning_fields or ())
+            key = _insert_key(wrapper, manager.model, raw, columns, returning)
+            plan = recall(key)
+            if plan is not None and plan is not UNPLANNED:
+                params = _insert_params(columns, self, raw, wrapper, plan.ready)
+                if params is not None and hit(
+                    key, plan, params, 0, lambda: bulk.compiled_again(
+                        manager.model, columns, [self], returning, wrapper
+                    ),
+                ):  # fmt: skip
+                    return _inserted(plan, params, wrapper)
+        return original(self, manager, using, fields, returning_fields, raw)
+
+    return do_insert
+
+
+def _insert_key(
+    wrapper: Any, model: Any, raw: bool, fields: tuple[Any, ...], returning: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    return (
+        wrapper.alias, InsertQuery, model, model._meta.db_table, raw,
+        tuple(map(id, fields)), tuple(map(id, returning)),
+    )  # fmt: skip
+
+
+def _insert_params(
+    fields: tuple[Any, ...], obj: Any, raw: bool, wrapper: Any, ready: Any
+) -> list[Any] | None:
+    """The values of an object as Django prepares them, None if that is to be left to it."""
+    params = []
+    try:
+        for field, as_is in zip(fields, ready, strict=True):
+            value = getattr(obj, field.attname) if raw else field.pre_save(obj, True)
+            if as_is is not None and as_is.takes(value):
+                params.append(value)
+                continue
+            if hasattr(value, "resolve_expression"):
+                return None  # an expression or the column's default
+            value = field.get_db_prep_save(value, connection=wrapper)
+            if hasattr(value, "as_sql"):
+                return None
+            params.append(value)
+    except Exception:
+        return None
+    return params
+
+
+def _inserted(plan: Plan, params: list[Any], wrapper: Any) -> list[Any]:
+    if plan.maker is None:
+        count_of(plan, params, 0, wrapper)
+        return []
+    return items(plan, params, 0, wrapper)
+
+
+def _insert_plan(
+    compiler: Any, wrapper: Any, returning: tuple[Any, ...]
+) -> tuple[Plan, list[Any]] | None:
+    query = compiler.query
+    if type(query) is not InsertQuery or query.on_conflict or not query.fields:  # type: ignore[attr-defined]
+        return None
+    fields = tuple(query.fields)
+    key = _insert_key(wrapper, query.model, query.raw, fields, returning)
+    plan = recall(key)
+    params: Any = None
+    if plan is not None and all(type(field).pre_save in bulk.PRE_SAVES for field in fields):
+        params = _insert_params(fields, query.objs[0], query.raw, wrapper, [None] * len(fields))
+    if params is None:
+        count("unfit")
+        return None
+    if plan is UNPLANNED:
+        make = functools.partial(_plan_insert, compiler, wrapper, fields, returning, params)
+        plan = learn(key, query.model, make)
+        count("misses")
+    elif not hit(
+        key, plan, params, 0,
+        lambda: bulk.compiled_again(query.model, fields, query.objs, returning, wrapper),
+    ):  # fmt: skip
+        return None
+    return None if plan is None else (plan, params)
+
+
+def _plan_insert(
+    compiler: Any, wrapper: Any, fields: Any, returning: tuple[Any, ...], params: list[Any]
+) -> tuple[Plan, Ground]:
+    """The plan of an INSERT; `params` become those of its first statement."""
+    compiler.returning_fields = list(returning)
+    ((sql, found),) = compiler.as_sql()
+    # A time of pre_save() is another one by now, and the object has that.
+    if [type(value) for value in found] != [type(value) for value in params] or any(
+        hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
+        for field in fields
+    ):
+        raise Unfit
+    maker = bulk.maker_of_returned(compiler, wrapper, returning)
+    kinds = [family(field, wrapper) for field in fields]
+    plan = Plan(sql, kinds, maker, (fields, returning), by_server=writes_as_django(wrapper))
+    plan.ready = [bulk.as_is(field) for field in fields]
+    params[:] = found
+    return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())
+
+
+def prepare_for_bulk_create(original: Any) -> Any:
+    """What `bulk_create()` does with each object at first."""
+
+    def prepare(self: Any, objs: list[Any]) -> Any:
+        if native_wrapper(self.db) is not None:
+            with suppress(Unfit):
+                return bulk.prepare(self, objs)
+        return original(self, objs)
+
+    return prepare
+
+
+_OURS = {type(None), Connection, LazyConnection}
+
+
+def batched_insert(original: Any) -> Any:
+    """The INSERTs of `bulk_create()`."""
+
+    def insert(self: Any, objs: Any, fields: Any, batch_size: Any, **options: Any) -> Any:
+        if len(objs) > 1 and distributed.concerns(self.db):
+            return distributed.insert(self, original, objs, fields, batch_size, **options)
+        size = batch_size or bulk.BATCH
+        insert = getattr(type(self), "_insert")  # noqa: B009
+        if (
+            len(objs) > size
+            and options.get("on_conflict") is None
+            and insert is query.QuerySet._insert  # type: ignore[attr-defined]
+            and grounds.are_sound()
+        ):
+            wrapper = native_wrapper(self.db)
+            # In a test's transaction the connection is Django's own.
+            if wrapper is not None and type(wrapper.connection) in _OURS and not wrapper.watched:
+                size = min(size, max(wrapper.ops.bulk_batch_size(fields, objs), 1))
+                return bulk.insert_batches(self, objs, fields, size, wrapper)
+        return original(self, objs, fields, batch_size, **options)
+
+    return insert

@@ -1,0 +1,168 @@
+"""Querysets that are iterated: their rows by a plan, and turns for other tasks meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import django
+from django.db.models import query
+from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
+from django.db.models.utils import create_namedtuple_class
+from greenlet import getcurrent
+
+from .. import rows
+from ..bridge import Runner
+from ..driver import SLICE, Connection
+from ..rows import RowMaker
+from ..statements import Compiled, Plan, chunks, items, plan_for
+from .switch import native_wrapper
+
+_Iterate = Callable[[Any], Iterator[Any]]
+
+
+def planned(cls: Any) -> _Iterate:
+    """`__iter__` of an iterable class of querysets: from a plan if possible."""
+    original: _Iterate = cls.__iter__
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        # iterator() without a server-side cursor makes its items one by one.
+        whole = not self.chunked_fetch
+        if type(getcurrent()) is Runner and not (whole and self.chunk_size != _WHOLE):
+            queryset = self.queryset
+            wrapper = native_wrapper(queryset.db)
+            if wrapper is not None:
+                found = queryset_plan(queryset, wrapper, cls)
+                models = found[0].maker.models if found is not None else ()  # type: ignore[union-attr]
+                if found is not None and not rows.is_watched(models):
+                    mode = mode_of(queryset)
+                    relate = models and queryset._known_related_objects
+                    if whole:
+                        made = items(*found, wrapper, mode)
+                        return iter(_relate(queryset, made) if relate else made)
+                    parts = chunks(*found, wrapper, mode, self.chunk_size)
+                    return _each(parts, queryset if relate else None)
+                return _in_turns(original(self), wrapper)
+        return original(self)
+
+    return __iter__
+
+
+def _in_turns(made: Any, wrapper: Any) -> Iterator[Any]:
+    """What Django makes, with turns for other tasks."""
+    try:
+        for number, item in enumerate(made, 1):
+            yield item
+            if not number % SLICE:
+                give_turn(wrapper)
+    finally:
+        if hasattr(made, "close"):  # from Django 6.1 on it may be a map
+            made.close()
+
+
+def give_turn(wrapper: Any) -> None:
+    """Let other tasks run if this one has kept them waiting."""
+    conn = wrapper.connection
+    if isinstance(conn, Connection):
+        conn.give_turn()
+
+
+def raw(original: _Iterate) -> _Iterate:
+    """`__iter__` of the iterable class of raw querysets: with turns."""
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        wrapper = native_wrapper(self.queryset.db)
+        made = original(self)
+        return made if wrapper is None else _in_turns(made, wrapper)
+
+    return __iter__
+
+
+def _each(parts: Any, queryset: Any) -> Iterator[Any]:
+    try:
+        for part in parts:
+            yield from part if queryset is None else _relate(queryset, part)
+    finally:
+        parts.close()  # the cursor, now
+
+
+def mode_of(queryset: Any) -> Any:
+    """How a queryset fetches what was deferred, from Django 6.1 on."""
+    return getattr(queryset, "_fetch_mode", None)
+
+
+def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> tuple[Plan, list[Any], int] | None:
+    """The plan, parameters and offset of a queryset that is iterated by a class of Django's."""
+    mode = mode_of(queryset)
+    if mode is not None and mode.track_peers:
+        return None
+    asked = queryset.query
+    if asked.extra and iterable is not query.ModelIterable:
+        return None
+    found = plan_for(asked, wrapper, compile_of(queryset, iterable), iterable, queryset._fields)
+    if found is not None and not asked.alias_map:  # it has its table once it is compiled
+        asked.unref_alias(asked.get_initial_alias())
+    return found
+
+
+def _compiling(make: Callable[[Any], RowMaker]) -> Callable[[Any, Any], Compiled]:
+    def compile(query: Any, wrapper: Any) -> Compiled:
+        compiler = query.get_compiler(using=wrapper.alias)
+        sql, params = compiler.as_sql()
+        return sql, params, make(compiler)
+
+    return compile
+
+
+compile_instances = _compiling(rows.for_instances)
+compile_tuples = _compiling(rows.for_tuples)
+compile_first_values = _compiling(rows.for_first_values)
+
+
+def _compile_dicts(queryset: Any) -> Any:
+    query: Any = queryset.query
+    names = list(query.selected or [*query.values_select, *query.annotation_select])
+    return _compiling(lambda compiler: rows.for_dicts(compiler, names))
+
+
+def _compile_named_tuples(queryset: Any) -> Any:
+    asked: Any = queryset.query
+    names = queryset._fields or [*asked.values_select, *asked.annotation_select]
+    cls = create_namedtuple_class(*names)
+    return _compiling(lambda compiler: rows.for_named_tuples(compiler, cls))
+
+
+ITERABLES: dict[Any, Callable[[Any], Any]] = {
+    query.ModelIterable: lambda queryset: compile_instances,
+    query.ValuesIterable: _compile_dicts,
+    query.ValuesListIterable: lambda queryset: compile_tuples,
+    query.NamedValuesListIterable: _compile_named_tuples,
+    query.FlatValuesListIterable: lambda queryset: compile_first_values,
+}
+
+
+def compile_of(queryset: Any, iterable: Any) -> Callable[[Any, Any], Compiled]:
+    """What compiles the query of a queryset that is iterated by a class of Django's."""
+    return ITERABLES[iterable](queryset)  # type: ignore[no-any-return]
+
+
+# Before Django 6.1 a deferred foreign key is fetched for that.
+_FETCHES_TO_RELATE = django.VERSION < (6, 1)
+
+
+def _relate(queryset: Any, made: list[Any]) -> list[Any]:
+    """Put the instance that a related manager belongs to into what it found."""
+    for field, objects in queryset._known_related_objects.items():
+        names = [
+            field.attname if name == "self" else queryset.model._meta.get_field(name).attname
+            for name in field.from_fields
+        ]
+        for obj in made:
+            if not field.is_cached(obj) and (
+                _FETCHES_TO_RELATE or all(name in obj.__dict__ for name in names)
+            ):
+                values = tuple([getattr(obj, name) for name in names])
+                related = objects.get(values[0] if len(values) == 1 else values)
+                if related is not None:
+                    setattr(obj, field.name, related)
+    return made

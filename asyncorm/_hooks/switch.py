@@ -1,0 +1,20 @@
+"""Whether the code that runs now is served by plans: native code, while the cache is on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from greenlet import getcurrent
+
+from .. import sessions
+from ..bridge import Runner
+
+is_on = True  # follows the setting (planned.py)
+
+
+def native_wrapper(using: str) -> Any:
+    """The running operation's wrapper of an alias of ours; None outside native code."""
+    if is_on and type(runner := getcurrent()) is Runner:
+        session = sessions.session_for(using, runner)
+        return None if session is None else session.wrapper
+    return None
