@@ -7,14 +7,12 @@ psycopg_pool's, plus what it does not offer: a checkout and a return that need n
 reason of a failed connection told to those who wait, an immediate close.
 
 What psycopg and psycopg_pool do not document of what is used here is in internals.py, with the
-reasons; and of asyncio `Task._log_destroy_pending`, for the pool's tasks that a loop that is gone
-leaves behind.
+reasons.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import logging
 import operator
@@ -36,8 +34,7 @@ from psycopg._preparing import Prepare
 from psycopg.adapt import AdaptersMap, Transformer
 from psycopg.types import TypesRegistry
 from psycopg.types.string import TextLoader
-from psycopg_pool._acompat import AEvent
-from psycopg_pool.pool_async import AddConnection, ReturnConnection, StopWorker
+from psycopg_pool.pool_async import AddConnection, ReturnConnection
 
 from . import _events, patches
 from .bridge import Runner, deliver
@@ -46,6 +43,7 @@ from .roles import ASK, STANDBY_WANTED, Role, contradicts
 from .session_state import leaves_state
 from .turns import BUSY as _BUSY
 from .turns import turn
+from .upkeep import Cancelled
 
 T = TypeVar("T")
 
@@ -1345,21 +1343,6 @@ class PooledConnection(AsyncConnection[Any]):
         return True
 
 
-class _Cancelled(BaseException):
-    """A cancellation that psycopg_pool does not take for a failure to connect."""
-
-
-class _Event(AEvent):
-    """The scheduler's event, whose wait does not lose a cancellation as Python 3.11's does."""
-
-    async def wait_timeout(self, timeout: float) -> bool:
-        happened = await super().wait_timeout(timeout)
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise CancelledError
-        return happened
-
-
 class ConnectionPool(GrowingPool[PooledConnection]):
     """psycopg_pool's pool, with a checkout that costs no task switch when a connection is free.
 
@@ -1377,33 +1360,6 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         self._primary_until = 0.0
         super().__init__("", connection_class=PooledConnection, open=False, **kwargs)
 
-    async def start(self) -> None:
-        """Open the pool in an empty context, so that its workers inherit nobody's transaction."""
-        self._loop = get_running_loop()
-        await self._loop.create_task(self.open(), context=contextvars.Context())
-
-    @classmethod
-    async def worker(cls, q: Any) -> None:
-        """psycopg_pool's, but a cancellation ends it: the end of a loop waits for it.
-
-        psycopg_pool takes one that arrives while it works for a failure of the work.
-        """
-        task = asyncio.current_task()
-        assert task is not None
-        while not isinstance(work := await q.get(), StopWorker):
-            try:
-                await work.run()
-            except _Cancelled:
-                raise CancelledError from None
-            except (Exception, CancelledError) as exc:
-                logger.warning("%s failed: %s: %s", work, type(exc).__name__, exc)
-            if task.cancelling():
-                raise CancelledError
-
-    def _start_workers(self) -> None:
-        self._sched._event = _Event()
-        super()._start_workers()
-
     async def _connect(self, timeout: float | None = None) -> PooledConnection:
         self.live = {conn for conn in self.live if not conn.closed}
         try:
@@ -1411,7 +1367,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
             self._look_at_role(conn)
         except CancelledError as exc:
             traceback.clear_frames(exc.__traceback__)  # closes the half-open connection now
-            raise _Cancelled from None
+            raise Cancelled from None
         except Exception as exc:
             self.connect_error = exc
             if not self.live and not self.passes(exc):
@@ -1569,7 +1525,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
 
     async def shut(self, timeout: float = 5.0) -> None:
         """Close everything, connections in use too, even if the pool's tasks are cancelled."""
-        workers = [*self._workers, *([self._sched_runner] if self._sched_runner else ())]
+        workers = [*self._workers]
         with suppress(CancelledError, Exception):
             await self.close(timeout)
         for worker in workers:
@@ -1586,10 +1542,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
     def terminate(self) -> None:
         """Close every connection at once, without a loop."""
         self._closed = True
-        for worker in (*self._workers, *([self._sched_runner] if self._sched_runner else ())):
-            worker._log_destroy_pending = False  # nobody waits for it any more
-            if not self._loop.is_closed():
-                worker.cancel()
+        self.dismiss()
         for conn in self.live:
             conn._pool = None
             conn._closed = True

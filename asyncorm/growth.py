@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import random
 import re
-from asyncio import AbstractEventLoop, TimerHandle
+from asyncio import TimerHandle
 from contextvars import Context
 from time import monotonic
 from typing import Any, TypeVar
 
 from psycopg import AsyncConnection
-from psycopg_pool import AsyncConnectionPool
+
+from .upkeep import UpkeptPool
 
 C = TypeVar("C", bound=AsyncConnection[Any])
 
@@ -64,7 +65,7 @@ def is_away(exc: BaseException) -> bool:
     return _LASTING.search(text) is None and any(found)
 
 
-class GrowingPool(AsyncConnectionPool[C]):
+class GrowingPool(UpkeptPool[C]):
     """psycopg_pool's pool with another way of growing.
 
     Attributes:
@@ -72,7 +73,6 @@ class GrowingPool(AsyncConnectionPool[C]):
     """
 
     live: set[C]
-    _loop: AbstractEventLoop
 
     def __init__(self, *args: Any, several_hosts: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -113,6 +113,13 @@ class GrowingPool(AsyncConnectionPool[C]):
             logger.warning("error connecting in %r: %s", self.name, exc)
             await self._refused(exc, growing)
             return
+        except BaseException:  # cancelled: who still waits, or comes later, is served all the same
+            self._nconns -= 1
+            if growing:
+                self._growing = False
+            if self._waiting and not self._closed:
+                self._maybe_grow_pool()
+            raise
         self._had_one, self._away_since, self._pause = True, None, 0.0
         await self._add_to_pool(conn)
         async with self._lock:

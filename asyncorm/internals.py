@@ -132,17 +132,16 @@ PSYCOPG_POOL = (
     ),
     Names(
         "psycopg_pool.pool_async:AsyncConnectionPool",
-        "_start_workers _sched _sched_runner _workers worker run_task",
-        "its maintenance tasks, which end when they are cancelled and are waited for",
+        "_open _ensure_lock _start_workers _start_initial_tasks _signal_stop_worker _workers _tasks"
+        " run_task schedule_task",
+        "its maintenance, in tasks that live while there is some; replaced",
     ),
     Names("psycopg_pool.pool_async:WaitingClient", "set fail", "hand a connection to who waits"),
     Names(
         "psycopg_pool.pool_async",
-        "AddConnection ReturnConnection StopWorker",
+        "AddConnection ReturnConnection ShrinkPool",
         "the pool's maintenance tasks",
     ),
-    Names("psycopg_pool._acompat", "AEvent", "a scheduler that does not lose a cancellation"),
-    Names("psycopg_pool.sched_async:AsyncScheduler", "_event", "its event"),
 )
 
 _QUERYSET = "django.db.models.query"

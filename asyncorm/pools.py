@@ -456,11 +456,7 @@ class Pool:
                 raise ImproperlyConfigured(
                     f"DATABASES[{self.alias!r}]['OPTIONS']['pool'] is wrong: {exc}"
                 ) from exc
-            try:
-                await pool.start()
-            except BaseException:  # cancelled: its workers have begun
-                pool.terminate()
-                raise
+            pool.start()
             self._closer = self._close_with_loop()
             await self._closer.__anext__()
             self.connections = pool
