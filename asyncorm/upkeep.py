@@ -10,6 +10,7 @@ Of asyncio `Task._log_destroy_pending` is used, for tasks that a loop that is go
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from asyncio import AbstractEventLoop, CancelledError, Task, TimerHandle
 from contextvars import Context
@@ -103,6 +104,10 @@ class UpkeptPool(AsyncConnectionPool[C]):
             worker._log_destroy_pending = False  # type: ignore[attr-defined]  # nobody waits for it
             if alive:
                 worker.cancel()
+                continue
+            coro: Any = worker.get_coro()
+            if inspect.getcoroutinestate(coro) == inspect.CORO_CREATED:
+                coro.close()  # or Python would warn of one that was never awaited
         if self._shrinking is not None and alive:
             self._shrinking.cancel()
         self._shrinking = None
