@@ -1,8 +1,8 @@
 """What a loop that lives for one call costs: Django's own asynchronous methods beside asyncorm's.
 
 `python -m compat.bench.loops`: what `make bench-loops` runs. One `aget()` by `async_to_sync()`, as
-commands, Celery tasks and WSGI call it: with the connections that Django keeps in the thread, closed
-after each call (as after a request or a Celery task with CONN_MAX_AGE 0) and kept.
+commands, Celery tasks and WSGI call it: with Django's connections closed after each call (as after
+a request or a Celery task with CONN_MAX_AGE 0) and kept.
 """
 
 from __future__ import annotations
