@@ -19,6 +19,7 @@ from asyncio import CancelledError, get_running_loop
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -126,11 +127,15 @@ class Wrappers(list[Any]):
             self.pop()
 
     def __reversed__(self) -> Iterator[Any]:
-        """As Django calls them; in native code on a connection that a thread has lent, those of the
-        thread are called there."""
+        """As Django calls them. In a thread those of native code around it come last; in native
+        code on a connection that a thread has lent, those of the thread are called there."""
         wrappers = super().__reversed__()
         if not bridge.in_native_code():
-            return wrappers
+            if not (entered := _entered.get()):
+                return wrappers
+            return chain(
+                wrappers, (each for alias, each in reversed(entered) if alias == self.alias)
+            )
         here = threading.get_ident()
         return (
             in_its_thread(wrapper) if self._threads.get(id(wrapper), here) != here else wrapper

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from asgiref.sync import iscoroutinefunction
+from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.db import DatabaseError, connection, connections, transaction
 from django.http import HttpResponse, StreamingHttpResponse
 from django.template import engines
@@ -281,9 +281,14 @@ async def streams_asynchronously(request: Any) -> StreamingHttpResponse:
     return StreamingHttpResponse(content())
 
 
+async def hops(request: Any) -> HttpResponse:
+    await sync_to_async(Item.objects.create)(remote_id=1)
+    return HttpResponse(f"{await Item.objects.acount()}")
+
+
 SYNCHRONOUS = [writes, fails, saves, fails_after, breaks, streams, renders, wraps]
 ASYNCHRONOUS = [awaits, awaits_and_fails, gathers, streams_asynchronously]
-urlpatterns = [path(f"{view.__name__}/", view) for view in (*SYNCHRONOUS, *ASYNCHRONOUS)]
+urlpatterns = [path(f"{view.__name__}/", view) for view in (*SYNCHRONOUS, *ASYNCHRONOUS, hops)]
 urlpatterns += [
     path(f"native/{view.__name__}/", native_view(lambda request, view=view: view(request)))
     for view in SYNCHRONOUS
@@ -359,6 +364,18 @@ async def test_as_under_djangos_synchronous_handler(
                     differences.append(f"{name} {where}, {each}:\n  {wanted}\n  {got}")
     await all_given_back()
     assert not differences, "\n".join([str(len(differences)), *differences])
+
+
+@pytest.mark.parametrize("middleware", [Wrapper, Refuses], ids=lambda each: each.__name__)
+async def test_execute_wrappers_of_native_middleware_see_the_views_own_threads(
+    settings: Any, middleware: Any
+) -> None:
+    name = f"{__name__}.{middleware.__name__}"
+    settings.MIDDLEWARE = [name]
+    settings.ASYNCORM = {"SWAP_MANAGERS": True, "NATIVE_MIDDLEWARE": [name]}
+    wanted = await expected("/hops/")
+    assert await found(get_asgi_application(), "/hops/") == wanted
+    await all_given_back()
 
 
 @pytest.mark.parametrize("middleware", [Wrapper, Refuses], ids=lambda each: each.__name__)

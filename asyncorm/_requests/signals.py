@@ -2,7 +2,8 @@
 
 Django's own receivers run on the loop. If there are synchronous ones of other people, or if
 anything of the request ran in its thread, all run in that thread, in their order, as on Django's
-handler: only there `close_old_connections()` sees what was opened there.
+handler: only there `close_old_connections()` sees what was opened there. Where the request is made
+inside a transaction block, those of other people take part in it.
 
 The `send` of two signals is replaced by an attribute of the instance.
 """
@@ -31,7 +32,11 @@ async def send(signal: Signal, sender: Any, **named: Any) -> None:
     """Send a request's signal from a coroutine of the request."""
     receivers, asynchronous = signal._live_receivers(sender)
     named = {"signal": signal, "sender": sender, **named}
-    if has_thread() or not all(map(_is_djangos, receivers)):
+    others = [receiver for receiver in receivers if not _is_djangos(receiver)]
+    if others and sessions.in_block():  # a thread could not take part in it
+        await bridge.run(_call_all, others, named)
+        receivers, others = [each for each in receivers if each not in others], []
+    if others or has_thread():
         await sync_to_async(_call_all)(receivers, named)
     else:
         for receiver in receivers:

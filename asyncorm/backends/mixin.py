@@ -250,9 +250,10 @@ class NativeBackendMixin:
         """Django's, but a request does not end the test that it belongs to.
 
         Django's test clients disconnect close_old_connections(), which gathered requests of
-        AsyncClient undo for each other; and threads of a test have its connection here.
+        AsyncClient undo for each other; and threads of a test have its connection here. Nor does
+        it end the transaction block of the coroutine that makes it.
         """
-        if self.session is None:
+        if self.session is None and sessions.block_of_coroutine(self.alias) is None:  # type: ignore[attr-defined]
             super().close_if_unusable_or_obsolete()  # type: ignore[misc]
 
     def ensure_timezone(self) -> bool:
@@ -509,8 +510,9 @@ class NativeWrapper:
         super(NativeBackendMixin, self).ensure_connection()  # type: ignore[misc]
 
     def close_if_unusable_or_obsolete(self) -> None:
-        """Django's, as ensure_connection()."""
-        super(NativeBackendMixin, self).close_if_unusable_or_obsolete()  # type: ignore[misc]
+        """Django's, as ensure_connection(), outside transaction blocks."""
+        if self.session is None or self.session.root is None:
+            super(NativeBackendMixin, self).close_if_unusable_or_obsolete()  # type: ignore[misc]
 
     def connect(self) -> None:
         """Check out a connection; Django configures it and sends its signal if it is new."""
