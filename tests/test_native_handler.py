@@ -22,6 +22,7 @@ from django.template import engines
 from django.template.response import TemplateResponse
 from django.test import AsyncClient
 from django.urls import clear_url_caches, path
+from django.utils.decorators import async_only_middleware
 from django.utils.functional import SimpleLazyObject
 from django.views.generic import ListView
 
@@ -527,6 +528,46 @@ def slowly(get_response: Any) -> Any:
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_sleep(0.3)")
         return get_response(request)
+
+    return middleware
+
+
+@pytest.mark.parametrize("url", ["/empty/", "/natively/"])
+async def test_a_cancellation_that_comes_too_late_for_one_step_does_not_hit_the_next(
+    settings: Any, url: str
+) -> None:
+    """A view that awaits nothing after the client went away, and what native code does after it."""
+    names = [f"{__name__}.{name}" for name in ("recounts", "passes", "slowly")]
+    settings.MIDDLEWARE = [*DEFAULT, *(names if url == "/empty/" else [names[0], *names[:0:-1]])]
+    settings.ASYNCORM = {"SWAP_MANAGERS": True, "NATIVE_MIDDLEWARE": "__all__"}
+    finished: list[Any] = []
+    with receivers((request_finished, receiver := lambda **kwargs: finished.append(kwargs))):
+        gone = asyncio.Event()
+        task = asyncio.create_task(ask(get_asgi_application(), url, gone=gone))
+        await eventually(lambda: seen)
+        gone.set()
+        await asyncio.wait([task], timeout=5)
+    assert receiver
+    assert task.done() and not task.cancelled() and task.exception() is None
+    assert seen[-1] == "counted" and len(finished) == 1
+    await all_given_back()
+
+
+def recounts(get_response: Any) -> Any:
+    def middleware(request: Any) -> Any:
+        try:
+            return get_response(request)
+        finally:
+            Item.objects.count()
+            seen.append("counted")
+
+    return middleware
+
+
+@async_only_middleware
+def passes(get_response: Any) -> Any:
+    async def middleware(request: Any) -> Any:
+        return await get_response(request)
 
     return middleware
 

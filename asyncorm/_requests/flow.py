@@ -10,7 +10,7 @@ stop between two statements.
 from __future__ import annotations
 
 import sys
-from asyncio import Task, current_task
+from asyncio import CancelledError, Task, current_task, sleep
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any, cast
@@ -90,7 +90,12 @@ async def _awaited(
     try:
         return await call(*args, **kwargs)
     finally:
-        running.enter(before)
+        ending = isinstance(sys.exception(), CancelledError | GeneratorExit)
+        try:
+            if running.gone and cancelled is not None and not ending:
+                await sleep(0)  # a cancellation that is still to come is not for the next step
+        finally:
+            running.enter(before)
 
 
 async def natively(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

@@ -33,7 +33,7 @@ async def send(signal: Signal, sender: Any, **named: Any) -> None:
     receivers, asynchronous = signal._live_receivers(sender)
     named = {"signal": signal, "sender": sender, **named}
     others = [receiver for receiver in receivers if not _is_djangos(receiver)]
-    if others and sessions.in_block():  # a thread could not take part in it
+    if others and scopes.in_block():  # a thread could not take part in it
         await bridge.run(_call_all, others, named)
         receivers, others = [each for each in receivers if each not in others], []
     if others or has_thread():

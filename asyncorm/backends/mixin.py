@@ -253,7 +253,7 @@ class NativeBackendMixin:
         AsyncClient undo for each other; and threads of a test have its connection here. Nor does
         it end the transaction block of the coroutine that makes it.
         """
-        if self.session is None and sessions.block_of_coroutine(self.alias) is None:  # type: ignore[attr-defined]
+        if self.session is None and scopes.block_of_coroutine(self.alias) is None:  # type: ignore[attr-defined]
             super().close_if_unusable_or_obsolete()  # type: ignore[misc]
 
     def ensure_timezone(self) -> bool:
