@@ -23,6 +23,7 @@ from psycopg import pq
 
 from . import bridge, pinning, sessions
 from ._sessions.session import Session
+from .advice import see
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, Unanswered, told
 from .multiplexing import is_read, is_single, only_reads
@@ -55,7 +56,7 @@ class Errors(DatabaseErrorWrapper):
             raise CommitUnknown(
                 "The connection was lost before the server had answered this statement: what it "
                 "writes may or may not have been done. Look whether it is there before it is "
-                f"repeated. {exc.__cause__ or exc}"
+                f"repeated. {exc.__cause__ or exc}" + see("transactions#a-lost-connection")
             ).with_traceback(traceback) from exc
         if exc_type is not None:
             super().__exit__(exc_type, exc, traceback)

@@ -19,6 +19,7 @@ from django.db import DEFAULT_DB_ALIAS
 from psycopg_pool import PoolClosed, PoolTimeout
 
 from . import bridge, conf
+from .advice import see
 from .driver import (
     Connection,
     ConnectionPool,
@@ -293,6 +294,7 @@ class Pool:
                 f"Cannot connect to database {self.alias!r} ({self.description}): "
                 f"{str(exc).strip()}\n"
                 f"Check that the server runs and that DATABASES[{self.alias!r}] is right."
+                + see("deployment#when-things-fail")
             ) from exc
 
     @property
@@ -324,7 +326,7 @@ class Pool:
             raise PoolRefusal(
                 f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
                 f"connections are in use and {self.waiting} tasks wait already, as many as "
-                "OPTIONS['pool']['max_waiting'] allows."
+                "OPTIONS['pool']['max_waiting'] allows." + see("deployment#pools")
             )
         tasks = current_and_represented()
         self.asking.update(tasks)
@@ -340,7 +342,7 @@ class Pool:
             f"Deadlock on the native pool of database {self.alias!r}: each of its {self.size} "
             f"connections is held by a task that waits for another one: "
             f"{holders(self._sessions())}. Raise OPTIONS['pool']['max_size'], or do not use a "
-            "second connection while holding one."
+            "second connection while holding one." + see("debugging#it-hangs")
         )
 
     @contextmanager
@@ -380,6 +382,7 @@ class Pool:
                     f"Cannot connect to database {self.alias!r} ({self.description}): no answer "
                     f"within {seconds:g} s. Check that the "
                     f"server can be reached; OPTIONS['connect_timeout'] makes it fail sooner."
+                    + see("deployment#when-things-fail")
                 )
             return psycopg.OperationalError(
                 f"Cannot connect to database {self.alias!r} ({self.description}) for {seconds:g} "
@@ -387,7 +390,7 @@ class Pool:
             )
         advice = (
             f"Raise OPTIONS['pool']['max_size'] in DATABASES[{self.alias!r}], or hold connections "
-            "for less time."
+            "for less time." + see("deployment#pools")
         )
         size = self.size
         if is_full(reason):

@@ -16,6 +16,7 @@ from psycopg.errors import DeadlockDetected, SerializationFailure
 
 from . import fate
 from ._sessions import scopes
+from .advice import see
 from .fate import CommitUnknown
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
@@ -70,7 +71,7 @@ def retrying(
                     f"{func.__qualname__}() is retrying and was called inside the transaction "
                     f"block that began at {scope.block.origin}: only that whole block can be run "
                     "again. Put asyncorm.retrying around it, or call this under "
-                    "asyncorm.detached()."
+                    "asyncorm.detached()." + see("transactions#isolation-time-limits-retries")
                 )
             around = sys.exc_info()[1]  # whoever calls may be handling one already
             with fate.settling(limit):

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,7 @@ from django.db.transaction import Atomic
 from django.dispatch import dispatcher
 
 from . import (
+    advice,
     bridge,
     callers,
     internals,
@@ -109,7 +111,20 @@ def _get_running_loop() -> Any:
         if _FOREIGN in runner.resources:
             _refuse_foreign(sys._getframe(1).f_locals.get("args", ()))
         raise RuntimeError("Native code may call the synchronous ORM.")
-    return asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
+    _advise(sys._getframe(1))
+    return loop
+
+
+def _advise(frame: Any) -> None:
+    """Raise what async_unsafe's wrapper is about to raise, with advice, for a wrapper of ours."""
+    args = frame.f_locals.get("args")
+    if (
+        args
+        and getattr(args[0], "native_class", None) is not None
+        and not os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE")
+    ):
+        raise SynchronousOnlyOperation(advice.synchronous_only(frame))
 
 
 def _refuse_foreign(args: Any) -> None:

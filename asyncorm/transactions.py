@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 import warnings
 from asyncio import CancelledError, Future, ensure_future, sleep
 from collections.abc import Awaitable, Callable, Iterator
@@ -20,7 +21,7 @@ from django.db.transaction import Atomic as DjangoAtomic
 from django.db.transaction import TransactionManagementError, get_connection
 from psycopg import Error, IsolationLevel
 
-from . import _events, bridge, callers, fate, sessions, testcase
+from . import _events, advice, bridge, callers, fate, sessions, testcase
 from ._sessions import callsite, engines, leaving, scopes
 from ._sessions.blocks import Block
 from ._sessions.scopes import Scope
@@ -80,8 +81,9 @@ def _enter_plainly(atomic: DjangoAtomic, beside_native: bool) -> None:
         # Django would ask the connection, which tells it nothing here: its wrapper would stay in
         # the block.
         raise SynchronousOnlyOperation(
-            "You cannot call this from an async context - use a thread or sync_to_async. In a "
-            "coroutine a transaction is 'async with asyncorm.atomic()'."
+            advice.synchronous_only(
+                sys._getframe(1), "In a coroutine a transaction is 'async with asyncorm.atomic()'."
+            )
         )
     wrapper = get_connection(alias)
     shared = beside_native and not _of_test_case(atomic) and callers.are_sharing(wrapper)

@@ -15,6 +15,8 @@ from typing import Any
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
+from .advice import see
+
 active = False  # follows the setting (planned.py)
 different = 0  # statements; the errors may be caught by somebody
 shapes: set[int] = set()  # hashes of the keys that were verified
@@ -47,7 +49,8 @@ def holds(key: Any, sent: Compiled, families: Any, compile: Callable[[], Compile
     raise StatementCacheError(
         f"The statement cache gave another statement than Django's compiler ({found}). Please "
         "report this to asyncorm; ASYNCORM = {'STATEMENT_CACHE': False} avoids it.\n"
-        f"Django's: {_shown(expected)}\nthe cache's: {_shown(sent)}"
+        f"Django's: {_shown(expected)}\nthe cache's: {_shown(sent)}\n"
+        + see("speed#the-statement-cache")
     )
 
 

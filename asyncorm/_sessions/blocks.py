@@ -14,6 +14,7 @@ import anyio
 from django.db.transaction import TransactionManagementError
 
 from .. import _events, bridge, conf, pools
+from ..advice import see
 from ..bridge import Runner
 from ..driver import CANCEL_TIMEOUT, Connection, finish
 from ..multiplexing import Queue, is_single
@@ -150,7 +151,7 @@ class Block:
         """For a statement after an error."""
         error = TransactionManagementError(
             "An error occurred in the current transaction. You can't execute queries until the "
-            "end of the 'atomic' block."
+            "end of the 'atomic' block." + see("transactions#tasks-inside-a-block")
         )
         error.__cause__ = self.rollback_exc
         return error
@@ -162,7 +163,7 @@ class Block:
         return TransactionManagementError(
             f"A task that was started inside {self} still uses database {self.session.alias!r}, "
             "but that has ended. Await the task inside the block, or start it with "
-            "asyncorm.detached()."
+            "asyncorm.detached()." + see("transactions#tasks-inside-a-block")
         )
 
     def left_error(self) -> TransactionManagementError:
@@ -171,6 +172,7 @@ class Block:
             f"{self} is held by an asynchronous generator that is suspended: the loop over it was "
             "left before its end. What is done here would be rolled back with it. Close the "
             "generator first: await generator.aclose(), or contextlib.aclosing()."
+            + see("transactions#in-asynchronous-generators")
         )
 
     def acquire(self) -> None:
@@ -260,7 +262,7 @@ class Block:
             f"Waited {timeout:g} s for the transaction block that began at {self.origin}: "
             f"{holder} holds it and does nothing. Probably that "
             "block waits for this task, which waits for the block. ASYNCORM['LOCK_TIMEOUT'] sets "
-            "the time."
+            "the time." + see("debugging#it-hangs")
         )
 
 

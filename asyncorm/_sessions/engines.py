@@ -13,6 +13,7 @@ from django.db.utils import load_backend
 from django.utils.connection import ConnectionDoesNotExist
 
 from .. import bridge, pools
+from ..advice import see
 
 
 @functools.cache
@@ -35,6 +36,7 @@ def refuse_foreign(alias: str) -> NotSupportedError:
         f"Database {alias!r} has ENGINE {engine!r}, which cannot run natively. Use ENGINE "
         "'asyncorm.backends.postgresql' for a PostgreSQL "
         "database; for others use Django's own a* methods or sync_to_async."
+        + see("deployment#other-backends")
     )
 
 

@@ -21,6 +21,7 @@ from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
 
 from .. import bridge, generators
+from ..advice import see
 from ..bridge import Runner
 from ..generators import Place
 from ..tasks import represented
@@ -337,6 +338,7 @@ def refuse_beside_block(alias: str) -> None:
                 f"inside {scope.block}: it would not be part of the transaction. Use 'await "
                 "asyncorm.native(function)(...)' instead of "
                 "sync_to_async, or asyncorm.detached() to work outside the block."
+                + see("native-code#what-it-is-not-for")
             )
 
 
