@@ -77,23 +77,19 @@ def _about(method: str, me: Any, variables: dict[str, Any]) -> str:
 
 
 def _of_attribute(descriptor: Any, instance: Model) -> str:
-    cls = type(instance).__name__
+    field = getattr(descriptor, "field", descriptor)  # before Django 6.1 a generic key is both
     if (related := getattr(descriptor, "related", None)) is not None:
-        name = related.get_accessor_name()
-    elif (field := getattr(descriptor, "field", None)) is not None:
-        name = field.name
-        if name in instance.get_deferred_fields() or not field.is_relation:
-            return (
-                f"{cls}.{name} was deferred and is read from the database now: load it with the "
-                f"others, or by 'await instance.arefresh_from_db(fields=[{name!r}])'."
-            )
+        name, load = related.get_accessor_name(), "select_related"
     else:
-        name = getattr(descriptor, "name", "")
+        name, load = field.name, "select_related"
+        if not field.is_relation or name in instance.get_deferred_fields():
+            load = ""
+        elif getattr(field, "remote_field", None) is None:  # a generic key
+            load = "prefetch_related"
+    cls = type(instance).__name__
+    if not load:
         return (
-            f"{cls}.{name} is read from the database now: load it beforehand by "
-            f"prefetch_related({name!r})."
+            f"{cls}.{name} was deferred and is read from the database now: load it with the "
+            f"others, or by 'await instance.arefresh_from_db(fields=[{name!r}])'."
         )
-    return (
-        f"{cls}.{name} is read from the database now: load it together with the {cls} by "
-        f"select_related({name!r})."
-    )
+    return f"{cls}.{name} is read from the database now: load it beforehand by {load}({name!r})."

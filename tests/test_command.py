@@ -11,9 +11,12 @@ from typing import Any
 import psycopg
 import pytest
 from django.core.management import CommandError, call_command
+from django.db import connection
 from django.db.backends.utils import CursorWrapper
 
 from asyncorm import internals, patches
+from asyncorm._commands.bench import _largest
+from tests.project.shop.models import Tag
 
 ROOT = Path(__file__).parent.parent
 
@@ -354,3 +357,45 @@ def test_hops_tells_of_djangos_handler(tmp_path: Path, settings: Any) -> None:
     assert "asyncorm.asgi" in shown("hops", str(tmp_path)).splitlines()[-1]
     settings.ASGI_APPLICATION = "tests.test_command.native_application"
     assert shown("hops", str(tmp_path)).splitlines()[-1] == "1 hops in 1 of 1 files."
+
+
+# bench
+
+
+@pytest.mark.django_db(transaction=True)
+def test_bench_reads_and_compares() -> None:
+    for number in range(3):
+        Tag.objects.create(name=f"tag {number}")
+    before = list(Tag.objects.values())
+    title, heads, *lines = shown("bench", "shop.Tag", "--seconds", "0").splitlines()
+    assert title.startswith("shop.Tag in database 'default'; milliseconds")
+    assert heads.split() == ["Django", "native"]
+    assert [line[:32].strip() for line in lines] == [
+        "a get by pk", "a list of 3", "100 gets gathered"
+    ]  # fmt: skip
+    for line in lines:
+        djangos, native, times = line[32:].split()
+        assert float(djangos) > 0 and float(native) > 0 and times.endswith("x")
+    assert list(Tag.objects.values()) == before
+
+
+@pytest.mark.django_db(transaction=True)
+def test_bench_says_what_it_cannot_measure() -> None:
+    with pytest.raises(CommandError, match=r"shop\.Tag has no rows in database 'default'"):
+        shown("bench", "shop.Tag")
+    with pytest.raises(CommandError, match=r"no model 'shop\.Nothing'"):
+        shown("bench", "shop.Nothing")
+    with pytest.raises(CommandError, match="'legacy' does not run natively"):
+        shown("bench", "--database", "legacy")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_bench_takes_the_model_with_the_most_rows() -> None:
+    Tag.objects.bulk_create(Tag(name=f"tag {number}") for number in range(500))
+    connection.close()  # its statistics are the server's now
+    for _ in range(100):
+        with connection.cursor() as cursor:
+            cursor.execute("ANALYZE shop_tag")
+        if _largest("default") is Tag:
+            break
+    assert shown("bench", "--seconds", "0").startswith("shop.Tag in database")

@@ -9,4 +9,5 @@ SUBCOMMANDS = {
     "what of Django is replaced",
     "hops": "what hops to a thread in the project's code, and what to write instead",
     "sizing": "connections that the settings open in all, against what the servers allow",
+    "bench": "a get, a list and a hundred gets at once, Django's against native ones; reads only",
 }
