@@ -37,6 +37,8 @@ DEFAULTS: dict[str, Any] = {
     # bulk_create() reserves keys, since rows may come back in another order (Citus). None: where
     # the server is not plain PostgreSQL, which is asked once.
     "DISTRIBUTED": None,
+    # Where asyncorm.replicas keeps what a client has written: a signed "cookie", or the "session".
+    "REPLICA_POSITION": "cookie",
     # Requests (asyncorm.asgi.get_asgi_application()): other people's middleware that runs on the
     # loop, by dotted name, or "__all__"; the same of synchronous views, by name or prefix, or True.
     "NATIVE_MIDDLEWARE": [],
@@ -116,6 +118,8 @@ def problems() -> list[str]:
     for key in ("NATIVE_HANDLER", "DISTRIBUTED"):
         if value.get(key) not in (None, True, False):
             found.append(f'ASYNCORM["{key}"] must be True, False or None.')
+    if value.get("REPLICA_POSITION", "cookie") not in ("cookie", "session"):
+        found.append('ASYNCORM["REPLICA_POSITION"] must be "cookie" or "session".')
     seconds = value.get("SLOW_STEP")
     if seconds not in (None, False) and (
         isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0

@@ -26,7 +26,7 @@ from .thread_locals import thread_local_of
 
 ALL = "__all__"
 _METHODS = ("process_view", "process_template_response", "process_exception")
-_ATOMIC_REQUESTS = "asyncorm.asgi.AtomicRequestsMiddleware"
+_OURS = ("asyncorm.asgi.AtomicRequestsMiddleware", "asyncorm.replicas.ReplicaMiddleware")
 _import_lock = threading.Lock()
 
 
@@ -53,7 +53,7 @@ def is_own(path: str) -> bool:
 def is_named(path: str) -> bool:
     """Whether the project says that an entry of MIDDLEWARE runs natively."""
     names = conf.get("NATIVE_MIDDLEWARE")
-    if path == _ATOMIC_REQUESTS:
+    if path in _OURS:
         return True
     middleware = _raw(path)
     if names == ALL:

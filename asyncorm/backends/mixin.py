@@ -31,7 +31,8 @@ import asyncio
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,7 @@ from django.db.utils import (
 from psycopg.errors import ReadOnlySqlTransaction
 from psycopg.pq import ConnStatus, TransactionStatus
 
-from .. import bridge, checks, fate, observers, pools, sessions, transactions
+from .. import bridge, checks, fate, observers, pools, sessions, transactions, written
 from .._sessions import engines, scopes
 from .._sessions.blocks import Block
 from .._sessions.session import UNKNOWN, Session
@@ -197,6 +198,7 @@ class NativeBackendMixin:
         if not isinstance(conn, Connection):
             if not hasattr(conn, "began_with"):  # Django's pool gives it out as it came back
                 conn.touched, conn.began_with = False, reported(conn.pgconn)
+                conn.alias = self.alias  # type: ignore[attr-defined]
                 conn.cursor_factory = _noticing(conn.cursor_factory)
             if self.session is not None:
                 self.session.bind()
@@ -229,6 +231,14 @@ class NativeBackendMixin:
             return
         self.hooks_due = False
         super().run_and_clear_commit_hooks()  # type: ignore[misc]
+
+    def _commit(self) -> None:
+        """Django's; who wants to know of writes is told."""
+        try:
+            super()._commit()  # type: ignore[misc]
+        finally:
+            if written.listeners:
+                written.tell(self.alias)  # type: ignore[attr-defined]
 
     def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
         """Django's; what a callback of native code returns is awaited in a test, too.
@@ -291,11 +301,28 @@ class _Noticing:
 
     def execute(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
         self._notice(query)
-        return super().execute(query, *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().execute(query, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if written.listeners:
+                written.tell(self._conn.alias, text_of(query))
 
     def executemany(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
         self._notice(query)
-        return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if written.listeners:
+                written.tell(self._conn.alias, text_of(query))
+
+    @contextmanager
+    def copy(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        try:
+            with super().copy(statement, *args, **kwargs) as copy:  # type: ignore[misc]
+                yield copy
+        finally:
+            if written.listeners:
+                written.tell(self._conn.alias, text_of(statement))
 
     def _notice(self: Any, query: Any) -> None:
         conn = self._conn
@@ -616,8 +643,12 @@ class NativeWrapper:
             if settles is None:
                 super()._commit()  # type: ignore[misc]
             else:
-                with debug_transaction(self, "COMMIT"), self.wrap_database_errors:
-                    settles.commit(conn)
+                try:
+                    with debug_transaction(self, "COMMIT"), self.wrap_database_errors:
+                        settles.commit(conn)
+                finally:
+                    if written.listeners:
+                        written.tell(self.alias)
         except OperationalError as exc:
             if conn.pgconn.status == ConnStatus.OK:
                 raise

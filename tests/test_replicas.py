@@ -1,0 +1,184 @@
+"""Reads on standbys that lag, stand still or are down: nobody misses what he has written."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+
+import asyncorm
+from asyncorm.replicas import ReplicaRouter
+from tests.project.myapp.models import Item
+from tests.standbys import (
+    REPLICAS,
+    Servers,
+    ids,
+    position_now,
+    reached,
+    read_by,
+    request,
+    routed,
+    trio,
+)
+from tests.support import eventually
+from tests.test_standby import ask
+
+
+@pytest.fixture(scope="module")
+def servers(django_db_setup: Any) -> Iterator[Servers]:
+    with trio() as servers:
+        yield servers
+
+
+@pytest.fixture
+def aliases(servers: Servers, django_db_blocker: Any) -> Iterator[Servers]:
+    with django_db_blocker.unblock(), reached(servers):
+        yield servers
+
+
+@pytest.fixture
+def router(aliases: Servers, settings: Any) -> Iterator[ReplicaRouter]:
+    with routed(settings) as router:
+        yield router
+
+
+async def add(**values: Any) -> Item:
+    return await Item.objects.native_create(remote_id=next(ids), **values)
+
+
+async def seen(item: Item) -> bool:
+    return await Item.objects.filter(remote_id=item.remote_id).native_exists()
+
+
+async def test_reads_go_to_the_replicas(router: ReplicaRouter) -> None:
+    assert Item.objects.all().db == "primary", "nobody knows yet how far they are"
+    await read_by(router, *REPLICAS)
+    used: Counter[str] = Counter()
+    for _ in range(60):
+        with request():
+            used[Item.objects.all().db] += 1
+    assert used.keys() == set(REPLICAS), used
+    assert Item.objects.using("primary").db == "primary"
+    async with asyncorm.atomic("primary"):
+        assert Item.objects.all().db == "primary"
+    with request():
+        assert len({Item.objects.all().db for _ in range(30)}) == 1, "one request reads on one"
+
+
+@pytest.mark.parametrize("delay", [0, 300, 5000])
+async def test_own_writes_are_seen(router: ReplicaRouter, servers: Servers, delay: int) -> None:
+    await read_by(router, *REPLICAS)
+    servers.delay(delay)
+    for number in range(3 if delay > 1000 else 12):
+        with request() as need:
+            item = await add(name="x")
+            assert await seen(item), "same statement after"
+            await asyncio.sleep(number / 20)  # the watcher asks meanwhile
+            assert await seen(item)
+            children = await asyncio.gather(*(add(name="y") for _ in range(4)))
+            assert all(await asyncio.gather(*map(seen, children))), "siblings"
+            assert all([await seen(child) for child in children]), "what gathered children wrote"
+            async with asyncorm.atomic("primary"):
+                inside = await add()
+                assert await seen(inside)
+            assert await seen(inside), "after the block"
+            raw = next(ids)
+            async with asyncorm.cursor("primary") as cursor:
+                await cursor.execute("SELECT add(%s)", [raw])
+            assert await Item.objects.filter(remote_id=raw).native_exists(), "a function"
+            assert need.wrote
+        with request(primary=await position_now()):
+            assert await seen(item)
+            assert await seen(inside)
+
+
+async def test_a_context_goes_back_to_the_replicas(router: ReplicaRouter) -> None:
+    await read_by(router, *REPLICAS)
+    with request():
+        await add()
+        assert Item.objects.all().db == "primary"
+        await eventually(lambda: Item.objects.all().db != "primary")
+        with request():
+            assert Item.objects.all().db != "primary", "another request has written nothing"
+
+
+async def test_a_standby_that_stands_still_is_left(
+    aliases: Servers, settings: Any, servers: Servers
+) -> None:
+    with routed(settings, max_lag=2.0) as router:
+        await read_by(router, *REPLICAS)
+        await asyncio.sleep(3)
+        await read_by(router, *REPLICAS, seconds=1)  # nobody writes: nothing lags
+        async with asyncio.TaskGroup() as group:
+            writing = group.create_task(write_on())
+            ask(servers.standbys[0], "SELECT pg_wal_replay_pause()")
+            paused = time.monotonic()
+            try:
+                with request():
+                    await read_by(router, "r2")
+                assert 0.5 < time.monotonic() - paused < 2.0 + 1.0
+                assert router.watcher.replicas["r1"].problem is None
+            finally:
+                ask(servers.standbys[0], "SELECT pg_wal_replay_resume()")
+            await read_by(router, *REPLICAS)
+            writing.cancel()
+
+
+async def write_on() -> None:
+    with request():
+        while True:
+            await add()
+            await asyncio.sleep(0.02)
+
+
+async def test_both_down(router: ReplicaRouter, servers: Servers) -> None:
+    await read_by(router, *REPLICAS)
+    for standby in servers.standbys:
+        await asyncio.to_thread(standby.stop, "immediate")
+    try:
+        await read_by(router)
+        for _ in range(20):
+            with request():
+                assert await Item.objects.native_count() == 0
+    finally:
+        for standby in servers.standbys:
+            await asyncio.to_thread(standby.start)
+    await read_by(router, *REPLICAS)
+
+
+async def test_deciding_is_cheap(router: ReplicaRouter) -> None:
+    await read_by(router, *REPLICAS)
+
+    def decide() -> float:
+        began = time.perf_counter()
+        for _ in range(2000):
+            router.db_for_read(Item)
+        return (time.perf_counter() - began) / 2000
+
+    with request():
+        assert min(decide() for _ in range(20)) < 20e-6  # 5 us are meant, by an idle machine
+
+
+async def test_relations_stay(router: ReplicaRouter) -> None:
+    item = await add()
+    assert item._state.db == "primary"
+    await read_by(router, *REPLICAS)
+    assert router.db_for_read(Item, instance=item) == "primary"
+    item._state.db = "r1"
+    await eventually(lambda: router.db_for_read(Item, instance=item) == "r1")
+    assert router.db_for_write(Item, instance=item) == "primary"
+    item._state.db = "elsewhere"
+    assert router.db_for_read(Item, instance=item) is None
+    assert router.db_for_write(Item, instance=item) is None
+    assert router.allow_relation(item, Item()) is None
+    assert router.allow_migrate("r1", "myapp") is False
+    assert router.allow_migrate("elsewhere", "myapp") is None
+
+
+@pytest.mark.parametrize("wrong", [{"max_lag": 0}, {"replicas": ["default"]}])
+def test_wrong_arguments(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ImproperlyConfigured):
+        ReplicaRouter(**{"replicas": ["r1"], **wrong})
