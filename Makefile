@@ -13,7 +13,7 @@ BENCH ?= .venv-bench
 DEMO := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest test-next soak chaos lint format bench bench-distance bench-loops bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-matrix docs pictures build clean FORCE
+.PHONY: help install demo test test-lowest test-next soak soak-requests chaos lint format bench bench-distance bench-loops bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-matrix docs pictures build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ soak: $(VENV)/.installed  ## 10,000 random programs against the model, 20,000 ra
 	ASYNCORM_MODEL_PROFILE=soak ASYNCORM_MODEL_SEED=$(or $(SEED),$(shell date +%s)) \
 		$(VENV)/bin/python -m pytest -s -o faulthandler_timeout=0 tests/test_model.py \
 		tests/test_random_queries.py $(PYTEST_ARGS)
+
+soak-requests: $(VENV)/.installed  ## 10,000 requests that start no thread, 10,000 cancelled at random
+	$(VENV)/bin/python -m tests.storms $(or $(COUNT),10000) $(or $(SEED),$(shell date +%s))
 
 chaos: $(VENV)/.installed  ## have a bank survive faults for minutes, write docs/reliability.md
 	$(VENV)/bin/python -m tests.chaos $(ARGS)
