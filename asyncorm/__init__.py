@@ -7,6 +7,7 @@ from . import internals as _internals
 _internals.require()  # before any of it is imported by name, or replaced
 
 from . import bridge as _bridge
+from ._transactions.on_commit import on_commit, set_rollback
 from .batch import batch
 from .bridge import await_, native
 from .compiling import compiled
@@ -20,7 +21,7 @@ from .pools import close_pools, pool_stats
 from .retry import retrying
 from .statements import statement_cache_stats
 from .timeline import timeline
-from .transactions import atomic, on_commit, set_rollback
+from .transactions import atomic
 
 __version__ = "0.1.0"
 

@@ -16,12 +16,14 @@ from typing import Any, TypeVar, cast
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.db import OperationalError, connections
 
-from . import bridge, limits, patches, pools, transactions
+from . import bridge, limits, patches, pools
 from ._requests.health import health, health_view
 from ._requests.views import native_view
 from ._sessions import engines
+from ._transactions.on_commit import set_rollback
 from .driver import ConnectionPool
 from .growth import is_away
+from .transactions import atomic
 
 F = TypeVar("F", bound=Callable[..., Any])
 Message = MutableMapping[str, Any]
@@ -305,7 +307,7 @@ class _Transactions(AsyncExitStack):
     async def begin(self, ours: _Ours) -> None:
         self.aliases = _aliases(ours)
         for alias in self.aliases:
-            await self.enter_async_context(transactions.atomic(using=alias))
+            await self.enter_async_context(atomic(using=alias))
 
     def look_at(self, response: Any) -> None:
         """Roll back for an error that Django REST framework made a response of.
@@ -314,7 +316,7 @@ class _Transactions(AsyncExitStack):
         """
         if getattr(response, "exception", False):
             for alias in self.aliases:
-                transactions.set_rollback(True, using=alias)
+                set_rollback(True, using=alias)
 
 
 def atomic_requests(view: F) -> F:

@@ -42,12 +42,14 @@ from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
 from . import _events, bridge, grounds, verifying
+from ._cache.execute import direct, serves
+from ._cache.plan import Plan
 from .binding import has_djangos_type, writes_as_django
 from .driver import Reading, Statement
 from .grounds import Ground
 from .rows import RowMaker, tuple_of
 from .shapes import Unfit
-from .statements import UNPLANNED, Compiled, Plan, count, direct, hit, learn, recall, serves
+from .statements import UNPLANNED, Compiled, count, hit, learn, recall
 
 SLICE = 1000  # objects between two looks whether other tasks are to have a turn
 _TEXT_ARRAY, _TIMESTAMPTZ, _TIMESTAMPTZ_ARRAY = 1009, 1184, 1185

@@ -14,9 +14,9 @@ from psycopg.pq import ExecStatus
 from psycopg.rows import tuple_row
 
 from . import _events, bridge, sessions
+from ._cache.execute import NotServed, direct, serves, stand_in
+from ._wire.texts import is_single
 from .driver import Answer, Connection, LazyConnection, Start, Statement
-from .multiplexing import is_single
-from .statements import NotServed, direct, serves, stand_in
 
 TUPLES_OK = ExecStatus.TUPLES_OK
 

@@ -23,10 +23,10 @@ from psycopg import pq
 
 from . import bridge, pinning, sessions
 from ._sessions.session import Session
+from ._wire.texts import is_read, is_single, only_reads
 from .advice import see
 from .bridge import Runner
 from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, Unanswered, told
-from .multiplexing import is_read, is_single, only_reads
 from .pipelines import Pipeline
 
 logger = logging.getLogger("asyncorm")

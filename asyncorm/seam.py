@@ -53,9 +53,9 @@ from . import (
     patches,
     prefetching,
     sessions,
-    transactions,
 )
 from ._sessions import scopes
+from ._transactions import lifecycle
 
 
 class _Storage:
@@ -222,8 +222,8 @@ def install() -> None:
         "native code may call the synchronous ORM on the event loop",
     )  # fmt: skip
     blocks = "blocks are a tree that tasks share"
-    patches.replace(Atomic, "__enter__", transactions.enter, blocks)
-    patches.replace(Atomic, "__exit__", transactions.leave, blocks)
+    patches.replace(Atomic, "__enter__", lifecycle.enter, blocks)
+    patches.replace(Atomic, "__exit__", lifecycle.leave, blocks)
     patches.replace(
         AsyncToSync, "__call__", _call(AsyncToSync.__call__),
         "native code awaits, and synchronous code lends its transaction",

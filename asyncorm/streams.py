@@ -15,9 +15,10 @@ from django.db import Error, OperationalError
 from django.db.transaction import TransactionManagementError
 from psycopg.errors import InvalidCursorName
 
-from . import bridge, pinning, transactions
+from . import bridge, pinning
 from ._sessions import callsite, leaving
 from ._sessions.session import Session
+from ._transactions.lifecycle import reserved
 
 
 async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterator[Any]:
@@ -174,6 +175,6 @@ class _Ahead:
         return list(islice(self.rows, self.chunk_size))
 
     def _chunk_in_block(self) -> list[Any]:
-        with transactions.reserved(self.session, self.origin):
+        with reserved(self.session, self.origin):
             self.reading = True
             return self._chunk()

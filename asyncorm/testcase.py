@@ -6,7 +6,7 @@ instead of a pool's, whichever loop or thread it runs in: what either side write
 and all of it is rolled back. Statements of concurrent tasks take turns then, as in any transaction
 block; tests that need real parallelism use TransactionTestCase, or `transaction=True`.
 
-`transactions.enter()` calls `begin()` when Django marks a transaction as a test case's
+`lifecycle.enter()` calls `begin()` when Django marks a transaction as a test case's
 (`Atomic._from_testcase`).
 """
 

@@ -32,7 +32,7 @@ def holds(key: Any, sent: Compiled, families: Any, compile: Callable[[], Compile
     """Whether Django makes this statement; False if it makes another one each time.
 
     Args:
-        families: of the parameters (statements.py), the first ones.
+        families: of the parameters (_cache/plan.py), the first ones.
         compile: makes Django's, of copies of whatever that changes.
 
     Raises:

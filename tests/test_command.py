@@ -92,7 +92,7 @@ def test_status_prints_every_replacement() -> None:
     assert len(lines) == len(patches.all_patches()) > 30
     assert any(
         line.startswith("django.db.transaction.Atomic.__enter__: ")
-        and line.endswith("; by asyncorm.transactions.enter")
+        and line.endswith("; by asyncorm._transactions.lifecycle.enter")
         for line in lines
     )
 

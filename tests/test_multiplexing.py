@@ -24,6 +24,7 @@ from django.test.utils import CaptureQueriesContext
 
 import asyncorm
 from asyncorm import bridge, multiplexing, native
+from asyncorm._wire import texts
 from asyncorm.rows import RowMaker
 from asyncorm.statements import clear
 from tests.project.myapp.models import Item
@@ -422,7 +423,7 @@ async def test_writes_that_may_wait_go_alone(grown: str) -> None:
 
 
 async def test_a_slow_statement_delays_only_what_was_behind_it(grown: str) -> None:
-    assert not multiplexing.is_read("SELECT pg_sleep(1)")
+    assert not texts.is_read("SELECT pg_sleep(1)")
     async with asyncorm.connection(grown):
         await query("SELECT 1")  # one connection is left
         slow = asyncio.create_task(query("SELECT pg_sleep(600)"))
@@ -448,8 +449,8 @@ HIDDEN = "SELECT %s::nap"
 
 
 async def test_statements_known_to_be_slow_go_alone(grown: str) -> None:
-    assert multiplexing.is_read(HIDDEN)
-    assert multiplexing.calls_known(HIDDEN)
+    assert texts.is_read(HIDDEN)
+    assert texts.calls_known(HIDDEN)
     multiplexing.slow.add(HIDDEN)
     await asyncio.gather(*[query(HIDDEN, ["0"]) for _ in range(8)])
     assert pipelined() == 0
@@ -668,8 +669,8 @@ async def test_the_block_waits_for_statements_that_travel(grown: str) -> None:
     ],
 )
 def test_what_may_travel(text: str, read: bool, single: bool) -> None:
-    assert multiplexing.is_read(text) is read
-    assert multiplexing.is_single(text) is single
+    assert texts.is_read(text) is read
+    assert texts.is_single(text) is single
 
 
 @pytest.mark.parametrize(
@@ -695,7 +696,7 @@ def test_what_may_travel(text: str, read: bool, single: bool) -> None:
     ],
 )
 def test_functions_that_are_known(text: str, known: bool) -> None:
-    assert multiplexing.calls_known(text) is known
+    assert texts.calls_known(text) is known
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from psycopg.types import TypeInfo
 from psycopg.types.string import StrDumper, TextLoader
 
 import asyncorm
-from asyncorm.multiplexing import calls_known, is_read, is_single
+from asyncorm._wire.texts import calls_known, is_read, is_single
 from asyncorm.session_state import leaves_state
 
 pytestmark = pytest.mark.usefixtures("one_connection")

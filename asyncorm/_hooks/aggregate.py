@@ -9,9 +9,10 @@ from typing import Any
 from greenlet import getcurrent
 
 from .. import rows
+from .._cache.execute import count_of, items
 from ..rows import RowMaker
 from ..shapes import Unfit
-from ..statements import Compiled, count_of, items, plan_for
+from ..statements import Compiled, plan_for
 from ..tracing import Resolving
 from .switch import native_wrapper
 

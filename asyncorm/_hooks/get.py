@@ -15,23 +15,13 @@ from django.db.models.sql.query import Query
 from greenlet import getcurrent
 
 from .. import _events, bridge, grounds, rows, sessions, verifying
+from .._cache.execute import NotServed, Planned, items, may_repeat, stand_in, told
+from .._cache.plan import Plan
 from ..bridge import Runner
 from ..driver import Unanswered
 from ..grounds import Ground
 from ..shapes import Shape, Unfit
-from ..statements import (
-    UNPLANNED,
-    NotServed,
-    Plan,
-    Planned,
-    hit,
-    items,
-    learn,
-    may_repeat,
-    recall,
-    stand_in,
-    told,
-)
+from ..statements import UNPLANNED, hit, learn, recall
 from . import switch
 from .iterate import compile_instances, mode_of, queryset_plan
 from .switch import native_wrapper

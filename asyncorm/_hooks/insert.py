@@ -10,11 +10,13 @@ from django.db.models import Manager, query
 from django.db.models.sql.subqueries import InsertQuery
 
 from .. import bulk, distributed, grounds
+from .._cache.execute import count_of, items
+from .._cache.plan import Plan
 from ..binding import writes_as_django
 from ..driver import Connection, LazyConnection
 from ..grounds import Ground
 from ..shapes import Unfit, family
-from ..statements import UNPLANNED, Plan, count, count_of, hit, items, learn, recall
+from ..statements import UNPLANNED, count, hit, learn, recall
 from .switch import native_wrapper
 
 

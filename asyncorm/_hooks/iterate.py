@@ -12,10 +12,12 @@ from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 
 from .. import rows
+from .._cache.execute import chunks, items
+from .._cache.plan import Plan
 from ..bridge import Runner
 from ..driver import SLICE, Connection
 from ..rows import RowMaker
-from ..statements import Compiled, Plan, chunks, items, plan_for
+from ..statements import Compiled, plan_for
 from .switch import native_wrapper
 
 _Iterate = Callable[[Any], Iterator[Any]]

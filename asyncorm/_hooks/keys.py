@@ -12,9 +12,11 @@ from django.db.models.lookups import Lookup
 from psycopg.types.numeric import Int2, Int4, Int8
 
 from .. import bulk, grounds, rows, verifying
+from .._cache.execute import items
+from .._cache.plan import Plan
 from ..grounds import Ground
 from ..shapes import MAX_PARAMS, Shape, Unfit
-from ..statements import UNPLANNED, Plan, hit, items, learn, plans, recall, remember
+from ..statements import UNPLANNED, hit, learn, plans, recall, remember
 from .iterate import compile_instances, mode_of, queryset_plan
 from .switch import native_wrapper
 

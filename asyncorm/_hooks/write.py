@@ -11,10 +11,12 @@ from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
 from greenlet import getcurrent
 
 from .. import bulk, grounds, verifying
+from .._cache.execute import count_of
+from .._cache.plan import Plan
 from ..bridge import Runner
 from ..grounds import Ground
 from ..shapes import Unfit
-from ..statements import UNPLANNED, Compiled, Plan, count_of, hit, learn, plan_for, recall
+from ..statements import UNPLANNED, Compiled, hit, learn, plan_for, recall
 from .get import PLAIN_VALUES
 from .switch import native_wrapper
 

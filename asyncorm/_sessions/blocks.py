@@ -14,10 +14,11 @@ import anyio
 from django.db.transaction import TransactionManagementError
 
 from .. import _events, bridge, conf, pools
+from .._wire.texts import is_single
 from ..advice import see
 from ..bridge import Runner
 from ..driver import CANCEL_TIMEOUT, Connection, finish
-from ..multiplexing import Queue, is_single
+from ..multiplexing import Queue
 from .scopes import Scope, current_scope
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Block:
         queue: statements of child tasks that wait for the lock.
         gathers: how many `batch()` have statements wait for the end of the loop's turn.
         atomic, characteristics: Django's object for the block, and what `asyncorm.atomic()` set for
-            it (transactions.py).
+            it (_transactions/).
     """
 
     of_test_case = False

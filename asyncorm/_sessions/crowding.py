@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import bridge, conf, limits, pools
+from .._wire.texts import calls_known, is_read, is_single
 from ..driver import Connection
-from ..multiplexing import Queue, calls_known, is_read, is_single, slow
+from ..multiplexing import Queue, slow
 
 if TYPE_CHECKING:
     from .session import Session

@@ -54,10 +54,11 @@ from django.db.utils import (
 from psycopg.errors import ReadOnlySqlTransaction
 from psycopg.pq import ConnStatus, TransactionStatus
 
-from .. import bridge, checks, fate, observers, pools, sessions, transactions, written
+from .. import bridge, checks, fate, observers, pools, sessions, written
 from .._sessions import engines, scopes
 from .._sessions.blocks import Block
 from .._sessions.session import UNKNOWN, Session
+from .._transactions.on_commit import on_commit
 from ..driver import ENDED, Connection, InTurn, PooledConnection, reported, text_of
 from ..observe.found import cursors_are_patched
 from ..roles import ASK
@@ -225,7 +226,7 @@ class NativeBackendMixin:
         )
 
     def run_and_clear_commit_hooks(self) -> None:
-        """Django's, later when native code is leaving a block (transactions.py)."""
+        """Django's, later when native code is leaving a block (_transactions/)."""
         if self.session is not None and self.session.acting is not None:
             self.hooks_due = True
             return
@@ -249,7 +250,7 @@ class NativeBackendMixin:
         if engines.refuses_synchronous_code(alias) and (
             not self.in_atomic_block or scopes.block_of_coroutine(alias) is not None  # type: ignore[attr-defined]
         ):
-            transactions.on_commit(func, alias, robust)
+            on_commit(func, alias, robust)
             return
         native = bridge.in_native_code() or bridge.loop_runs()
         if callable(func) and native and self.session is not None:

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import NamedTuple, Self
 
 from .. import _events, written
-from ..multiplexing import only_reads
+from .._wire.texts import only_reads
 
 # Seconds for which a position is asked for. What is older every replica has that may be used.
 MAX_AGE = 60.0

@@ -1,0 +1,1 @@
+"""The parts of transactions: how blocks begin and end, and what happens then."""

@@ -1,0 +1,322 @@
+"""How blocks begin and end: Django's `Atomic` as a node of the tree, with its turns and errors."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from asyncio import CancelledError, sleep
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+import anyio
+from django.core.exceptions import SynchronousOnlyOperation
+from django.db import DEFAULT_DB_ALIAS, DatabaseError
+from django.db.transaction import Atomic as DjangoAtomic
+from django.db.transaction import TransactionManagementError, get_connection
+from psycopg import Error
+
+from .. import _events, advice, bridge, callers, fate, sessions, testcase
+from .._sessions import callsite, engines, scopes
+from .._sessions.blocks import Block
+from .._sessions.session import Session
+from ..bridge import Runner
+from ..driver import CANCEL_TIMEOUT
+from .characteristics import Characteristics
+
+logger = logging.getLogger("asyncorm")
+
+
+_enter_django = DjangoAtomic.__enter__
+_exit_django = DjangoAtomic.__exit__
+
+
+def enter(atomic: DjangoAtomic) -> None:
+    """Atomic.__enter__: in native code the block becomes a node of the tree."""
+    runner = bridge.current()
+    session = (
+        sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner)
+        if runner is not None
+        else None
+    )
+    if runner is None or session is None:
+        _enter_plainly(atomic, beside_native=runner is None)
+    else:
+        enter_block(runner, session, atomic, callsite.caller())
+
+
+def leave(
+    atomic: DjangoAtomic,
+    exc_type: type[BaseException] | None,
+    exc: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    """Atomic.__exit__ of django.db.transaction, the counterpart of `enter()`."""
+    runner = bridge.current()
+    session = (
+        sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner)
+        if runner is not None
+        else None
+    )
+    if runner is None or session is None:
+        _leave_plainly(atomic, runner is None, exc_type, exc, traceback)
+        return
+    block = session.innermost()
+    if block is None:
+        raise TransactionManagementError("A transaction block is left by a task that is not in it.")
+    leave_block(runner, block, atomic, exc_type, exc, traceback)
+
+
+def _enter_plainly(atomic: DjangoAtomic, beside_native: bool) -> None:
+    alias = atomic.using or DEFAULT_DB_ALIAS
+    in_test = alias in sessions.test_sessions and not _of_test_case(atomic)
+    if not in_test and beside_native and engines.refuses_synchronous_code(alias):
+        # Django would ask the connection, which tells it nothing here: its wrapper would stay in
+        # the block.
+        raise SynchronousOnlyOperation(
+            advice.synchronous_only(
+                sys._getframe(1), "In a coroutine a transaction is 'async with asyncorm.atomic()'."
+            )
+        )
+    wrapper = get_connection(alias)
+    shared = beside_native and not _of_test_case(atomic) and callers.are_sharing(wrapper)
+    if shared:
+        scopes.refuse_beside_block(alias)  # or it would wait for a block that waits for it
+        callers.enter_thread(wrapper)
+    try:
+        _enter_django(atomic)
+    except BaseException:
+        if shared:
+            callers.leave_thread(wrapper)
+        raise
+    if shared:
+        callers.note_savepoints(wrapper)
+    if beside_native and _of_test_case(atomic):
+        testcase.begin(alias)
+
+
+def _leave_plainly(atomic: DjangoAtomic, beside_native: bool, *exc: Any) -> None:
+    alias = atomic.using or DEFAULT_DB_ALIAS
+    of_test_case = beside_native and _of_test_case(atomic)
+    if of_test_case and _is_outermost(atomic):
+        testcase.end(alias)
+    wrapper = get_connection(alias)
+    try:
+        _exit_django(atomic, *exc)
+    finally:
+        if beside_native and not of_test_case and callers.are_sharing(wrapper):
+            callers.leave_thread(wrapper)
+
+
+def _of_test_case(atomic: Any) -> bool:
+    return bool(atomic._from_testcase)
+
+
+def _is_outermost(atomic: DjangoAtomic) -> bool:
+    blocks: list[Any] = get_connection(atomic.using).atomic_blocks
+    return blocks[:1] == [atomic]
+
+
+def enter_block(
+    runner: Runner,
+    session: Session,
+    atomic: DjangoAtomic,
+    origin: str,
+    characteristics: Characteristics | None = None,
+    settle: float = 0.0,
+) -> Block:
+    """Begin a transaction or a savepoint, the current task's innermost block.
+
+    Args:
+        settle: seconds to find out what became of a transaction whose COMMIT was lost.
+    """
+    parent = session.innermost()
+    if parent is None and session.root is not None:
+        raise TransactionManagementError(
+            f"The connection is in the transaction block that began at {session.root.origin}, in "
+            "which this task is not."
+        )
+    if parent is not None:
+        parent.acquire()
+    block = Block(session, parent, origin)
+    block.atomic, block.characteristics = atomic, characteristics
+    if parent is not None:
+        parent.inner = block
+    else:
+        session.root = block
+        session.fate = fate.of(session, settle)
+    block.enter()
+    try:
+        with bridge.shield(runner), session.acting_for(runner, block):
+            if characteristics is not None:
+                characteristics.before()
+            _enter_django(atomic)
+            if characteristics is not None:
+                try:
+                    characteristics.after(block)
+                except BaseException as exc:
+                    _exit_django(atomic, type(exc), exc, exc.__traceback__)
+                    raise
+        block.sids = frozenset(session.wrapper.savepoint_ids)
+    except BaseException as exc:
+        _close_block(runner, block)
+        if parent is not None and parent.ended and isinstance(exc, Exception):
+            raise parent.outlived_error() from exc  # by force, in the meantime
+        raise
+    if _events.blocks:
+        block.event = _events.Block(session.alias, origin, block.outermost)
+    return block
+
+
+def leave_block(
+    runner: Runner,
+    block: Block,
+    atomic: DjangoAtomic,
+    exc_type: type[BaseException] | None,
+    exc: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    """Commit or roll back; running statements of child tasks are waited for, later ones refused."""
+    session = block.session
+    wrapper = session.wrapper
+    cancelled = exc if isinstance(exc, CancelledError) else None
+    if cancelled is not None:  # no further one will come and interrupt a ROLLBACK
+        runner.cleaning_until = monotonic() + CANCEL_TIMEOUT
+    acquired = False
+    try:
+        with bridge.shield(runner):
+            if block.queue is not None and block.queue.active:
+                block.queue.seal()
+                try:
+                    bridge.wait_for(runner, sleep(0))  # they stand in line then
+                except CancelledError as arrived:
+                    cancelled = runner.cancelled = arrived
+            block.acquire_to_leave(runner, cancelled)
+            acquired = block.ended = True
+            with session.acting_for(runner, block):
+                if isinstance(exc, GeneratorExit) and block.joined:
+                    _tell_of_loss(block)
+                lost = exc_type is None and _lost(block)
+                if lost:
+                    block.needs_rollback = True
+                rolled_back = exc_type is not None or block.needs_rollback
+                _exit_django_well(block, atomic, exc_type, exc, traceback)
+                if block.event is not None:
+                    block.event.end(rolled_back)
+    finally:
+        runner.cleaning_until = None
+        if not acquired:  # a statement still holds the lock: the transaction cannot go on
+            block.force_end()
+        _close_block(runner, block)
+        if acquired:
+            block.lock.release()
+    if lost:
+        bridge.deliver(runner)
+        raise TransactionManagementError(
+            f"The transaction block that began at {block.origin} was rolled back: a statement in "
+            "it failed or was cancelled, and the exception was caught inside the block. Put such a "
+            "statement into a nested asyncorm.atomic() and catch the exception around that."
+        ) from (block.cancelled or block.rollback_exc)
+    if wrapper.hooks_due:
+        _run_commit_hooks(runner, wrapper)
+    if not isinstance(exc, CancelledError):
+        bridge.deliver(runner)
+
+
+@contextmanager
+def reserved(session: Session, origin: str) -> Iterator[None]:
+    """Keep the task's innermost block to the running operation, as a nested block would."""
+    runner = bridge.current()
+    parent = session.innermost()
+    if runner is None or parent is None:
+        raise TransactionManagementError("The task is not in a transaction block.")
+    parent.acquire()
+    if parent.needs_rollback:
+        parent.lock.release()
+        raise TransactionManagementError("The block is to be rolled back.")
+    block = Block(session, parent, origin)
+    block.sids = parent.sids
+    parent.inner = block
+    block.enter()
+    try:
+        yield
+    finally:
+        if block.needs_rollback:
+            parent.needs_rollback = True
+            parent.rollback_exc, parent.cancelled = block.rollback_exc, block.cancelled
+        _close_block(runner, block)
+
+
+def _exit_django_well(block: Block, atomic: DjangoAtomic, *exc: Any) -> None:
+    if block.characteristics is not None and exc[0] is None and not block.needs_rollback:
+        try:
+            block.characteristics.restore()
+        except DatabaseError as error:
+            _exit_django(atomic, type(error), error, error.__traceback__)
+            raise
+    _exit_django(atomic, *exc)
+
+
+def _run_commit_hooks(runner: Runner, wrapper: Any) -> None:
+    if runner.cancelled is None:
+        wrapper.run_and_clear_commit_hooks()
+        return
+    # Cancelled during COMMIT: first the callbacks, which belong to it, then the cancellation.
+    cancelled, runner.cancelled = runner.cancelled, None
+    try:
+        with anyio.CancelScope(shield=True):  # noqa: ASYNC100
+            wrapper.run_and_clear_commit_hooks()
+    finally:
+        runner.cancelled = cancelled
+
+
+def _tell_of_loss(block: Block) -> None:
+    """Log it if the block is rolled back with what others wrote in it, who were told nothing."""
+    conn = block.session.wrapper.connection
+    if conn is None or conn.closed or block.needs_rollback:
+        return
+    with suppress(Error), conn.cursor() as cursor:
+        cursor.execute("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
+        if cursor.fetchone()[0]:
+            logger.warning(
+                "%s was rolled back, with what was written in it while the asynchronous generator "
+                "that holds it was suspended: the generator was left before its end.",
+                block,
+            )
+
+
+def _lost(block: Block) -> bool:
+    """Whether a block that ends without an exception is rolled back, and nobody was told so.
+
+    Django knows of failed statements of the ORM, and is silent. It does not know of cancelled ones,
+    nor of failed raw SQL: the server would answer COMMIT with ROLLBACK, taken for a success.
+    """
+    if block.needs_rollback:
+        return block.cancelled is not None
+    # Django's own atomic() is left to be as silent as it always is.
+    return block.outermost and block.characteristics is not None and block.session.aborted
+
+
+def _close_block(runner: Runner, block: Block) -> None:
+    block.end()
+    if (scope := block.scope) is not None:
+        scope.pop()
+    session = block.session
+    if block.characteristics is not None:
+        block.characteristics.forget()
+    parent = block.parent
+    if parent is not None:
+        if block.needs_rollback != block.inherited:  # another task may have set the parent's
+            parent.needs_rollback = block.needs_rollback
+            parent.rollback_exc, parent.cancelled = block.rollback_exc, block.cancelled
+        if parent.inner is block:
+            parent.inner = None
+            parent.lock.release()
+    if block.outermost:
+        session.transaction_ended()
+    if parent is None:
+        session.root = session.fate = None
+        # The session is this operation's again, which gives it back when it ends.
+        runner.resources[session.key] = session

@@ -1,0 +1,1 @@
+"""What a connection is made of: statements, cursors, cancelling, what stands for one."""
