@@ -106,6 +106,10 @@ class PoolRefusal(psycopg.OperationalError):
     """A task may not wait for a connection: the message says why."""
 
 
+class Retired(psycopg.OperationalError):
+    """The pool was replaced, as settings changed, while a task waited for a connection of it."""
+
+
 class PoolDeadlock(PoolRefusal):
     """Every connection is held by a task that waits for another one."""
 
@@ -144,6 +148,7 @@ class Pool:
         self.make_wrapper = make_wrapper
         self.options = pool_options(settings_dict)
         self.connections: ConnectionPool | None = None
+        self.retired = False
         self._opening: asyncio.Lock | None = None
         self._closer: AsyncGenerator[None, None] | None = None
         self.asking: set[asyncio.Task[Any] | None] = set()
@@ -285,7 +290,7 @@ class Pool:
         except PoolTimeout:
             raise self._exhausted(conns) from conns.connect_error
         except PoolClosed as exc:
-            raise psycopg.OperationalError(
+            raise (Retired if self.retired else psycopg.OperationalError)(
                 f"The native pool of database {self.alias!r} was closed while this task waited "
                 "for a connection."
             ) from exc
@@ -497,9 +502,17 @@ class Pool:
             await closer.aclose()
 
     def retire(self) -> None:
-        """Close the connections, those in use as soon as they are given back."""
-        if self.connections is not None:
-            self._in_background(self.connections.close())
+        """Close the connections, those in use as soon as they are given back.
+
+        Who waits for one is told by Retired.
+        """
+        self.retired = True
+        self._in_background(self._retire())
+
+    async def _retire(self) -> None:
+        async with self._opening or nullcontext():  # or nobody would close it once it is open
+            if self.connections is not None:
+                await self.connections.close()
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = self.loop.create_task(work, context=Context())

@@ -607,6 +607,26 @@ async def test_a_block_begins_on_a_connection_that_was_closed(options: dict[str,
                 await native(transaction.atomic(alias).__enter__)()
 
 
+async def test_settings_change_while_pools_open_and_tasks_wait(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def elsewhere() -> str:
+        with override_settings(TIME_ZONE="Asia/Tokyo"):
+            return str(value("SELECT current_setting('application_name')", using=alias))
+
+    with (
+        database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias,
+        administrator() as ask,
+    ):
+        for _ in range(3):
+            changing = [native(elsewhere)() for _ in range(6)]
+            assert await asyncio.gather(*changing) == ["extra"] * 6
+            gc.collect()  # a pool that nobody closed would be destroyed with its tasks
+        await eventually(lambda: server_connections(ask, alias) <= 2)
+        await asyncorm.close_pools(alias)
+    assert "destroyed" not in caplog.text
+
+
 async def test_closing_one_alias_leaves_the_others() -> None:
     await native(backend_pid)()
     await native(backend_pid)("other")

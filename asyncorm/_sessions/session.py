@@ -122,8 +122,7 @@ class Session(StatementLock):
         """Check a connection out of the pool; DatabaseWrapper.connect() calls this."""
         self._entitled(getcurrent())
         if not self.pool.current:  # settings changed in the middle of the operation
-            self.pool = pool_of(self.alias, type(self.wrapper))
-            self.source = limits.source(self.pool)
+            self._follow()
         self.drop_taken()
         # No call between its leaving the pool and its being noted: an error would lose it.
         self.taken = conn = None if self.source.gathers else self.source.take()
@@ -133,6 +132,10 @@ class Session(StatementLock):
         if _events.checkouts and not conn.unsettled:
             _events.checked_out(self.alias, conn, self)
         return conn
+
+    def _follow(self) -> None:
+        self.pool = pool_of(self.alias, type(self.wrapper))
+        self.source = limits.source(self.pool)
 
     @property
     def _shares(self) -> bool:
@@ -169,7 +172,11 @@ class Session(StatementLock):
             if queue.starting and (runner := bridge.current()) is not None:
                 bridge.wait_for(runner, sleep(0))  # they came first
         since = monotonic()
-        conn = self.source.get(self.wrapper)
+        try:
+            conn = self.source.get(self.wrapper)
+        except pools.Retired:  # settings changed meanwhile
+            self._follow()
+            return self._checkout()
         if not self.pipelining:  # or the statements' own tasks have waited, and say so
             _events.waited(self.alias, "for a connection", since)
         return conn
