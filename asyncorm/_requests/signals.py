@@ -32,7 +32,7 @@ async def send(signal: Signal, sender: Any, **named: Any) -> None:
     """Send a request's signal from a coroutine of the request."""
     receivers, asynchronous = signal._live_receivers(sender)
     named = {"signal": signal, "sender": sender, **named}
-    others = [receiver for receiver in receivers if not _is_djangos(receiver)]
+    others = [receiver for receiver in receivers if not _is_harmless(receiver)]
     if others and scopes.in_block():  # a thread could not take part in it
         await bridge.run(_call_all, others, named)
         receivers, others = [each for each in receivers if each not in others], []
@@ -56,8 +56,12 @@ def has_thread() -> bool:
     return context is not None and context in SyncToAsync.context_to_thread_executor
 
 
-def _is_djangos(receiver: Receiver) -> bool:
-    return (getattr(receiver, "__module__", None) or "").startswith("django.")
+# Whose receivers do not block; Sentry's puts its event into a queue.
+_HARMLESS = ("django.", "sentry_sdk.")
+
+
+def _is_harmless(receiver: Receiver) -> bool:
+    return (getattr(receiver, "__module__", None) or "").startswith(_HARMLESS)
 
 
 def _call_all(receivers: list[Receiver], named: dict[str, Any]) -> None:
