@@ -11,7 +11,8 @@ from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
 from django.db import connections
 
-from . import conf, internals, pools, shapes, sizing
+from . import conf, internals, pools, sizing
+from ._cache.parts import unknown_attributes
 from ._sessions import engines
 
 _SILK = "silk.middleware.SilkyMiddleware"
@@ -223,7 +224,7 @@ def check_internals(**kwargs: Any) -> list[CheckMessage]:
         )
         for part, names in internals.lost().items()
     ]
-    if unknown := shapes.unknown_attributes():
+    if unknown := unknown_attributes():
         found.append(
             Warning(
                 f"This Django's Query has {', '.join(unknown)}, which asyncorm does not know: the "

@@ -15,11 +15,12 @@ from typing import Any
 from django.db.models.lookups import Lookup
 
 from . import _events, grounds, verifying
+from ._cache.parts import plain_orders
 from ._cache.plan import Plan, djangos
 from .binding import writes_as_django
 from .grounds import Ground
 from .rows import RowMaker
-from .shapes import Shape, Unfit, plain_orders, shape_of_aggregates
+from .shapes import Shape, Unfit, shape_of_aggregates
 from .tracing import Mark, Trace
 
 MAX_PLANS = 1024

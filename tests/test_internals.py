@@ -9,7 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from asyncorm import internals, shapes
+from asyncorm import internals
+from asyncorm._cache import parts
 from tests.support import run_script
 
 NAMES = [
@@ -25,8 +26,8 @@ def test_all_are_there() -> None:
 
 
 def test_new_attribute_of_query() -> None:
-    unknown = shapes.unknown_attributes()
-    assert not unknown, f"look at these attributes of Query, and put them into _PARTS: {unknown}"
+    unknown = parts.unknown_attributes()
+    assert not unknown, f"look at these attributes of Query, and put them into PARTS: {unknown}"
 
 
 def test_bounds() -> None:

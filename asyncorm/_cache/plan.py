@@ -20,12 +20,13 @@ from uuid import UUID
 
 from psycopg.adapt import PyFormat
 
+from .._cache.families import AS_DUMPED, INTEGER, NUMBER
 from .._wire.texts import only_reads
 from ..binding import in_place_of_expressions
 from ..driver import Connection, Statement
 from ..rows import RowMaker
 from ..session_state import leaves_state
-from ..shapes import AS_DUMPED, INTEGER, NUMBER, Shape
+from ..shapes import Shape
 
 _MAX_PARAMS = 65535  # of the server in one statement; literals have no limit
 

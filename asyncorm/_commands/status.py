@@ -16,7 +16,8 @@ from django.core import checks
 from django.core.handlers.asgi import ASGIHandler
 from django.db import connections
 
-from .. import __version__, conf, internals, patches, pools, shapes
+from .. import __version__, conf, internals, patches, pools
+from .._cache.parts import unknown_attributes
 from .._requests import checks as request_checks
 from .._requests import middleware
 from .._requests.handler import NativeHandler
@@ -101,7 +102,7 @@ def _off() -> Iterator[str]:
     for part in (internals.CACHE, internals.PREFETCH, "MULTIPLEXING"):
         if part not in lost and not conf.get(part):
             yield f"{part}: ASYNCORM says so"
-    if unknown := shapes.unknown_attributes():
+    if unknown := unknown_attributes():
         yield f"{internals.CACHE}: this Django's Query has {', '.join(unknown)}"
     if found.cursors_are_patched():
         yield (

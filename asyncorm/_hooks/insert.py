@@ -11,11 +11,12 @@ from django.db.models.sql.subqueries import InsertQuery
 
 from .. import bulk, distributed, grounds
 from .._cache.execute import count_of, items
+from .._cache.families import family
 from .._cache.plan import Plan
 from ..binding import writes_as_django
 from ..driver import Connection, LazyConnection
 from ..grounds import Ground
-from ..shapes import Unfit, family
+from ..shapes import Unfit
 from ..statements import UNPLANNED, count, hit, learn, recall
 from .switch import native_wrapper
 

@@ -1,0 +1,46 @@
+"""Which Python values of a column may be parameters of the server, and with which type."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import uuid
+from typing import Any
+
+from psycopg.types.json import Jsonb
+from psycopg.types.numeric import Int2, Int4, Int8
+
+# For each column type: the Python types of values that may be parameters of the server, and the oid
+# to send them with. It is that of Django's literal, whatever the column is on the server: 0 for a
+# quoted one, what psycopg's dumper says for one with a cast; a number's depends on its value.
+AS_DUMPED, INTEGER, NUMBER = -1, -2, -3
+_INTEGERS: list[type] = [int, Int2, Int4, Int8]  # Django wraps some of them for psycopg
+TEXT: dict[type, int] = {str: 0}
+_FAMILIES: dict[str, dict[type, int]] = {
+    **dict.fromkeys(["smallint", "integer", "bigint"], dict.fromkeys(_INTEGERS, INTEGER)),
+    "varchar": TEXT,
+    "text": TEXT,
+    "boolean": {bool: AS_DUMPED},
+    "numeric": {decimal.Decimal: NUMBER},
+    "double precision": {float: NUMBER},
+    "date": {datetime.date: AS_DUMPED},
+    "timestamp with time zone": {datetime.datetime: AS_DUMPED},
+    "time": {datetime.time: AS_DUMPED},
+    "interval": {datetime.timedelta: AS_DUMPED},
+    "uuid": {uuid.UUID: AS_DUMPED},
+    "jsonb": {Jsonb: AS_DUMPED},
+}
+# Strings are of unknown type: in an expression that is not always resolved as for a literal.
+LITERALS: dict[type, int] = dict.fromkeys(_INTEGERS, INTEGER) | dict.fromkeys(
+    [bool, datetime.date, datetime.datetime, datetime.timedelta, uuid.UUID], AS_DUMPED
+)
+NULL: dict[type, int] = {type(None): 0}
+
+
+def family(field: Any, wrapper: Any) -> dict[type, int]:
+    """Which values of a field may be parameters of the server."""
+    kind = (field.db_type(wrapper) or "").partition("(")[0]
+    kinds = _FAMILIES.get(kind, {})
+    if wrapper.features.uses_server_side_binding:  # Django has no literals
+        kinds = {each: AS_DUMPED if oid < 0 else oid for each, oid in kinds.items()}
+    return kinds | NULL

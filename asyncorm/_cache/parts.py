@@ -1,0 +1,329 @@
+"""What to do with each attribute of a Query, for its shape."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from django.core.exceptions import FieldDoesNotExist
+from django.db.models.expressions import Col, ColPairs
+from django.db.models.fields.related import ForeignObject
+from django.db.models.fields.reverse_related import ForeignObjectRel
+from django.db.models.sql.datastructures import BaseTable, Join
+from django.db.models.sql.query import Query
+from django.db.models.sql.where import AND, OR, WhereNode
+
+from ..binding import has_placeholder
+from ..expressions import Unfit
+
+if TYPE_CHECKING:
+    from ..shapes import Shape
+
+
+MAX_ORDERS = 1024
+# Where PostgreSQL compares expressions as they are written, two parameters are not the same.
+_COMPARING = re.compile(r"\b(GROUP BY|DISTINCT|OVER)\b")
+LITERAL: Any = object()  # in the place of a lookup: parameters that may be sent as such
+
+
+def unknown(shape: Shape, value: Any) -> None:
+    raise Unfit
+
+
+def _value(shape: Shape, value: Any) -> None:
+    shape.key.append(value)
+
+
+def _absent(shape: Shape, value: Any) -> None:
+    if value:
+        raise Unfit
+
+
+def _aliases(shape: Shape, value: Any) -> None:
+    shape.key.append(frozenset(value))
+
+
+def _subquery(shape: Shape, value: Any) -> None:
+    if value and not shape.is_inner:
+        raise Unfit
+    shape.key.append(value)
+
+
+def _locked(shape: Shape, value: Any) -> None:
+    if value and shape.wrapper.get_autocommit():
+        raise Unfit  # Django refuses
+    shape.key.append(value)
+
+
+def _items(shape: Shape, value: Any) -> None:
+    shape.key.append(tuple(value.items()))
+
+
+def _annotations(shape: Shape, value: Any) -> None:
+    if not value:
+        return
+    if type(shape.query) is not Query:
+        raise Unfit
+    mask = shape.query.annotation_select_mask
+    for name, each in value.items():
+        shape.annotation(name, each, selected=mask is None or name in mask)
+
+
+def _grouped(shape: Shape, value: Any) -> None:
+    if value is None or value is True:
+        shape.key.append(value)
+        return
+    shape.key.append(len(value))
+    for each in value:
+        if type(each) is str:
+            shape.key.append(each)
+        else:
+            params, kinds = shape.expression(each)
+            shape.spare += params
+            shape.spared += kinds
+
+
+def _extra(shape: Shape, value: Any) -> None:
+    for name, (sql, params) in value.items():
+        if params or type(sql) is not str:
+            raise Unfit
+        shape.key += (name, sql)
+    shape.key.append(len(value))
+
+
+def _mask(shape: Shape, value: Any) -> None:
+    shape.key.append(value if value is None else (type(value), *sorted(value)))
+
+
+def _joins(shape: Shape, value: Any) -> None:
+    for alias, join in value.items():
+        if type(join) is BaseTable:
+            shape.key += (alias, join.table_name, join.table_alias)
+        elif (
+            type(join) is Join
+            and join.filtered_relation is None
+            and _joins_plainly(*_classes_of(join.join_field))
+        ):
+            shape.key += (
+                alias, join.table_name, join.table_alias, join.parent_alias, join.join_type,
+                join.nullable, id(join.join_field),
+            )  # fmt: skip
+            shape.kept.append(join.join_field)
+        else:
+            raise Unfit
+
+
+def _classes_of(join_field: Any) -> tuple[Any, Any]:
+    return type(join_field), type(getattr(join_field, "field", None))
+
+
+@functools.cache
+def _joins_plainly(cls: Any, behind: Any) -> bool:
+    """Whether a field, or what leads back along one, joins by columns and nothing else: a condition
+    of its own, as that of a generic relation, has parameters or may depend on anything."""
+    classes: list[tuple[Any, Any]] = [(cls, ForeignObject)]
+    if issubclass(cls, ForeignObjectRel):
+        classes = [(cls, ForeignObjectRel), (behind, ForeignObject)]
+    return all(
+        getattr(one, name, None) is getattr(base, name, None)
+        for one, base in classes
+        for name in ("get_extra_restriction", "get_joining_fields", "get_joining_columns")
+    )
+
+
+def _tables(shape: Shape, value: Any) -> None:
+    shape.key += [(table, *aliases) for table, aliases in value.items()]
+
+
+def _where(shape: Shape, value: Any) -> None:
+    if type(value) is not WhereNode or (value.connector != AND and value.connector != OR):
+        raise Unfit
+    if shape.query.group_by is None:
+        shape.where(value)
+        return
+    where, having, qualify = value.split_having_qualify(must_group_by=True)
+    if qualify is not None:
+        raise Unfit
+    if where is not None:
+        shape.where(where)
+    if having is not None:
+        shape.key.append("having")
+        shape.having = shape.mixed = True
+        shape.where(having)
+
+
+def _columns(shape: Shape, value: Any) -> None:
+    for col in value:
+        if type(col) is Col:
+            shape.key += (col.alias, id(col.target), id(col.output_field))
+            shape.kept += (col.target, col.output_field)
+        else:  # of a transform in values()
+            shape.annotation("", col, selected=True)
+    shape.key.append(len(value))
+
+
+def _deferred(shape: Shape, value: Any) -> None:
+    names, defer = value
+    shape.key += (frozenset(names), defer)
+
+
+def _names(shape: Shape, value: Any) -> None:
+    if not all(type(name) is str for name in value):
+        raise Unfit
+    shape.key.append(tuple(value))
+
+
+def _order(shape: Shape, value: Any) -> None:
+    if value:
+        annotations = shape.query.annotations
+        if annotations:
+            shape.key.append(tuple(value))
+            count = len(value)
+            value = tuple(
+                name
+                for name in value
+                if type(name) is not str or name.removeprefix("-") not in annotations
+            )
+            shape.compares = shape.compares or len(value) < count
+        shape.key.append(ordering(shape.query.model, value))
+
+
+plain_orders: dict[Any, bool] = {}
+
+
+def ordering(model: Any, names: tuple[Any, ...]) -> tuple[str, ...]:
+    """`names` if all are columns: ordering by a relation asks the related model how."""
+    known = plain_orders.get((model, names)) if all(type(n) is str for n in names) else False
+    if known is None:
+        if len(plain_orders) >= MAX_ORDERS:
+            plain_orders.clear()
+        known = plain_orders[model, names] = all(_is_column(model, name) for name in names)
+    if not known:
+        raise Unfit
+    return names
+
+
+def _is_column(model: Any, name: str) -> bool:
+    *path, name = name.removeprefix("-").split("__")
+    try:
+        for step in path:
+            model = model._meta.get_field(step).related_model
+    except FieldDoesNotExist:
+        return False
+    if model is None:
+        return False
+    if name == "pk":
+        return len(model._meta.pk_fields) == 1
+    return any(
+        name == field.attname or (name == field.name and not field.is_relation)
+        for field in model._meta.concrete_fields
+    )
+
+
+def _selected(shape: Shape, value: Any) -> None:
+    if value is not None:
+        if not all(type(item) in (int, str) for item in value.values()):
+            raise Unfit
+        _items(shape, value)
+
+
+def _related(shape: Shape, value: Any) -> None:
+    shape.key.append(_frozen(value))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple((k, _frozen(v)) for k, v in value.items()) if type(value) is dict else value
+
+
+def kind_of(sql: str) -> Any:
+    return None if _COMPARING.search(sql) else LITERAL
+
+
+def _updated(shape: Shape, value: Any) -> None:
+    if shape.query.related_updates or shape.query.count_active_tables() > 1:
+        raise Unfit
+    for field, _, item in value:
+        if has_placeholder(field):
+            raise Unfit
+        if hasattr(item, "resolve_expression"):
+            if item.contains_aggregate or item.contains_over_clause or type(item) is ColPairs:
+                raise Unfit
+        elif field.remote_field and hasattr(item, "prepare_database_save"):
+            item = item.prepare_database_save(field)
+        item = field.get_db_prep_save(item, connection=shape.wrapper)
+        if hasattr(item, "as_sql"):
+            sql, params = shape.compile(item)
+            shape.key += (id(field), sql)
+            shape.kept.append(field)
+            shape.values.append((kind_of(sql), params, item))
+            shape.mixed = shape.mixed or bool(params)
+            continue
+        shape.values.append((field, (item,), None))
+        shape.kept.append(field)
+        shape.key += (id(field), item is None)
+
+
+PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
+    "model": _value,
+    "alias_refcount": _items,
+    "alias_map": _joins,
+    "alias_cols": _value,
+    "external_aliases": _items,
+    "table_map": _tables,
+    "used_aliases": None,
+    "where": _where,
+    "annotations": _annotations,
+    "extra": _extra,
+    "_filtered_relations": _absent,
+    "base_table": None,
+    "contains_aggregate": None,  # these are told from the rest
+    "contains_over_clause": None,
+    "_annotation_select_cache": None,
+    "annotation_select_mask": _mask,
+    "_extra_select_cache": None,
+    "extra_select_mask": _mask,
+    "order_by": _order,
+    "extra_order_by": _absent,
+    "default_ordering": _value,
+    "default_cols": _value,
+    "standard_ordering": _value,
+    "distinct": _value,
+    "distinct_fields": _names,
+    "low_mark": None,  # the limit is in the key, see there
+    "high_mark": None,
+    "deferred_loading": _deferred,
+    "select": _columns,
+    "values_select": _names,
+    "selected": _selected,
+    "select_related": _related,
+    "max_depth": _value,
+    "group_by": _grouped,
+    "combinator": _absent,
+    "combined_queries": _absent,
+    "select_for_update": _locked,
+    "select_for_update_nowait": _value,
+    "select_for_update_skip_locked": _value,
+    "select_for_update_of": _names,
+    "select_for_no_key_update": _value,
+    "explain_info": _absent,
+    "filter_is_sticky": None,
+    "_lookup_joins": None,  # for split_exclude(), while a filter is built
+    "subquery": _subquery,
+    "alias_prefix": _value,
+    "subq_aliases": _aliases,
+    "_db": _value,
+    "contains_subquery": _value,
+    "values": _updated,
+    "related_ids": _absent,
+    "related_updates": _absent,
+}
+
+
+def unknown_attributes() -> list[str]:
+    """The attributes of a Query that this Django has and nothing is known about.
+
+    Every statement is unfit for the cache while there is one (`PARTS`).
+    """
+    return sorted(vars(Query(None)).keys() - PARTS.keys())
