@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
-SCENARIOS = ["slow_queries", "gets", "dashboard"]
+SCENARIOS = ["slow_queries", "gets", "dashboard", "requests"]
 ACTS = ["batch", "multiplexing", "prefetch", "parallelism", "read_ahead", "copy"]
 
 
@@ -70,7 +70,7 @@ def test_both_halves_run_every_scenario_and_return_the_same_rows(result: Result)
         assert len(scenario["django"]["statements"]) == len(scenario["asyncorm"]["statements"])
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", SCENARIOS[:3])
 def test_django_uses_one_connection_and_a_thread_asyncorm_several_and_none(
     result: Result, scenario: str
 ) -> None:
@@ -80,6 +80,14 @@ def test_django_uses_one_connection_and_a_thread_asyncorm_several_and_none(
     assert 1 < figures["asyncorm"]["connections"] <= 10
     assert figures["asyncorm"]["threads"] == 1
     assert figures["asyncorm"]["statements_at_once"] > 1
+
+
+def test_requests_need_threads_only_with_djangos_handler(result: Result) -> None:
+    figures = result.figures["scenarios"]["requests"]
+    assert figures["django"]["threads"] > 2  # one for each request; their numbers come again
+    assert figures["asyncorm"]["threads"] == 1
+    assert 1 < figures["asyncorm"]["connections"] <= 10
+    assert "asyncorm.asgi" in result.output
 
 
 def test_slow_queries_overlap_only_with_asyncorm(result: Result) -> None:

@@ -23,6 +23,7 @@ from django.db.models import (
 from django.db.models.functions import TruncMonth
 
 from .recorder import named
+from .requests import CLIENTS, product_page, requests
 from .shop.models import Customer, Order, OrderLine, Product
 
 Rows = list[Any]
@@ -145,7 +146,7 @@ class Scenario:
 
 def scenarios(products: int, *, quick: bool = False) -> dict[str, Scenario]:
     """The scenarios of the demo in the order in which they run."""
-    slow, gets = 10, 200 if quick else 2_000
+    slow, gets, asked = 10, 200 if quick else 2_000, 50 if quick else 500
     panels = (
         revenue_by_month,
         revenue_by_country,
@@ -179,6 +180,14 @@ def scenarios(products: int, *, quick: bool = False) -> dict[str, Scenario]:
             f"dashboard of {len(panels)} queries",
             "",
             (*panels, dashboard),
+        ),
+        Scenario(
+            "requests",
+            f"{asked:,} requests of {CLIENTS} clients, a view with one aget(), seven MIDDLEWARE",
+            f"{asked:,} requests",
+            "",
+            (product_page, requests),
+            (asked, products),
         ),
     )
     return {scenario.key: scenario for scenario in made}

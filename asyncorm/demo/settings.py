@@ -16,17 +16,32 @@ class Half:
     key: str
     title: str
     engine: str
+    handler: str  # the module whose get_asgi_application() asgi.py calls
     apps: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-DJANGO = Half("django", "Django's a* methods", "django.db.backends.postgresql")
+DJANGO = Half("django", "Django's a* methods", "django.db.backends.postgresql", "django.core.asgi")
 ASYNCORM = Half(
     "asyncorm",
     "asyncorm",
     "asyncorm.backends.postgresql",
+    "asyncorm.asgi",
     apps=("asyncorm",),
     extra={"ASYNCORM": {"SWAP_MANAGERS": True}},
+)
+# As `startproject` makes it.
+MIDDLEWARE = (
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+)
+_CONTRIB = tuple(
+    f"django.contrib.{app}" for app in ("auth", "contenttypes", "sessions", "messages")
 )
 HALVES = {half.key: half for half in (DJANGO, ASYNCORM)}
 
@@ -41,7 +56,12 @@ def configure(half: Half, database: dict[str, Any], *, pool: dict[str, int] | No
         options["pool"] = pool
     settings.configure(
         DATABASES={"default": {**database, "ENGINE": half.engine, "OPTIONS": options}},
-        INSTALLED_APPS=[*half.apps, "asyncorm.demo.shop"],
+        INSTALLED_APPS=[*half.apps, *_CONTRIB, "asyncorm.demo.shop"],
+        MIDDLEWARE=[*MIDDLEWARE],
+        ROOT_URLCONF="asyncorm.demo.requests",
+        ASGI_MODULE=half.handler,
+        ALLOWED_HOSTS=["localhost"],
+        SECRET_KEY="only for the demo",
         USE_TZ=True,
         TIME_ZONE="UTC",
         **half.extra,

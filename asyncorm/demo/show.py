@@ -89,6 +89,7 @@ def show_settings(console: Console) -> None:
         table.add_column(heading)
     table.add_row("ENGINE", *(f'"{half.engine}"' for half in HALVES))
     table.add_row("INSTALLED_APPS", *(_python([*half.apps, "..."]) for half in HALVES))
+    table.add_row("asgi.py imports from", *(half.handler for half in HALVES))
     for name in ASYNCORM.extra:
         table.add_row(name, *(_python(half.extra.get(name)) for half in HALVES))
     console.print()

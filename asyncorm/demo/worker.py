@@ -61,17 +61,16 @@ async def _measure(work: Callable[[], Awaitable[list[Any]]], recorder: Recorder)
 
 
 async def _install(recorder: Recorder, half: Half) -> None:
-    """Put the recorder where the half runs its statements: Django's thread, or everywhere."""
-    from asgiref.sync import sync_to_async
-    from django.db import connection
+    """Put the recorder where the half runs its statements: Django's threads, or everywhere."""
+    from django.db.backends.signals import connection_created
 
     from ..cursor_events import tell
 
-    def install() -> None:
+    def install(connection: Any, **kwargs: Any) -> None:
         connection.execute_wrappers[:] = [tell]
 
-    if half is DJANGO:
-        await sync_to_async(install)()
+    if half is DJANGO:  # a thread for each request, with a connection of its own
+        connection_created.connect(install, weak=False)
     recorder.__enter__()  # for as long as the process lives
 
 
