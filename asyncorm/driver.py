@@ -16,8 +16,6 @@ import asyncio
 import functools
 import logging
 import operator
-import os
-import select
 import traceback
 from asyncio import CancelledError, get_running_loop
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
@@ -44,6 +42,7 @@ from .session_state import leaves_state
 from .turns import BUSY as _BUSY
 from .turns import turn
 from .upkeep import Cancelled
+from .wire import CLOSED, Wire, close_generator
 
 T = TypeVar("T")
 
@@ -59,8 +58,6 @@ _EXECUTE: Any = psycopg.Cursor.execute
 if getattr(getattr(_EXECUTE, "__code__", None), "co_filename", None) != psycopg.cursor.__file__:
     _EXECUTE = object()  # it was there before us
 
-_WAIT_R, _WAIT_W = psycopg.waiting.WAIT_R, psycopg.waiting.WAIT_W
-_READY_R, _READY_W = psycopg.waiting.READY_R, psycopg.waiting.READY_W
 _OK = pq.ConnStatus.OK
 _IDLE = pq.TransactionStatus.IDLE
 _ACTIVE = pq.TransactionStatus.ACTIVE
@@ -82,7 +79,6 @@ ENDED = (
     "This cursor or connection belongs to an operation that has ended and given its server "
     "connection back."
 )
-CLOSED = "The connection was closed."
 
 
 class _NoLock:
@@ -147,11 +143,6 @@ class OwnLock:
             self._holder = None
 
 
-def _wake(future: asyncio.Future[int], ready: int) -> None:
-    if not future.done():
-        future.set_result(ready)
-
-
 class _Cursor:
     """A cursor class's part that notices session state, and whose statements may travel with those
     of other operations (mixed into Django's).
@@ -173,7 +164,7 @@ class _Cursor:
         self._reset()
         answer = queue.run(_events.followed(_Executing(self, query, params, text)))
         conn.served_by = queue.served_by
-        conn.yielded = monotonic()
+        conn.wire.yielded = monotonic()
         return self.show(answer)
 
     def show(self: Any, answer: Answer, read: int = 0) -> Any:
@@ -522,17 +513,6 @@ _kept = operator.attrgetter(
 )  # fmt: skip
 
 
-_process = os.getpid()
-
-
-def _is_forked() -> None:
-    global _process
-    _process = os.getpid()
-
-
-os.register_at_fork(after_in_child=_is_forked)
-
-
 class Connection(psycopg.Connection[Any]):
     """What Django sees as its psycopg connection, over the libpq connection of a pooled one.
 
@@ -545,6 +525,7 @@ class Connection(psycopg.Connection[Any]):
         pooled: the pool's connection underneath, None when there is none.
         alone: the statement that runs, or the last one, is no part of a transaction, and was sent.
         unsettled: it is a `LazyConnection` and has no server connection yet.
+        wire: waits for the socket.
         served_by: the server process that ran the last statement of an unsettled one.
         streamed: a cursor's `stream()` has asked libpq for single rows.
     """
@@ -556,26 +537,25 @@ class Connection(psycopg.Connection[Any]):
     lock: Any
     configured: bool
     pooled: PooledConnection | None
+    wire: Any
 
     def __init__(self, pgconn: Any, row_factory: Any = psycopg.rows.tuple_row) -> None:
         super().__init__(pgconn, row_factory)
         self.lock = NO_LOCK
         self.configured = False
-        self._process = _process
+        self.wire = Wire(pgconn)
         self._touched = False
         self._start: tuple[Any, ...] | None = None
         self.pooled = None
         self._pool = None  # also tells psycopg not to warn about a connection it did not see closed
-        self._waiter: asyncio.Future[int] | None = None
-        self._state: int = 0
-        self.yielded = 0.0
-        self._poller: select.poll | None = None
         self._made: dict[Any, tuple[Any, Any]] = {}
 
     @classmethod
-    def over(cls, pgconn: Any, options: dict[str, Any]) -> Connection:
+    def over(cls, pgconn: Any, options: dict[str, Any], wire: Wire | None = None) -> Connection:
         """A connection over `pgconn`; options as `psycopg.Connection.connect()` takes them."""
         conn = cls(pgconn)
+        if wire is not None:
+            conn.wire = wire
         conn._autocommit = True
         if row_factory := options.get("row_factory"):
             conn.row_factory = row_factory
@@ -627,16 +607,6 @@ class Connection(psycopg.Connection[Any]):
             raise psycopg.OperationalError(CLOSED)
         yield from super()._check_intrans_gen(attribute)
 
-    @property
-    def waiting(self) -> bool:
-        """Whether a task waits for the server on this connection."""
-        return self._waiter is not None
-
-    @property
-    def unanswered(self) -> bool:
-        """Whether a task waits for the server's answer, and nothing of it is there to be read."""
-        return self._waiter is not None and self._state == _WAIT_R and not self.poll(_WAIT_R)
-
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run one of psycopg's generators: where it would block, other tasks run."""
         runner = getcurrent()
@@ -649,7 +619,7 @@ class Connection(psycopg.Connection[Any]):
         if runner.cancelled is not None:
             deliver(runner)
         try:
-            state = next(gen)
+            state = self.wire.begin(gen)
         except StopIteration as stop:
             if not self.pgconn.pipeline_status:  # else psycopg's Pipeline is being entered
                 self.give_turn()
@@ -739,13 +709,13 @@ class Connection(psycopg.Connection[Any]):
 
         A cancellation may arrive then: not in a shield, and not outside native code.
         """
-        if monotonic() - self.yielded < _BUSY:
+        if monotonic() - self.wire.yielded < _BUSY:
             return False
         runner = getcurrent()
         if type(runner) is not Runner or runner.shields:
             return False
         runner.parent.switch(turn())  # type: ignore[union-attr]
-        self.yielded = monotonic()
+        self.wire.yielded = monotonic()
         return True
 
     def fetch(self, name: str, count: int) -> Any:
@@ -771,7 +741,7 @@ class Connection(psycopg.Connection[Any]):
         if queue is not None:
             value = queue.run(command)
             self.served_by = queue.served_by
-            self.yielded = monotonic()
+            self.wire.yielded = monotonic()
             return value
         if self.unsettled:
             self.settle()  # type: ignore[attr-defined]
@@ -865,19 +835,15 @@ class Connection(psycopg.Connection[Any]):
             result = checked(results, self.info.encoding)
         return result
 
-    async def _yield(self) -> None:
-        await asyncio.sleep(0)
-        self.yielded = monotonic()
-
     async def _wait(self, runner: Runner, gen: Any, state: int, timeout: float | None) -> Any:
         cleaning = runner.cleaning_until is not None
         if cleaning:
             timeout = max(0.0, runner.cleaning_until - monotonic())  # type: ignore[operator]
         try:
             if timeout is None:
-                return await self.drive(gen, state)
+                return await self.wire.drive(gen, state)
             with anyio.move_on_after(timeout):
-                return await self.drive(gen, state)
+                return await self.wire.drive(gen, state)
             if cleaning:
                 raise self._given_up(gen)
             raise psycopg.errors._WaitTimeout("wait timeout expired")
@@ -887,12 +853,12 @@ class Connection(psycopg.Connection[Any]):
                 raise
             # A COMMIT or the like: let it end, then deliver the cancellation (bridge.deliver).
             runner.cancelled = exc
-            task = get_running_loop().create_task(self.drive(gen, self._state))
+            task = get_running_loop().create_task(self.wire.drive(gen, self.wire.state))
             if not await finish(task, CANCEL_TIMEOUT):
                 raise self._given_up(gen) from exc
             return task.result()
         except GeneratorExit:  # who waited is closed, and nobody else knows what was under way
-            _close(gen)
+            close_generator(gen)
             self.terminate()
             raise
 
@@ -902,7 +868,7 @@ class Connection(psycopg.Connection[Any]):
             self.pooled.home.retire_all()
 
     def _given_up(self, gen: Any) -> psycopg.OperationalError:
-        _close(gen)
+        close_generator(gen)
         self._hangs()
         self.terminate()
         return psycopg.OperationalError(
@@ -911,71 +877,15 @@ class Connection(psycopg.Connection[Any]):
             "been committed."
         )
 
-    async def drive(self, gen: Any, state: int) -> Any:
-        """Run a generator of psycopg's, or of the kind, that waits for what `state` says."""
-        try:
-            while True:
-                state = gen.send(await self.ready(state))
-        except StopIteration as stop:
-            return stop.value
-        except Exception:  # or it would go on when the garbage collector closes it
-            _close(gen)
-            raise
-
-    async def ready(self, state: int) -> int:
-        """Wait until the socket is ready, for what psycopg's generators yield; how it is ready."""
-        if state & _WAIT_W and (ready := self.poll(state)):
-            # A socket is nearly always writable: no turn of the loop for that, within reason.
-            if monotonic() - self.yielded >= _BUSY:
-                self._state = state
-                await self._yield()
-        else:
-            loop = get_running_loop()
-            fileno = self.pgconn.socket
-            self._state = state
-            self._waiter = future = loop.create_future()
-            try:
-                if state & _WAIT_R:
-                    loop.add_reader(fileno, _wake, future, _READY_R)
-                if state & _WAIT_W:
-                    loop.add_writer(fileno, _wake, future, _READY_W)
-                ready = await future
-            except OSError as exc:
-                raise psycopg.OperationalError("The connection's socket is closed.") from exc
-            finally:
-                if self._waiter is future:
-                    self._unwatch(fileno)
-                self.yielded = monotonic()
-        if self.pgconn.pgconn_ptr is None:  # type: ignore[attr-defined]
-            # Closed meanwhile. psycopg's generators keep a pointer into memory that is free now:
-            # they must not go on.
-            raise psycopg.OperationalError(CLOSED)
-        return ready
-
     async def _complete(self, gen: Any) -> Any:
         try:
-            state = next(gen)
+            state = self.wire.begin(gen)
         except StopIteration as stop:
             return stop.value
-        return await self.drive(gen, state)
-
-    def poll(self, state: int) -> int:
-        if self._poller is None:
-            self._poller = select.poll()
-        mask = (select.POLLIN if state & _WAIT_R else 0) | (
-            select.POLLOUT if state & _WAIT_W else 0
-        )
-        self._poller.register(self.pgconn.socket, mask)
-        ready = 0
-        for _, event in self._poller.poll(0):
-            if event & ~select.POLLOUT:
-                ready |= _READY_R
-            if event & select.POLLOUT:
-                ready |= _READY_W
-        return ready & state
+        return await self.wire.drive(gen, state)
 
     async def give_up(self, gen: Any) -> None:
-        _close(gen)
+        close_generator(gen)
         await self.interrupt()
 
     async def interrupt(self) -> None:
@@ -1007,7 +917,7 @@ class Connection(psycopg.Connection[Any]):
     async def stop_others(self, turn: Callable[[], Awaitable[Any]]) -> None:
         """Cancel the statement that another task waits for, then wait for `turn()`: for the
         connection to be the caller's."""
-        stopped = self.waiting
+        stopped = self.wire.waiting
         if stopped:
             await self.cancel_running()
         await turn()
@@ -1028,28 +938,13 @@ class Connection(psycopg.Connection[Any]):
             raise psycopg.OperationalError("The connection is still busy.")
 
     def terminate(self) -> None:
-        """Close the socket at once; a task waiting for it gets OperationalError.
+        """Close the socket at once; a task waiting for it gets OperationalError."""
+        self.wire.finish()
 
-        Not in a child process that was forked: to close it would end the parent's session, and the
-        parent's loop would not hear of its socket any more.
-        """
-        if self._process != _process:
-            return
-        waiter = self._waiter
-        if waiter is not None and self.pgconn.pgconn_ptr is not None:  # type: ignore[attr-defined]
-            # Now: the next connection's socket may get the same number.
-            self._unwatch(self.pgconn.socket)
-        self.pgconn.finish()
-        if waiter is not None and not waiter.done():
-            waiter.set_exception(psycopg.OperationalError(CLOSED))
-
-    def _unwatch(self, fileno: int) -> None:
-        assert self._waiter is not None
-        loop = self._waiter.get_loop()
-        self._waiter = None
-        if not loop.is_closed() and self._process == _process:
-            loop.remove_reader(fileno)
-            loop.remove_writer(fileno)
+    def close(self) -> None:
+        """As psycopg's."""
+        self._closed = True
+        self.terminate()
 
     def forget(self, statement: Statement, name: bytes) -> None:
         """A table was altered, or a pooler changed the session: prepare it anew next time."""
@@ -1066,13 +961,6 @@ class Connection(psycopg.Connection[Any]):
 
 
 Steps = Generator[int, int, Any]  # what `wait()` runs
-
-
-def _close(gen: Any) -> None:
-    """Close a generator of psycopg's: that of its Pipeline goes on at first, to read results."""
-    for _ in range(2):
-        with suppress(RuntimeError, psycopg.Error):
-            gen.close()
 
 
 def copy_in(cursor: Any, statement: str, data: Iterable[bytes]) -> Steps:
@@ -1174,6 +1062,15 @@ class Start(NamedTuple):
         )
 
 
+class _NoWire:
+    """What a connection has in place of its wire while there is none."""
+
+    waiting = False
+
+    def __init__(self) -> None:
+        self.yielded = monotonic()
+
+
 class LazyConnection(Connection):
     """Stands for a connection of the pool until one is needed.
 
@@ -1188,11 +1085,10 @@ class LazyConnection(Connection):
     closed = False
     _autocommit = True
     _closed = False
-    _waiter = None
     _beginning: Start
 
     def __init__(self, start: Start) -> None:
-        self.__dict__.update(_beginning=start, lock=NO_LOCK, _pool=None, yielded=monotonic())
+        self.__dict__.update(_beginning=start, lock=NO_LOCK, _pool=None, wire=_NoWire())
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -1252,7 +1148,7 @@ class LazyConnection(Connection):
         """There is nothing to cancel."""
 
 
-_OF_LAZY = ("lock", "_pool", "served_by", "yielded")
+_OF_LAZY = ("lock", "_pool", "served_by")
 
 
 async def finish(task: asyncio.Task[Any], timeout: float) -> bool:
@@ -1288,6 +1184,7 @@ class PooledConnection(AsyncConnection[Any]):
     """
 
     twin: Connection
+    wire: Wire
     home: ConnectionPool | None = None
     began: Role
     wrote_in_vain = False
@@ -1299,6 +1196,7 @@ class PooledConnection(AsyncConnection[Any]):
         kwargs["autocommit"] = True
         conn = await super().connect(conninfo, prepare_threshold=None, **kwargs)
         conn.options = options
+        conn.wire = Wire(conn.pgconn, lambda: conn._pool is None)
         conn.began = Role.of(conn.pgconn)
         conn.renew()
         return conn
@@ -1307,6 +1205,7 @@ class PooledConnection(AsyncConnection[Any]):
     async def unpooled(cls, **kwargs: Any) -> Connection:
         """A connection for whoever asks: the twin of a new one."""
         twin = (await cls.connect(**kwargs)).twin
+        twin.wire = Wire(twin.pgconn)  # it may be dropped unclosed, and must not stay a loop's
         twin.lock = OwnLock()
         # Nobody else gets it: what is left in its server session does not matter.
         twin.cursor_factory = kwargs.get("cursor_factory") or psycopg.Cursor
@@ -1315,32 +1214,26 @@ class PooledConnection(AsyncConnection[Any]):
     async def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         """psycopg's, as the twin waits: for the pool's own statements (check, rollback, reset)."""
         try:
-            return await self.twin.drive(gen, next(gen))
+            return await self.wire.drive(gen, self.wire.begin(gen))
         except StopIteration as stop:
             return stop.value
         except CancelledError:
             await self.twin.give_up(gen)
             raise
 
+    async def close(self) -> None:
+        """As psycopg's."""
+        self._closed = True
+        self.wire.finish()
+
     def renew(self) -> None:
         """Forget the Python state of the session: for a session that was reset on the server."""
-        self.twin = Connection.over(self.pgconn, self.options)
+        self.twin = Connection.over(self.pgconn, self.options, self.wire)
         self.twin.pooled = self
 
     def alive(self) -> bool:
         """Whether it may be used and the server has kept it open, as far as one can see here."""
-        if self.home is None:
-            return False
-        twin = self.twin
-        try:
-            for _ in range(3):  # a last message, then the end of the stream
-                if not twin.poll(_WAIT_R):
-                    return True
-                self.pgconn.consume_input()
-        except (psycopg.Error, OSError):
-            self.pgconn.finish()
-            return False
-        return True
+        return self.home is not None and self.wire.is_open()
 
 
 class ConnectionPool(GrowingPool[PooledConnection]):

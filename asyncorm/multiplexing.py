@@ -409,7 +409,7 @@ class _Looking:
     def _look(self) -> None:
         answered = self._pipeline.answered
         # If this process was busy with other things, the answer has been there for long.
-        if answered == self._answered and self._conn.unanswered:
+        if answered == self._answered and self._conn.wire.unanswered:
             slow.add(self._requests[answered].command.text)
         self._later()
 

@@ -15,7 +15,8 @@ from psycopg import generators, pq
 from psycopg._preparing import Prepare
 
 from . import bridge
-from .driver import CANCEL_TIMEOUT, CLOSED, STALE, Connection, Statement, Steps, checked, finish
+from .driver import CANCEL_TIMEOUT, STALE, Connection, Statement, Steps, checked, finish
+from .wire import CLOSED
 
 _IDLE = pq.TransactionStatus.IDLE
 _COMMAND_OK = pq.ExecStatus.COMMAND_OK
@@ -70,7 +71,7 @@ class Pipeline:
                 assert self._answer is not None
                 yield self._answer
             else:
-                ready = bridge.wait_for(runner, self._conn.ready(self._state))
+                ready = bridge.wait_for(runner, self._conn.wire.ready(self._state))
 
     def gathered(self, note: Callable[[int, list[Any]], None]) -> Steps:
         """A generator for `Connection.wait()`: send them and tell `note` of each answer at once."""
@@ -100,7 +101,7 @@ class Pipeline:
 
     async def _stop(self) -> None:
         conn = self._conn
-        drain = get_running_loop().create_task(conn.drive(self._steps, self._state))
+        drain = get_running_loop().create_task(conn.wire.drive(self._steps, self._state))
         try:
             while not drain.done():
                 await conn.cancel_running()  # the statement; the one behind it begins

@@ -1144,13 +1144,9 @@ async def test_closed_at_the_moment_when_the_answer_is_there(
         conn = pool.take()
         assert conn is not None
         task = asyncio.create_task(conn.execute("SELECT pg_sleep(0.05)"))  # type: ignore[arg-type]
-    await watch.until(lambda: any(conn.twin.waiting for conn in pool.live))
-    twin = next(conn.twin for conn in pool.live if conn.twin.waiting)
-    waiter = twin._waiter
-    assert waiter is not None
+    await watch.until(lambda: any(conn.wire.waiting for conn in pool.live))
+    twin = next(conn.twin for conn in pool.live if conn.wire.waiting)
     time.sleep(0.2)  # noqa: ASYNC251  # the answer arrives, and the loop cannot see it yet
-    while not waiter.done():  # noqa: ASYNC110
-        await asyncio.sleep(0)
     assert not task.done()
     twin.terminate()
     with pytest.raises((OperationalError, psycopg.OperationalError), match="closed"):
@@ -1165,7 +1161,7 @@ async def test_the_next_socket_may_get_the_number_of_a_closed_one(alias: str, wa
     task = asyncio.create_task(sleep_on_server(alias))
     await watch.until(watch.sleeping)
     pool = pools.find(alias).connections  # type: ignore[union-attr]
-    twin = next(conn.twin for conn in pool.live if conn.twin.waiting)  # type: ignore[union-attr]
+    twin = next(conn.twin for conn in pool.live if conn.wire.waiting)  # type: ignore[union-attr]
     number = twin.pgconn.socket
     twin.cancel_safe()
     twin.terminate()

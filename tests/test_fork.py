@@ -31,7 +31,9 @@ def close():
     for pool in held:
         pool.abandon()
         for conn in live:
+            conn.wire.park()
             conn.twin.terminate()
+            conn.twin.close()
     connections["default"].close_pool()
     connections.close_all()
     gc.collect()

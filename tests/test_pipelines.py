@@ -222,7 +222,7 @@ async def test_a_stall_of_the_loop_makes_no_statement_slow() -> None:
         for _ in range(3):
             gathered = asyncio.gather(*[echo(n) for n in range(60)])
             async with asyncio.timeout(10):
-                while not any(conn.twin.waiting for conn in live):  # noqa: ASYNC110
+                while not any(conn.wire.waiting for conn in live):  # noqa: ASYNC110
                     await asyncio.sleep(0)
             time.sleep(2 * multiplexing.SLOW)  # noqa: ASYNC251
             await gathered
