@@ -243,8 +243,9 @@ class Wire:
             wakeup.wake(_READY_R)
         elif wakeup is None and self._is_nobodys:
             self._take_input()
-        else:
+        elif self.pgconn.status != _OK or self._poll(_WAIT_R):
             self.park()
+        # Else who polled has read it since the loop saw it.
 
     @property
     def _is_nobodys(self) -> bool:
