@@ -34,6 +34,12 @@ pytestmark = pytest.mark.usefixtures("_unblocked")
 def _unblocked(django_db_blocker: Any) -> Iterator[None]:
     with django_db_blocker.unblock():
         yield
+        with administrator() as ask:  # whose socket was closed, they would sleep on
+            ask(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+                " WHERE application_name = %s AND wait_event = 'PgSleep'",
+                ALIAS,
+            )
 
 
 def two(**changes: Any) -> Any:
