@@ -17,11 +17,11 @@ from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefuncti
 from django.db import OperationalError, connections
 
 from . import bridge, limits, patches, pools
+from ._pool.pool import ConnectionPool
 from ._requests.health import health, health_view
 from ._requests.views import native_view
 from ._sessions import engines
 from ._transactions.on_commit import set_rollback
-from .driver import ConnectionPool
 from .growth import is_away
 from .transactions import atomic
 

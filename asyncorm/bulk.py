@@ -44,8 +44,8 @@ from psycopg.pq import Format
 from . import _events, bridge, grounds, verifying
 from ._cache.execute import direct, serves
 from ._cache.plan import Plan
+from ._wire.statement import Reading, Statement
 from .binding import has_djangos_type, writes_as_django
-from .driver import Reading, Statement
 from .grounds import Ground
 from .rows import RowMaker, tuple_of
 from .shapes import Unfit

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import groupby
@@ -25,10 +25,12 @@ from django.db import NotSupportedError, connections, models, transaction
 from django.db.models import QuerySet
 from django.db.models.expressions import DatabaseDefault
 from django.db.models.manager import BaseManager
+from psycopg import generators
 from psycopg.adapt import Transformer
 from psycopg.copy import Writer
 
-from . import bridge, bulk, driver, sessions
+from . import bridge, bulk, sessions
+from .driver import Steps
 from .shapes import Unfit
 
 FORMATS = ("csv", "text", "binary")
@@ -167,13 +169,13 @@ def _copy_to(queryset: Any, write: Callable[[bytes], Any], format: str, header: 
 
     def transfer(cursor: Any, statement: str) -> int:
         conn = cursor.connection
-        conn.wait(driver.copy_out(cursor, statement))
+        conn.wait(_beginning(cursor, statement))
         rows = None
         try:
             if header:
                 _written(write(_header(names, format)))
             while rows is None:
-                data, rows = conn.wait(driver.copy_read(cursor, _PIECE))
+                data, rows = conn.wait(_reading(cursor, _PIECE))
                 if data:
                     _written(write(bytes(data)))
         except BaseException:
@@ -271,7 +273,7 @@ def _insert(
 
 
 def _transfer(data: list[bytes], cursor: Any, statement: str) -> int:
-    return int(cursor.connection.wait(driver.copy_in(cursor, statement, data)))
+    return int(cursor.connection.wait(_sending(cursor, statement, data)))
 
 
 def _check_field(field: Any) -> None:
@@ -365,3 +367,32 @@ class _Pieces(Writer):
     def write(self, data: Any) -> None:
         view = memoryview(data)
         self.pieces += (bytes(view[n : n + _PIECE]) for n in range(0, len(view), _PIECE))
+
+
+def _sending(cursor: Any, statement: str, data: Iterable[bytes]) -> Steps:
+    """A generator for `wait()`: run COPY ... FROM STDIN, send the data, return the row count.
+
+    Pieces of more than some 100 KB slow libpq down.
+    """
+    pgconn = cursor.connection.pgconn
+    yield from cursor._start_copy_gen(statement)
+    for piece in data:
+        yield from generators.copy_to(pgconn, piece)
+    result = yield from generators.copy_end(pgconn, None)
+    return result.command_tuples
+
+
+def _beginning(cursor: Any, statement: str) -> Steps:
+    """A generator for `wait()`: begin a COPY ... TO STDOUT."""
+    yield from cursor._start_copy_gen(statement)
+
+
+def _reading(cursor: Any, size: int) -> Steps:
+    """A generator for `wait()`: return at least `size` bytes, and the row count at the end."""
+    data = bytearray()
+    while len(data) < size:
+        row = yield from generators.copy_from(cursor.connection.pgconn)
+        if not isinstance(row, memoryview):
+            return data, row.command_tuples
+        data += row
+    return data, None

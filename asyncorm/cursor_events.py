@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from . import _events, bridge, sessions
-from .driver import text_of
+from ._wire.statement import text_of
 
 
 def tell(execute: Any, sql: Any, params: Any, many: bool, context: dict[str, Any]) -> Any:

@@ -15,8 +15,11 @@ from psycopg.rows import tuple_row
 
 from . import _events, bridge, sessions
 from ._cache.execute import NotServed, direct, serves, stand_in
+from ._wire.cursors import Answer
+from ._wire.lazy import LazyConnection, Start
+from ._wire.statement import Statement
 from ._wire.texts import is_single
-from .driver import Answer, Connection, LazyConnection, Start, Statement
+from .driver import Connection
 
 TUPLES_OK = ExecStatus.TUPLES_OK
 

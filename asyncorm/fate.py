@@ -23,10 +23,13 @@ from psycopg import pq
 
 from . import bridge, pinning, sessions
 from ._sessions.session import Session
+from ._wire.cancelling import CANCEL_TIMEOUT
+from ._wire.statement import Command, Statement, Unanswered
 from ._wire.texts import is_read, is_single, only_reads
 from .advice import see
 from .bridge import Runner
-from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, Unanswered, told
+from .command_events import told
+from .driver import Connection
 from .pipelines import Pipeline
 
 logger = logging.getLogger("asyncorm")

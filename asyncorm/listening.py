@@ -21,8 +21,8 @@ from django.db import DEFAULT_DB_ALIAS, NotSupportedError, connections
 from django.db.utils import DatabaseErrorWrapper
 from psycopg import sql
 
+from ._pool.connection import OF_CURSORS
 from .cursors import cursor
-from .driver import OF_CURSORS
 
 logger = logging.getLogger("asyncorm")
 

@@ -20,9 +20,12 @@ import psycopg
 from psycopg import pq
 
 from . import _events, bridge
+from ._wire.cancelling import CANCEL_TIMEOUT, finish
+from ._wire.settings import reported
+from ._wire.statement import Command, Statement, Unanswered
 from ._wire.texts import is_read
 from .bridge import Runner
-from .driver import CANCEL_TIMEOUT, Command, Connection, Statement, Unanswered, finish, reported
+from .driver import Connection
 from .pipelines import Pipeline
 
 MOST = 64  # statements in one pipeline

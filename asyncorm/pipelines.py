@@ -15,7 +15,9 @@ from psycopg import generators, pq
 from psycopg._preparing import Prepare
 
 from . import bridge
-from .driver import CANCEL_TIMEOUT, STALE, Connection, Statement, Steps, checked, finish
+from ._wire.cancelling import CANCEL_TIMEOUT, finish
+from ._wire.statement import STALE, Statement, checked
+from .driver import Connection, Steps
 from .wire import CLOSED
 
 _IDLE = pq.TransactionStatus.IDLE

@@ -19,15 +19,12 @@ from django.db import DEFAULT_DB_ALIAS
 from psycopg_pool import PoolClosed, PoolTimeout
 
 from . import bridge, conf
+from ._pool.connection import PooledConnection
+from ._pool.pool import ConnectionPool
+from ._wire.lazy import LazyConnection, Start
+from ._wire.locks import OwnLock
 from .advice import see
-from .driver import (
-    Connection,
-    ConnectionPool,
-    LazyConnection,
-    OwnLock,
-    PooledConnection,
-    Start,
-)
+from .driver import Connection
 from .growth import is_full
 from .tasks import current_and_represented
 

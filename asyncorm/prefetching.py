@@ -25,8 +25,8 @@ from . import bridge, conf, limits, pools, related, sessions
 from ._hooks import switch
 from ._sessions import scopes
 from ._sessions.session import Session
+from ._wire.cancelling import CANCEL_TIMEOUT, finish
 from .bridge import Runner
-from .driver import CANCEL_TIMEOUT, finish
 
 # Replaced by seam.py. The latter may be missing (internals.py): this part is off then.
 _prefetch_related_objects = query.prefetch_related_objects

@@ -35,8 +35,8 @@ from django.db import DatabaseError, connections, models
 from django.test import override_settings
 
 import asyncorm
+from asyncorm._wire.cancelling import CANCEL_TIMEOUT
 from asyncorm.demo.postgres import Server, postgres_server
-from asyncorm.driver import CANCEL_TIMEOUT
 
 ACCOUNTS = 20
 BALANCE = 1000

@@ -11,8 +11,9 @@ from greenlet import greenlet
 
 import asyncorm
 from asyncorm import await_, bridge, native, pools
+from asyncorm._wire.lazy import LazyConnection
 from asyncorm.bridge import Runner
-from asyncorm.driver import Connection, LazyConnection
+from asyncorm.driver import Connection
 from tests.project.shop.models import Book, Tag
 from tests.support import database, sleep
 

@@ -10,7 +10,7 @@ from django.db import IntegrityError, ProgrammingError, connection, connections,
 from django.db.transaction import TransactionManagementError
 
 import asyncorm
-from asyncorm.driver import Statement
+from asyncorm._wire.statement import Statement
 from tests.support import all_given_back, database
 
 pytestmark = pytest.mark.usefixtures("unblocked")

@@ -23,7 +23,8 @@ from django.db import DatabaseError, connections
 
 import asyncorm
 from asyncorm import native, pools
-from asyncorm.driver import ConnectionPool, PooledConnection
+from asyncorm._pool.connection import PooledConnection
+from asyncorm._pool.pool import ConnectionPool
 from tests.support import address, administrator, database, eventually, value
 
 ALIAS = "wire"

@@ -14,8 +14,9 @@ from django.db import OperationalError
 from psycopg.pq import Format
 
 from .. import _events, conf, sessions
+from .._wire.statement import Statement, Unanswered
 from ..backends.mixin import has_djangos_cursors
-from ..driver import SLICE, Connection, Statement, Unanswered
+from ..driver import SLICE, Connection
 from ..pools import Pool
 from ..turns import Turns
 from .plan import Plan, djangos

@@ -21,9 +21,10 @@ from uuid import UUID
 from psycopg.adapt import PyFormat
 
 from .._cache.families import AS_DUMPED, INTEGER, NUMBER
+from .._wire.statement import Statement
 from .._wire.texts import only_reads
 from ..binding import in_place_of_expressions
-from ..driver import Connection, Statement
+from ..driver import Connection
 from ..rows import RowMaker
 from ..session_state import leaves_state
 from ..shapes import Shape

@@ -17,8 +17,8 @@ from greenlet import getcurrent
 from .. import _events, bridge, grounds, rows, sessions, verifying
 from .._cache.execute import NotServed, Planned, items, may_repeat, stand_in, told
 from .._cache.plan import Plan
+from .._wire.statement import Unanswered
 from ..bridge import Runner
-from ..driver import Unanswered
 from ..grounds import Ground
 from ..shapes import Shape, Unfit
 from ..statements import UNPLANNED, hit, learn, recall

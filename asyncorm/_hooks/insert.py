@@ -13,8 +13,9 @@ from .. import bulk, distributed, grounds
 from .._cache.execute import count_of, items
 from .._cache.families import family
 from .._cache.plan import Plan
+from .._wire.lazy import LazyConnection
 from ..binding import writes_as_django
-from ..driver import Connection, LazyConnection
+from ..driver import Connection
 from ..grounds import Ground
 from ..shapes import Unfit
 from ..statements import UNPLANNED, count, hit, learn, recall

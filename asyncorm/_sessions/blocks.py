@@ -14,10 +14,11 @@ import anyio
 from django.db.transaction import TransactionManagementError
 
 from .. import _events, bridge, conf, pools
+from .._wire.cancelling import CANCEL_TIMEOUT, finish
 from .._wire.texts import is_single
 from ..advice import see
 from ..bridge import Runner
-from ..driver import CANCEL_TIMEOUT, Connection, finish
+from ..driver import Connection
 from ..multiplexing import Queue
 from .scopes import Scope, current_scope
 

@@ -15,7 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import bridge, generators
-from ..driver import CANCEL_TIMEOUT, NO_LOCK
+from .._wire.cancelling import CANCEL_TIMEOUT
+from .._wire.locks import NO_LOCK
 
 if TYPE_CHECKING:
     from .session import Session

@@ -15,8 +15,10 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from .. import _events, bridge, limits, pools
+from .._wire.lazy import LazyConnection
+from .._wire.locks import NO_LOCK
 from ..bridge import Runner
-from ..driver import NO_LOCK, Connection, LazyConnection
+from ..driver import Connection
 from ..generators import Place
 from ..multiplexing import Queue
 from .blocks import Block, Loan

@@ -22,8 +22,8 @@ from .. import _events, advice, bridge, callers, fate, sessions, testcase
 from .._sessions import callsite, engines, scopes
 from .._sessions.blocks import Block
 from .._sessions.session import Session
+from .._wire.cancelling import CANCEL_TIMEOUT
 from ..bridge import Runner
-from ..driver import CANCEL_TIMEOUT
 from .characteristics import Characteristics
 
 logger = logging.getLogger("asyncorm")

@@ -55,11 +55,16 @@ from psycopg.errors import ReadOnlySqlTransaction
 from psycopg.pq import ConnStatus, TransactionStatus
 
 from .. import bridge, checks, fate, observers, pools, sessions, written
+from .._pool.connection import PooledConnection
 from .._sessions import engines, scopes
 from .._sessions.blocks import Block
 from .._sessions.session import UNKNOWN, Session
 from .._transactions.on_commit import on_commit
-from ..driver import ENDED, Connection, InTurn, PooledConnection, reported, text_of
+from .._wire.cursors import InTurn
+from .._wire.locks import ENDED
+from .._wire.settings import reported
+from .._wire.statement import text_of
+from ..driver import Connection
 from ..observe.found import cursors_are_patched
 from ..roles import ASK
 from ..session_state import leaves_state

@@ -22,7 +22,7 @@ from typing import Any
 import psycopg
 from django.db import connections
 
-from ..driver import OF_CURSORS
+from .._pool.connection import OF_CURSORS
 from .positions import ASK_PRIMARY, Need, Position
 
 logger = logging.getLogger("asyncorm")

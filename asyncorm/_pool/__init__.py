@@ -1,0 +1,1 @@
+"""psycopg_pool's pool and its connections, as a loop of ours needs them."""

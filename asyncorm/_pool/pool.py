@@ -1,0 +1,255 @@
+"""psycopg_pool's pool, plus what it does not offer: a checkout and a return that need no task
+switch, the reason of a failed connection told to those who wait, an immediate close.
+
+What psycopg_pool does not document of what is used here is in internals.py, with the reasons.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from asyncio import CancelledError
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+import psycopg
+from psycopg import pq
+from psycopg_pool.pool_async import AddConnection, ReturnConnection
+
+from .._wire.cancelling import CANCEL_TIMEOUT
+from ..growth import GrowingPool
+from ..roles import ASK, STANDBY_WANTED, Role, contradicts
+from ..upkeep import Cancelled
+from .connection import PooledConnection
+
+logger = logging.getLogger("psycopg.pool")
+
+
+_ELSEWHERE = 10.0  # seconds for which standbys are refused where a primary was and is looked for
+_IDLE = pq.TransactionStatus.IDLE
+_ACTIVE = pq.TransactionStatus.ACTIVE
+
+
+class ConnectionPool(GrowingPool[PooledConnection]):
+    """psycopg_pool's pool, with a checkout that costs no task switch when a connection is free.
+
+    Attributes:
+        live: every open connection, in the pool or not.
+        connect_error: why the last attempt to connect failed; None after one that worked.
+        target: the role that servers have to have (`target_session_attrs`), None if it is not said.
+    """
+
+    def __init__(self, target: str | None = None, **kwargs: Any) -> None:
+        self.live: set[PooledConnection] = set()
+        self.connect_error: BaseException | None = None
+        self.target = target
+        self._had_primary = False
+        self._primary_until = 0.0
+        super().__init__("", connection_class=PooledConnection, open=False, **kwargs)
+
+    async def _connect(self, timeout: float | None = None) -> PooledConnection:
+        self.live = {conn for conn in self.live if not conn.closed}
+        try:
+            conn = await super()._connect(timeout)
+            self._look_at_role(conn)
+        except CancelledError as exc:
+            traceback.clear_frames(exc.__traceback__)  # closes the half-open connection now
+            raise Cancelled from None
+        except Exception as exc:
+            self.connect_error = exc
+            if not self.live and not self.passes(exc):
+                await self._fail_waiting(exc)
+            raise
+        self.connect_error = None
+        conn.home = self
+        self.live.add(conn)
+        return conn
+
+    def _look_at_role(self, conn: PooledConnection) -> None:
+        if not conn.began.in_recovery:
+            self._had_primary = True
+        elif monotonic() < self._primary_until:
+            conn.twin.terminate()
+            raise psycopg.OperationalError("A write was refused, and the server is in hot standby")
+
+    async def _fail_waiting(self, exc: BaseException) -> None:
+        # Tell those who wait what the server said, at once rather than after the pool's timeout.
+        while self._waiting:
+            error = psycopg.OperationalError(str(exc))
+            error.__cause__ = exc
+            await self._waiting.popleft().fail(error)
+
+    def fill(self, min_size: int) -> None:
+        """Have at least `min_size` connections (`resize()` would go beyond max_size)."""
+        self._min_size = min_size
+        for _ in range(self._nconns, min_size):
+            self._nconns += 1
+            self.run_task(AddConnection(self))
+
+    def discard(self, conn: PooledConnection) -> None:
+        """Close a connection that nobody has."""
+        self.live.discard(conn)
+        conn.twin.terminate()
+
+    def take(self) -> PooledConnection | None:
+        """A free connection, the one used last, or None: then `await getconn()`."""
+        if self._check or self._closed:
+            return None
+        pool = self._pool
+        while pool:
+            conn = pool[-1]
+            if conn.alive():
+                if len(pool) <= self._nconns_min:
+                    self._nconns_min = len(pool) - 1
+                self._stats[self._REQUESTS_NUM] += 1
+                conn._pool = self
+                pool.pop()  # no call after it: an error (of recursion) would lose the connection
+                return conn
+            self._return(conn, from_getconn=True)
+            pool.pop()
+        return None
+
+    def _return(self, conn: PooledConnection, from_getconn: bool) -> None:
+        """Have the pool's workers take a connection back; an error means that they will not."""
+        self._loop.call_soon(self.run_task, ReturnConnection(self, conn, from_getconn))
+
+    def give(self, conn: PooledConnection) -> None:
+        """Take back a connection from `take()` or `getconn()`."""
+        if self._closed:
+            conn._pool = None
+            conn.twin.terminate()
+        elif not self.is_clean(conn):
+            if conn.pgconn.transaction_status == _ACTIVE:
+                conn.twin.terminate()
+            self._return(conn, from_getconn=False)
+        else:
+            if not self._hand_over(conn):
+                self._pool.append(conn)
+            conn._pool = None
+
+    def is_clean(self, conn: Any) -> bool:
+        """Whether a connection can be used again as it is."""
+        return (
+            not self._reset
+            and not self._closed
+            and conn.pgconn.transaction_status == _IDLE
+            and conn._expire_at > monotonic()
+            and conn._created_at > self._drained_at
+        )
+
+    def _hand_over(self, conn: PooledConnection) -> bool:
+        """Give a connection to the one who has waited longest, without a turn of the loop."""
+        while self._waiting:
+            handing = self._waiting[0].set(conn)
+            try:
+                handing.send(None)
+            except StopIteration as done:
+                self._waiting.popleft()
+                if done.value:
+                    return True
+            else:  # its lock is taken just now: leave it to the pool's workers
+                handing.close()
+                self.run_task(ReturnConnection(self, conn, from_getconn=False))
+                return True
+        return False
+
+    async def reset(self, conn: PooledConnection) -> None:
+        """Undo on the server what was left in the session, then take the connection back."""
+        try:
+            async with asyncio.timeout(CANCEL_TIMEOUT):
+                await conn.execute("DISCARD ALL")
+                changed = contradicts(Role.of(conn.pgconn), conn.began, self.target)
+                if conn.wrote_in_vain and not changed:
+                    conn.wrote_in_vain = False
+                    changed = await (await conn.execute(ASK)).fetchone() == (True,)
+            conn.renew()
+            if changed:
+                self.role_changed(conn)
+        except Exception:
+            conn.twin.terminate()
+        self.give(conn)
+
+    # The server's role
+
+    def refused_write(self, conn: PooledConnection, ask: Callable[[], bool] | None) -> bool:
+        """A write was refused on a connection; whether the reason is that its server's role has
+        changed. The next one then gets another connection.
+
+        Args:
+            ask: asks the server whether it is read-only; None if it cannot be asked now.
+        """
+        now, began = Role.of(conn.pgconn), conn.began
+        if self.target in STANDBY_WANTED or (began.in_recovery and not self._had_primary):
+            return False
+        changed = now.in_recovery or (contradicts(now, began, None) and not conn.twin.is_set)
+        if not changed and (now.in_recovery is None or now.read_only is not began.read_only):
+            if ask is None:
+                conn.wrote_in_vain = conn.twin.touched = True
+            else:
+                changed = ask()
+        if changed:
+            self.role_changed(conn)
+        return bool(changed)
+
+    def role_changed(self, conn: PooledConnection) -> None:
+        """The server of a connection is not the one that is wanted: neither are those before."""
+        if self._had_primary and self.target is None:
+            # A proxy may need a moment to see that, too.
+            self._primary_until = monotonic() + _ELSEWHERE
+        if conn.home is not None:
+            self.retire_all()
+
+    def retire_all(self) -> None:
+        """Use none of the connections any more, those in use when they are given back."""
+        self._drained_at = monotonic()
+        for conn in self.live:
+            conn.home = None
+        while self._pool:
+            self._nconns -= 1
+            self.discard(self._pool.pop())
+        self._nconns_min = 0
+        self.fill(self._min_size)
+
+    async def shut(self, timeout: float = 5.0) -> None:
+        """Close everything, connections in use too, even if the pool's tasks are cancelled."""
+        workers = [*self._workers]
+        with suppress(CancelledError, Exception):
+            await self.close(timeout)
+        for worker in workers:
+            worker.cancel()
+        if workers:
+            await asyncio.gather(*workers, return_exceptions=True)
+        # The server would go on with what runs: it notices a closed connection at the end only.
+        busy = [conn for conn in self.live if conn.pgconn.transaction_status == _ACTIVE]
+        if busy:
+            with suppress(CancelledError, Exception):
+                await asyncio.gather(*(conn.cancel_safe(timeout=1.0) for conn in busy))
+        self.terminate()
+
+    def terminate(self) -> None:
+        """Close every connection at once, without a loop."""
+        self._closed = True
+        self.dismiss()
+        for conn in self.live:
+            conn._pool = None
+            conn._closed = True
+            conn.twin.terminate()
+        self.live.clear()
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks wait for a connection."""
+        return len(self._waiting)
+
+    @property
+    def free(self) -> int:
+        """How many connections nobody has."""
+        return len(self._pool)
+
+    @property
+    def opened(self) -> int:
+        """How many connections there are, those that are being opened included."""
+        return int(self._nconns)

@@ -1,0 +1,150 @@
+"""Cancels what runs on a connection, and closes a connection that stays in doubt."""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import CancelledError, get_running_loop
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import psycopg
+from greenlet import getcurrent
+from psycopg import generators, pq, waiting
+
+from ..bridge import Runner
+from ..wire import close_generator
+
+if TYPE_CHECKING:
+    from .._pool.connection import PooledConnection
+
+# Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
+CANCEL_TIMEOUT = 5.0
+_ACTIVE = pq.TransactionStatus.ACTIVE
+_UNKNOWN = pq.TransactionStatus.UNKNOWN
+_COPY_IN, _COPY_OUT = pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT
+
+
+async def finish(task: asyncio.Task[Any], timeout: float) -> bool:
+    """Wait for `task` whatever cancellations arrive (anyio's come again and again)."""
+    deadline = monotonic() + timeout
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            left = deadline - monotonic()
+            if left <= 0:
+                task.cancel()
+                with suppress(CancelledError):
+                    await asyncio.wait((task,))
+                return False
+            with suppress(CancelledError):
+                await asyncio.wait((task,), timeout=left)
+    return True
+
+
+class CancellableConnection(psycopg.Connection[Any]):
+    """A connection whose statements are stopped from the loop.
+
+    Attributes:
+        pooled: the pool's connection underneath, None when there is none.
+        wire: waits for the socket.
+    """
+
+    pooled: PooledConnection | None
+    wire: Any
+
+    def _try_cancel(self, *, timeout: float = CANCEL_TIMEOUT) -> None:
+        # For a stream() that is left before its end: psycopg's would block the loop, and might hit
+        # the next statement.
+        runner = getcurrent()
+        if type(runner) is Runner:
+            runner.parent.switch(self.interrupt())  # type: ignore[union-attr]
+        else:
+            self.terminate()
+
+    def _hangs(self) -> None:
+        """The server does not answer: whoever gets another old connection would find that, too."""
+        if self.pooled is not None and self.pooled.home is not None:
+            self.pooled.home.retire_all()
+
+    def given_up(self, gen: Any) -> psycopg.OperationalError:
+        close_generator(gen)
+        self._hangs()
+        self.terminate()
+        return psycopg.OperationalError(
+            f"The task was cancelled and the server did not answer within {CANCEL_TIMEOUT:g} s; "
+            "the connection is closed. If this was a COMMIT, the transaction may or may not have "
+            "been committed."
+        )
+
+    async def _complete(self, gen: Any) -> Any:
+        try:
+            state = self.wire.begin(gen)
+        except StopIteration as stop:
+            return stop.value
+        return await self.wire.drive(gen, state)
+
+    async def give_up(self, gen: Any) -> None:
+        close_generator(gen)
+        await self.interrupt()
+
+    async def interrupt(self) -> None:
+        """Cancel the statement on the server; close the connection if it stays in doubt."""
+        if self.pgconn.status == pq.ConnStatus.OK:
+            pipeline = self.pgconn.pipeline_status
+            if not pipeline and self.pgconn.transaction_status != _ACTIVE:
+                return
+            stop = self.cancel_running() if pipeline else self._cancel_and_drain()
+            task = get_running_loop().create_task(stop)
+            answered = await finish(task, CANCEL_TIMEOUT)
+            if not answered or task.cancelled() or task.exception():
+                self._hangs()
+            elif not pipeline:
+                return
+        self.terminate()
+
+    async def _cancel_and_drain(self) -> None:
+        await self.cancel_running()
+        await self._drain()
+        await self.absorb_cancel()
+
+    async def absorb_cancel(self) -> None:
+        # The request may have reached the server after the statement had ended: give it something
+        # harmless to hit.
+        self.pgconn.send_query(b"SELECT 1")
+        await self._drain()
+
+    async def stop_others(self, turn: Callable[[], Awaitable[Any]]) -> None:
+        """Cancel the statement that another task waits for, then wait for `turn()`: for the
+        connection to be the caller's."""
+        stopped = self.wire.waiting
+        if stopped:
+            await self.cancel_running()
+        await turn()
+        if stopped:
+            await self.absorb_cancel()
+
+    async def _drain(self) -> None:
+        results = await self._complete(generators.execute(self.pgconn))
+        if results and results[-1].status == _COPY_IN:
+            self.pgconn.put_copy_end(b"cancelled")
+            await self._complete(generators.execute(self.pgconn))
+        elif results and results[-1].status == _COPY_OUT:
+            with suppress(psycopg.Error):  # the answer to the cancel request
+                left: Any = memoryview(b"")
+                while isinstance(left, memoryview):
+                    left = await self._complete(generators.copy_from(self.pgconn))
+        if self.pgconn.transaction_status in (_ACTIVE, _UNKNOWN):
+            raise psycopg.OperationalError("The connection is still busy.")
+
+    async def cancel_running(self) -> None:
+        """Have the server stop the statement that runs."""
+        if psycopg.capabilities.has_cancel_safe():
+            await waiting.wait_conn_async(self._cancel_gen(), 0.1)
+        else:
+            await asyncio.to_thread(self.cancel)
+
+    def terminate(self) -> None:
+        """Close the socket at once; a task waiting for it gets OperationalError."""
+        self.wire.finish()
