@@ -1,7 +1,12 @@
 """The Django app: puts everything in place when the project starts."""
 
+import sys
+from typing import Any
+
 from django.apps import AppConfig
+from django.conf import settings
 from django.core import checks as django_checks
+from django.db import router
 
 from . import bridge
 
@@ -35,7 +40,18 @@ class AsyncormConfig(AppConfig):
             checks.check_internals,
             checks.check_requests,
             checks.check_tools,
+            check_replicas,
         ):
             django_checks.register(check, "asyncorm")
         # That tag alone: Django 6.1 names all databases to checks that are asked for by another.
         django_checks.register(checks.check_server, django_checks.Tags.database)
+
+
+def check_replicas(**kwargs: Any) -> list[django_checks.CheckMessage]:
+    """Those of asyncorm.replicas, if it is used."""
+    by_middleware = any(path.startswith("asyncorm.replicas.") for path in settings.MIDDLEWARE or ())
+    if not by_middleware and not (router.routers and "asyncorm.replicas" in sys.modules):
+        return []
+    from .replicas import checks
+
+    return checks.check()

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any, TypeVar, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
-from django.db import OperationalError, connections
+from django.db import OperationalError, connections, router
 
 from . import bridge, limits, patches, pools
 from ._pool.pool import ConnectionPool
@@ -173,12 +173,17 @@ async def open_pools(
         django.db.NotSupportedError: an alias of `using` has another engine.
     """
     aliases = [*connections.settings] if using is None else list(using)
+    replicas = {alias for each in _routers() for alias in each.replicas}
     try:
         for alias in aliases:
-            if engines.native_class(alias) is not None:
+            if alias in replicas:
+                await _try(alias)
+            elif engines.native_class(alias) is not None:
                 await _open(alias, wait)
             elif using is not None:
                 raise engines.refuse_foreign(alias)
+        for each in _routers():
+            each.watch()
         yield
     finally:
         await _drain(aliases, until, monotonic() + drain)
@@ -208,6 +213,22 @@ async def _open(alias: str, wait: float) -> None:
     if pool is None or pool.connections is None:  # in a test's transaction
         return
     await _fill(pool.connections, alias, pool.options["min_size"])
+
+
+def _routers() -> list[Any]:
+    """Those of asyncorm.replicas, if the project has any."""
+    routers = router.routers  # may import it
+    replicas = sys.modules.get("asyncorm.replicas.router")
+    return [each for each in routers if replicas and isinstance(each, replicas.ReplicaRouter)]
+
+
+async def _try(alias: str) -> None:
+    try:
+        await _open(alias, 0)
+    except OperationalError as exc:
+        logger.warning(
+            "Replica %r cannot be reached; reads go elsewhere until it can. %s", alias, exc
+        )
 
 
 async def _reach(alias: str, seconds: float) -> None:

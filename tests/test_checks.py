@@ -328,3 +328,35 @@ def test_pools_that_the_server_has_no_room_for(
     assert warning.id == "asyncorm.W043"
     assert f"{most} x 40" in warning.msg and f"room for {most - 3}." in warning.msg
     assert found() == []  # it connects only where it may
+
+
+REPLICAS = "asyncorm.replicas.ReplicaMiddleware"
+SESSIONS = "django.contrib.sessions.middleware.SessionMiddleware"
+
+
+@pytest.mark.parametrize(
+    ("replicas", "middleware", "kept", "ids"),
+    [
+        (["r1"], [REPLICAS, SESSIONS], "cookie", []),
+        (["r1"], [SESSIONS, REPLICAS], "session", []),
+        (["r1"], [SESSIONS, REPLICAS], "cookie", ["W044"]),
+        (["r1"], [REPLICAS, SESSIONS], "session", ["W044"]),
+        (["r1"], [], "cookie", ["W044"]),
+        (None, [REPLICAS], "cookie", ["W044"]),
+        (["r1", "gone", "legacy"], [REPLICAS], "cookie", ["E006", "E006"]),
+        (["r1", "several"], [REPLICAS], "cookie", ["W045"]),
+    ],
+)
+def test_replicas(replicas: Any, middleware: list[str], kept: str, ids: list[str]) -> None:
+    from asyncorm.replicas import ReplicaRouter
+
+    routers = [] if replicas is None else [ReplicaRouter(replicas=replicas)]
+    options = {"connect_timeout": 3, "tcp_user_timeout": 5000}
+    with (
+        database("r1"),
+        database("several", HOST="one,two", OPTIONS=options),
+        override_settings(
+            DATABASE_ROUTERS=routers, MIDDLEWARE=middleware, ASYNCORM={"REPLICA_POSITION": kept}
+        ),
+    ):
+        assert [message.id.removeprefix("asyncorm.") for message in found()] == ids

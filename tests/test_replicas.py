@@ -10,6 +10,7 @@ import pytest
 from django.core.exceptions import ImproperlyConfigured
 
 import asyncorm
+from asyncorm.asgi import open_pools
 from asyncorm.replicas import ReplicaRouter
 from tests.project.myapp.models import Item
 from tests.standbys import (
@@ -147,6 +148,19 @@ async def test_both_down(router: ReplicaRouter, servers: Servers) -> None:
         for standby in servers.standbys:
             await asyncio.to_thread(standby.start)
     await read_by(router, *REPLICAS)
+
+
+async def test_a_server_starts_without_a_replica(
+    router: ReplicaRouter, servers: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    await asyncio.to_thread(servers.standbys[0].stop, "immediate")
+    try:
+        async with open_pools(["primary", *REPLICAS]):
+            assert asyncorm.pool_stats("r2")["pool_size"]
+            assert "Replica 'r1' cannot be reached" in caplog.text
+            await eventually(lambda: router.watcher.replicas["r2"].problem is None)
+    finally:
+        await asyncio.to_thread(servers.standbys[0].start)
 
 
 async def test_deciding_is_cheap(router: ReplicaRouter) -> None:
