@@ -122,6 +122,11 @@ class Connection(CancellableConnection):
         self._touched = value
 
     @property
+    def waiting(self) -> bool:
+        """Whether a task waits for the server on this connection."""
+        return bool(self.wire.waiting)
+
+    @property
     def is_set(self) -> bool:
         """Whether a statement may have set something in the session, as far as its text tells."""
         return self._touched

@@ -23,7 +23,8 @@ from . import _events, bridge
 from ._wire.cancelling import CANCEL_TIMEOUT, finish
 from ._wire.settings import reported
 from ._wire.statement import Command, Statement, Unanswered
-from ._wire.texts import is_read
+from ._wire.texts import is_read as is_read  # others look for these here
+from ._wire.texts import is_single as is_single
 from .bridge import Runner
 from .driver import Connection
 from .pipelines import Pipeline
