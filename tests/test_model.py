@@ -9,7 +9,7 @@ the server: the model goes through the list one by one and says what each step s
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -64,7 +64,7 @@ SETTINGS = (
     "TIME ZONE 'Pacific/Kiritimati'", "TIME ZONE INTERVAL '-05:30' HOUR TO MINUTE",
     "DateStyle = 'SQL, DMY'", "IntervalStyle = 'iso_8601'", "search_path = pg_catalog, public",
     "statement_timeout = '25s'", "standard_conforming_strings = off", "extra_float_digits = 0",
-    "bytea_output = 'escape'", "work_mem = '1MB'",
+    "bytea_output = 'escape'", "work_mem = '1MB'", "ROLE asyncorm_model", "ROLE asyncorm_model",
 )  # fmt: skip
 
 
@@ -79,7 +79,9 @@ class Boom(Exception):
 class Do:
     """A step: add, look (count rows), stream (the same, from a server-side cursor), violate (a
     constraint), boom, hook (on_commit), rollback (set_rollback), detached (add outside the block),
-    alter (SET LOCAL), apart (outside the block, which must see nothing of that), large (a value).
+    alter (SET LOCAL), apart (outside the block, which must see nothing of that), large (a value),
+    leave (a generator that adds in a nested block, and is left before that ends), apart_left (the
+    same outside the block).
     """
 
     what: str
@@ -126,7 +128,8 @@ class Child:
 
 pauses = st.integers(0, 3)
 STEPS = (
-    "add add add add look look stream violate boom hook hook rollback detached alter apart large"
+    "add add add add look look stream violate boom hook hook rollback detached alter apart large "
+    "leave apart_left"
 )
 leaf = st.builds(Do, st.sampled_from(STEPS.split()), pauses)
 cancels = (
@@ -369,7 +372,20 @@ class Run:
                 async with asyncorm.detached():
                     taken = Item.objects.filter(remote_id=TAKEN).annotate(at=Value(MOMENT))
                     value = await taken.values_list("at", flat=True).native_get()
-                    value = value, await asyncorm.native(executed)("SELECT interval '1 month 2 h'")
+                    value = (
+                        value,
+                        await asyncorm.native(executed)("SELECT interval '1 month 2 h'"),
+                        await asyncorm.native(executed)("SELECT current_user <> 'asyncorm_model'"),
+                    )
+            elif what == "leave":
+                async for _ in unfinished(number):
+                    break
+                value = await Item.objects.filter(remote_id=number).native_count()
+            elif what == "apart_left":
+                async with asyncorm.detached():
+                    async for _ in unfinished(number):
+                        break
+                    value = await Item.objects.filter(remote_id=number).native_count()
             elif what == "detached":
                 async with asyncorm.detached():
                     await Item.objects.native_create(remote_id=number, name="detached")
@@ -400,6 +416,12 @@ class Run:
         if isinstance(exc, TransactionManagementError):
             return "ended" if "has ended" in str(exc) else "broken"
         return repr(exc)
+
+
+async def unfinished(remote_id: int) -> AsyncIterator[None]:
+    async with asyncorm.atomic():
+        await Item.objects.native_create(remote_id=remote_id, name="left")
+        yield
 
 
 def executed(sql: str, *params: Any) -> Any:
@@ -493,7 +515,14 @@ class Model:
             assert (value, outcome) == (LARGE, "ok")
 
     def apart(self, block: Block, value: Any, outcome: str) -> None:
-        assert (value, outcome) == ((MOMENT, timedelta(days=30, hours=2)), "ok")
+        assert (value, outcome) == ((MOMENT, timedelta(days=30, hours=2), True), "ok")
+
+    def leave(self, block: Block, value: Any, outcome: str) -> None:
+        if self.usable(block, outcome):
+            assert (value, outcome) == (0, "ok")
+
+    def apart_left(self, block: Block, value: Any, outcome: str) -> None:
+        assert (value, outcome) == (0, "ok")
 
     def violate(self, block: Block, value: Any, outcome: str) -> None:
         if self.usable(block, outcome):
@@ -579,11 +608,16 @@ def runner(django_db_setup: Any, django_db_blocker: Any) -> Iterator[asyncio.Run
     before = dict(pool)
     pool |= {"max_size": 4, "max_lifetime": 0.3}
     with django_db_blocker.unblock(), asyncio.Runner() as runner:
+        executed("CREATE ROLE asyncorm_model")
+        executed("GRANT ALL ON ALL TABLES IN SCHEMA public TO asyncorm_model")
+        executed("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO asyncorm_model")
         yield runner
     pool.clear()
     pool.update(before)
     with django_db_blocker.unblock(), connection.cursor() as cursor:
         cursor.execute("TRUNCATE myapp_item")
+        cursor.execute("DROP OWNED BY asyncorm_model")
+        cursor.execute("DROP ROLE asyncorm_model")
     connection.close()
 
 
