@@ -50,7 +50,7 @@ class Note(NamedTuple):
     gap: bool = False
 
 
-class _Inbox:
+class Inbox:
     """The notes that one listener has not taken yet."""
 
     def __init__(self, channels: frozenset[str], size: int) -> None:
@@ -81,14 +81,14 @@ class _Hub:
     def __init__(self, alias: str, loop: AbstractEventLoop) -> None:
         self.alias = alias
         self.loop = loop
-        self.inboxes: set[_Inbox] = set()
-        self._starting: dict[_Inbox, asyncio.Future[None]] = {}
+        self.inboxes: set[Inbox] = set()
+        self._starting: dict[Inbox, asyncio.Future[None]] = {}
         self._failures = 0  # since it was connected
         self._wake = loop.create_future()
         # In a context of its own: in a block of nobody's, with nobody's variables.
         self.task = loop.create_task(self._serve(), context=Context())
 
-    async def join(self, inbox: _Inbox) -> None:
+    async def join(self, inbox: Inbox) -> None:
         """Have an inbox filled; return when the server listens.
 
         Raises:
@@ -102,7 +102,7 @@ class _Hub:
         finally:
             del self._starting[inbox]
 
-    def leave(self, inbox: _Inbox) -> None:
+    def leave(self, inbox: Inbox) -> None:
         """Fill an inbox no more; close the connection after the last one."""
         self.inboxes.discard(inbox)
         if not self.inboxes:
@@ -224,7 +224,7 @@ class Listener:
 
     _hub: _Hub | None = None
 
-    def __init__(self, inbox: _Inbox, alias: str) -> None:
+    def __init__(self, inbox: Inbox, alias: str) -> None:
         self._inbox = inbox
         self._alias = alias
         self._closed = False
@@ -315,7 +315,7 @@ def listen(*channels: str, using: str | None = None, buffer: int = 10_000) -> Li
             f"Database {alias!r} cannot listen: LISTEN is PostgreSQL's. Name an alias with "
             "another ENGINE in using=."
         )
-    return Listener(_Inbox(frozenset(channels), buffer), alias)
+    return Listener(Inbox(frozenset(channels), buffer), alias)
 
 
 async def notify(channel: str, payload: str = "", using: str | None = None) -> None:
