@@ -35,7 +35,7 @@ from greenlet import getcurrent
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
-from . import bridge, conf, driver, sessions
+from . import between, bridge, conf, driver, sessions
 from ._sessions import callsite, scopes
 from ._sessions.blocks import Block, Loan, PlainBlock
 from ._sessions.session import Session
@@ -457,15 +457,20 @@ class LentSession(SynchronousSession):
 @contextmanager
 def lending() -> Iterator[None]:
     """Synchronous code waits for a coroutine inside: what that would miss is lent to it."""
-    wrappers = [] if bridge.loop_runs() else list(_lenders())
-    if not wrappers:
+    if bridge.loop_runs():  # asgiref refuses to wait
         yield
+        return
+    wrappers = list(_lenders())
+    if not wrappers:
+        with between.exchanging():
+            yield
         return
     with ExitStack() as stack:
         # Whatever scopes the coroutine leaves behind, asgiref brings them back to this thread.
         stack.enter_context(scopes.unscoped(scopes.outer()))
         for wrapper in wrappers:
             stack.callback(LentSession(wrapper).end)
+        stack.enter_context(between.exchanging())
         yield
 
 

@@ -18,7 +18,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS
 from psycopg_pool import PoolClosed, PoolTimeout
 
-from . import bridge, conf
+from . import between, bridge, conf
 from ._pool.connection import PooledConnection
 from ._pool.pool import ConnectionPool
 from ._wire.lazy import LazyConnection, Start
@@ -137,6 +137,7 @@ class Pool:
     def __init__(
         self, alias: str, settings_dict: dict[str, Any], make_wrapper: Callable[[], Any]
     ) -> None:
+        between.refuse_gevent()
         self.alias = alias
         self.settings_dict = settings_dict
         self.where = self._where()
@@ -155,6 +156,7 @@ class Pool:
         self.statements_pipelined = 0
         self.start: Start | None = None
         self._stand_in: Any = None
+        self._exchange = between.of_loop(self.loop)
 
     def _where(self) -> tuple[Any, ...]:
         return tuple(map(self.settings_dict.get, _WHERE))
@@ -464,10 +466,34 @@ class Pool:
             pool.start()
             self._closer = self._close_with_loop()
             await self._closer.__anext__()
+            self._begin_with_kept(pool)
             self.connections = pool
             if min_size:
                 self.loop.call_later(conf.get("FILL_DELAY"), self._fill, min_size)
             return pool
+
+    def _begin_with_kept(self, pool: ConnectionPool) -> None:
+        """Take over the connection of the thread that waits for the loop, if it has kept one."""
+        if self._exchange is None:
+            return
+        kept = self._exchange.take(self.alias, self._made_from())
+        if kept is not None and pool.adopt(kept.release()):
+            self.start = kept.start
+
+    def _leave_one(self) -> None:
+        """Leave a connection to the thread that waits for the loop, if CONN_MAX_AGE says so."""
+        age = self.settings_dict["CONN_MAX_AGE"]
+        pool = self.connections
+        if self._exchange is None or age == 0 or pool is None or self.start is None:
+            return
+        if self.current and not self.outdated and (conn := pool.part_with_one()) is not None:
+            close_at = None if age is None else conn._created_at + age
+            self._exchange.give(
+                self.alias, between.Kept(conn, self.start, self._made_from(), close_at)
+            )
+
+    def _made_from(self) -> tuple[Any, ...]:
+        return os.getpid(), _discarded, self.settings_dict, self.where
 
     def _params(self, first: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         """Each connection asks Django's wrapper anew how to connect: passwords are rotated."""
@@ -485,6 +511,7 @@ class Pool:
             yield
         finally:
             self._closer = None
+            self._leave_one()
             await self.close()
 
     async def close(self) -> None:
@@ -558,6 +585,8 @@ def _natively(callback: Any) -> Any:
 
 
 _pools: dict[AbstractEventLoop, dict[str, Pool]] = {}
+
+_discarded = 0  # how often `discard_pools()` was called
 
 
 def find(alias: str) -> Pool | None:
@@ -642,6 +671,8 @@ def discard_pools(alias: str | None = None, *, now: bool = False) -> None:
         alias: one alias; all of them by default.
         now: close those of loops that do not run at this moment at once.
     """
+    global _discarded
+    _discarded += 1
     for by_alias in list(_pools.values()):
         for pool in list(by_alias.values()):
             if alias is None or pool.alias == alias:

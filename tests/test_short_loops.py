@@ -2,11 +2,13 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
-from asgiref.sync import async_to_sync
-from django.db import OperationalError, connections
+from asgiref.sync import async_to_sync, sync_to_async
+from django.db import OperationalError, close_old_connections, connections
+from django.test import override_settings
 
 import asyncorm
 from asyncorm import native, pools
@@ -158,3 +160,260 @@ async def test_statistics_and_closing_before_any_maintenance(alias: str) -> None
     assert pools.find(alias) is None
     with administrator() as ask:
         await eventually(lambda: server_connections(ask, alias) == 0)
+
+
+# With CONN_MAX_AGE a thread keeps a connection between the loops that it waits for
+
+
+@pytest.fixture
+def aged() -> Iterator[str]:
+    """A database whose connections may be ten minutes old."""
+    with database(CONN_MAX_AGE=600, OPTIONS={"pool": None}) as alias:
+        yield alias
+        connections[alias].close()
+
+
+def one(alias: str) -> int:
+    return async_to_sync(native(backend_pid))(alias)
+
+
+def wait_for_connections(alias: str, number: int) -> None:
+    with administrator() as ask:
+        asyncio.run(eventually(lambda: server_connections(ask, alias) == number))
+
+
+def test_calls_of_a_thread_use_one_connection(aged: str) -> None:
+    first = one(aged)
+    assert [one(aged) for _ in range(3)] == [first] * 3
+    wait_for_connections(aged, 1)
+
+
+def test_without_conn_max_age_nothing_is_kept(alias: str) -> None:
+    assert one(alias) != one(alias)
+    wait_for_connections(alias, 0)
+
+
+def test_of_gathered_calls_one_connection_is_kept(aged: str) -> None:
+    async def call() -> set[int]:
+        return set(await asyncio.gather(*[native(nap)(aged) for _ in range(3)]))
+
+    first = one(aged)
+    pids = async_to_sync(call)()
+    assert len(pids) == 3 and first in pids
+    assert one(aged) in pids
+    wait_for_connections(aged, 1)
+
+
+def test_a_loop_that_nobody_waits_for_keeps_nothing(aged: str) -> None:
+    first = one(aged)
+    assert asyncio.run(native(backend_pid)(aged)) != first
+    wait_for_connections(aged, 1)
+    assert one(aged) == first
+
+
+def test_a_thread_that_works_for_a_loop_leaves_it_its_pool(aged: str) -> None:
+    """Its coroutine runs on that loop, which goes on."""
+
+    async def call() -> None:
+        first = await sync_to_async(one)(aged)
+        assert await native(backend_pid)(aged) == first
+        assert pools.find(aged) is not None
+        assert await sync_to_async(one)(aged) == first
+
+    asyncio.run(call())
+    wait_for_connections(aged, 0)
+
+
+def test_each_thread_keeps_its_own_until_it_ends(aged: str) -> None:
+    pids: list[list[int]] = []
+    begun = threading.Barrier(3)
+
+    def work() -> None:
+        mine = [one(aged)]
+        begun.wait(30)
+        pids.append([*mine, one(aged)])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(first == second for first, second in pids)
+    assert len({first for first, _ in pids}) == 3
+    wait_for_connections(aged, 0)
+
+
+@pytest.mark.parametrize("close", ["close", "close_all", "close_pool"])
+def test_what_closes_djangos_connection_closes_it(aged: str, close: str) -> None:
+    one(aged)
+    if close == "close_all":
+        connections.close_all()
+    else:
+        getattr(connections[aged], close)()
+    wait_for_connections(aged, 0)
+
+
+def test_the_end_of_a_request_closes_it_when_it_is_old() -> None:
+    with database(CONN_MAX_AGE=0.5, OPTIONS={"pool": None}) as aged:
+        one(aged)
+        close_old_connections()
+        wait_for_connections(aged, 1)
+        time.sleep(0.6)
+        close_old_connections()
+        wait_for_connections(aged, 0)
+
+
+def test_conn_max_age_none_is_for_ever() -> None:
+    with database(CONN_MAX_AGE=None, OPTIONS={"pool": None}) as aged:
+        first = one(aged)
+        close_old_connections()
+        assert one(aged) == first
+        connections[aged].close()
+
+
+def test_close_pools_leaves_nothing(aged: str) -> None:
+    async def call() -> None:
+        await native(backend_pid)(aged)
+        await asyncorm.close_pools(aged)
+
+    async_to_sync(call)()
+    wait_for_connections(aged, 0)
+
+
+def test_one_that_the_server_has_closed_is_replaced(aged: str) -> None:
+    with administrator() as ask:
+        for _ in range(3):
+            pid = one(aged)
+            ask("SELECT pg_terminate_backend(%s)", pid)
+            wait_for_connections(aged, 0)
+            assert one(aged) != pid
+
+
+def test_what_a_call_leaves_in_the_session_nobody_sees(aged: str) -> None:
+    def mark() -> int:
+        with connections[aged].cursor() as cursor:
+            cursor.execute("SET my.marker = 'left'")
+        return backend_pid(aged)
+
+    async_to_sync(native(mark))()
+    marker = "SELECT coalesce(current_setting('my.marker', true), '')"
+    assert async_to_sync(native(value))(marker, using=aged) == ""
+
+
+def test_one_in_a_transaction_is_not_kept(aged: str) -> None:
+    async def call() -> int:
+        block = asyncorm.atomic(using=aged)
+        await block.__aenter__()
+        abandoned.append(block)
+        return await native(backend_pid)(aged)
+
+    abandoned: list[object] = []
+    first = async_to_sync(call)()
+    assert one(aged) != first
+    wait_for_connections(aged, 1)
+
+
+def test_changed_settings_reach_the_next_call(aged: str) -> None:
+    name = "SELECT current_database()"
+    other = connections.settings["other"]["NAME"]
+    assert async_to_sync(native(value))(name, using=aged) != other
+    connections.settings[aged]["NAME"] = other
+    assert async_to_sync(native(value))(name, using=aged) == other
+    zone = "SELECT current_setting('TimeZone')"
+    assert async_to_sync(native(value))(zone, using=aged) == "UTC"
+    with override_settings(USE_TZ=False, TIME_ZONE="Asia/Tokyo"):
+        assert async_to_sync(native(value))(zone, using=aged) == "Asia/Tokyo"
+    assert async_to_sync(native(value))(zone, using=aged) == "UTC"
+
+
+def test_max_lifetime_and_checks_hold_for_it(aged: str) -> None:
+    connections.settings[aged]["CONN_HEALTH_CHECKS"] = True
+    assert one(aged) == one(aged)
+    assert asyncio.run(native(value)("SELECT 1", using=aged)) == 1
+
+
+def test_statistics_of_a_loop_that_begins_with_it(aged: str) -> None:
+    async def call() -> dict[str, int]:
+        await native(backend_pid)(aged)
+        return asyncorm.pool_stats(aged)
+
+    for _ in range(2):
+        stats = async_to_sync(call)()
+        assert (stats["pool_size"], stats["pool_available"]) == (1, 1)
+
+
+def test_a_child_process_has_no_part_in_it() -> None:
+    script = """
+import asyncio, gc, os, django
+from tests.project import settings
+settings.DATABASES["default"]["CONN_MAX_AGE"] = 600
+settings.DATABASES["default"]["OPTIONS"]["pool"] = None
+django.setup()
+from asgiref.sync import async_to_sync
+from django.db import connections
+from asyncorm import native
+from tests.support import backend_pid
+one = async_to_sync(native(backend_pid))
+first = one()
+for closes in (False, True):
+    if not (child := os.fork()):
+        if closes:
+            connections.close_all()
+        pid = one()
+        assert pid != first and one() == pid
+        connections.close_all()
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert one() == first
+connections.close_all()
+"""
+    done = run_script(script)
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+# Other ways to have a loop
+
+
+def test_a_runner_keeps_its_pool_between_calls(alias: str) -> None:
+    with asyncio.Runner() as runner:
+        pids = {runner.run(native(backend_pid)(alias)) for _ in range(5)}
+        assert len(pids) == 1
+        with administrator() as ask:
+            for pid in pids:
+                ask("SELECT pg_terminate_backend(%s)", pid)  # while its loop does not run
+        wait_for_connections(alias, 0)
+        assert runner.run(native(backend_pid)(alias)) not in pids
+    wait_for_connections(alias, 0)
+
+
+def test_a_process_that_gevent_has_patched_is_told_so(fresh_shop: object) -> None:
+    pytest.importorskip("gevent")
+    script = """
+from gevent import monkey
+monkey.patch_all()
+import gevent, django
+django.setup()
+from asgiref.sync import async_to_sync
+from django.core.exceptions import ImproperlyConfigured
+from tests.project.shop.models import Tag
+
+async def count():
+    return await Tag.objects.native_count()
+
+def call():
+    try:
+        async_to_sync(count)()
+    except ImproperlyConfigured as exc:
+        return str(exc)
+
+found = gevent.spawn(call)
+found.join()
+print(found.value)
+print(Tag.objects.count() >= 0)
+"""
+    # gevent itself warns of nothing that concerns us.
+    done = run_script(script, "-W", "default")
+    assert "gevent has patched this process" in done.stdout, done.stderr
+    assert "short-loops.md#gevent" in done.stdout
+    assert done.stdout.endswith("True\n")

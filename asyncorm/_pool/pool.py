@@ -130,6 +130,35 @@ class ConnectionPool(GrowingPool[PooledConnection]):
                 self._pool.append(conn)
             conn._pool = None
 
+    def adopt(self, conn: PooledConnection) -> bool:
+        """Take in a connection of a pool that is gone, if it still works."""
+        conn.home = self
+        if not self.is_clean(conn) or not conn.alive():
+            conn.twin.terminate()
+            return False
+        conn.lock = asyncio.Lock()  # that of another loop
+        self._had_one = True
+        self._had_primary = not conn.began.in_recovery
+        self.live.add(conn)
+        self._nconns += 1
+        self._pool.append(conn)
+        return True
+
+    def part_with_one(self) -> PooledConnection | None:
+        """A connection that nobody has, and that can be used again; it is not the pool's any more.
+
+        None if there is none.
+        """
+        while self._pool:
+            conn = self._pool.pop()
+            if self.is_clean(conn) and conn.alive():
+                self._nconns -= 1
+                self.live.discard(conn)
+                conn.home = None
+                conn.twin.wire.park()
+                return conn
+        return None
+
     def is_clean(self, conn: Any) -> bool:
         """Whether a connection can be used again as it is."""
         return (

@@ -54,7 +54,7 @@ from django.db.utils import (
 from psycopg.errors import ReadOnlySqlTransaction
 from psycopg.pq import ConnStatus, TransactionStatus
 
-from .. import bridge, checks, fate, observers, pools, sessions, written
+from .. import between, bridge, checks, fate, observers, pools, sessions, written
 from .._pool.connection import PooledConnection
 from .._sessions import engines, scopes
 from .._sessions.blocks import Block
@@ -262,6 +262,12 @@ class NativeBackendMixin:
             func = self.session.hook(func)
         super().on_commit(func, robust)  # type: ignore[misc]
 
+    def close(self) -> None:
+        """Django's, and what the thread keeps between loops that it waits for."""
+        super().close()  # type: ignore[misc]
+        if self.native_class is not None:  # else this wrapper is of a loop
+            between.close(self.alias)  # type: ignore[attr-defined]
+
     def close_if_unusable_or_obsolete(self) -> None:
         """Django's, but a request does not end the test that it belongs to.
 
@@ -271,6 +277,7 @@ class NativeBackendMixin:
         """
         if self.session is None and scopes.block_of_coroutine(self.alias) is None:  # type: ignore[attr-defined]
             super().close_if_unusable_or_obsolete()  # type: ignore[misc]
+            between.close(self.alias, only_old=True)  # type: ignore[attr-defined]
 
     def ensure_timezone(self) -> bool:
         """Django's, and new native connections (the settings TIME_ZONE or USE_TZ changed)."""
@@ -280,6 +287,7 @@ class NativeBackendMixin:
     def close_pool(self) -> None:
         """Django's, and native connections: a test database is about to be dropped or cloned."""
         pools.discard_pools(self.alias, now=True)  # type: ignore[attr-defined]
+        between.close(self.alias)  # type: ignore[attr-defined]
         super().close_pool()  # type: ignore[misc]
 
 

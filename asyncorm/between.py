@@ -1,0 +1,158 @@
+"""The connection that a thread keeps between loops that live for one call.
+
+`async_to_sync()` makes an event loop for its coroutine, waits and closes it, and the loop's pools
+close with it. Where CONN_MAX_AGE says that Django's connections outlive a request, one connection
+of such a loop goes to the thread that waited, and the next loop that this thread waits for begins
+with it. As with Django's own connection of the thread, `close()` and `connections.close_all()` end
+it, `close_old_connections()` when it is CONN_MAX_AGE old, and the end of the thread.
+
+Of asgiref `AsyncToSync.loop_thread_executors` is used: it has the loops that are made so.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from asyncio import AbstractEventLoop
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from time import monotonic
+from typing import Any
+
+from asgiref.sync import AsyncToSync
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+
+from .advice import see
+
+
+class Kept:
+    """A connection that nobody has, of no loop; closed with this object, unless a pool takes it.
+
+    Args:
+        conn: the pool's.
+        start: what the connections of its pool had at their start.
+        settings: what they were made from; where that has changed, it is of no use.
+        close_at: when it is CONN_MAX_AGE old (time.monotonic()); None for never.
+    """
+
+    def __init__(
+        self, conn: Any, start: Any, settings: tuple[Any, ...], close_at: float | None
+    ) -> None:
+        self.conn = conn
+        self.start = start
+        self.settings = settings
+        self.close_at = close_at
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it is CONN_MAX_AGE old."""
+        return self.close_at is not None and monotonic() >= self.close_at
+
+    def release(self) -> Any:
+        """The connection, for a pool."""
+        conn, self.conn = self.conn, None
+        return conn
+
+    def close(self) -> None:
+        """Close it; not in a child process that was forked."""
+        if (conn := self.release()) is not None:
+            conn.twin.terminate()
+
+    __del__ = close  # the thread has ended
+
+
+class _Thread(threading.local):
+    """What a thread keeps, by alias."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Kept] = {}
+
+
+_thread = _Thread()
+
+
+class Exchange:
+    """What a thread gives to the loop that it waits for, and gets back."""
+
+    def __init__(self) -> None:
+        self._kept, _thread.kept = _thread.kept, {}
+        self._is_over = False
+
+    def take(self, alias: str, settings: tuple[Any, ...]) -> Kept | None:
+        """The connection of an alias, if there is one of these settings."""
+        kept = self._kept.pop(alias, None)
+        if kept is None or (kept.settings == settings and not kept.is_old):
+            return kept
+        kept.close()
+        return None
+
+    def give(self, alias: str, kept: Kept) -> None:
+        """Leave a connection to the thread."""
+        if self._is_over or alias in self._kept:
+            kept.close()
+        else:
+            self._kept[alias] = kept
+
+    def end(self) -> None:
+        """The thread goes on."""
+        self._is_over = True
+        returned, self._kept = self._kept, {}
+        for alias, kept in returned.items():
+            if alias in connections.settings and alias not in _thread.kept:
+                connections[alias]  # from now on `connections.all()` has it, for who closes all
+                _thread.kept[alias] = kept
+            else:
+                kept.close()
+
+
+_exchange: ContextVar[Exchange | None] = ContextVar("asyncorm_exchange", default=None)
+
+
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """This thread waits for a coroutine inside."""
+    outer = _exchange.get()
+    exchange = Exchange()
+    _exchange.set(exchange)
+    try:
+        yield
+    finally:
+        _exchange.set(outer)
+        exchange.end()
+
+
+def of_loop(loop: AbstractEventLoop) -> Exchange | None:
+    """That of the thread that waits for a loop; None if none does, as for `asyncio.run()`."""
+    # A thread that works for a loop waits for coroutines on that one.
+    return _exchange.get() if loop in AsyncToSync.loop_thread_executors else None
+
+
+def close(alias: str, only_old: bool = False) -> None:
+    """Close what the thread keeps.
+
+    Args:
+        alias: of this database.
+        only_old: if it is CONN_MAX_AGE old.
+    """
+    kept = _thread.kept.get(alias)
+    if kept is not None and (kept.is_old or not only_old):
+        del _thread.kept[alias]
+        kept.close()
+
+
+def refuse_gevent() -> None:
+    """Raise where greenlets share the thread of an event loop, which asyncio has one of at most.
+
+    Raises:
+        django.core.exceptions.ImproperlyConfigured: gevent has patched the process.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        raise ImproperlyConfigured(
+            "gevent has patched this process (monkey.patch_all()): its greenlets share one thread, "
+            "and asyncio runs one event loop in a thread, so asynchronous code fails as soon as "
+            "two greenlets want it. Use another pool (celery worker --pool prefork or threads, "
+            "gunicorn's gthread), or the synchronous ORM here." + see("short-loops#gevent")
+        )
