@@ -72,7 +72,7 @@ class UpkeptPool(AsyncConnectionPool[C]):
         if self._tasks.empty() or len(self._workers) >= self.num_workers:
             return
         name = f"{self.name}-worker"
-        worker = self._loop.create_task(self._work(), name=name, context=Context())
+        worker = self._loop.create_task(self._maintain(), name=name, context=Context())
         self._workers.append(worker)
         worker.add_done_callback(self._ended)
 
@@ -80,7 +80,7 @@ class UpkeptPool(AsyncConnectionPool[C]):
         self._workers.remove(worker)
         self._employ()  # work may have come since it looked for the last time
 
-    async def _work(self) -> None:
+    async def _maintain(self) -> None:
         task = asyncio.current_task()
         assert task is not None
         while not self._tasks.empty():
