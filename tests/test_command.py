@@ -395,7 +395,7 @@ def test_bench_takes_the_model_with_the_most_rows() -> None:
     connection.close()  # its statistics are the server's now
     for _ in range(100):
         with connection.cursor() as cursor:
-            cursor.execute("ANALYZE shop_tag")
+            cursor.execute("ANALYZE")  # other tests have filled and emptied tables
         if _largest("default") is Tag:
             break
     assert shown("bench", "--seconds", "0").startswith("shop.Tag in database")

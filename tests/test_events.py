@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import weakref
+from collections.abc import Iterator
 from typing import Any
 from uuid import uuid4
 
@@ -17,7 +18,18 @@ from asyncorm import _events, native, sessions
 from tests.project.shop.models import Book, Tag
 from tests.support import backend_pid, database
 
-pytestmark = pytest.mark.usefixtures("fresh_shop")
+pytestmark = pytest.mark.usefixtures("fresh_shop", "_alone")
+
+
+@pytest.fixture
+def _alone() -> Iterator[None]:
+    """Nobody else listens, as a router for replicas does from its first use in this process on."""
+    others = list(_events._listeners)
+    for each in others:
+        _events.unlisten(each)
+    yield
+    for each in others:
+        _events.listen(each)
 
 
 class Heard(_events.Listener):

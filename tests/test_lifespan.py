@@ -1,6 +1,7 @@
 """lifespan(): opening the pools at start-up or saying why not, draining and closing them."""
 
 import asyncio
+import re
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -161,7 +162,8 @@ async def test_fewer_connections_than_asked_for(django_db_blocker: Any, caplog: 
             pool = {"pool": {"min_size": 3, "max_size": 5}}
             with database(USER="few", OPTIONS=pool):
                 async with served(lifespan(nothing, using=["extra"])):
-                    assert "gave 2 of the 3 connections" in caplog.text
+                    # One where the server counts all three while they begin.
+                    assert re.search("gave [12] of the 3 connections", caplog.text)
                     assert "too many connections for role" in caplog.text
                     await asyncorm.native(value)("SELECT 1", using="extra")
         finally:
