@@ -308,7 +308,7 @@ class Pool:
             return 0
         waiting = self.connections.waiting
         if self.queue is not None:
-            waiting += self.queue.waiting - min(self.queue.pending, waiting)
+            waiting += self.queue.waiting - min(self.queue.pending - self.queue.starting, waiting)
         return waiting
 
     @contextmanager
