@@ -6,7 +6,8 @@ of such a loop goes to the thread that waited, and the next loop that this threa
 with it. As with Django's own connection of the thread, `close()` and `connections.close_all()` end
 it, `close_old_connections()` when it is CONN_MAX_AGE old, and the end of the thread.
 
-Of asgiref `AsyncToSync.loop_thread_executors` is used: it has the loops that are made so.
+Of asgiref `AsyncToSync.loop_thread_executors` is used: it has the loops that are made so. Without
+it nothing is kept.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def exchanging() -> Iterator[None]:
 def of_loop(loop: AbstractEventLoop) -> Exchange | None:
     """That of the thread that waits for a loop; None if none does, as for `asyncio.run()`."""
     # A thread that works for a loop waits for coroutines on that one.
-    return _exchange.get() if loop in AsyncToSync.loop_thread_executors else None
+    made = getattr(AsyncToSync, "loop_thread_executors", ())
+    return _exchange.get() if loop in made else None
 
 
 def close(alias: str, only_old: bool = False) -> None:
