@@ -167,8 +167,12 @@ async def test_statistics_and_closing_before_any_maintenance(alias: str) -> None
 
 @pytest.fixture
 def aged() -> Iterator[str]:
-    """A database whose connections may be ten minutes old."""
-    with database(CONN_MAX_AGE=600, OPTIONS={"pool": None}) as alias:
+    """A database whose connections may be ten minutes old.
+
+    An alias of its own: a thread that works for loops may have a connection of an earlier test's
+    with something in it, which would be lent.
+    """
+    with database("aged", CONN_MAX_AGE=600, OPTIONS={"pool": None}) as alias:
         yield alias
         connections[alias].close()
 
