@@ -8,6 +8,9 @@ Nothing is read that is somebody's: the reader is taken off (`park()`) when some
 which nobody waits just now, a stream or a COPY whose consumer is slow (libpq would keep all of it),
 and is back with the next wait. A connection of no loop in particular, which synchronous threads and
 several loops read, has a reader while a task waits.
+
+uvloop calls a reader no more once it has seen an error of the socket, though what came before that
+is still to be read: there a reader that sees one is taken off, and put on by the next wait.
 """
 
 from __future__ import annotations
@@ -15,7 +18,13 @@ from __future__ import annotations
 import logging
 import os
 import select
-from asyncio import AbstractEventLoop, CancelledError, get_running_loop, sleep
+from asyncio import (
+    AbstractEventLoop,
+    CancelledError,
+    SelectorEventLoop,
+    get_running_loop,
+    sleep,
+)
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from contextvars import Context
@@ -31,6 +40,7 @@ logger = logging.getLogger("asyncorm")
 
 _WAIT_R, _WAIT_W = waiting.WAIT_R, waiting.WAIT_W
 _READY_R, _READY_W = waiting.READY_R, waiting.READY_W
+_ERRORS = select.POLLERR | select.POLLHUP | select.POLLNVAL
 _OK = pq.ConnStatus.OK
 _ACTIVE = pq.TransactionStatus.ACTIVE
 _SEVERITY = pq.DiagnosticField.SEVERITY_NONLOCALIZED
@@ -135,6 +145,7 @@ class Wire:
         self._is_unused = is_unused
         self._process = _process
         self._loop: AbstractEventLoop | None = None  # that has the reader
+        self._stays = True  # whether it does after an error of the socket, too
         self._fileno = -1
         self._waiting: _Wakeup | None = None
         self._poller = select.poll()
@@ -225,6 +236,7 @@ class Wire:
         # In no context: the reader would keep that of whoever was the first to wait.
         Context().run(loop.add_reader, self._fileno, self._readable)
         self._loop = loop
+        self._stays = isinstance(loop, SelectorEventLoop)
 
     def park(self) -> None:
         """Take the reader off, until the next wait."""
@@ -238,6 +250,8 @@ class Wire:
             self.park()  # libpq has closed the socket
 
     def _readable(self) -> None:
+        if not self._stays and (self.pgconn.status != _OK or self._events(_WAIT_R) & _ERRORS):
+            self.park()
         wakeup = self._waiting
         if wakeup is not None and self.state & _WAIT_R:
             wakeup.wake(_READY_R)
@@ -311,6 +325,15 @@ class Wire:
             wakeup.fail(psycopg.OperationalError(CLOSED))
 
     def _poll(self, state: int) -> int:
+        ready = 0
+        event = self._events(state)
+        if event & ~select.POLLOUT:
+            ready |= _READY_R
+        if event & select.POLLOUT:
+            ready |= _READY_W
+        return ready & state
+
+    def _events(self, state: int) -> int:
         fileno = self.pgconn.socket  # an error if libpq has closed it
         mask = (select.POLLIN if state & _WAIT_R else 0) | (
             select.POLLOUT if state & _WAIT_W else 0
@@ -318,13 +341,8 @@ class Wire:
         if mask != self._polled:
             self._poller.register(fileno, mask)
             self._polled = mask
-        ready = 0
-        for _, event in self._poller.poll(0):
-            if event & ~select.POLLOUT:
-                ready |= _READY_R
-            if event & select.POLLOUT:
-                ready |= _READY_W
-        return ready & state
+        found = self._poller.poll(0)
+        return found[0][1] if found else 0
 
 
 def _is_last(notice: Any) -> bool:

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import select
 import socket
+import struct
 import sys
 import threading
 import time
@@ -121,6 +122,14 @@ class Relay:
         """End all connections of clients, without a word."""
         for client, _ in self._pairs:
             _shut(client)
+
+    def reset(self, last: bytes) -> None:
+        """End them as the system does for a process that left something unread."""
+        for client, _ in self._pairs:
+            client.sendall(last)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.shutdown(socket.SHUT_RD)  # the thread leaves it
+            client.close()
 
     def _start(self, work: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=work, args=args)
@@ -420,4 +429,32 @@ def test_tasks_of_all_kinds(kind: str) -> None:
             if sys.version_info < (3, 12):
                 pytest.skip("Python 3.12 has them")
             loop.set_task_factory(asyncio.eager_task_factory)
+        loop.run_until_complete(main())
+
+
+@pytest.mark.parametrize("kind", ["asyncio", "uvloop"])
+def test_a_connection_that_is_reset_while_an_answer_arrives(kind: str) -> None:
+    """uvloop calls no reader any more after an error, and the part of an answer is read first."""
+
+    async def main() -> None:
+        with relayed() as relay:
+            (conn,) = await opened()
+            number = conn.pgconn.socket
+            task = asyncio.create_task(query("SELECT pg_sleep(60)"))
+            await eventually(lambda: conn.wire.waiting)
+            relay.reset(b"T\0\0")
+            errors = select.poll()
+            errors.register(number, 0)
+            assert errors.poll(10_000)  # the loop sees both at once
+            async with asyncio.timeout(10):
+                with pytest.raises(DatabaseError):
+                    await task
+                assert await new_reader_works(number)
+                assert await query("SELECT 1") == 1
+            await asyncorm.close_pools(ALIAS)
+
+    factory = asyncio.new_event_loop
+    if kind == "uvloop":
+        factory = pytest.importorskip("uvloop").new_event_loop
+    with contextlib.closing(factory()) as loop:
         loop.run_until_complete(main())
