@@ -95,7 +95,7 @@ class UpkeptPool(AsyncConnectionPool[C]):
                 raise CancelledError
 
     async def _signal_stop_worker(self) -> list[Task[None]]:
-        return [*self._workers]  # what they find in the queue of a closed pool, they drop
+        return []  # they end by themselves; close() does not wait for a server that is silent
 
     def dismiss(self) -> None:
         """Cancel what is at work or due."""

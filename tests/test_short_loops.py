@@ -1,6 +1,7 @@
 """Loops that live for one call: what they open, what they leave, and that nothing is lost by it."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -93,6 +94,23 @@ async def test_who_waits_is_served_although_what_connects_was_cancelled(alias: s
     assert cancelled == 3
     pids = await asyncio.gather(*[native(nap)(alias) for _ in range(9)])
     assert len(set(pids)) == 5
+
+
+@pytest.mark.parametrize("gives_up", [True, False])
+def test_a_loop_ends_at_once_although_the_server_is_silent(alias: str, gives_up: bool) -> None:
+    async def call() -> None:
+        task = asyncio.create_task(native(backend_pid)(alias))
+        await eventually(lambda: asyncorm.pool_stats(alias).get("connections_num"))
+        if gives_up:
+            task.cancel()
+            await asyncio.wait([task])
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = str(silent.getsockname()[1])
+        connections.settings[alias].update(HOST="127.0.0.1", PORT=port)
+        began = time.monotonic()
+        asyncio.run(call())
+        assert time.monotonic() - began < 4
 
 
 def test_the_first_connection_is_refused_as_any(alias: str) -> None:

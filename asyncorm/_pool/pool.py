@@ -242,21 +242,24 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         self._nconns_min = 0
         self.fill(self._min_size)
 
-    async def shut(self, timeout: float = 5.0) -> None:
+    async def shut(self) -> None:
         """Close everything, connections in use too, even if the pool's tasks are cancelled."""
-        workers = [*self._workers]
-        with suppress(CancelledError, Exception):
-            await self.close(timeout)
-        for worker in workers:
-            worker.cancel()
-        if workers:
-            await asyncio.gather(*workers, return_exceptions=True)
-        # The server would go on with what runs: it notices a closed connection at the end only.
-        busy = [conn for conn in self.live if conn.pgconn.transaction_status == _ACTIVE]
-        if busy:
+        try:
             with suppress(CancelledError, Exception):
-                await asyncio.gather(*(conn.cancel_safe(timeout=1.0) for conn in busy))
-        self.terminate()
+                await self.close()
+            # From now on they begin nothing, and what they have begun nobody wants.
+            workers = [*self._workers]
+            for worker in workers:
+                worker.cancel()
+            if workers:
+                await asyncio.gather(*workers, return_exceptions=True)
+            # The server would go on with what runs: it notices a closed connection at the end only.
+            busy = [conn for conn in self.live if conn.pgconn.transaction_status == _ACTIVE]
+            if busy:
+                with suppress(CancelledError, Exception):
+                    await asyncio.gather(*(conn.cancel_safe(timeout=1.0) for conn in busy))
+        finally:
+            self.terminate()
 
     def terminate(self) -> None:
         """Close every connection at once, without a loop."""
