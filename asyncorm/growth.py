@@ -113,12 +113,10 @@ class GrowingPool(UpkeptPool[C]):
             logger.warning("error connecting in %r: %s", self.name, exc)
             await self._refused(exc, growing)
             return
-        except BaseException:  # cancelled: who still waits, or comes later, is served all the same
-            self._nconns -= 1
+        except BaseException:  # cancelled
             if growing:
                 self._growing = False
-            if self._waiting and not self._closed:
-                self._maybe_grow_pool()
+            self._lose_one()
             raise
         self._had_one, self._away_since, self._pause = True, None, 0.0
         await self._add_to_pool(conn)
@@ -127,6 +125,12 @@ class GrowingPool(UpkeptPool[C]):
                 self._growing = False
             if growing and (self._nconns < self._min_size or self._waiting):
                 self._maybe_grow_pool()
+
+    def _lose_one(self) -> None:
+        # Who still waits, or comes later, is served all the same.
+        self._nconns -= 1
+        if self._waiting and not self._closed:
+            self._maybe_grow_pool()
 
     async def _refused(self, exc: Exception, growing: bool) -> None:
         async with self._lock:

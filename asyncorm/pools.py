@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import Context
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -257,7 +258,8 @@ class Pool:
         if self.connections is None:
             conn.twin.terminate()
         else:
-            self._in_background(self.connections.reset(conn))
+            task = self._in_background(self.connections.reset(conn))
+            task.add_done_callback(partial(self.connections.was_reset, conn))
 
     def is_clean(self, conn: Connection) -> bool:
         """Whether the next operation may have a connection without its being given back."""
@@ -538,10 +540,11 @@ class Pool:
             if self.connections is not None:
                 await self.connections.close()
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self.loop.create_task(work, context=Context())
         _background.add(task)
         task.add_done_callback(_background.discard)
+        return task
 
     def abandon(self) -> None:
         """Close every connection at once, for a pool whose loop is already closed."""

@@ -96,6 +96,22 @@ async def test_who_waits_is_served_although_what_connects_was_cancelled(alias: s
     assert len(set(pids)) == 5
 
 
+async def test_a_connection_whose_reset_was_cancelled_is_replaced(alias: str) -> None:
+    connections.settings[alias]["OPTIONS"]["pool"] = {"min_size": 0, "max_size": 1, "timeout": 5}
+    own = asyncio.all_tasks()
+    cancelled = 0
+    for turns in range(1, 4):  # not begun yet, or under way
+        await native(value)("SELECT set_config('my.marker', '1', false)", using=alias)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - own:
+            cancelled += task.cancel()
+        marker = "SELECT coalesce(current_setting('my.marker', true), '')"
+        assert await native(value)(marker, using=alias) == ""
+    assert cancelled
+    assert asyncorm.pool_stats(alias)["pool_size"] == 1
+
+
 @pytest.mark.parametrize("gives_up", [True, False])
 def test_a_loop_ends_at_once_although_the_server_is_silent(alias: str, gives_up: bool) -> None:
     async def call() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from asyncio import CancelledError
+from asyncio import CancelledError, Task
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
@@ -200,6 +200,12 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         except Exception:
             conn.twin.terminate()
         self.give(conn)
+
+    def was_reset(self, conn: PooledConnection, task: Task[None]) -> None:
+        """The task of `reset()` has ended: one that was cancelled has not taken it back."""
+        if task.cancelled():
+            self.discard(conn)
+            self._lose_one()
 
     # The server's role
 
