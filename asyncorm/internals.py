@@ -136,7 +136,11 @@ PSYCOPG_POOL = (
         " run_task schedule_task",
         "its maintenance, in tasks that live while there is some; replaced",
     ),
-    Names("psycopg_pool.pool_async:WaitingClient", "set fail", "hand a connection to who waits"),
+    Names(
+        "psycopg_pool.pool_async:WaitingClient",
+        "set fail error",
+        "hand a connection to who waits; who has given up",
+    ),
     Names(
         "psycopg_pool.pool_async",
         "AddConnection ReturnConnection ShrinkPool",

@@ -102,9 +102,10 @@ class _Request:
 
     Attributes:
         travelling: with those that it was sent with, once it is.
+        waits: neither taken by a pipeline nor given up.
     """
 
-    __slots__ = ("command", "future", "pid", "sent", "since", "travelling")
+    __slots__ = ("command", "future", "pid", "sent", "since", "travelling", "waits")
 
     def __init__(self, command: Command) -> None:
         self.command = command
@@ -113,6 +114,7 @@ class _Request:
         self.pid = 0
         self.sent = self.since
         self.travelling: _Travelling | None = None
+        self.waits = True
 
 
 class _Travelling:
@@ -213,8 +215,14 @@ class Queue:
         if not task.cancelled():
             task.exception()  # the requests have been told
 
+    def _leave(self, request: _Request) -> None:
+        if request.waits:
+            request.waits = False
+            self.waiting -= 1
+
     async def _drop(self, request: _Request, exc: BaseException) -> None:
         travelling = request.travelling
+        self._leave(request)
         if travelling is None or (task := travelling.task) is None:
             return  # it will not be sent, or has its result
         self._source.dropped(exc)
@@ -252,7 +260,7 @@ class Queue:
         requests: list[_Request] = []
         while segment.waiting and len(requests) < min(share, MOST):
             request = segment.waiting.popleft()
-            self.waiting -= 1
+            self._leave(request)
             if not request.future.done():
                 requests.append(request)
         if segment.waiting and not segment.pipelines and self._source.size > 1:
@@ -267,7 +275,7 @@ class Queue:
         unserved: list[_Request] = []
         while segment.waiting and monotonic() - segment.waiting[0].since >= 0.9 * waited:
             unserved.append(segment.waiting.popleft())
-            self.waiting -= 1
+            self._leave(unserved[-1])
         if segment.waiting and not segment.pipelines:
             self._start(segment)
         return unserved

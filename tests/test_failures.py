@@ -21,7 +21,7 @@ from asyncorm import native
 from asyncorm.demo.postgres import Server, postgres_server
 from tests.project.legacy.models import LegacyRecord
 from tests.project.shop.models import Tag
-from tests.support import backend_pid, database, in_thread, run_script, sleep
+from tests.support import backend_pid, database, eventually, in_thread, run_script, sleep
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 
@@ -275,6 +275,24 @@ async def test_max_waiting() -> None:
         with pytest.raises(OperationalError, match=r"^The native pool of database 'extra' is exh"):
             await native(backend_pid)(alias)
         await asyncio.gather(holder, *waiters)
+
+
+async def test_who_has_given_up_does_not_count_as_waiting() -> None:
+    """Clients that went away keep nobody else from waiting."""
+    pool = {"min_size": 0, "max_size": 1, "max_waiting": 2}
+    with database(OPTIONS={"pool": pool}) as alias:
+        async with asyncorm.connection(using=alias):
+            await native(backend_pid)(alias)
+            for _ in range(2):
+                gone = [asyncio.create_task(native(backend_pid)(alias)) for _ in range(2)]
+                await eventually(lambda: asyncorm.pool_stats(alias)["requests_waiting"] == 2)
+                for task in gone:
+                    task.cancel()
+                await asyncio.wait(gone)
+                await eventually(lambda: not asyncorm.pool_stats(alias)["requests_waiting"])
+            waiter = asyncio.create_task(native(backend_pid)(alias))
+            await eventually(lambda: asyncorm.pool_stats(alias)["requests_waiting"] == 1)
+        assert await waiter
 
 
 # Settings

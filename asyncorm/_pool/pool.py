@@ -10,6 +10,7 @@ import asyncio
 import logging
 import traceback
 from asyncio import CancelledError, Task
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
@@ -48,6 +49,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         self.target = target
         self._had_primary = False
         self._primary_until = 0.0
+        self._pruning = False
         super().__init__("", connection_class=PooledConnection, open=False, **kwargs)
 
     async def _connect(self, timeout: float | None = None) -> PooledConnection:
@@ -111,6 +113,20 @@ class ConnectionPool(GrowingPool[PooledConnection]):
             self._return(conn, from_getconn=True)
             pool.pop()
         return None
+
+    async def getconn(self, timeout: float | None = None) -> PooledConnection:
+        """psycopg_pool's, but who gives up waiting is not left in the queue, to be counted."""
+        try:
+            return await super().getconn(timeout)
+        except (Exception, CancelledError):
+            if not self._pruning:  # once for a storm of cancellations
+                self._pruning = True
+                self._loop.call_soon(self._prune)
+            raise
+
+    def _prune(self) -> None:
+        self._pruning = False
+        self._waiting = deque(client for client in self._waiting if client.error is None)
 
     def _return(self, conn: PooledConnection, from_getconn: bool) -> None:
         """Have the pool's workers take a connection back; an error means that they will not."""
