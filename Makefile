@@ -106,7 +106,7 @@ build: $(VENV)/.installed  ## build wheel and source distribution into dist/
 
 clean:  ## remove everything that make made
 	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find asyncorm tests -name __pycache__ -type d -exec rm -rf {} +
+	find asyncorm examples tests -name __pycache__ -type d -exec rm -rf {} +
 
 # An environment serves as it is, unless it is broken or PYTHON names another interpreter.
 IDENTITY := -c 'import sys; print(sys.base_prefix, sys.version)' 2>/dev/null

@@ -13,7 +13,7 @@ from django.db import connections
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # The fewest tests of each, and what it needs that a Python or a Django may not have yet.
-PROJECTS = {"api": (6, ["rest_framework"]), "chat": (9, ["channels"]), "site": (6, [])}
+PROJECTS = {"api": (6, ["rest_framework"]), "chat": (9, ["channels", "daphne"]), "site": (6, [])}
 CHECK = ["makemigrations", "--check", "--dry-run"]
 TEST = ["test", "--noinput"]
 

@@ -37,4 +37,5 @@ REST_FRAMEWORK = {
 ROOT_URLCONF = "library.urls"
 ASGI_APPLICATION = "library.asgi.application"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+TIME_ZONE = "UTC"
 USE_TZ = True

@@ -25,9 +25,14 @@ ORIGIN = [(b"origin", b"http://localhost")]
 async def enter(room):
     """A browser in a room."""
     browser = WebsocketCommunicator(application, f"/rooms/{room}/", headers=ORIGIN)
-    connected, _ = await browser.connect()
+    connected, _ = await browser.connect(timeout=30)
     assert connected
     return browser
+
+
+async def leave(*browsers):
+    for browser in browsers:
+        await browser.disconnect(timeout=30)
 
 
 class Chat(TransactionTestCase):
@@ -43,8 +48,7 @@ class Chat(TransactionTestCase):
             self.assertTrue(await bob.receive_nothing())
             late = await enter("lobby")
             self.assertEqual(await late.receive_json_from(timeout=30), heard)
-            for browser in ann, bob, carl, late:
-                await browser.disconnect()
+            await leave(ann, bob, carl, late)
         self.assertEqual(await Message.objects.acount(), 2)
 
     async def test_what_is_not_valid_is_told_to_its_author_only(self):
@@ -53,8 +57,7 @@ class Chat(TransactionTestCase):
         heard = await ann.receive_json_from(timeout=30)
         self.assertEqual(list(heard["errors"]), ["text"])
         self.assertTrue(await bob.receive_nothing())
-        for browser in ann, bob:
-            await browser.disconnect()
+        await leave(ann, bob)
 
     async def test_what_is_rolled_back_was_not_said(self):
         ann = await enter("lobby")
@@ -64,7 +67,7 @@ class Chat(TransactionTestCase):
                 raise ZeroDivisionError
         await say("lobby", "Bob", "kept")
         self.assertEqual((await ann.receive_json_from(timeout=30))["text"], "kept")
-        await ann.disconnect()
+        await leave(ann)
 
     async def test_a_crowd_at_once(self):
         """Forty people in a room talk at once: eight connections, each hears every message."""
@@ -75,8 +78,7 @@ class Chat(TransactionTestCase):
                 heard = [await browser.receive_json_from(timeout=30) for _ in crowd]
                 self.assertEqual(len({message["author"] for message in heard}), 40)
             self.assertLessEqual(asyncorm.pool_stats()["pool_size"], 8)
-            for browser in crowd:
-                await browser.disconnect()
+            await leave(*crowd)
 
     async def test_another_process_takes_part(self):
         ann = await enter("lobby")
@@ -85,7 +87,7 @@ class Chat(TransactionTestCase):
         )
         self.assertEqual((await ann.receive_json_from(timeout=60))["text"], "from outside")
         self.assertEqual(await process.wait(), 0)
-        await ann.disconnect()
+        await leave(ann)
 
 
 OTHER = """
@@ -136,4 +138,4 @@ class Origins(SimpleTestCase):
     async def test_other_sites_are_refused(self):
         headers = [(b"origin", b"http://evil.example")]
         browser = WebsocketCommunicator(application, "/rooms/lobby/", headers=headers)
-        self.assertFalse((await browser.connect())[0])
+        self.assertFalse((await browser.connect(timeout=30))[0])
