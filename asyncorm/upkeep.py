@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
-from psycopg_pool.pool_async import ShrinkPool
+from psycopg_pool.pool_async import ReturnConnection, ShrinkPool
 
 C = TypeVar("C", bound=AsyncConnection[Any])
 
@@ -86,7 +86,10 @@ class UpkeptPool(AsyncConnectionPool[C]):
         while not self._tasks.empty():
             work = self._tasks.get_nowait()
             try:
-                await work.run()
+                if self._closed and isinstance(work, ReturnConnection):
+                    await work.conn.close()  # psycopg_pool would drop it, and the loop keeps it
+                else:
+                    await work.run()
             except Cancelled:
                 raise CancelledError from None
             except (Exception, CancelledError) as exc:

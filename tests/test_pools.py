@@ -272,6 +272,22 @@ async def test_a_reset_that_fails_discards_the_connection() -> None:
     assert len(set(pids)) == 3
 
 
+async def test_connections_that_wait_for_their_reset_are_closed_with_the_pool() -> None:
+    """More of them than the pool resets at a time, when settings change."""
+
+    def reset(conn: psycopg.Connection[Any]) -> None:
+        conn.execute("SELECT pg_sleep(0.1)")
+
+    options = {"pool": {"min_size": 0, "max_size": 8, "reset": reset}}
+    with database(OPTIONS=options) as alias, administrator() as ask:
+        await asyncio.gather(
+            *[native(value)("SELECT pg_sleep(0.2)", None, alias) for _ in range(8)]
+        )
+        assert server_connections(ask, alias) == 8
+        pools.discard_pools(alias)
+        await eventually(lambda: server_connections(ask, alias) == 0)
+
+
 async def test_max_lifetime_replaces_old_connections() -> None:
     with database(OPTIONS={"pool": {"min_size": 0, "max_size": 1, "max_lifetime": 0.3}}) as alias:
         first = await native(backend_pid)(alias)
