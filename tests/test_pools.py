@@ -229,6 +229,38 @@ async def test_configure_runs_once_on_each_new_connection() -> None:
     assert all(isinstance(conn, psycopg.Connection) for conn in calls)
 
 
+@pytest.mark.parametrize("how", ["raises", "leaves a transaction", "is cancelled"])
+async def test_connections_that_cannot_be_configured_are_closed(how: str) -> None:
+    asked: list[int] = []
+
+    def configure(conn: psycopg.Connection[Any]) -> None:
+        asked.append(conn.info.backend_pid)
+        conn.execute("SELECT 1")
+        if how == "raises":
+            raise ValueError("no")
+        if how == "is cancelled":
+            conn.execute("SELECT pg_sleep(60)")
+        conn.autocommit = False
+        conn.execute("SELECT 1")
+
+    options = {"pool": {"min_size": 0, "max_size": 2, "configure": configure}}
+    with database(OPTIONS=options) as alias, administrator() as ask:
+        for number in range(1, 4):
+            own = asyncio.all_tasks()
+            task = asyncio.create_task(native(backend_pid)(alias))
+            await eventually(lambda: len(asked) >= number)  # noqa: B023
+            if how == "is cancelled":
+                task.cancel()
+                await asyncio.wait([task])
+                await asyncio.sleep(0.05)
+                for worker in asyncio.all_tasks() - own:
+                    worker.cancel()
+            with pytest.raises((OperationalError, asyncio.CancelledError)):
+                await task
+        await eventually(lambda: server_connections(ask, alias) == 0)
+        await asyncorm.close_pools(alias)
+
+
 async def test_check_runs_at_each_checkout_and_refused_connections_are_replaced() -> None:
     refused: list[int] = []
     checked: list[int] = []

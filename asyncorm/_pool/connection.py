@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from asyncio import CancelledError
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 # Of the arguments that Django makes for connect(), those about the cursors of synchronous code.
 OF_CURSORS = ("row_factory", "cursor_factory", "context", "prepare_threshold")
+
+
+# What is made in a context, for who has to close it if it is not made completely.
+MADE: ContextVar[list[PooledConnection] | None] = ContextVar("asyncorm_made", default=None)
 
 
 class PooledConnection(AsyncConnection[Any]):
@@ -49,6 +54,8 @@ class PooledConnection(AsyncConnection[Any]):
         conn.wire = Wire(conn.pgconn, lambda: conn._pool is None)
         conn.began = Role.of(conn.pgconn)
         conn.renew()
+        if (made := MADE.get()) is not None:
+            made.append(conn)
         return conn
 
     @classmethod

@@ -24,7 +24,7 @@ from .._wire.cancelling import CANCEL_TIMEOUT
 from ..growth import GrowingPool
 from ..roles import ASK, STANDBY_WANTED, Role, contradicts
 from ..upkeep import Cancelled
-from .connection import PooledConnection
+from .connection import MADE, PooledConnection
 
 logger = logging.getLogger("psycopg.pool")
 
@@ -55,8 +55,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
     async def _connect(self, timeout: float | None = None) -> PooledConnection:
         self.live = {conn for conn in self.live if not conn.closed}
         try:
-            conn = await super()._connect(timeout)
-            self._look_at_role(conn)
+            conn = await self._make(timeout)
         except CancelledError as exc:
             traceback.clear_frames(exc.__traceback__)  # closes the half-open connection now
             raise Cancelled from None
@@ -70,11 +69,22 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         self.live.add(conn)
         return conn
 
+    async def _make(self, timeout: float | None) -> PooledConnection:
+        made: list[PooledConnection] = []
+        MADE.set(made)  # in a worker's context
+        try:
+            conn = await super()._connect(timeout)
+            self._look_at_role(conn)
+            return conn
+        except BaseException:  # of `configure`, too: psycopg_pool drops it, and its reader keeps it
+            for conn in made[:1]:
+                conn.twin.terminate()
+            raise
+
     def _look_at_role(self, conn: PooledConnection) -> None:
         if not conn.began.in_recovery:
             self._had_primary = True
         elif monotonic() < self._primary_until:
-            conn.twin.terminate()
             raise psycopg.OperationalError("A write was refused, and the server is in hot standby")
 
     async def _fail_waiting(self, exc: BaseException) -> None:
