@@ -280,6 +280,9 @@ class Pool:
                 cancels = task.cancelling() if task is not None else 0
                 with self._warning_if_slow():
                     conn = await conns.getconn()
+                    while not conn.alive():  # lost before who had it gave it to this task
+                        conns.give(conn)
+                        conn = await conns.getconn()
                 if task is not None and task.cancelling() > cancels:
                     # Python 3.11's wait_for() forgets a cancellation that comes with the
                     # connection.

@@ -820,6 +820,31 @@ async def test_idle_connections_that_the_server_closed_are_replaced() -> None:
         assert not before & after
 
 
+@pytest.mark.parametrize("text", ["SELECT 1", "UPDATE shop_tag SET name = name WHERE id < 0"])
+async def test_who_waits_is_not_given_a_connection_that_is_lost(text: str) -> None:
+    """The server ends it while its holder, and the loop, are busy with other things."""
+
+    def hold() -> None:
+        with connections[alias].cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid(), pg_sleep(0.5)")
+            pid = cursor.fetchone()[0]
+        ask("SELECT pg_terminate_backend(%s, 10000)", pid)
+
+    def execute() -> None:
+        with connections[alias].cursor() as cursor:
+            cursor.execute(text)
+
+    options = {"pool": {"min_size": 0, "max_size": 1}}
+    with database(OPTIONS=options) as alias, administrator() as ask:
+        await native(backend_pid)(alias)
+        holder = asyncio.create_task(native(hold)())
+        await eventually(lambda: not asyncorm.pool_stats(alias)["pool_available"])
+        waiter = asyncio.create_task(native(execute)())
+        await eventually(lambda: asyncorm.pool_stats(alias)["requests_waiting"] == 1)
+        await asyncio.gather(holder, waiter)
+        await asyncorm.close_pools(alias)
+
+
 async def test_a_connection_that_breaks_in_a_statement_is_replaced() -> None:
     with database() as alias, administrator() as ask:
         pid = await native(backend_pid)(alias)
