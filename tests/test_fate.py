@@ -57,8 +57,16 @@ class Proxy:
         self.hold = 0.0
         self.sent: list[bytes] = []
         self.lost = 0
+        self._serving: set[Any] = set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._serving.add(asyncio.current_task())
+        try:
+            await self._forward(reader, writer)
+        finally:
+            writer.close()
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port = self.server.settings["HOST"], int(self.server.settings["PORT"])
         behind, before = await asyncio.open_connection(host, port)
         losing = asyncio.Event()
@@ -92,7 +100,6 @@ class Proxy:
                 before.write(data)
         finally:
             answers.cancel()
-            writer.close()
             before.close()
 
     @asynccontextmanager
@@ -101,6 +108,11 @@ class Proxy:
         async with await asyncio.start_server(self._serve, "127.0.0.1", self.port):
             yield self
             await asyncorm.close_pools(ALIAS)
+            await asyncio.sleep(0.01)  # who has just been accepted is served
+            for task in self._serving:
+                task.cancel()
+            await asyncio.gather(*self._serving, return_exceptions=True)
+            await asyncio.sleep(0.01)  # their transports end in the loop's next turns
 
 
 @pytest.fixture(scope="module")
