@@ -71,7 +71,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
 
     async def _make(self, timeout: float | None) -> PooledConnection:
         made: list[PooledConnection] = []
-        MADE.set(made)  # in a worker's context
+        MADE.set(made)
         try:
             conn = await super()._connect(timeout)
             self._look_at_role(conn)
@@ -80,6 +80,8 @@ class ConnectionPool(GrowingPool[PooledConnection]):
             for conn in made[:1]:
                 conn.twin.terminate()
             raise
+        finally:
+            MADE.set(None)  # timers that were cancelled keep the context
 
     def _look_at_role(self, conn: PooledConnection) -> None:
         if not conn.began.in_recovery:
