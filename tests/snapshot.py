@@ -52,8 +52,9 @@ class Snapshot:
             return b"".join(copy)
 
     def changed(self) -> list[str]:
-        now = self.connection.execute(self.digests).fetchall()
-        return [name for name, digest in now if digest != self.digest[name]]
+        # In the order of the snapshot: a plan with parallel workers has none.
+        now = dict(self.connection.execute(self.digests).fetchall())
+        return [name for name in self.rows if now[name] != self.digest[name]]
 
     def changes(self) -> dict[str, Any]:
         """The rows of the tables that are not as they were, and the sequences."""
