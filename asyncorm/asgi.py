@@ -217,9 +217,10 @@ async def _open(alias: str, wait: float) -> None:
 
 def _routers() -> list[Any]:
     """Those of asyncorm.replicas, if the project has any."""
-    routers = router.routers  # may import it
+    if not router.routers:  # these may import it
+        return []
     replicas = sys.modules.get("asyncorm.replicas.router")
-    return [each for each in routers if replicas and isinstance(each, replicas.ReplicaRouter)]
+    return [] if replicas is None else list(replicas.routers())
 
 
 async def _try(alias: str) -> None:

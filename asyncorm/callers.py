@@ -460,14 +460,10 @@ def lending() -> Iterator[None]:
     if bridge.loop_runs():  # asgiref refuses to wait
         yield
         return
-    wrappers = list(_lenders())
-    if not wrappers:
-        with between.exchanging():
-            yield
-        return
     with ExitStack() as stack:
-        # Whatever scopes the coroutine leaves behind, asgiref brings them back to this thread.
-        stack.enter_context(scopes.unscoped(scopes.outer()))
+        if wrappers := list(_lenders()):
+            # Whatever scopes the coroutine leaves behind, asgiref brings them back to this thread.
+            stack.enter_context(scopes.unscoped(scopes.outer()))
         for wrapper in wrappers:
             stack.callback(LentSession(wrapper).end)
         stack.enter_context(between.exchanging())

@@ -17,6 +17,8 @@ import json
 import logging
 import secrets
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import Context
 from copy import deepcopy
 from time import monotonic, time
@@ -155,21 +157,11 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
 
     async def group_add(self, group: str, channel: str) -> None:
         """Make a channel a member of a group; from another process that happens a little later."""
-        self._verify(group, channel)
-        here = self._here()
-        if here.owns(channel):
-            await here.add(group, channel)
-        else:
-            await self._notify("c", self.non_local_name(channel), ["add", group, channel], None)
+        await self._change("add", group, channel)
 
     async def group_discard(self, group: str, channel: str) -> None:
         """Make it a member no more."""
-        self._verify(group, channel)
-        here = self._here()
-        if here.owns(channel):
-            await here.discard(group, channel)
-        else:
-            await self._notify("c", self.non_local_name(channel), ["discard", group, channel], None)
+        await self._change("discard", group, channel)
 
     async def group_send(self, group: str, message: dict[str, Any]) -> None:
         """Send a message to all members of a group, by one notification."""
@@ -177,9 +169,14 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         self.require_valid_group_name(group)
         await self._notify("g", group, ["group", group], message)
 
-    def _verify(self, group: str, channel: str) -> None:
+    async def _change(self, do: str, group: str, channel: str) -> None:
         self.require_valid_group_name(group)
         self.require_valid_channel_name(channel)
+        here = self._here()
+        if here.owns(channel):
+            await here.change(do, group, channel)
+        else:
+            await self._notify("c", self.non_local_name(channel), [do, group, channel], None)
 
     # Flush
 
@@ -362,6 +359,10 @@ class _OfLoop:
 
     # Members
 
+    async def change(self, do: str, group: str, channel: str) -> None:
+        """`add()` or `discard()`, as a notification names them."""
+        await (self.add if do == "add" else self.discard)(group, channel)
+
     async def add(self, group: str, channel: str) -> None:
         """Make a channel a member."""
         self.groups.setdefault(group, {})[channel] = time()
@@ -397,7 +398,7 @@ class _OfLoop:
         number, expires, what, message = _read(note.payload)
         do, *names = what
         if do in ("add", "discard"):
-            await (self.add if do == "add" else self.discard)(*names)
+            await self.change(do, *names)
             return
         if do != "look" and message is None:
             message = await self.layer.stored(number)
@@ -431,25 +432,28 @@ class _OfLoop:
 
     # Who waits
 
-    async def next_of(self, channel: str) -> Any:
-        """The next message of a channel of this process."""
+    @contextmanager
+    def _waiting(self, channel: str) -> Iterator[_Box]:
         box = self._box(channel)
         box.waiting += 1
         try:
-            while True:
-                expires, message = await box.queue.get()
-                if expires > time():
-                    return message
+            yield box
         finally:
             box.waiting -= 1
             if box.is_idle() and self.boxes.get(channel) is box:
                 del self.boxes[channel]
 
+    async def next_of(self, channel: str) -> Any:
+        """The next message of a channel of this process."""
+        with self._waiting(channel) as box:
+            while True:
+                expires, message = await box.queue.get()
+                if expires > time():
+                    return message
+
     async def next_in_table(self, channel: str) -> Any:
         """The next message of a channel that any process may read."""
-        box = self._box(channel)
-        box.waiting += 1
-        try:
+        with self._waiting(channel) as box:
             while True:
                 if box.returned:
                     return box.returned.popleft()
@@ -466,10 +470,6 @@ class _OfLoop:
                         await box.queue.get()
                 except TimeoutError:
                     pass
-        finally:
-            box.waiting -= 1
-            if box.is_idle() and self.boxes.get(channel) is box:
-                del self.boxes[channel]
 
     def _return(self, channel: str, task: asyncio.Task[Any]) -> None:
         """Keep what was taken for somebody who has been cancelled for the next one."""

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 import psycopg
+import pytest
 from asgiref.sync import sync_to_async
 from django.db import connection, connections
 from django.db.backends.postgresql.base import DatabaseWrapper as BaseWrapper
@@ -27,6 +28,21 @@ sent = []
 class Kept(Transport):
     def capture_envelope(self, envelope):
         sent.extend(item.payload.json for item in envelope.items if item.payload.json)
+"""
+
+# The same of Datadog, in `spans`.
+DATADOG_KEPT = """
+import os
+os.environ.update(DD_TRACE_ENABLED="true", DD_INSTRUMENTATION_TELEMETRY_ENABLED="false",
+    DD_REMOTE_CONFIGURATION_ENABLED="false", DD_TRACE_STARTUP_LOGS="false")
+import ddtrace
+from ddtrace.trace import TraceFilter, tracer
+spans = []
+class Kept(TraceFilter):
+    def process_trace(self, trace):
+        spans.extend(trace)
+        return None
+tracer.configure(trace_processors=[Kept()])
 """
 
 
@@ -132,6 +148,32 @@ def server_connections(ask: Callable[..., Any], name: str | None = None) -> int:
             name,
         )
     )
+
+
+@asynccontextmanager
+async def next_socket(number: int) -> AsyncIterator[None]:
+    """A socket that gets the number of a closed one; at the end it can be read from on the loop."""
+    loop = asyncio.get_running_loop()
+    with ExitStack() as opened:
+        for _ in range(50):
+            mine, other = socket.socketpair()
+            opened.callback(mine.close)
+            opened.callback(other.close)
+            if number in (mine.fileno(), other.fileno()):
+                break
+        else:
+            pytest.skip("the number went elsewhere")
+        if other.fileno() == number:
+            mine, other = other, mine
+        arrived = asyncio.Event()
+        loop.add_reader(number, arrived.set)
+        try:
+            yield
+            other.send(b"x")
+            async with asyncio.timeout(5):
+                await arrived.wait()
+        finally:
+            loop.remove_reader(number)
 
 
 async def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:

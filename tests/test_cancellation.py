@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -23,7 +22,7 @@ from asyncorm import pools
 from asyncorm.demo.postgres import postgres_server
 from tests.chaos import Proxy
 from tests.project.myapp.models import Item
-from tests.support import set_cancel_timeout
+from tests.support import next_socket, set_cancel_timeout
 
 PATIENCE = 30  # seconds: reached only when something hangs
 ids = count(1)
@@ -1165,25 +1164,7 @@ async def test_the_next_socket_may_get_the_number_of_a_closed_one(alias: str, wa
     number = twin.pgconn.socket
     twin.cancel_safe()
     twin.terminate()
-    with contextlib.ExitStack() as opened:
-        for _ in range(10):
-            mine, other = socket.socketpair()
-            opened.callback(mine.close)
-            opened.callback(other.close)
-            if number in (mine.fileno(), other.fileno()):
-                break
-        else:
-            pytest.skip("the number went elsewhere")
-        if other.fileno() == number:
-            mine, other = other, mine
-        arrived = asyncio.Event()
-        asyncio.get_running_loop().add_reader(number, arrived.set)
-        try:
-            with pytest.raises(OperationalError, match="closed"):
-                await task
-            other.send(b"x")
-            async with asyncio.timeout(5):
-                await arrived.wait()
-        finally:
-            asyncio.get_running_loop().remove_reader(number)
+    async with next_socket(number):
+        with pytest.raises(OperationalError, match="closed"):
+            await task
     await healthy(alias, watch)

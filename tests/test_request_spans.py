@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import SENTRY_KEPT
+from tests.support import DATADOG_KEPT, SENTRY_KEPT
 from tests.test_tracers import traced
 
 pytestmark = pytest.mark.slow
@@ -97,18 +97,9 @@ async def traced(work):
     return [answers, threads, found]
 """
 
-DATADOG = """
-os.environ.update(DD_TRACE_ENABLED="true", DD_INSTRUMENTATION_TELEMETRY_ENABLED="false",
-    DD_REMOTE_CONFIGURATION_ENABLED="false", DD_TRACE_STARTUP_LOGS="false")
-import ddtrace
-from ddtrace.trace import TraceFilter, tracer
-spans = []
-class Kept(TraceFilter):
-    def process_trace(self, trace):
-        spans.extend(trace)
-        return None
-tracer.configure(trace_processors=[Kept()])
-ddtrace.patch(django=True, psycopg=True)
+DATADOG = (
+    DATADOG_KEPT
+    + """ddtrace.patch(django=True, psycopg=True)
 forget = spans.clear
 TAGS = ["component", "error.type", "http.status_code", "http.route", "django.view"]
 
@@ -127,6 +118,7 @@ async def traced(work):
         plain(span.name, span.resource, parent(span), *map(span.get_tag, TAGS))
         for span in kept.values())]
 """
+)
 
 TELEMETRY = """
 from opentelemetry import trace

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import SENTRY_KEPT, run_script
+from tests.support import DATADOG_KEPT, SENTRY_KEPT, run_script
 
 pytestmark = pytest.mark.slow
 
@@ -91,18 +91,9 @@ async def traced(work):
 """
 )
 
-DATADOG = """
-os.environ.update(DD_TRACE_ENABLED="true", DD_INSTRUMENTATION_TELEMETRY_ENABLED="false",
-    DD_REMOTE_CONFIGURATION_ENABLED="false", DD_TRACE_STARTUP_LOGS="false")
-import ddtrace
-from ddtrace.trace import TraceFilter, tracer
-spans = []
-class Kept(TraceFilter):
-    def process_trace(self, trace):
-        spans.extend(trace)
-        return None
-tracer.configure(trace_processors=[Kept()])
-ddtrace.patch(django=True, psycopg=bool(os.environ["PSYCOPG"]))
+DATADOG = (
+    DATADOG_KEPT
+    + """ddtrace.patch(django=True, psycopg=bool(os.environ["PSYCOPG"]))
 async def traced(work):
     spans.clear()
     with tracer.trace("page") as page:
@@ -114,6 +105,7 @@ async def traced(work):
          span.get_tag("span.kind"), span.get_tag("error.type") is not None]
         for span in spans if span is not page)]
 """
+)
 
 
 def traced(before: str, after: str = "", **environment: str) -> list[Any]:

@@ -26,7 +26,7 @@ import asyncorm
 from asyncorm import native, pools
 from asyncorm._pool.connection import PooledConnection
 from asyncorm._pool.pool import ConnectionPool
-from tests.support import address, administrator, database, eventually, value
+from tests.support import address, administrator, database, eventually, next_socket, value
 
 ALIAS = "wire"
 pytestmark = pytest.mark.usefixtures("_unblocked")
@@ -68,26 +68,8 @@ async def opened(number: int = 1) -> list[PooledConnection]:
 
 async def new_reader_works(number: int) -> bool:
     """Whether the next socket that gets the number of a closed one can be read from."""
-    loop = asyncio.get_running_loop()
-    with contextlib.ExitStack() as stack:
-        for _ in range(50):
-            mine, other = socket.socketpair()
-            stack.callback(mine.close)
-            stack.callback(other.close)
-            if number in (mine.fileno(), other.fileno()):
-                break
-        else:
-            pytest.skip("the number went elsewhere")
-        if other.fileno() == number:
-            mine, other = other, mine
-        arrived = asyncio.Event()
-        loop.add_reader(number, arrived.set)
-        try:
-            other.send(b"x")
-            await asyncio.wait_for(arrived.wait(), 5)
-        finally:
-            loop.remove_reader(number)
-    return True
+    async with next_socket(number):
+        return True
 
 
 class Relay:

@@ -114,13 +114,17 @@ def _run_once(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple
                 return _sent(plan, params, offset, wrapper), None
             with told(plan, params, offset, wrapper) as statement:
                 return _sent(plan, params, offset, wrapper, statement), None
-    cursor = wrapper.cursor()
+    return None, _executed(wrapper.cursor(), plan, params, offset)
+
+
+def _executed(cursor: Any, plan: Plan, params: list[Any], offset: int) -> Any:
+    """A cursor of Django's with the statement executed, or else closed."""
     try:
         cursor.execute(*djangos(plan, params, offset))
     except BaseException:
         cursor.close()
         raise
-    return None, cursor
+    return cursor
 
 
 def _sent(
@@ -192,12 +196,7 @@ def chunks(
     """The same from a server-side cursor of Django's, `size` rows at a time."""
     maker = plan.maker
     assert maker is not None
-    cursor = wrapper.chunked_cursor()
-    try:
-        cursor.execute(*djangos(plan, params, offset))
-    except BaseException:
-        cursor.close()
-        raise
+    cursor = _executed(wrapper.chunked_cursor(), plan, params, offset)
     try:
         while True:
             conn = direct(wrapper)

@@ -77,7 +77,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
             self._look_at_role(conn)
             return conn
         except BaseException:  # of `configure`, too: psycopg_pool drops it, and its reader keeps it
-            for conn in made[:1]:
+            for conn in made:
                 conn.twin.terminate()
             raise
         finally:

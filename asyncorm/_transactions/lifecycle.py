@@ -36,11 +36,7 @@ _exit_django = DjangoAtomic.__exit__
 def enter(atomic: DjangoAtomic) -> None:
     """Atomic.__enter__: in native code the block becomes a node of the tree."""
     runner = bridge.current()
-    session = (
-        sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner)
-        if runner is not None
-        else None
-    )
+    session = _session_of(atomic, runner)
     if runner is None or session is None:
         _enter_plainly(atomic, beside_native=runner is None)
     else:
@@ -55,11 +51,7 @@ def leave(
 ) -> None:
     """Atomic.__exit__ of django.db.transaction, the counterpart of `enter()`."""
     runner = bridge.current()
-    session = (
-        sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner)
-        if runner is not None
-        else None
-    )
+    session = _session_of(atomic, runner)
     if runner is None or session is None:
         _leave_plainly(atomic, runner is None, exc_type, exc, traceback)
         return
@@ -67,6 +59,13 @@ def leave(
     if block is None:
         raise TransactionManagementError("A transaction block is left by a task that is not in it.")
     leave_block(runner, block, atomic, exc_type, exc, traceback)
+
+
+def _session_of(atomic: DjangoAtomic, runner: Runner | None) -> Session | None:
+    """That of the running native code, None for other code and other engines."""
+    if runner is None:
+        return None
+    return sessions.session_for(atomic.using or DEFAULT_DB_ALIAS, runner)
 
 
 def _enter_plainly(atomic: DjangoAtomic, beside_native: bool) -> None:

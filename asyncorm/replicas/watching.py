@@ -23,6 +23,7 @@ import psycopg
 from django.db import connections
 
 from .._pool.connection import OF_CURSORS
+from .._sessions.leaving import start_task
 from .positions import ASK_PRIMARY, Need, Position
 
 logger = logging.getLogger("asyncorm")
@@ -146,9 +147,7 @@ class Watcher:
                 ).start()
             else:
                 self._loop = loop
-                task = loop.create_task(self._run(loop), context=Context())
-                _tasks.add(task)
-                task.add_done_callback(_tasks.discard)
+                start_task(self._run(loop), Context())
 
     def _run_in_thread(self, loop: AbstractEventLoop) -> None:
         with asyncio.Runner(loop_factory=lambda: loop) as runner:
@@ -249,7 +248,6 @@ class Watcher:
 
 
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
-_tasks: set[Any] = set()
 
 
 def _leave_to_parent() -> None:
