@@ -75,6 +75,8 @@ async def test_no_task_is_left_when_the_work_is_done(alias: str) -> None:
             "WHERE application_name = %s",
             alias,
         )
+        # It says that it will: until then a statement may still be sent on one of them.
+        await eventually(lambda: server_connections(ask, alias) == 0)
     await eventually(lambda: asyncio.all_tasks() <= before)
     assert await Tag.objects.using(alias).native_count() == 6
     await eventually(lambda: asyncio.all_tasks() <= before)
