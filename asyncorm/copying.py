@@ -29,7 +29,7 @@ from psycopg import generators
 from psycopg.adapt import Transformer
 from psycopg.copy import Writer
 
-from . import bridge, bulk, sessions
+from . import bridge, columnar, sessions
 from .driver import Steps
 from .shapes import Unfit
 
@@ -290,7 +290,7 @@ def _check_field(field: Any) -> None:
 
 
 # Those that may be called again.
-_PRE_SAVES = {*bulk.PRE_SAVES, models.FileField.pre_save}
+_PRE_SAVES = {*columnar.PRE_SAVES, models.FileField.pre_save}
 
 
 def _encoded(
@@ -302,8 +302,8 @@ def _encoded(
         pieces = _Pieces()
         transformer = Transformer(wrapper.connection)
         with suppress(Unfit):
-            for some in bulk.slices(objs, turn):
-                pieces.write(bulk.copy_lines(some, fields, wrapper, transformer))
+            for some in columnar.slices(objs, turn):
+                pieces.write(columnar.copy_lines(some, fields, wrapper, transformer))
             yield fields, objs, pieces.pieces
             return
     for columns, rows in groupby(_rows(wrapper, objs, fields, turn), itemgetter(0)):

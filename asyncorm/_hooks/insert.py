@@ -9,7 +9,7 @@ from typing import Any
 from django.db.models import Manager, query
 from django.db.models.sql.subqueries import InsertQuery
 
-from .. import bulk, distributed, grounds
+from .. import bulk, columnar, distributed, grounds
 from .._cache.execute import count_of, items
 from .._cache.families import family
 from .._cache.plan import Plan
@@ -114,7 +114,7 @@ def _insert_plan(
     key = _insert_key(wrapper, query.model, query.raw, fields, returning)
     plan = recall(key)
     params: Any = None
-    if plan is not None and all(type(field).pre_save in bulk.PRE_SAVES for field in fields):
+    if plan is not None and all(type(field).pre_save in columnar.PRE_SAVES for field in fields):
         params = _insert_params(fields, query.objs[0], query.raw, wrapper, [None] * len(fields))
     if params is None:
         count("unfit")
@@ -146,7 +146,7 @@ def _plan_insert(
     maker = bulk.maker_of_returned(compiler, wrapper, returning)
     kinds = [family(field, wrapper) for field in fields]
     plan = Plan(sql, kinds, maker, (fields, returning), by_server=writes_as_django(wrapper))
-    plan.ready = [bulk.as_is(field) for field in fields]
+    plan.ready = [columnar.as_is(field) for field in fields]
     params[:] = found
     return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())
 

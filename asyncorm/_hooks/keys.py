@@ -11,7 +11,7 @@ from django.db.models import query
 from django.db.models.lookups import Lookup
 from psycopg.types.numeric import Int2, Int4, Int8
 
-from .. import bulk, grounds, rows, verifying
+from .. import columnar, grounds, rows, verifying
 from .._cache.execute import items
 from .._cache.plan import Plan
 from ..grounds import Ground
@@ -87,7 +87,7 @@ def _plan_keys(
         or found[0].picked is not None
         or len(kinds) != 1
         # Any other field is asked for each key.
-        or not all(map(bulk.as_is, columns))
+        or not all(map(columnar.as_is, columns))
     ):
         raise Unfit
     (kind,) = kinds

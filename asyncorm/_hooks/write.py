@@ -10,7 +10,7 @@ from django.db.models.sql.constants import ROW_COUNT
 from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
 from greenlet import getcurrent
 
-from .. import bulk, grounds, verifying
+from .. import columnar, grounds, verifying
 from .._cache.execute import count_of
 from .._cache.plan import Plan
 from ..bridge import Runner
@@ -102,7 +102,7 @@ def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, 
                 hasattr(value, "resolve_expression") or hasattr(value, "prepare_database_save")
             ):
                 return None
-            as_is = bulk.as_is(field)
+            as_is = columnar.as_is(field)
             if as_is is None or not as_is.takes(value):
                 value = field.get_db_prep_save(value, connection=wrapper)
             key += (id(field), value is None)
