@@ -17,10 +17,11 @@ import psycopg
 from django.db import DEFAULT_DB_ALIAS
 
 from . import bridge, conf, generators
+from ._pool.refusals import PoolDeadlock, Suspicion, deadlocked, holders, suspicion
 from .contexts import EitherWay
 from .driver import Connection
 from .generators import Place
-from .pools import Pool, PoolDeadlock, Suspicion, deadlocked, holders, suspicion
+from .pools import Pool
 from .tasks import current_and_represented
 
 Source: TypeAlias = "Pool | Limit"

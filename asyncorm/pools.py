@@ -5,111 +5,59 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from asyncio import AbstractEventLoop, get_running_loop
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Container, Coroutine, Iterable, Iterator
+from asyncio import get_running_loop
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import Context
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
-from django.db import DEFAULT_DB_ALIAS
 from psycopg_pool import PoolClosed, PoolTimeout
 
 from . import between, bridge, conf
+from ._pool import refusals, registry
 from ._pool.connection import PooledConnection
+from ._pool.options import pool_options
 from ._pool.pool import ConnectionPool
+from ._pool.refusals import PoolRefusal, Retired, Suspicion, holders, suspicion
+from ._pool.registry import (
+    add,
+    close_pools,
+    discard_pools,
+    everywhere,
+    find,
+    pool_stats,
+    total_stats,
+)
 from ._wire.lazy import LazyConnection, Start
 from ._wire.locks import OwnLock
 from .advice import see
 from .driver import Connection
-from .growth import is_full
 from .tasks import current_and_represented
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
 
+__all__ = [
+    "Pool",
+    "Retired",
+    "add",
+    "close_pools",
+    "discard_pools",
+    "everywhere",
+    "find",
+    "pool_options",
+    "pool_stats",
+    "total_stats",
+]
+
 logger = logging.getLogger("asyncorm")
 
-# Options of Django's own "pool" key that this pool sets itself.
-_IGNORED = ("open", "close_returns", "connection_class", "kwargs", "reconnect_timeout")
-_DEFAULTS = {"min_size": 4, "timeout": 30.0}  # psycopg_pool's own
-_MAX_SIZE = 10  # without a "pool" key
 _MAX_IDLE = 32  # wrappers that are kept beyond a burst
-_FULL = (
-    "The server refuses more connections: give it a larger max_connections, or the pools of all "
-    "processes a smaller max_size."
-)
-_AWAY = "Was waited for, since this passes by itself: is the server started, or promoted?"
 _WHERE = ("NAME", "USER", "PASSWORD", "HOST", "PORT")
-
-
-def pool_options(settings_dict: dict[str, Any]) -> dict[str, Any]:
-    """Native pool options of an alias, from Django's OPTIONS["pool"]; sizes resolved."""
-    option = settings_dict["OPTIONS"].get("pool")
-    if not option:
-        return {"min_size": 0, "max_size": _MAX_SIZE, "timeout": _DEFAULTS["timeout"]}
-    options: dict[str, Any] = {**_DEFAULTS, **(option if isinstance(option, dict) else {})}
-    if options.get("max_size") is None:
-        options["max_size"] = options["min_size"]
-    for name in _IGNORED:
-        options.pop(name, None)
-    return options
-
-
-def holders(sessions: Iterable[Any]) -> str:
-    """Who holds connections, for messages."""
-    return "; ".join(f"{n} x {text}" for text, n in Counter(map(str, sessions)).most_common(5))
-
-
-def deadlocked(sessions: Iterable[Any], size: int, asking: Container[Any]) -> bool:
-    """Whether nobody who holds a connection can give it back before getting another.
-
-    Args:
-        sessions: that hold connections.
-        size: how many connections there are to hold.
-        asking: tasks that wait for a connection.
-    """
-    held = 0
-    for session in sessions:
-        if getattr(session, "task", None) not in asking or getattr(session, "closing", False):
-            return False
-        held += 1
-    return held >= size
-
-
-Suspicion: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
-
-
-def suspicion(error: Callable[[], PoolDeadlock | None]) -> Suspicion | None:
-    """What raises PoolDeadlock if `error()` still gives one after a turn of the loop.
-
-    What is about to be closed had its chance to give its connection back then.
-    """
-    if error() is None:
-        return None
-
-    async def look_again() -> None:
-        await asyncio.sleep(0)
-        if (still := error()) is not None:
-            raise still
-
-    return look_again
-
-
-class PoolRefusal(psycopg.OperationalError):
-    """A task may not wait for a connection: the message says why."""
-
-
-class Retired(psycopg.OperationalError):
-    """The pool was replaced, as settings changed, while a task waited for a connection of it."""
-
-
-class PoolDeadlock(PoolRefusal):
-    """Every connection is held by a task that waits for another one."""
 
 
 class Pool:
@@ -292,7 +240,7 @@ class Pool:
         except PoolRefusal:
             raise
         except PoolTimeout:
-            raise self._exhausted(conns) from conns.connect_error
+            raise refusals.exhausted(self, conns) from conns.connect_error
         except PoolClosed as exc:
             raise (Retired if self.retired else psycopg.OperationalError)(
                 f"The native pool of database {self.alias!r} was closed while this task waited "
@@ -332,27 +280,13 @@ class Pool:
         """
         most = self.options.get("max_waiting", 0)
         if most and not admitted and self.waiting >= most and not self.connections.free:  # type: ignore[union-attr]
-            raise PoolRefusal(
-                f"The native pool of database {self.alias!r} is exhausted: all {self.size} "
-                f"connections are in use and {self.waiting} tasks wait already, as many as "
-                "OPTIONS['pool']['max_waiting'] allows." + see("deployment#pools")
-            )
+            raise refusals.full_of(self, most)
         tasks = current_and_represented()
         self.asking.update(tasks)
         try:
-            yield suspicion(self._deadlock)
+            yield suspicion(lambda: refusals.deadlock_of(self))
         finally:
             self.asking.difference_update(tasks)
-
-    def _deadlock(self) -> PoolDeadlock | None:
-        if not deadlocked(self._sessions(), self.size, self.asking):
-            return None
-        return PoolDeadlock(
-            f"Deadlock on the native pool of database {self.alias!r}: each of its {self.size} "
-            f"connections is held by a task that waits for another one: "
-            f"{holders(self._sessions())}. Raise OPTIONS['pool']['max_size'], or do not use a "
-            "second connection while holding one." + see("debugging#it-hangs")
-        )
 
     @contextmanager
     def _warning_if_slow(self) -> Iterator[None]:
@@ -369,7 +303,7 @@ class Pool:
                 "A task has waited %g s for one of the %d connections of database %r, and %d more "
                 "wait. Held by: %s.", seconds, self.size, self.alias,
                 self.connections.waiting - 1 if self.connections else 0,
-                holders(self._sessions()) or "nobody, there is none",
+                holders(self.sessions()) or "nobody, there is none",
             )  # fmt: skip
 
         handle = self.loop.call_later(seconds, warn)
@@ -378,37 +312,10 @@ class Pool:
         finally:
             handle.cancel()
 
-    def _sessions(self) -> Iterator[Any]:
+    def sessions(self) -> Iterator[Any]:
+        """Who has a connection now."""
         live = () if self.connections is None else self.connections.live
         return (conn.twin.lock for conn in live if not conn.closed)
-
-    def _exhausted(self, conns: ConnectionPool) -> psycopg.OperationalError:
-        seconds = self.options["timeout"]
-        reason = conns.connect_error
-        if not conns.live:
-            if reason is None:
-                return psycopg.OperationalError(
-                    f"Cannot connect to database {self.alias!r} ({self.description}): no answer "
-                    f"within {seconds:g} s. Check that the "
-                    f"server can be reached; OPTIONS['connect_timeout'] makes it fail sooner."
-                    + see("deployment#when-things-fail")
-                )
-            return psycopg.OperationalError(
-                f"Cannot connect to database {self.alias!r} ({self.description}) for {seconds:g} "
-                f"s: {str(reason).strip()}\n{_FULL if is_full(reason) else _AWAY}"
-            )
-        advice = (
-            f"Raise OPTIONS['pool']['max_size'] in DATABASES[{self.alias!r}], or hold connections "
-            "for less time." + see("deployment#pools")
-        )
-        size = self.size
-        if is_full(reason):
-            size, advice = len(conns.live), _FULL
-        return psycopg.OperationalError(
-            f"The native pool of database {self.alias!r} is exhausted: all {size} "
-            f"connections were in use for {seconds:g} s and {self.waiting} more tasks "
-            f"wait. Held by: {holders(self._sessions())}. {advice}"
-        )
 
     @property
     def size(self) -> int:
@@ -498,7 +405,7 @@ class Pool:
             )
 
     def _made_from(self) -> tuple[Any, ...]:
-        return os.getpid(), _discarded, self.settings_dict, self.where
+        return os.getpid(), registry.discarded, self.settings_dict, self.where
 
     def _params(self, first: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         """Each connection asks Django's wrapper anew how to connect: passwords are rotated."""
@@ -521,7 +428,7 @@ class Pool:
 
     async def close(self) -> None:
         """Close every connection of the pool and forget it."""
-        forget(self)
+        registry.forget(self)
         async with self._opening or nullcontext():  # or it would be open a moment later
             pool, self.connections = self.connections, None
         if pool is not None:
@@ -545,13 +452,13 @@ class Pool:
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self.loop.create_task(work, context=Context())
-        _background.add(task)
-        task.add_done_callback(_background.discard)
+        registry.background.add(task)
+        task.add_done_callback(registry.background.discard)
         return task
 
     def abandon(self) -> None:
         """Close every connection at once, for a pool whose loop is already closed."""
-        forget(self)
+        registry.forget(self)
         if self.connections is not None:
             self.connections.terminate()
             self.connections = None
@@ -588,120 +495,3 @@ def _natively(callback: Any) -> Any:
             conn.twin.lock = held
 
     return run
-
-
-_pools: dict[AbstractEventLoop, dict[str, Pool]] = {}
-
-_discarded = 0  # how often `discard_pools()` was called
-
-
-def find(alias: str) -> Pool | None:
-    """The running loop's pool of an alias, if there is one."""
-    try:
-        return _pools[get_running_loop()][alias]
-    except KeyError:
-        return None
-
-
-def add(pool: Pool) -> None:
-    """Register a new pool; pools whose loop was closed without telling us are closed first."""
-    for loop in list(_pools):
-        if loop.is_closed():
-            for stale in list(_pools.get(loop, {}).values()):
-                stale.abandon()
-    _pools.setdefault(pool.loop, {})[pool.alias] = pool
-
-
-def forget(pool: Pool) -> None:
-    """Take a pool out of the registry."""
-    pool.current = False
-    by_alias = _pools.get(pool.loop, {})
-    if by_alias.get(pool.alias) is pool:
-        del by_alias[pool.alias]
-        if not by_alias:
-            _pools.pop(pool.loop, None)
-
-
-async def close_pools(using: str | None = None) -> None:
-    """Close the native pools of the running event loop, of one alias or of all.
-
-    Connections in use are closed too: what runs on them fails with django.db.OperationalError.
-    The next native call opens a new pool.
-
-    Args:
-        using: a database alias; all of them by default.
-    """
-    for alias, pool in list(_pools.get(get_running_loop(), {}).items()):
-        if using is None or alias == using:
-            await pool.close()
-
-
-def pool_stats(using: str | None = None) -> dict[str, int]:
-    """Statistics of one alias's native pool, as plain numbers.
-
-    On an event loop those of its own pool; elsewhere, say in the thread of an exporter of metrics,
-    the sums over all loops of the process. The keys are psycopg_pool's (`pool_size`,
-    `pool_available`, `requests_waiting`, ...): see its "Pool stats". Empty before the first native
-    call.
-
-    Args:
-        using: a database alias; the default one by default.
-    """
-    alias = using or DEFAULT_DB_ALIAS
-    try:
-        pool = find(alias)
-    except RuntimeError:  # no loop runs in this thread
-        return total_stats().get(alias, {})
-    return {} if pool is None else pool.stats()
-
-
-def everywhere() -> list[Pool]:
-    """The pools of all loops of the process; from any thread."""
-    return [pool for by_alias in list(_pools.values()) for pool in list(by_alias.values())]
-
-
-def total_stats() -> dict[str, dict[str, int]]:
-    """Statistics by alias, the sums over all loops of the process; from any thread."""
-    totals: dict[str, Counter[str]] = {}
-    for pool in everywhere():
-        totals.setdefault(pool.alias, Counter()).update(pool.stats())
-    return {alias: dict(total) for alias, total in totals.items()}
-
-
-def discard_pools(alias: str | None = None, *, now: bool = False) -> None:
-    """Have new connections made from now on: settings (time zone, name) changed.
-
-    Connections in use are closed when they are given back.
-
-    Args:
-        alias: one alias; all of them by default.
-        now: close those of loops that do not run at this moment at once.
-    """
-    global _discarded
-    _discarded += 1
-    for by_alias in list(_pools.values()):
-        for pool in list(by_alias.values()):
-            if alias is None or pool.alias == alias:
-                forget(pool)
-                if pool.loop.is_closed() or (now and not pool.loop.is_running()):
-                    pool.abandon()
-                else:
-                    pool.loop.call_soon_threadsafe(pool.retire)
-
-
-_background: set[asyncio.Task[None]] = set()
-
-_of_parents: list[Any] = []
-
-
-def _leave_to_parent() -> None:
-    """Forget the pools in a child process that was forked: their connections are the parent's.
-
-    They are kept, since what is collected would be closed.
-    """
-    _of_parents.append((dict(_pools), set(_background)))
-    _pools.clear()
-    _background.clear()
-
-
-os.register_at_fork(after_in_child=_leave_to_parent)

@@ -727,7 +727,7 @@ async def use(n):
 
 assert {asyncio.run(use(n)) for n in range(500)} == {6}
 from asyncorm import pools
-assert not pools._pools
+assert not pools.everywhere()
 from tests.support import administrator, server_connections
 with administrator() as ask:
     for _ in range(200):
@@ -802,7 +802,7 @@ def test_threads_with_loops_leave_nothing_behind() -> None:
         while server_connections(ask, alias) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server_connections(ask, alias) == 0
-        assert not [loop for loop in pools._pools if loop.is_closed()]
+        assert not [pool for pool in pools.everywhere() if pool.loop.is_closed()]
 
 
 # Connections that break

@@ -184,7 +184,7 @@ for turns in range(0, 40, 4):
     loop.close()
     asyncio.run(native(backend_pid)())
     gc.collect()
-print(len(pools._pools))
+print(len(pools.everywhere()))
 """
     done = run_script(script)
     assert (done.stderr, done.stdout) == ("", "0\n")
