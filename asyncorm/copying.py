@@ -224,9 +224,9 @@ def _header(names: list[str], format: str) -> bytes:
 
 
 def _copy(wrapper: Any, statement: str, transfer: Callable[[Any, str], int]) -> int:
-    from .backends import mixin  # needs settings
+    from .backends import cursors  # needs settings
 
-    return mixin.copy(wrapper, statement, transfer)
+    return cursors.copy(wrapper, statement, transfer)
 
 
 # From objects

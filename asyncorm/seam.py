@@ -1,7 +1,7 @@
 """What asyncorm replaces in Django and asgiref while the app is installed, so that connections,
 blocks and waiting work natively: the seam to Django's internals.
 
-(The wrapper classes are in backends/mixin.py.) Each replacement does what it replaced outside
+(The wrapper classes are in backends/.) Each replacement does what it replaced outside
 native code. They are made by patches.py, as those of other modules are.
 
 - `django.db.connections._connections`: where `connections[alias]` is kept. It must be the running
@@ -149,7 +149,7 @@ def _refuse_foreign(args: Any) -> None:
 @functools.lru_cache(maxsize=1)
 def sessions_wrapper() -> type:
     """The base class of native wrappers (imported late: it needs settings)."""
-    from .backends.mixin import NativeWrapper
+    from .backends.native import NativeWrapper
 
     return NativeWrapper
 

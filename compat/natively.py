@@ -107,7 +107,7 @@ def _mark_threads(tests: str) -> None:
 
 def _share_serialized_contents() -> None:
     """Django keeps what `serialized_rollback` restores on the wrapper that made the database."""
-    from asyncorm.backends.mixin import NativeWrapper
+    from asyncorm.backends.native import NativeWrapper
 
     def kept(wrapper: Any) -> dict[str, Any]:
         # A wrapper that a test makes itself, or copies, keeps its own.

@@ -15,7 +15,7 @@ from psycopg.pq import Format
 
 from .. import _events, conf, sessions
 from .._wire.statement import Statement, Unanswered
-from ..backends.mixin import has_djangos_cursors
+from ..backends.cursors import has_djangos_cursors
 from ..driver import SLICE, Connection
 from ..pools import Pool
 from ..turns import Turns

@@ -1,0 +1,165 @@
+"""Cursors: whose they are, what their statements leave behind, those that stay open, and COPY."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+from django.db.transaction import TransactionManagementError
+from django.db.utils import DatabaseError
+
+from .. import bridge, written
+from .._sessions.session import Session
+from .._wire.cursors import InTurn
+from .._wire.statement import text_of
+from ..session_state import leaves_state
+
+_CURSORS = ("cursor", "_cursor", "_prepare_cursor", "make_cursor", "create_cursor")
+_OWNERS = ("asyncorm", "psycopg", "typing", "builtins")
+
+
+@cache
+def has_djangos_cursors(*classes: Any) -> bool:
+    """Whether nobody has put cursors of another kind in the place of Django's.
+
+    Args:
+        classes: a wrapper's, and classes of cursors.
+    """
+    wrapper, *factories = classes
+    owners = [cls for cls in wrapper.__mro__ if not vars(cls).keys().isdisjoint(_CURSORS)]
+    owners += [cls for factory in factories for cls in factory.__mro__]
+    return all(
+        cls.__module__.startswith("django.db.backends.")
+        or cls.__module__.partition(".")[0] in _OWNERS
+        for cls in owners
+    )
+
+
+class _Noticing:
+    """A cursor class's part that notices what its statements leave in the server session."""
+
+    __slots__ = ()
+
+    def execute(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        self._notice(query)
+        try:
+            return super().execute(query, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if written.listeners:
+                written.tell(self._conn.alias, text_of(query))
+
+    def executemany(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        self._notice(query)
+        try:
+            return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if written.listeners:
+                written.tell(self._conn.alias, text_of(query))
+
+    @contextmanager
+    def copy(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        try:
+            with super().copy(statement, *args, **kwargs) as copy:  # type: ignore[misc]
+                yield copy
+        finally:
+            if written.listeners:
+                written.tell(self._conn.alias, text_of(statement))
+
+    def _notice(self: Any, query: Any) -> None:
+        conn = self._conn
+        if not conn.touched and leaves_state(text_of(query)):
+            conn.touched = True
+
+
+@cache
+def noticing(cls: Any) -> Any:
+    if issubclass(cls, _Noticing):
+        return cls
+    return type(cls.__name__, (_Noticing, cls), {"__slots__": (), "__module__": cls.__module__})
+
+
+@cache
+def stream_class(cls: Any) -> Any:
+    return type(cls.__name__, (_Stream, cls), {"__slots__": (), "__module__": cls.__module__})
+
+
+class _Stream(InTurn):
+    """A server-side cursor that may be finalised by the garbage collector, outside native code."""
+
+    __slots__ = ()
+
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        """psycopg's; a cancelled one closes the cursor, which Django does after errors only."""
+        try:
+            return super().execute(*args, **kwargs)
+        except asyncio.CancelledError:
+            self.close()
+            raise
+
+    def transaction_ended(self) -> None:
+        """The server has closed the cursor, unless it was declared WITH HOLD."""
+        cursor: Any = self
+        if not cursor.withhold:
+            cursor._closed = True
+
+    def close(self) -> None:
+        """psycopg's; without native code around, the session closes it later."""
+        cursor: Any = self
+        session = cursor._conn.lock
+        if not isinstance(session, Session):
+            cursor._closed = True  # with the session that it belonged to
+        elif session.serves(runner := bridge.current()):
+            try:
+                # A cancelled task does not wait for others: the transaction's end closes it, too.
+                if runner is None:
+                    super().close()  # type: ignore[misc]
+                elif runner.cleaning_until is None or not session.busy:
+                    with session.wrapper.wrap_database_errors, bridge.shield(runner):
+                        super().close()  # type: ignore[misc]
+            except TransactionManagementError:
+                pass  # the transaction has ended or is aborted, and the cursor goes with it
+            except DatabaseError:
+                if runner is None or runner.cleaning_until is None:  # else the connection is closed
+                    raise
+            finally:
+                cursor._closed = True  # or it would keep the connection
+        elif not cursor._closed:
+            cursor._closed = True
+            session.abandon(cursor.name)
+
+
+class _CopyCursor:
+    """A cursor that runs a COPY where others run a statement."""
+
+    def __init__(self, cursor: Any, transfer: Callable[[Any, str], int]) -> None:
+        self.cursor = cursor
+        self.transfer = transfer
+        self._query: Any = None  # where Django's query log looks
+
+    def execute(self, statement: str) -> int:
+        self._query = SimpleNamespace(query=statement.encode())
+        # Not only around the statement: nothing else may use the connection until COPY has ended.
+        with self.cursor.connection.lock:
+            return self.transfer(self.cursor, statement)
+
+    def close(self) -> None:
+        self.cursor.close()
+
+
+def copy(wrapper: Any, statement: str, transfer: Callable[[Any, str], int]) -> int:
+    """Run a COPY statement as Django runs any: `execute_wrapper`s and the query log see it.
+
+    Args:
+        transfer: called with psycopg's cursor and the statement; returns the number of rows.
+    """
+    wrapper.ensure_connection()
+    with wrapper.wrap_database_errors:
+        if getattr(wrapper.connection, "unsettled", False):  # not psycopg's own, in a test
+            wrapper.connection.settle()
+        cursor = wrapper.create_cursor()
+    with wrapper._prepare_cursor(_CopyCursor(cursor, transfer)) as copying:
+        return copying.execute(statement)  # type: ignore[no-any-return]

@@ -1,0 +1,232 @@
+"""The wrapper that synchronous code has: Django's own, which minds what native code shares with it.
+
+Names of Django (5.2 to 6.1) used beyond the documented backend API, and why:
+
+- `BaseDatabaseWrapper.connect`, `.ensure_connection`, `._commit`, `.on_commit`,
+  `.run_and_clear_commit_hooks`: overridden as said at each.
+- `DatabaseWrapper.ensure_timezone`, `.close_pool`: new native connections then, too.
+- `needs_rollback`, `rollback_exc`: each block has its own; made properties.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import psycopg
+
+from .. import between, bridge, observers, pools, written
+from .._sessions import engines, scopes
+from .._sessions.blocks import Block
+from .._sessions.session import Session
+from .._transactions.on_commit import on_commit
+from .._wire.settings import reported
+from ..driver import Connection
+from ..observe.found import cursors_are_patched
+from .cursors import noticing, stream_class
+
+
+class _OfBlock:
+    """An attribute that each block has for itself: tasks share the wrapper but not the block."""
+
+    def __set_name__(self, owner: Any, name: str) -> None:
+        self.name = name
+        self.plain = f"_plain_{name}"
+
+    def __get__(self, wrapper: Any, owner: Any) -> Any:
+        if wrapper is None:
+            return self
+        block = self._block(wrapper.session)
+        return wrapper.__dict__.get(self.plain) if block is None else getattr(block, self.name)
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        block = self._block(wrapper.session)
+        if block is None:
+            wrapper.__dict__[self.plain] = value
+        elif not block.ended or wrapper.session.holder is bridge.current():
+            # Not by a task that outlives the block, while that is being left.
+            setattr(block, self.name, value)
+
+    @staticmethod
+    def _block(session: Session | None) -> Block | None:
+        return None if session is None or session.root is None else session.innermost()
+
+
+class SynchronousWrapper:
+    """What a DatabaseWrapper does for synchronous code; only as the base of NativeBackendMixin."""
+
+    native_class: Any = None
+    session: Any = None  # shared with native code (callers.py)
+    hooks_due = False
+    connection: Any
+    execute_wrappers: Any = observers.ExecuteWrappers()
+    force_debug_cursor: Any = observers.ForceDebugCursor()
+    needs_rollback = _OfBlock()
+    rollback_exc = _OfBlock()
+
+    @property
+    def plain(self) -> bool:
+        """Whether nobody's code but Django's and ours is in it."""
+        cls: Any = type(self)
+        if not _is_plain(cls):
+            return False
+        cursor = self.__dict__.get("cursor")  # Django's test cases put back what they replaced
+        return cursor is None or getattr(cursor, "__func__", None) is cls.cursor
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody wants to see the statements."""
+        # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
+        return bool(
+            self.execute_wrappers
+            or self.queries_logged  # type: ignore[attr-defined]
+            or "cursor" in self.__dict__
+            or cursors_are_patched()
+        )
+
+    @property
+    def queries(self) -> list[dict[str, str]]:
+        """Django's; in a thread that works for a coroutine, what that ran natively comes last."""
+        log = self.queries_log  # type: ignore[attr-defined]
+        if len(log) == log.maxlen:  # as Django, whose warning would name this file
+            warnings.warn(
+                f"Limit for query logging exceeded, only the last {log.maxlen} queries will be "
+                "returned.",
+                stacklevel=2,
+            )
+        return [*log, *observers.logged(self.alias, log)]  # type: ignore[attr-defined]
+
+    def ensure_connection(self) -> None:
+        """Django's, except on a running loop's thread and beside a native transaction.
+
+        On the thread of a running loop it does nothing: CaptureQueriesContext and assertNumQueries
+            call it there, and statements are refused anyway (SynchronousOnlyOperation).
+        """
+        if bridge.in_native_code():  # on a synchronous connection (callers.py)
+            if self.connection is None and self.session is not None:
+                self.session.connect()
+            super().ensure_connection()  # type: ignore[misc]
+        elif not bridge.loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
+            scopes.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
+            super().ensure_connection()  # type: ignore[misc]
+
+    def create_cursor(self, name: str | None = None) -> Any:
+        """Django's; one that native code in a test's transaction leaves open does no harm."""
+        cursor = super().create_cursor(name)  # type: ignore[misc]
+        native = self.session is not None and bridge.in_native_code()
+        if name and native and isinstance(cursor, psycopg.Cursor):
+            cursor.__class__ = stream_class(type(cursor))  # type: ignore[arg-type]
+        return cursor
+
+    def connect(self) -> None:
+        """Django's; what statements leave in the session is noticed from now on."""
+        super().connect()  # type: ignore[misc]
+        conn: Any = self.connection
+        if not isinstance(conn, Connection):
+            if not hasattr(conn, "began_with"):  # Django's pool gives it out as it came back
+                conn.touched, conn.began_with = False, reported(conn.pgconn)
+                conn.alias = self.alias  # type: ignore[attr-defined]
+                conn.cursor_factory = noticing(conn.cursor_factory)
+            if self.session is not None:
+                self.session.bind()
+
+    @property
+    def has_state(self) -> bool:
+        """Whether what runs on another connection would miss something of this one: an open
+        transaction, wrappers, what statements have set in the server session."""
+        conn: Any = self.connection
+        return bool(
+            self.in_atomic_block  # type: ignore[attr-defined]
+            or self.execute_wrappers
+            or self.force_debug_cursor
+            or not self.plain
+            or (
+                conn is not None
+                and not conn.closed
+                and (
+                    not self.autocommit  # type: ignore[attr-defined]
+                    or conn.touched
+                    or reported(conn.pgconn) != conn.began_with
+                )
+            )
+        )
+
+    def run_and_clear_commit_hooks(self) -> None:
+        """Django's, later when native code is leaving a block (_transactions/)."""
+        if self.session is not None and self.session.acting is not None:
+            self.hooks_due = True
+            return
+        self.hooks_due = False
+        super().run_and_clear_commit_hooks()  # type: ignore[misc]
+
+    def _commit(self) -> None:
+        """Django's; who wants to know of writes is told."""
+        try:
+            super()._commit()  # type: ignore[misc]
+        finally:
+            if written.listeners:
+                written.tell(self.alias)  # type: ignore[attr-defined]
+
+    def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
+        """Django's; what a callback of native code returns is awaited in a test, too.
+
+        In a coroutine, where this connection is not asked, it is asyncorm's.
+        """
+        alias: str = self.alias  # type: ignore[attr-defined]
+        if engines.refuses_synchronous_code(alias) and (
+            not self.in_atomic_block or scopes.block_of_coroutine(alias) is not None  # type: ignore[attr-defined]
+        ):
+            on_commit(func, alias, robust)
+            return
+        native = bridge.in_native_code() or bridge.loop_runs()
+        if callable(func) and native and self.session is not None:
+            func = self.session.hook(func)
+        super().on_commit(func, robust)  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Django's, and what the thread keeps between loops that it waits for."""
+        super().close()  # type: ignore[misc]
+        if self.native_class is not None:  # else this wrapper is of a loop
+            between.close(self.alias)  # type: ignore[attr-defined]
+
+    def close_if_unusable_or_obsolete(self) -> None:
+        """Django's, but a request does not end the test that it belongs to.
+
+        Django's test clients disconnect close_old_connections(), which gathered requests of
+        AsyncClient undo for each other; and threads of a test have its connection here. Nor does
+        it end the transaction block of the coroutine that makes it.
+        """
+        if self.session is None and scopes.block_of_coroutine(self.alias) is None:  # type: ignore[attr-defined]
+            super().close_if_unusable_or_obsolete()  # type: ignore[misc]
+            between.close(self.alias, only_old=True)  # type: ignore[attr-defined]
+
+    def ensure_timezone(self) -> bool:
+        """Django's, and new native connections (the settings TIME_ZONE or USE_TZ changed)."""
+        pools.discard_pools(self.alias)  # type: ignore[attr-defined]
+        return super().ensure_timezone()  # type: ignore[misc, no-any-return]
+
+    def close_pool(self) -> None:
+        """Django's, and native connections: a test database is about to be dropped or cloned."""
+        pools.discard_pools(self.alias, now=True)  # type: ignore[attr-defined]
+        between.close(self.alias)  # type: ignore[attr-defined]
+        super().close_pool()  # type: ignore[misc]
+
+
+# What a class has whose body is empty.
+_EMPTY = frozenset(
+    ("__module__", "__qualname__", "__doc__", "__firstlineno__", "__static_attributes__")
+)
+
+
+@cache
+def _is_plain(cls: Any) -> bool:
+    return all(
+        f"{base.__module__}.".startswith(_KNOWN) or vars(base).keys() <= _EMPTY
+        for base in cls.__mro__[:-1]
+    )
+
+
+_KNOWN = ("django.db.backends.", "django.contrib.gis.db.backends.", "asyncorm.")
