@@ -1,10 +1,10 @@
 """The connection that a thread keeps between loops that live for one call.
 
 `async_to_sync()` makes an event loop for its coroutine, waits and closes it, and the loop's pools
-close with it. Where CONN_MAX_AGE says that Django's connections outlive a request, one connection
-of such a loop goes to the thread that waited, and the next loop that this thread waits for begins
-with it. As with Django's own connection of the thread, `close()` and `connections.close_all()` end
-it, `close_old_connections()` when it is CONN_MAX_AGE old, and the end of the thread.
+close with it. One connection of such a loop goes to the thread that waited, and the next loop that
+this thread waits for begins with it. It lives as long as Django's own connection of the thread
+would: `close()` and `connections.close_all()` end it, `close_old_connections()` when it is
+CONN_MAX_AGE old (with 0 in any case), and the end of the thread.
 
 Of asgiref `AsyncToSync.loop_thread_executors` is used: it has the loops that are made so. Without
 it nothing is kept.
@@ -35,7 +35,8 @@ class Kept:
         conn: the pool's.
         start: what the connections of its pool had at their start.
         settings: what they were made from; where that has changed, it is of no use.
-        close_at: when it is CONN_MAX_AGE old (time.monotonic()); None for never.
+        close_at: the earliest time for `close_old_connections()` (time.monotonic()); None for
+            never.
     """
 
     def __init__(
@@ -45,11 +46,6 @@ class Kept:
         self.start = start
         self.settings = settings
         self.close_at = close_at
-
-    @property
-    def is_old(self) -> bool:
-        """Whether it is CONN_MAX_AGE old."""
-        return self.close_at is not None and monotonic() >= self.close_at
 
     def release(self) -> Any:
         """The connection, for a pool."""
@@ -84,7 +80,7 @@ class Exchange:
     def take(self, alias: str, settings: tuple[Any, ...]) -> Kept | None:
         """The connection of an alias, if there is one of these settings."""
         kept = self._kept.pop(alias, None)
-        if kept is None or (kept.settings == settings and not kept.is_old):
+        if kept is None or kept.settings == settings:
             return kept
         kept.close()
         return None
@@ -139,7 +135,9 @@ def close(alias: str, only_old: bool = False) -> None:
         only_old: if it is CONN_MAX_AGE old.
     """
     kept = _thread.kept.get(alias)
-    if kept is not None and (kept.is_old or not only_old):
+    if kept is None:
+        return
+    if not only_old or (kept.close_at is not None and monotonic() >= kept.close_at):
         del _thread.kept[alias]
         kept.close()
 

@@ -393,12 +393,12 @@ class Pool:
             self.start = kept.start
 
     def _leave_one(self) -> None:
-        """Leave a connection to the thread that waits for the loop, if CONN_MAX_AGE says so."""
-        age = self.settings_dict["CONN_MAX_AGE"]
+        """Leave a connection to the thread that waits for the loop."""
         pool = self.connections
-        if self._exchange is None or age == 0 or pool is None or self.start is None:
+        if self._exchange is None or pool is None or self.start is None:
             return
         if self.current and not self.outdated and (conn := pool.part_with_one()) is not None:
+            age = self.settings_dict["CONN_MAX_AGE"]
             close_at = None if age is None else conn._created_at + age
             self._exchange.give(
                 self.alias, between.Kept(conn, self.start, self._made_from(), close_at)

@@ -53,6 +53,7 @@ def test_one_call_opens_one_connection_and_starts_nothing(alias: str) -> None:
 
     with administrator() as ask:
         assert async_to_sync(call)() == (1, 1, 0)
+        connections[alias].close()
         assert asyncio.run(call()) == (1, 1, 0)
 
 
@@ -200,7 +201,7 @@ async def test_statistics_and_closing_before_any_maintenance(alias: str) -> None
         await eventually(lambda: server_connections(ask, alias) == 0)
 
 
-# With CONN_MAX_AGE a thread keeps a connection between the loops that it waits for
+# A thread keeps a connection between the loops that it waits for
 
 
 @pytest.fixture
@@ -230,9 +231,14 @@ def test_calls_of_a_thread_use_one_connection(aged: str) -> None:
     wait_for_connections(aged, 1)
 
 
-def test_without_conn_max_age_nothing_is_kept(alias: str) -> None:
-    assert one(alias) != one(alias)
+def test_without_conn_max_age_it_is_kept_as_djangos_own(alias: str) -> None:
+    """Which nobody closes in a command or a script: only the end of a request does."""
+    first = one(alias)
+    assert one(alias) == first
+    close_old_connections()
     wait_for_connections(alias, 0)
+    assert one(alias) != first
+    close_old_connections()
 
 
 def test_of_gathered_calls_one_connection_is_kept(aged: str) -> None:
@@ -301,6 +307,8 @@ def test_the_end_of_a_request_closes_it_when_it_is_old() -> None:
         close_old_connections()
         wait_for_connections(aged, 1)
         time.sleep(0.6)
+        one(aged)  # an old one that nobody has closed is used, as Django's
+        wait_for_connections(aged, 1)
         close_old_connections()
         wait_for_connections(aged, 0)
 
@@ -409,6 +417,20 @@ for closes in (False, True):
     assert os.waitpid(child, 0)[1] == 0
     assert one() == first
 connections.close_all()
+"""
+    done = run_script(script)
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_what_a_script_keeps_ends_quietly_with_it(fresh_shop: object) -> None:
+    script = """
+import django
+django.setup()
+from asgiref.sync import async_to_sync
+from asyncorm import native
+from tests.support import backend_pid
+one = async_to_sync(native(backend_pid))
+assert one() == one()
 """
     done = run_script(script)
     assert (done.stderr, done.returncode) == ("", 0)
