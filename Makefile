@@ -35,8 +35,8 @@ test-next: $(VENV)/.installed  ## run them on pre-releases and on every Python h
 
 soak: $(VENV)/.installed  ## 10,000 random programs against the model, 20,000 random querysets (SEED=...)
 	ASYNCORM_MODEL_PROFILE=soak ASYNCORM_MODEL_SEED=$(or $(SEED),$(shell date +%s)) \
-		$(VENV)/bin/python -m pytest -s -o faulthandler_timeout=0 tests/test_model.py \
-		tests/test_random_queries.py $(PYTEST_ARGS)
+		$(VENV)/bin/python -m pytest -s -o faulthandler_timeout=0 tests/transactions/test_model.py \
+		tests/bridge/test_random_queries.py $(PYTEST_ARGS)
 
 soak-requests: $(VENV)/.installed  ## 10,000 requests that start no thread, 10,000 cancelled at random
 	$(VENV)/bin/python -m tests.storms $(or $(COUNT),10000) $(or $(SEED),$(shell date +%s))

@@ -4,7 +4,7 @@ documented, and verifies them before anything is replaced.
 Each entry says where the names are, why they are used and what is lost without them. A name that
 only an optional part needs switches that part off, with a warning of `manage.py check`; without any
 other asyncorm refuses to start, naming the versions that it was tested with. Whoever uses another
-private name puts it here; tests/test_internals.py takes each of them away in turn.
+private name puts it here; tests/bridge/test_internals.py takes each of them away in turn.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import pytest
 SESSION = ExitStack()
 collect_ignore = ["example"]  # run by test_testing.py and test_asgi.py
 if "ASYNCORM_TEST_OTHERS" not in os.environ:  # they connect receivers and the like: test_others.py
-    collect_ignore.append("test_other_middleware.py")
+    collect_ignore.append("requests/test_other_middleware.py")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import asyncorm
 from asyncorm.demo.postgres import Server, postgres_server
 from asyncorm.replicas import ReplicaRouter, positions
+from tests.pool.test_standby import ask, reach
 from tests.support import database, eventually
-from tests.test_standby import ask, reach
 
 ids = count(1)
 POOL = {"options": None, "pool": {"min_size": 0, "max_size": 5}}

@@ -16,7 +16,7 @@ import asyncorm
 from asyncorm import advice
 from tests.project.shop.models import Book, Customer, Note, Tag
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SEE = re.compile(r'\bsee\("([^"]+)"\)')
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from django.db import connections
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # The fewest tests of each, and what it needs that a Python or a Django may not have yet.
 PROJECTS = {"api": (6, ["rest_framework"]), "chat": (9, ["channels", "daphne"]), "site": (6, [])}
 CHECK = ["makemigrations", "--check", "--dry-run"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(folder: Path, *args: str, command: tuple[str, ...] = ("-m", "pytest"), **files: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 SCENARIOS = ["slow_queries", "gets", "dashboard", "requests"]
 ACTS = ["batch", "multiplexing", "prefetch", "parallelism", "read_ahead", "copy"]

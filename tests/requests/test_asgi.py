@@ -27,7 +27,7 @@ from wsproto.events import AcceptConnection, Request, TextMessage
 
 from tests.support import address, eventually, free_port
 
-EXAMPLE = Path(__file__).parent / "example"
+EXAMPLE = Path(__file__).parents[1] / "example"
 DATABASE = "example_live"
 # How each is started on a port.
 SERVERS = {

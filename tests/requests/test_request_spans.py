@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support import DATADOG_KEPT, SENTRY_KEPT
-from tests.test_tracers import traced
+from tests.tools.test_tracers import traced
 
 pytestmark = pytest.mark.slow
 

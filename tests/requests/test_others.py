@@ -9,9 +9,9 @@ from pathlib import Path
 
 def test_other_middleware() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/test_other_middleware.py"],
+        [sys.executable, "-m", "pytest", "-q", "tests/requests/test_other_middleware.py"],
         env={**os.environ, "ASYNCORM_TEST_OTHERS": "1"},
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,6 +12,7 @@ from django.core.exceptions import ImproperlyConfigured
 import asyncorm
 from asyncorm.asgi import open_pools
 from asyncorm.replicas import ReplicaRouter
+from tests.pool.test_standby import ask
 from tests.project.myapp.models import Item
 from tests.standbys import (
     REPLICAS,
@@ -25,7 +26,6 @@ from tests.standbys import (
     trio,
 )
 from tests.support import eventually
-from tests.test_standby import ask
 
 
 @pytest.fixture(scope="module")

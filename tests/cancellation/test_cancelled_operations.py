@@ -12,10 +12,10 @@ from django.db import connections
 
 import asyncorm
 from asyncorm import native
+from tests.cancellation.test_cancellation import by_anyio, by_cancel, by_many_cancels, by_timeout
 from tests.project.myapp.models import Item
 from tests.project.shop.models import Book
 from tests.support import administrator, all_given_back, database, eventually, sleep, value
-from tests.test_cancellation import by_anyio, by_cancel, by_many_cancels, by_timeout
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 ALIAS = "few"

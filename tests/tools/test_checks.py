@@ -21,7 +21,7 @@ from asyncorm._requests.thread_locals import thread_local_of
 from tests.project.myapp.models import Item
 from tests.support import database
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 urlpatterns: list[Any] = []
 
 

@@ -18,7 +18,7 @@ from asyncorm import internals, patches
 from asyncorm._commands.bench import _largest
 from tests.project.shop.models import Tag
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def shown(*args: str) -> str:
@@ -110,13 +110,16 @@ def test_status_prints_what_others_replaced_since(monkeypatch: pytest.MonkeyPatc
     ("application", "expected"),
     [
         ("tests.project.asgi.application", "Django's own handler"),
-        ("tests.test_command.native_application", "asyncorm's handler"),
+        ("tests.tools.test_command.native_application", "asyncorm's handler"),
         (None, "nothing"),
     ],
 )
 def test_status_prints_the_handler(settings: Any, application: Any, expected: str) -> None:
     settings.ASGI_APPLICATION = application
-    settings.MIDDLEWARE = ["django.middleware.common.CommonMiddleware", "tests.test_command.Slow"]
+    settings.MIDDLEWARE = [
+        "django.middleware.common.CommonMiddleware",
+        "tests.tools.test_command.Slow",
+    ]
     lines = section(shown("status"), "Requests")
     assert expected in lines[0]
     if "asyncorm" in expected:
@@ -355,7 +358,7 @@ def test_hops_of_a_path_that_does_not_exist(tmp_path: Path) -> None:
 def test_hops_tells_of_djangos_handler(tmp_path: Path, settings: Any) -> None:
     (tmp_path / "a.py").write_text("def a(get_response): ...\n")
     assert "asyncorm.asgi" in shown("hops", str(tmp_path)).splitlines()[-1]
-    settings.ASGI_APPLICATION = "tests.test_command.native_application"
+    settings.ASGI_APPLICATION = "tests.tools.test_command.native_application"
     assert shown("hops", str(tmp_path)).splitlines()[-1] == "1 hops in 1 of 1 files."
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from asyncorm import patches
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # In a process of its own: everything that can be replaced, before and after it was.
 SCRIPT = """

@@ -86,7 +86,7 @@ def test_from_the_command_line() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "django", "sync_myapp", *"11111"],
         env=os.environ | {"ASYNCORM_TEST_DATABASE": json.dumps(server)},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=60,

@@ -145,7 +145,7 @@ def instrumented(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     package = tmp_path / "instrumented_backend"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "base.py").write_text("from tests.test_backend import DatabaseWrapper\n")
+    (package / "base.py").write_text("from tests.bridge.test_backend import DatabaseWrapper\n")
     monkeypatch.syspath_prepend(tmp_path)
     Instrumented.statements.clear()
     return "instrumented_backend"
@@ -188,7 +188,7 @@ async def test_what_a_backend_keeps_on_the_wrapper_is_for_one_operation(
     package = tmp_path / "tenant_backend"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    source = "from tests.test_backend import TenantWrapper as DatabaseWrapper\n"
+    source = "from tests.bridge.test_backend import TenantWrapper as DatabaseWrapper\n"
     (package / "base.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(swap, "_foreign", None)  # read once, before this alias was there

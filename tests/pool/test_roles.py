@@ -16,6 +16,7 @@ import asyncorm
 from asyncorm import checks, native, pools
 from asyncorm.demo.postgres import Server, postgres_server
 from asyncorm.roles import Role, contradicts
+from tests.pool.test_standby import ask, reach
 from tests.support import (
     all_given_back,
     backend_pid,
@@ -24,7 +25,6 @@ from tests.support import (
     set_cancel_timeout,
     value,
 )
-from tests.test_standby import ask, reach
 
 POOL = {"min_size": 0, "max_size": 4, "timeout": 30}
 

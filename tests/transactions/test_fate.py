@@ -20,9 +20,9 @@ from django.db.models.functions import Length, Now, Random
 import asyncorm
 from asyncorm import fate
 from asyncorm.demo.postgres import Server, postgres_server
+from tests.pool.test_standby import ask, reach, replicated
 from tests.project.myapp.models import Item
 from tests.support import database, eventually, free_port
-from tests.test_standby import ask, reach, replicated
 
 ids = count(1)
 ALIAS = "lossy"

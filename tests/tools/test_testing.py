@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from django.db import connections
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 EXAMPLE = HERE / "example"
 DOCS = HERE.parent / "docs"
 FILE = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

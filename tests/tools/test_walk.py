@@ -15,7 +15,7 @@ import pytest
 
 from tests.support import free_port
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INSTALLS = ("python3 -m venv ", ". .venv/", "pip install ")
 

@@ -10,7 +10,7 @@ import pytest
 from asyncorm import stubs
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 MODELS = """
 from django.db import models

@@ -11,7 +11,7 @@ def test_they_start_no_thread_and_leave_nothing() -> None:
     pytest.importorskip("rest_framework")
     done = subprocess.run(
         [sys.executable, "-m", "tests.storms", "300"],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,
