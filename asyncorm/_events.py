@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from asyncio import Task, current_task
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from time import monotonic
 from types import TracebackType
@@ -122,7 +123,9 @@ class Command:
         _tell(_begun_command, self)
 
     def end(self) -> None:
-        """It has been answered; possibly in another task, if this one was cancelled."""
+        """It has been answered, possibly in another task, if this one was cancelled; or, a BEGIN
+        that goes with its statement, sent.
+        """
         self.ended = monotonic()
         if self._statement is not None and self.text.startswith("BEGIN"):
             self._statement.sent = self.ended
@@ -370,6 +373,21 @@ def pipelined(commands: Iterable[Any]) -> None:
     for command in commands:
         if type(command) is _Followed:
             command.statement.pipelined = True
+
+
+@contextmanager
+def command(conn: Any, text: str) -> Iterator[None]:
+    """A command is executed inside; told if that is for a session (driver.Connection.lock)."""
+    session = conn.lock
+    event = None
+    if commands and hasattr(session, "alias"):
+        pid = 0 if conn.closed else conn.pgconn.backend_pid
+        event = Command(session.alias, text, pid, session.root is not None)
+    try:
+        yield
+    finally:
+        if event is not None:
+            event.end()
 
 
 def waited(alias: str, what: str, began: float, ended: float | None = None) -> None:

@@ -19,10 +19,20 @@ class AsyncormConfig(AppConfig):
 
     def ready(self) -> None:
         """Install the replacements and the native_* methods; the rest is up to the swap."""
-        from . import checks, cursor_events, planned, querysets, related, seam, swap
+        from . import (
+            checks,
+            command_events,
+            cursor_events,
+            planned,
+            querysets,
+            related,
+            seam,
+            swap,
+        )
         from ._requests import djangos
         from .observe import found
 
+        command_events.install()
         cursor_events.install()
         seam.install()
         querysets.install()

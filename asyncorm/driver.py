@@ -22,6 +22,7 @@ from psycopg import generators, pq, sql
 from psycopg._preparing import Prepare
 from psycopg.adapt import Transformer
 
+from . import _events
 from ._wire.adapting import Adapters, text_transformer_of
 from ._wire.cancelling import CANCEL_TIMEOUT, CancellableConnection, finish
 from ._wire.cursors import Answer, in_turn, native_cursor
@@ -45,6 +46,7 @@ _TUPLES_OK = pq.ExecStatus.TUPLES_OK
 _COMMAND_OK = pq.ExecStatus.COMMAND_OK
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _SHOULD = Prepare.SHOULD
+_PIPELINE_OFF = pq.PipelineStatus.OFF
 
 
 class Connection(CancellableConnection):
@@ -62,11 +64,13 @@ class Connection(CancellableConnection):
         wire: waits for the socket.
         served_by: the server process that ran the last statement of an unsettled one.
         streamed: a cursor's `stream()` has asked libpq for single rows.
+        has_pipelines: libpq has pipeline mode (from 14 on).
     """
 
     alone = False
     unsettled = False
     streamed = False
+    has_pipelines = psycopg.capabilities.has_pipeline()
     served_by = 0
     lock: Any
     configured: bool
@@ -162,6 +166,24 @@ class Connection(CancellableConnection):
                 self.give_turn()
             return stop.value
         return runner.parent.switch(self._wait(runner, gen, state, timeout))  # type: ignore[union-attr]
+
+    @property
+    def begins(self) -> bool:
+        """Whether BEGIN is due and may go with the statement that it is for: in one sync segment,
+        of which nothing is executed behind what fails."""
+        pgconn = self.pgconn
+        return (
+            not self._autocommit
+            and pgconn.transaction_status == _IDLE
+            and pgconn.pipeline_status == _PIPELINE_OFF
+            and self.has_pipelines
+        )
+
+    def send_begin(self) -> None:
+        """Have libpq keep BEGIN for the next sync segment, in pipeline mode."""
+        command = self._get_tx_start_command()
+        with _events.command(self, command.decode()):
+            self.pgconn.send_query_params(command, None)
 
     def whole_results(self) -> Steps:
         """A generator for `wait()`: libpq would give single rows to the first statement of a
@@ -322,13 +344,23 @@ class Connection(CancellableConnection):
 
     def _begun(self, statement: Statement) -> Any:
         self.alone = False  # or it would be that of the last one if this is not sent
-        yield from self._start_query()
+        if begins := not self._autocommit and self.begins:
+            yield from self.whole_results()
+        elif not self._autocommit:
+            yield from self._start_query()
         if statement.leaves_state:
             self.touched = True
         pgconn = self.pgconn
         book: Any = self._prepared
         prepare, name = book.get(statement, statement.prepare)
-        self.alone = alone = pgconn.transaction_status == _IDLE
+        self.alone = alone = not begins and pgconn.transaction_status == _IDLE
+        if begins:
+            try:
+                self._send_segment(statement, name, prepare == _SHOULD)
+            except Exception:  # what libpq refuses: it has more than 65,535 parameters, say
+                yield from self.segment_results()
+                raise
+            return prepare, name, False, None, True
         if not name:
             statement.send(pgconn)
         else:
@@ -336,14 +368,36 @@ class Connection(CancellableConnection):
                 statement.send_prepare(pgconn, name)
                 checked((yield from generators.execute(pgconn)), self.info.encoding)
             statement.send_prepared(pgconn, name)
-        return prepare, name, alone, book.maybe_add_to_cache(statement, prepare, name)
+        return prepare, name, alone, book.maybe_add_to_cache(statement, prepare, name), False
+
+    def _send_segment(self, statement: Statement, name: bytes, to_prepare: bool) -> None:
+        """Have libpq send BEGIN and the statement in one sync segment."""
+        pgconn = self.pgconn
+        pgconn.enter_pipeline_mode()
+        self.segment = True
+        try:
+            self.send_begin()
+            if to_prepare:
+                statement.send_prepare(pgconn, name)
+            if name:
+                statement.send_prepared(pgconn, name)
+            else:
+                statement.send(pgconn)
+        finally:
+            pgconn.pipeline_sync()
 
     def _received(
-        self, statement: Statement, prepare: Any, name: bytes, alone: bool, key: Any
+        self, statement: Statement, prepare: Any, name: bytes, alone: bool, key: Any, begins: bool
     ) -> Any:
         pgconn = self.pgconn
         book: Any = self._prepared
-        results = yield from generators.execute(pgconn)
+        if begins:
+            *before, results = yield from self.segment_results()
+            for command in before:  # BEGIN; the order to prepare
+                self.checked(command)
+            key = book.maybe_add_to_cache(statement, prepare, name)
+        else:
+            results = yield from generators.execute(pgconn)
         if key is not None:
             book.validate(key, prepare, name, results)
         elif name and results and results[-1].error_field(_SQLSTATE) in STALE:

@@ -21,14 +21,13 @@ from django.db import OperationalError
 from django.db.utils import DatabaseErrorWrapper
 from psycopg import pq
 
-from . import bridge, pinning, sessions
+from . import _events, bridge, pinning, sessions
 from ._sessions.session import Session
 from ._wire.cancelling import CANCEL_TIMEOUT
 from ._wire.statement import Command, Statement, Unanswered
 from ._wire.texts import is_read, is_single, only_reads
 from .advice import see
 from .bridge import Runner
-from .command_events import told
 from .driver import Connection
 from .pipelines import Pipeline
 
@@ -146,7 +145,7 @@ class Fate:
             conn = session.wrapper.connection
             value: Any = None
             error: Exception | None = None
-            pipeline = Pipeline(conn, [command.bind(conn), _ID])
+            pipeline = Pipeline(conn, [command.bind(conn), _ID], harmless=True)
             try:
                 for number, results in pipeline:
                     try:
@@ -193,7 +192,7 @@ class Fate:
             except psycopg.Error as exc:
                 errors.append(exc)
 
-        with conn.lock, told(conn, "COMMIT"):
+        with conn.lock, _events.command(conn, "COMMIT"):
             conn.wait(Pipeline(conn, [_ID, _COMMIT]).gathered(note))
         if errors:
             raise errors[0]

@@ -71,7 +71,7 @@ PSYCOPG = (
     ),
     Names(
         "psycopg._connection_base:BaseConnection",
-        "_start_query _prepared",
+        "_start_query _get_tx_start_command _prepared",
         "BEGIN where one is due, and psycopg's own book of prepared statements",
     ),
     Names("psycopg:Connection", "_try_cancel", "the end of a stream() that was left; replaced"),

@@ -36,14 +36,22 @@ class Pipeline:
 
     Outside a transaction each is one of its own: one that fails changes nothing for the others.
 
+    Args:
+        harmless: whatever is behind the first may be executed outside the transaction, too, if its
+            BEGIN fails: so that this may go with the first.
+
     Attributes:
         sent: how many of them libpq has.
         answered: how many the server has finished with.
     """
 
-    def __init__(self, conn: Connection, statements: Sequence[Statement]) -> None:
+    def __init__(
+        self, conn: Connection, statements: Sequence[Statement], harmless: bool = False
+    ) -> None:
         self._conn = conn
         self._statements = statements
+        self._joins = harmless or len(statements) == 1
+        self._begins = False  # BEGIN is in the first statement's segment
         self.sent = 0
         self.answered = 0
         self._most = len(statements)
@@ -115,11 +123,13 @@ class Pipeline:
 
     def _run(self) -> Steps:
         conn = self._conn
-        yield from conn._start_query()
+        self._begins = self._joins and conn.begins
+        if not self._begins:
+            yield from conn._start_query()
         yield from conn.whole_results()
         pgconn = conn.pgconn
         book: Any = conn._prepared
-        alone = pgconn.transaction_status == _IDLE
+        alone = not self._begins and pgconn.transaction_status == _IDLE
         names: list[bytes] = []
         for statement in self._statements:
             prepare, name = book.get(statement, statement.prepare)
@@ -129,6 +139,8 @@ class Pipeline:
                 book.maybe_add_to_cache(statement, prepare, name)
             names.append(name)
         pgconn.enter_pipeline_mode()
+        if self._begins:
+            conn.send_begin()
         yield from self._send(names, alone)
         while self.answered < self.sent:
             results = yield from generators.fetch_many(pgconn)
@@ -183,6 +195,8 @@ class Pipeline:
         number = self.answered
         self._results = []
         self.answered += 1
+        if self._begins and number == 0:
+            results = results[1:] if results[0].status == _COMMAND_OK else results[:1]
         if (name := names[number]) and results[-1].error_field(_SQLSTATE) in STALE:
             self._conn.forget(self._statements[number], name)
             if alone:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import CancelledError, get_running_loop
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from greenlet import getcurrent
 from psycopg import generators, pq, waiting
 
 from ..bridge import Runner
-from ..wire import close_generator
+from ..wire import CLOSED, close_generator
+from .statement import checked
 
 if TYPE_CHECKING:
     from .._pool.connection import PooledConnection
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 CANCEL_TIMEOUT = 5.0
 _ACTIVE = pq.TransactionStatus.ACTIVE
 _UNKNOWN = pq.TransactionStatus.UNKNOWN
+_OK = pq.ConnStatus.OK
+_PIPELINE_SYNC = pq.ExecStatus.PIPELINE_SYNC
 _COPY_IN, _COPY_OUT = pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT
 
 
@@ -49,10 +52,12 @@ class CancellableConnection(psycopg.Connection[Any]):
     Attributes:
         pooled: the pool's connection underneath, None when there is none.
         wire: waits for the socket.
+        segment: it is in pipeline mode for one sync segment, whose end is sent.
     """
 
     pooled: PooledConnection | None
     wire: Any
+    segment = False
 
     def _try_cancel(self, *, timeout: float = CANCEL_TIMEOUT) -> None:
         # For a stream() that is left before its end: psycopg's would block the loop, and might hit
@@ -91,8 +96,8 @@ class CancellableConnection(psycopg.Connection[Any]):
 
     async def interrupt(self) -> None:
         """Cancel the statement on the server; close the connection if it stays in doubt."""
-        if self.pgconn.status == pq.ConnStatus.OK:
-            pipeline = self.pgconn.pipeline_status
+        if self.pgconn.status == _OK:
+            pipeline = self.pgconn.pipeline_status and not self.segment
             if not pipeline and self.pgconn.transaction_status != _ACTIVE:
                 return
             stop = self.cancel_running() if pipeline else self._cancel_and_drain()
@@ -125,7 +130,37 @@ class CancellableConnection(psycopg.Connection[Any]):
         if stopped:
             await self.absorb_cancel()
 
+    def segment_results(self) -> Generator[int, int, list[list[Any]]]:
+        """The results of the sync segment under way, those of each command together; leaves
+        pipeline mode.
+
+        Raises:
+            psycopg.OperationalError: the connection is lost; what the server said of it, if it did.
+        """
+        pgconn = self.pgconn
+        answers: list[list[Any]] = []
+        try:
+            yield from generators.send(pgconn)
+            while True:
+                results = yield from generators.fetch_many(pgconn)
+                if results and results[0].status == _PIPELINE_SYNC:
+                    break
+                if results:  # none: who was cancelled has read them, but not that they had ended
+                    answers.append(results)
+                if pgconn.status != _OK:
+                    raise psycopg.OperationalError(pgconn.get_error_message() or CLOSED)
+        except psycopg.OperationalError:
+            if answers:
+                checked([result for results in answers for result in results], self.info.encoding)
+            raise
+        pgconn.exit_pipeline_mode()
+        self.segment = False
+        return answers
+
     async def _drain(self) -> None:
+        if self.segment:
+            await self._complete(self.segment_results())
+            return
         results = await self._complete(generators.execute(self.pgconn))
         if results and results[-1].status == _COPY_IN:
             self.pgconn.put_copy_end(b"cancelled")

@@ -14,6 +14,7 @@ from .. import _events
 from ..session_state import leaves_state
 from .adapting import AdaptersContext, has_own
 from .statement import Statement, sent, text_of
+from .texts import is_single
 
 if TYPE_CHECKING:
     from ..driver import Connection
@@ -37,6 +38,8 @@ class _Cursor:
         conn = self._conn
         theirs = getattr(super().execute, "__func__", None) is not _EXECUTE  # type: ignore[misc]
         queue = None if options or theirs else conn.lock.queue_for(text)
+        if queue is None and not (options or theirs) and conn.begins and is_single(text):
+            queue = conn  # which sends BEGIN with it
         if queue is None:
             self._watch(text)
             with self._conn.sending(text):
