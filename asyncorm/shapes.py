@@ -256,6 +256,7 @@ class Shape:
         sql, params = self.compiler.compile(node)
         if len(params) > MAX_PARAMS:
             raise Unfit
+        self.key.append(len(params))  # a __range of three values has the SQL of one of two
         return sql, params
 
     def expression(self, node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

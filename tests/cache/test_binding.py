@@ -328,6 +328,20 @@ async def test_a_range_of_a_queryset() -> None:
     await same_as_djangos(between, (1,), (2,), (1,))
 
 
+async def test_a_range_of_more_than_two_values() -> None:
+    """Django's SQL has two placeholders for them all the same, and the server's driver says so."""
+
+    def between(values: Any) -> Any:
+        return (
+            first_line(
+                lambda: Book.objects.aggregate(n=Count("pk", filter=Q(pages__range=values)))
+            ),
+            first_line(lambda: list(by_pk.annotate(n=Case(When(pages__range=values, then=1))))),
+        )
+
+    await same_as_djangos(between, ((1, 100),), ((1, 100, 200),), ((1, 100),))
+
+
 # Text of the user's
 
 
