@@ -25,10 +25,10 @@ from asyncorm import pools
 from asyncorm._wire.statement import Statement
 from asyncorm.demo.postgres import Server, postgres_server
 from asyncorm.driver import Connection
+from tests.pool.test_standby import ask
 from tests.project.myapp.models import Item
 from tests.support import database, eventually
-from tests.test_fate import Proxy
-from tests.test_standby import ask
+from tests.transactions.test_fate import Proxy
 
 ALIAS = "lossy"
 TABLE = (
