@@ -109,12 +109,20 @@ _exchange: ContextVar[Exchange | None] = ContextVar("asyncorm_exchange", default
 
 @contextmanager
 def exchanging() -> Iterator[None]:
-    """This thread waits for a coroutine inside."""
+    """This thread waits for a coroutine inside.
+
+    Raises:
+        django.core.exceptions.ImproperlyConfigured: it cannot, since gevent has patched it.
+    """
     outer = _exchange.get()
     exchange = Exchange()
     _exchange.set(exchange)
     try:
         yield
+    except RuntimeError as exc:
+        if "event loop" in str(exc):  # one runs in this thread, for another greenlet
+            refuse_gevent()
+        raise
     finally:
         _exchange.set(outer)
         exchange.end()

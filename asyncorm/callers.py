@@ -458,6 +458,7 @@ class LentSession(SynchronousSession):
 def lending() -> Iterator[None]:
     """Synchronous code waits for a coroutine inside: what that would miss is lent to it."""
     if bridge.loop_runs():  # asgiref refuses to wait
+        between.refuse_gevent()
         yield
         return
     with ExitStack() as stack:

@@ -19,6 +19,8 @@ def databases() -> dict[str, dict[str, Any]]:
     # To run all tests with, say, {"server_side_binding": true}.
     options |= json.loads(os.environ.get("ASYNCORM_TEST_OPTIONS", "{}"))
     postgresql = server | {"ENGINE": ENGINE, "OPTIONS": server["OPTIONS"] | options}
+    if age := os.environ.get("ASYNCORM_TEST_CONN_MAX_AGE"):
+        postgresql["CONN_MAX_AGE"] = int(age)
     return {
         "default": postgresql,
         # Another time zone, so that a connection configured for the wrong alias gives wrong values.
@@ -27,6 +29,7 @@ def databases() -> dict[str, dict[str, Any]]:
     }
 
 
+DEBUG = "ASYNCORM_TEST_DEBUG" in os.environ
 DATABASES = databases()
 DATABASE_ROUTERS = ["tests.project.routers.LegacyRouter"]
 

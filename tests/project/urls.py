@@ -9,4 +9,5 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("books/", views.books),
     path("books/<int:pk>/", views.book),
+    path("processes/", views.processes),
 ]
