@@ -168,20 +168,25 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
             held = list(runner.resources.values())
             runner.resources.clear()
             for resource in held:
-                try:
-                    resource.release()
-                except RecursionError:  # coroutines are nested as deep here; operations are not
-                    limit = getrecursionlimit()
-                    setrecursionlimit(limit + 200)
-                    try:
-                        resource.release()
-                    finally:
-                        setrecursionlimit(limit)
+                release(resource)
         runner.shields = 0
         runner.cancelled = runner.cleaning_until = None
         runner.gr_context = None  # do not keep the task's context alive
         if out is _FINISHED and len(runners) < _MAX_IDLE:
             runners.append(runner)
+
+
+def release(resource: Any) -> None:
+    """Have a resource given back, however deep coroutines are nested here."""
+    try:
+        resource.release()
+    except RecursionError:  # operations are not nested so deep
+        limit = getrecursionlimit()
+        setrecursionlimit(limit + 200)
+        try:
+            resource.release()
+        finally:
+            setrecursionlimit(limit)
 
 
 def _unwind(runner: Runner, out: Any) -> Any:

@@ -302,6 +302,33 @@ class Connection(CancellableConnection):
         except psycopg.errors._NO_TRACEBACK as exc:
             raise self.lost(exc, command.text).with_traceback(None)  # noqa: B904
 
+    async def awaited(self, command: Command) -> Any:
+        """As `run()`, for a coroutine that has the connection to itself.
+
+        If it is cancelled, the statement is stopped, or the connection closed.
+        """
+        try:
+            gen = self._run(command.bind(self))
+            result = await self._drive(gen)
+            return command.read(self, result)
+        except psycopg.errors._NO_TRACEBACK as exc:
+            raise self.lost(exc, command.text).with_traceback(None)  # noqa: B904
+
+    async def _drive(self, gen: Any) -> Any:
+        try:
+            state = self.wire.begin(gen)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            return await self.wire.drive(gen, state)
+        except CancelledError:
+            await self.give_up(gen)
+            raise
+        except GeneratorExit:  # nobody else knows what was under way
+            close_generator(gen)
+            self.terminate()
+            raise
+
     def lost(self, exc: BaseException, text: str) -> BaseException:
         """What to raise for an exception: `Unanswered` if that is what it means."""
         if (

@@ -178,7 +178,7 @@ DJANGO = (
     ),
     Names(
         f"{_QUERYSET}:QuerySet",
-        "_iterable_class _fields _known_related_objects _query _result_cache _fetch_all"
+        "_iterable_class _fields _known_related_objects _query _result_cache _fetch_all _for_write"
         " _prefetch_related_lookups _prefetch_done _sticky_filter _deferred_filter"
         " _defer_next_filter _hints _db _add_hints _update _insert _clone _chain",
         "what iteration, get() and prefetching depend on",
@@ -287,6 +287,8 @@ UNVERIFIED = {
     "_registry": "Django: the ModelAdmins of an AdminSite, which `check` looks through",
     "_run_parallel": "Django 6.1: asynchronous receivers of a signal get scopes of their own",
     "_log_destroy_pending": "asyncio: a task that ends with its loop is no mistake",
+    "_get_storage": "asgiref: what a Local has in this thread and context, without an error",
+    "_storage": "the same",
     "_record": "django-debug-toolbar: what its SQL panel does with a query",
 }
 

@@ -28,7 +28,7 @@ from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import DeleteQuery
 
 from . import conf, internals, patches, verifying
-from ._hooks import aggregate, get, insert, iterate, switch, write
+from ._hooks import aggregate, get, insert, iterate, switch, terminals, write
 from .statements import clear
 
 _ROWS = "rows are read by a plan of the statement cache"
@@ -69,6 +69,7 @@ def install() -> None:
         return
     for owner, name, by, why in list(_replacements()):
         patches.replace(owner, name, by, why)
+    terminals.install()
     setting_changed.connect(_settings_changed, dispatch_uid="asyncorm.planned")
     _settings_changed()
 

@@ -14,7 +14,7 @@ from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
 
 from . import bridge, copying, patches, streams, swap
-from ._hooks.get import run_get
+from ._hooks import terminals
 from ._sessions import engines
 
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
@@ -27,6 +27,16 @@ def _check(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise engines.refuse_foreign(alias)
 
 
+def _is_plain(cls: Any, name: str) -> bool:
+    """Whether a method of a manager's class does nothing but call that of its querysets."""
+    own = getattr(Manager, name, None)
+    return (
+        own is not None
+        and getattr(cls, name) is own
+        and getattr(cls, "get_queryset", None) is BaseManager.get_queryset
+    )
+
+
 def _twin(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """native_<name> for the a* method `a<name>`."""
     plain = name[1:]
@@ -34,9 +44,11 @@ def _twin(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     if "sync_to_async" in names and plain in names:
 
         async def twin(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if _is_plain(type(self), plain):
+                self = self.get_queryset()
             method = getattr(self, plain)
             _check(method, args, kwargs)
-            return await bridge.run(method, *args, **kwargs)
+            return await terminals.run(method, *args, **kwargs)
 
     else:  # calls other a* methods, which shall be native too
 
@@ -76,21 +88,14 @@ def add_twins(target: type, source: type | None = None) -> type:
 async def _anative(self: Any) -> list[Any]:
     """Evaluate natively; the list of instances, or of rows of values() and values_list()."""
     _check(self.__iter__, (), {})
+    if isinstance(self, QuerySet):
+        return await terminals.fetched(self)
     return await bridge.run(list, self)
 
 
 async def _anative_of_manager(self: Any) -> list[Any]:
     """Evaluate all() natively and return the list of instances."""
     return await _anative(self.all())
-
-
-async def native_get(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Like `get()`, run natively (see Django's documentation of `aget()`)."""
-    cls = type(self)
-    if cls.get is Manager.get and cls.get_queryset is BaseManager.get_queryset:
-        self = self.get_queryset()
-    _check(self.get, args, kwargs)
-    return await run_get(self.get, *args, **kwargs)
 
 
 async def native_bulk_create(
@@ -204,8 +209,6 @@ def install() -> None:
         (QuerySet, "anative", _anative),
         (RawQuerySet, "anative", _anative),
         (BaseManager, "anative", _anative_of_manager),
-        (QuerySet, "native_get", native_get),
-        (BaseManager, "native_get", native_get),
         (QuerySet, "native_iterator", native_iterator),
         (BaseManager, "native_iterator", _iterator_of_manager),
         (QuerySet, "native_bulk_create", native_bulk_create),

@@ -14,7 +14,7 @@ from typing import Any
 
 from django.db.models.lookups import Lookup
 
-from . import _events, grounds, verifying
+from . import _events, bridge, grounds, verifying
 from ._cache.parts import plain_orders
 from ._cache.plan import Plan, djangos
 from .binding import writes_as_django
@@ -143,7 +143,10 @@ def plan_for(
     *kind: Any,
     expressions: Any = None,
 ) -> tuple[Plan, list[Any], int] | None:
-    """A query's plan, its parameters and its offset; None: leave it to Django."""
+    """A query's plan, its parameters and its offset; None: leave it to Django.
+
+    Outside native code only what is known is found: to compile may need a connection.
+    """
     try:
         if expressions is None:
             shape = Shape(query, wrapper, *kind)
@@ -152,9 +155,12 @@ def plan_for(
         key = tuple(shape.key)
         plan = recall(key)
     except Exception:  # whatever is wrong with the query, Django will say
-        count("unfit")
+        if bridge.in_native_code():
+            count("unfit")
         return None
     known = plan is not UNPLANNED and (plan is None or plan.holds(shape))
+    if (plan is None or not known) and not bridge.in_native_code():
+        return None
     if not known:
         plan = _made(key, query, shape, compile)
         count("misses")

@@ -25,7 +25,7 @@ from django.core.signals import setting_changed
 from django.db import connections, router
 
 from . import bridge, conf, patches, pools
-from ._hooks.get import is_get, run_get
+from ._hooks import terminals
 from ._sessions import engines, scopes
 
 # Module: the app that must be installed for it to be importable.
@@ -70,8 +70,7 @@ def dispatch(func: Callable[..., Any] | None = None, **options: Any) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
         if is_native(func, args, kwargs) and not _of_thread(func, args, kwargs):
-            run = run_get if is_get(func) else bridge.run
-            return run(func, *args, **kwargs)
+            return terminals.run(func, *args, **kwargs)
         return sync_to_async(func, **options)(*args, **kwargs)
 
     return call

@@ -65,3 +65,9 @@ class Turns:
         if runner is not None and not runner.shields and monotonic() - self._began >= BUSY:
             bridge.wait_for(runner, turn())
             self._began = monotonic()
+
+    async def given(self) -> None:
+        """The same, from a coroutine."""
+        if monotonic() - self._began >= BUSY:
+            await turn()
+            self._began = monotonic()

@@ -9,7 +9,9 @@ from typing import Any
 from greenlet import getcurrent
 
 from .. import rows
+from .._cache.awaited import Found
 from .._cache.execute import count_of, items
+from .._cache.plan import Plan
 from ..rows import RowMaker
 from ..shapes import Unfit
 from ..statements import Compiled, plan_for
@@ -18,64 +20,85 @@ from .switch import native_wrapper
 
 
 def has_results(original: Any) -> Any:
-    def compile(query: Any, wrapper: Any) -> Compiled:
-        sql, params = query.exists().get_compiler(using=wrapper.alias).as_sql()
-        return sql, params, None
-
     def has_results(self: Any, using: str) -> bool:
         wrapper = native_wrapper(using)
-        if wrapper is None or not (found := plan_for(self, wrapper, compile, "exists")):
+        if wrapper is None or not (found := exists_plan(self, wrapper)):
             return bool(original(self, using))
         return count_of(*found, wrapper) > 0
 
     return has_results
 
 
-def get_count(original: Any) -> Any:
-    def compile(query: Any, wrapper: Any) -> Compiled:
-        # What get_aggregation() does with the query is best seen from its statement.
-        sql, params = _watched(lambda: original(query, wrapper.alias)).as_sql()
-        maker = RowMaker(1, {})
-        maker.item = "c0"
-        return sql, params, maker
+def exists_plan(query: Any, wrapper: Any) -> Found | None:
+    """What `exists()` executes: it has a row, or none."""
+    return plan_for(query, wrapper, _compile_exists, "exists")
 
+
+def _compile_exists(query: Any, wrapper: Any) -> Compiled:
+    sql, params = query.exists().get_compiler(using=wrapper.alias).as_sql()
+    return sql, params, None
+
+
+def get_count(original: Any) -> Any:
     def get_count(self: Any, using: str) -> int:
         wrapper = native_wrapper(using)
-        if wrapper is None or not (found := plan_for(self, wrapper, compile, "count")):
+        if wrapper is None or _is_watched() or not (found := count_plan(self, wrapper)):
             return int(original(self, using))
         return int(items(*found, wrapper)[0])
 
     return get_count
 
 
+def count_plan(query: Any, wrapper: Any) -> Found | None:
+    """What `count()` executes: the number is its one item."""
+    return plan_for(query, wrapper, _compile_count, "count")
+
+
+def _compile_count(query: Any, wrapper: Any) -> Compiled:
+    # What get_aggregation() does with the query is best seen from its statement.
+    sql, params = _watched(lambda: query.get_count(wrapper.alias)).as_sql()
+    maker = RowMaker(1, {})
+    maker.item = "c0"
+    return sql, params, maker
+
+
 def get_aggregation(original: Any) -> Any:
     """`aggregate()`: the names and the row of values."""
 
-    def compile(exprs: Any, query: Any, wrapper: Any) -> Compiled:
-        named = {name: Resolving(name, expression) for name, expression in exprs.items()}
-        seen = _watched(lambda: original(query.clone(), wrapper.alias, named))
-        columns = list(seen.query.annotation_select.values())
-        sql, params = seen.as_sql()
-        if seen.has_composite_fields(columns) or wrapper.ops.get_db_converters(columns[0]):
-            raise Unfit
-        maker = RowMaker(len(columns), seen.get_converters(columns))
-        maker.item = rows.tuple_of(len(columns))
-        maker.names_of_columns = [*seen.query.annotation_select]
-        return sql, params, maker
-
     def get_aggregation(self: Any, using: str, aggregate_exprs: Any) -> Any:
         wrapper = native_wrapper(using)
-        if wrapper is not None and aggregate_exprs and getcurrent() not in _watching:
-            found = plan_for(
-                self, wrapper, functools.partial(compile, aggregate_exprs), "aggregate",
-                expressions=aggregate_exprs,
-            )  # fmt: skip
+        if wrapper is not None and aggregate_exprs and not _is_watched():
+            found = aggregate_plan(self, aggregate_exprs, wrapper)
             if found is not None:
-                (row,) = items(*found, wrapper)
-                return dict(zip(found[0].maker.names_of_columns, row, strict=True))  # type: ignore[union-attr]
+                return named_values(found[0], items(*found, wrapper))
         return original(self, using, aggregate_exprs)
 
     return get_aggregation
+
+
+def aggregate_plan(query: Any, exprs: Any, wrapper: Any) -> Found | None:
+    """What `aggregate()` executes, for expressions by name."""
+    compile = functools.partial(_compile_aggregates, exprs)
+    return plan_for(query, wrapper, compile, "aggregate", expressions=exprs)
+
+
+def named_values(plan: Plan, made: list[Any]) -> dict[str, Any]:
+    """What `aggregate()` gives for the one item that was made."""
+    (row,) = made
+    return dict(zip(plan.maker.names_of_columns, row, strict=True))  # type: ignore[union-attr]
+
+
+def _compile_aggregates(exprs: Any, query: Any, wrapper: Any) -> Compiled:
+    named = {name: Resolving(name, expression) for name, expression in exprs.items()}
+    seen = _watched(lambda: query.clone().get_aggregation(wrapper.alias, named))
+    columns = list(seen.query.annotation_select.values())
+    sql, params = seen.as_sql()
+    if seen.has_composite_fields(columns) or wrapper.ops.get_db_converters(columns[0]):
+        raise Unfit
+    maker = RowMaker(len(columns), seen.get_converters(columns))
+    maker.item = rows.tuple_of(len(columns))
+    maker.names_of_columns = [*seen.query.annotation_select]
+    return sql, params, maker
 
 
 class _Seen(Exception):
@@ -85,11 +108,15 @@ class _Seen(Exception):
 _watching: set[Any] = set()  # greenlets that do not want what they compile executed
 
 
+def _is_watched() -> bool:
+    return bool(_watching) and getcurrent() in _watching
+
+
 def execute_select(original: Any) -> Any:
     """`SQLCompiler.execute_sql()`: Django's, unless only the statement is asked for."""
 
     def execute_sql(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _watching and getcurrent() in _watching:
+        if _is_watched():
             raise _Seen(self)
         return original(self, *args, **kwargs)
 

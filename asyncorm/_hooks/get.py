@@ -6,24 +6,22 @@ import datetime
 import decimal
 import functools
 import uuid
-from collections.abc import Callable
 from typing import Any
 
-from django.db import OperationalError
-from django.db.models import query
+from django.db.models import Model, query
+from django.db.models.query import MAX_GET_RESULTS
 from django.db.models.sql.query import Query
 from greenlet import getcurrent
 
-from .. import _events, bridge, grounds, rows, sessions, verifying
-from .._cache.execute import NotServed, Planned, items, may_repeat, stand_in, told
+from .. import bridge, grounds, rows, verifying
+from .._cache.awaited import Found
+from .._cache.execute import items
 from .._cache.plan import Plan
-from .._wire.statement import Unanswered
 from ..bridge import Runner
 from ..grounds import Ground
 from ..shapes import Shape, Unfit
 from ..statements import UNPLANNED, hit, learn, recall
-from . import switch
-from .iterate import compile_instances, mode_of, queryset_plan
+from .iterate import compile_instances, iterating_plan, mode_of, queryset_plan
 from .switch import native_wrapper
 
 # The types of values that a filter treats alike, whatever their value.
@@ -73,7 +71,7 @@ def get(original: Any) -> Any:
         if type(getcurrent()) is Runner and kwargs and not args:
             found = _got(self, kwargs)
             if found is not None:
-                return _only(self, found)
+                return only(self, found)
         return original(self, *args, **kwargs)
 
     global _own_get
@@ -84,7 +82,7 @@ def get(original: Any) -> Any:
 _own_get: Any = object()
 
 
-def _only(queryset: Any, found: list[Any]) -> Any:
+def only(queryset: Any, found: list[Any]) -> Any:
     """The only item; otherwise what Django's `get()` raises."""
     return found[0] if len(found) == 1 else _own_get.__wrapped__(_Found(queryset.model, found))
 
@@ -110,66 +108,15 @@ def _got(queryset: Any, kwargs: dict[str, Any]) -> list[Any] | None:
     if (wrapper := native_wrapper(queryset.db)) is None:
         return None
     found = _get_plan(queryset, kwargs, wrapper)
-    return None if found is None else items(*found, 0, wrapper, mode_of(queryset))
-
-
-def is_get(func: Any) -> bool:
-    """Whether a function is a queryset's `get`, and nobody else's."""
-    return getattr(func, "__func__", None) is _own_get
-
-
-async def run_get(method: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a queryset's `get` natively.
-
-    While all connections are in use it does without an operation, which would do nothing but wait.
-    """
-    if is_get(method) and kwargs and not args and switch.is_on:
-        queryset = method.__self__
-        found = await _without_operation(
-            queryset.db, lambda wrapper: _get_plan(queryset, kwargs, wrapper), mode_of(queryset)
-        )
-        if found is not None:
-            return _only(queryset, found)
-    return await bridge.run(method, *args, **kwargs)
-
-
-async def _without_operation(
-    alias: str, find: Callable[[Any], tuple[Plan, list[Any]] | None], mode: Any
-) -> list[Any] | None:
-    """The items of a plan whose statement travels with others; None if it has to be an operation.
-
-    Args:
-        find: returns the plan and the parameters, given a wrapper.
-    """
-    if (found := stand_in(alias)) is None:
+    if found is None:
         return None
-    pool, wrapper = found
-    if (planned := find(wrapper)) is None:
-        return None
-    plan, params = planned
-    queue = sessions.queue_without_session(pool, plan.text)
-    if queue is None:
-        return None
-    bridge.check()
-    command = Planned(plan, params, 0, wrapper)
-    with wrapper.wrap_database_errors:
-        try:
-            if not _events.statements:
-                loaded = await queue.submit(command)
-            else:
-                with told(plan, params, 0, wrapper) as statement, wrapper.wrap_database_errors:
-                    loaded = await queue.submit(_events.followed(command, statement))
-        except NotServed:
-            return None
-        except (Unanswered, OperationalError) as exc:
-            if not may_repeat(plan, exc):
-                raise
-            return None  # and another connection is waited for
-        # A get() asks for no more rows than are taken apart in one turn.
-        return plan.maker.make_part(loaded, next(loaded.parts), alias, wrapper, mode)  # type: ignore[union-attr]
+    plan, params = found
+    return items(plan, params, 0, wrapper, mode_of(queryset))
 
 
-def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> tuple[Plan, list[Any]] | None:
+def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Any:
+    """A plan and its parameters, None if there is to be none; UNPLANNED if an operation has to
+    make it."""
     mode = mode_of(queryset)
     if (
         queryset._iterable_class is not query.ModelIterable
@@ -197,7 +144,7 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> tuple[Plan
             return None
         if known is UNPLANNED or not known.plan.is_current:
             if not bridge.in_native_code():  # to compile may need a connection
-                return None
+                return UNPLANNED
             known = learn(
                 key,
                 queryset.model,
@@ -216,10 +163,32 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> tuple[Plan
     return (plan, params) if hit(key, plan, params, 0, compile) else None
 
 
+def awaited_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Found | None:
+    """What `get()` by keywords would execute; none where that is not known yet."""
+    if kwargs and (found := _get_plan(queryset, kwargs, wrapper)) is not None:
+        return None if found is UNPLANNED else (*found, 0)
+    query = queryset.query
+    # What is used up by the first look at it is left to Django.
+    if query.combinator or not all(map(_stays, kwargs.values())):
+        return None
+    narrowed = queryset.filter(**kwargs)
+    if query.can_filter() and not query.distinct_fields:
+        narrowed = narrowed.order_by()
+    narrowed.query.set_limits(high=MAX_GET_RESULTS)
+    return iterating_plan(narrowed, wrapper)
+
+
+def _stays(value: Any) -> bool:
+    return type(value) in _STAYING or isinstance(value, Model)
+
+
+_STAYING = {*PLAIN_VALUES, bool, type(None), list, tuple, set, frozenset}
+
+
 def _narrowed(queryset: Any, names: list[str], values: list[Any]) -> Any:
     """The queryset that `QuerySet.get()` would make."""
     filtered = queryset.filter(**dict(zip(names, values, strict=True))).order_by()
-    filtered.query.set_limits(high=query.MAX_GET_RESULTS)
+    filtered.query.set_limits(high=MAX_GET_RESULTS)
     return filtered
 
 

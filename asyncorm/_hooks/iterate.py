@@ -12,6 +12,7 @@ from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 
 from .. import rows
+from .._cache.awaited import Found
 from .._cache.execute import chunks, items
 from .._cache.plan import Plan
 from ..bridge import Runner
@@ -35,19 +36,20 @@ def planned(cls: Any) -> _Iterate:
             wrapper = native_wrapper(queryset.db)
             if wrapper is not None:
                 found = queryset_plan(queryset, wrapper, cls)
-                models = found[0].maker.models if found is not None else ()  # type: ignore[union-attr]
-                if found is not None and not rows.is_watched(models):
+                if found is not None and not rows.is_watched(found[0].maker.models):  # type: ignore[union-attr]
                     mode = mode_of(queryset)
-                    relate = models and queryset._known_related_objects
                     if whole:
-                        made = items(*found, wrapper, mode)
-                        return iter(_relate(queryset, made) if relate else made)
+                        return iter(related(queryset, found[0], items(*found, wrapper, mode)))
                     parts = chunks(*found, wrapper, mode, self.chunk_size)
-                    return _each(parts, queryset if relate else None)
+                    return _each(parts, queryset, found[0])
                 return _in_turns(original(self), wrapper)
         return original(self)
 
+    _ours[cls] = __iter__
     return __iter__
+
+
+_ours: dict[Any, _Iterate] = {}
 
 
 def _in_turns(made: Any, wrapper: Any) -> Iterator[Any]:
@@ -80,12 +82,23 @@ def raw(original: _Iterate) -> _Iterate:
     return __iter__
 
 
-def _each(parts: Any, queryset: Any) -> Iterator[Any]:
+def _each(parts: Any, queryset: Any, plan: Plan) -> Iterator[Any]:
     try:
         for part in parts:
-            yield from part if queryset is None else _relate(queryset, part)
+            yield from related(queryset, plan, part)
     finally:
         parts.close()  # the cursor, now
+
+
+def iterating_plan(queryset: Any, wrapper: Any) -> Found | None:
+    """What iterating over a queryset would execute, if nothing is done but make its items."""
+    iterable = queryset._iterable_class
+    if iterable.__iter__ is not _ours.get(iterable) or queryset._prefetch_related_lookups:
+        return None
+    found = queryset_plan(queryset, wrapper, iterable)
+    if found is None or rows.is_watched(found[0].maker.models):  # type: ignore[union-attr]
+        return None
+    return found
 
 
 def mode_of(queryset: Any) -> Any:
@@ -93,7 +106,7 @@ def mode_of(queryset: Any) -> Any:
     return getattr(queryset, "_fetch_mode", None)
 
 
-def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> tuple[Plan, list[Any], int] | None:
+def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> Found | None:
     """The plan, parameters and offset of a queryset that is iterated by a class of Django's."""
     mode = mode_of(queryset)
     if mode is not None and mode.track_peers:
@@ -152,8 +165,10 @@ def compile_of(queryset: Any, iterable: Any) -> Callable[[Any, Any], Compiled]:
 _FETCHES_TO_RELATE = django.VERSION < (6, 1)
 
 
-def _relate(queryset: Any, made: list[Any]) -> list[Any]:
-    """Put the instance that a related manager belongs to into what it found."""
+def related(queryset: Any, plan: Plan, made: list[Any]) -> list[Any]:
+    """Put the instance that a related manager belongs to into the instances that it found."""
+    if not plan.maker.models:  # type: ignore[union-attr]
+        return made
     for field, objects in queryset._known_related_objects.items():
         names = [
             field.attname if name == "self" else queryset.model._meta.get_field(name).attname

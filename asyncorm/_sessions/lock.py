@@ -112,8 +112,12 @@ class StatementLock:
             raise InterfaceError(
                 f"Two tasks used one connection of database {self.alias!r} at the same time."
             )
+        self.hold(runner, block)
+
+    def hold(self, holder: Any, block: Block | None) -> None:
+        """Have a statement of `holder` run from now on, which has the block's lock."""
         self._held = block
-        self.holder = runner
+        self.holder = holder
         self._depth = 1
         self.active = monotonic()
 

@@ -278,8 +278,10 @@ class Session(StatementLock):
 
     @property
     def exclusive(self) -> bool:
-        """Whether no other task's statements run on its connection."""
-        return self.root is None and not self.pipelining
+        """Whether no other task's statements run on its connection, at least for now."""
+        if self.root is None and not self.pipelining:
+            return True
+        return getattr(self.holder, "exclusive", False)
 
     @property
     def kept(self) -> bool:

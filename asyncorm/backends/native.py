@@ -145,7 +145,11 @@ def _known(wrapper: Any) -> Any:
 
 
 def _djangos(alias: str) -> Any:
-    own = getattr(connections._connections.local, alias, None)  # type: ignore[attr-defined]
+    local = connections._connections.local  # type: ignore[attr-defined]
+    try:
+        own = local._get_storage()._storage().data.get(alias)
+    except AttributeError:  # in a synchronous thread, and in other versions of asgiref
+        own = getattr(local, alias, None)
     # One of native code may have been put there, to hand it to a thread.
     return None if isinstance(own, NativeWrapper) else own
 

@@ -26,9 +26,10 @@ _patched = False
 
 def cursors_are_patched() -> bool:
     """Whether somebody whom nobody else tells of statements has put functions in the place of those
-    of Django's cursors.
+    of Django's cursors, or of what connects for them.
 
-    Tools that record queries do, and tests: they are to see each of them.
+    Tools that record queries do, and tests, pytest-django's among them: they are to see each of
+    them.
     """
     global _functions, _patched
     outer: Any = utils.CursorWrapper  # another class may be there
@@ -37,7 +38,7 @@ def cursors_are_patched() -> bool:
     now = (
         outer.__init__, outer.execute, outer.executemany, outer._execute,
         outer._execute_with_wrappers, wrapper.cursor, wrapper._cursor, wrapper.make_cursor,
-        wrapper.create_cursor, inner.execute, inner.executemany,
+        wrapper.create_cursor, wrapper.ensure_connection, inner.execute, inner.executemany,
     )  # fmt: skip
     if now != _functions:
         known = list(map(_is_known, now))

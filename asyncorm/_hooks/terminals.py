@@ -1,0 +1,198 @@
+"""Methods of querysets that are awaited: their one statement, without an operation if it is known.
+
+Of each method that can be is said here what it would execute, and what it makes of the result. What
+an operation does beside that (an override, a signal, a prefetch) has the operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from django.db.models.query import QuerySet
+from django.db.models.sql.subqueries import UpdateQuery
+
+from .. import bridge
+from .._cache.awaited import UNSERVED, Found, awaited
+from .._cache.plan import Plan
+from ..statements import plan_for
+from . import get, switch
+from .aggregate import aggregate_plan, count_plan, exists_plan, named_values
+from .iterate import iterating_plan, mode_of, related
+from .write import compile_write
+
+_Arguments = tuple[Any, ...]
+_Keywords = dict[str, Any]
+
+
+class _Terminal(NamedTuple):
+    """A method of querysets that executes one statement.
+
+    Attributes:
+        find: what that is, given the queryset, the arguments and a wrapper.
+        finish: what the method returns, given the queryset, the plan and its result.
+        calls: what of the queryset's class has to be Django's own, beside the method.
+        writes: it changes rows.
+    """
+
+    find: Callable[[Any, _Arguments, _Keywords, Any], Found | None]
+    finish: Callable[[Any, Plan, Any], Any]
+    calls: tuple[str, ...] = ()
+    writes: bool = False
+
+
+async def run(method: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Run a method natively, by `bridge.run()` if it has to be an operation."""
+    terminal = _terminals.get(getattr(method, "__func__", None))
+    if terminal is not None and switch.is_on:
+        queryset = method.__self__
+        if is_djangos(queryset, *terminal.calls):
+            value = await _awaited(terminal, queryset, args, kwargs)
+            if value is not UNSERVED:
+                return value
+    return await bridge.run(method, *args, **kwargs)
+
+
+async def fetched(queryset: Any) -> list[Any]:
+    """The items of a queryset natively, as `list()` gives them."""
+    if is_djangos(queryset, "__iter__", "__len__", "_fetch_all"):
+        await run(queryset._fetch_all)
+        return list(queryset._result_cache)
+    return await bridge.run(list, queryset)
+
+
+async def _awaited(terminal: _Terminal, queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
+    plan: Any = None
+
+    def find(wrapper: Any) -> Found | None:
+        nonlocal plan
+        if (found := terminal.find(queryset, args, kwargs, wrapper)) is not None:
+            plan = found[0]
+        return found
+
+    if terminal.writes:
+        queryset._for_write = True
+    value = await awaited(queryset.db, find, mode_of(queryset), writes=terminal.writes)
+    return value if value is UNSERVED else terminal.finish(queryset, plan, value)
+
+
+def is_djangos(queryset: Any, *names: str) -> bool:
+    """Whether the class of a queryset leaves these to Django's."""
+    cls: Any = type(queryset)
+    return cls is QuerySet or (
+        issubclass(cls, QuerySet)
+        and all(getattr(cls, name) is getattr(QuerySet, name) for name in names)
+    )
+
+
+# What is executed
+
+
+def _count(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+    if args or kwargs or queryset._result_cache is not None:
+        return None
+    return count_plan(queryset.query, wrapper)
+
+
+def _exists(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+    if args or kwargs or queryset._result_cache is not None:
+        return None
+    return exists_plan(queryset.query, wrapper)
+
+
+def _aggregate(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+    query = queryset.query
+    named = {**kwargs, **{each.default_alias: each for each in args}}
+    if not named or query.distinct_fields:
+        return None
+    if not all(hasattr(each, "resolve_expression") for each in named.values()):
+        return None
+    return aggregate_plan(query.chain(), named, wrapper)
+
+
+def _fetch(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+    if args or kwargs or queryset._result_cache is not None:
+        return None
+    return iterating_plan(queryset, wrapper)
+
+
+def _first(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+    return None if args or kwargs else _one(queryset, "pk", lambda: queryset, wrapper)
+
+
+def _last(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+    return None if args or kwargs else _one(queryset, "-pk", queryset.reverse, wrapper)
+
+
+def _one(queryset: Any, key: str, ordered: Callable[[], Any], wrapper: Any) -> Found | None:
+    query = queryset.query
+    if queryset._result_cache is not None:
+        return None
+    if queryset.ordered:
+        asked = ordered()
+    elif query.default_ordering and not isinstance(query.group_by, tuple):
+        asked = queryset.order_by(key)
+    else:
+        return None
+    return iterating_plan(asked[:1], wrapper)
+
+
+def _get(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+    return None if args else get.awaited_plan(queryset, kwargs, wrapper)
+
+
+def _update(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+    query = queryset.query
+    if args or query.combinator or query.is_sliced or query.distinct_fields or query.annotations:
+        return None
+    update = query.chain(UpdateQuery)
+    update.add_update_values(kwargs)
+    update.order_by = tuple(update.order_by)  # so it is in the key
+    update.clear_select_clause()
+    return plan_for(update, wrapper, compile_write)
+
+
+# What is made of the result
+
+
+def _keep(queryset: Any, plan: Plan, made: list[Any]) -> None:
+    queryset._result_cache = related(queryset, plan, made)
+
+
+def _take_first(queryset: Any, plan: Plan, made: list[Any]) -> Any:
+    return related(queryset, plan, made)[0] if made else None
+
+
+def _take_only(queryset: Any, plan: Plan, made: list[Any]) -> Any:
+    return get.only(queryset, related(queryset, plan, made))
+
+
+def _forget(queryset: Any, plan: Plan, count: int) -> int:
+    queryset._result_cache = None
+    return count
+
+
+_ITERATES = ("query", "_chain", "_clone", "_fetch_all", "__iter__", "__len__", "__getitem__")
+_FILTERS = ("filter", "_filter_or_exclude", "_filter_or_exclude_inplace", "order_by", "_add_hints")
+_ORDERS = ("ordered", "order_by", "reverse", *_ITERATES)
+_METHODS = {
+    "count": _Terminal(_count, lambda queryset, plan, made: int(made[0]), ("query",)),
+    "exists": _Terminal(_exists, lambda queryset, plan, count: count > 0, ("query",)),
+    "aggregate": _Terminal(
+        _aggregate, lambda queryset, plan, made: named_values(plan, made),
+        ("query", "_validate_values_are_expressions"),
+    ),
+    "_fetch_all": _Terminal(_fetch, _keep, ("query",)),
+    "first": _Terminal(_first, _take_first, _ORDERS),
+    "last": _Terminal(_last, _take_first, _ORDERS),
+    "get": _Terminal(_get, _take_only, (*_FILTERS, *_ITERATES)),
+    "update": _Terminal(
+        _update, _forget, ("query", "_not_support_combined_queries"), writes=True
+    ),
+}  # fmt: skip
+_terminals: dict[Any, _Terminal] = {}
+
+
+def install() -> None:
+    """Know these methods as they are now; what is put in their place later is an operation."""
+    _terminals.update({getattr(QuerySet, name): each for name, each in _METHODS.items()})

@@ -1,0 +1,604 @@
+"""Awaited methods of querysets whose statement is known: no operation, and nothing else changes."""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from asgiref.sync import async_to_sync
+from django.db import connections, transaction
+from django.db.models import Count, F, Max, QuerySet, Sum
+from django.db.models.signals import post_init
+from django.db.transaction import TransactionManagementError
+from django.test import override_settings
+from django.test.utils import CaptureQueriesContext
+
+import asyncorm
+from asyncorm import _events, bridge, native
+from tests.cancellation.test_cancellation import by_anyio, by_cancel, by_many_cancels, by_timeout
+from tests.project.myapp.models import Item
+from tests.project.shop.models import Author, Book
+from tests.support import administrator, all_given_back, database, eventually
+
+ALIAS = "few"
+SWAPPED = override_settings(ASYNCORM={"SWAP_MANAGERS": True})
+
+
+@pytest.fixture(autouse=True)
+def _items(shop_data: None, django_db_blocker: Any) -> Iterator[None]:
+    with administrator() as ask, SWAPPED:
+        ask(
+            "INSERT INTO myapp_item (remote_id, name) "
+            "SELECT i, 'name ' || i % 40 FROM generate_series(1, 250) i"
+        )
+        yield
+        ask("TRUNCATE myapp_item")
+
+
+@pytest.fixture
+def few() -> Iterator[str]:
+    """An alias with two connections."""
+    with database(ALIAS, OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
+        yield alias
+
+
+def items() -> Any:
+    return Item.objects.using(ALIAS)
+
+
+def some() -> Any:
+    return items().filter(remote_id__gt=3, name__startswith="name")
+
+
+# The method and its arguments, the queryset, how the method is awaited.
+Call = tuple[Callable[[], Any], str, dict[str, Any]]
+CALLS: dict[str, Call] = {
+    "get": (items, "get", {"remote_id": 7}),
+    "get by two": (items, "get", {"remote_id": 7, "name": "name 7"}),
+    "get after filter": (lambda: items().filter(remote_id=7), "get", {}),
+    "get some": (some, "get", {"remote_id": 7}),
+    "get in": (items, "get", {"remote_id__in": [7]}),
+    "get none": (items, "get", {"remote_id": -7}),
+    "get many": (items, "get", {"name": "name 7"}),
+    "get too many": (items, "get", {"remote_id__gt": 7}),
+    "get values": (lambda: items().values("name"), "get", {"remote_id": 7}),
+    "count": (some, "count", {}),
+    "count of a slice": (lambda: some()[5:9], "count", {}),
+    "count distinct": (lambda: some().values("name").distinct(), "count", {}),
+    "exists": (some, "exists", {}),
+    "exists not": (lambda: items().filter(remote_id=-1), "exists", {}),
+    "aggregate": (some, "aggregate", {"most": Max("remote_id"), "all": Sum("remote_id")}),
+    "aggregate of none": (lambda: items().filter(remote_id=-1), "aggregate", {"n": Max("name")}),
+    "first": (some, "first", {}),
+    "first in order": (lambda: some().order_by("-name", "remote_id"), "first", {}),
+    "first of none": (lambda: items().filter(remote_id=-1), "first", {}),
+    "first values": (lambda: some().values_list("remote_id", flat=True), "first", {}),
+    "last": (some, "last", {}),
+    "last in order": (lambda: some().order_by("name", "remote_id"), "last", {}),
+    "list": (lambda: some().order_by("pk")[:20], "_fetch_all", {}),
+    "long list": (lambda: some().order_by("pk"), "_fetch_all", {}),
+    "values": (lambda: some().order_by("pk").values("pk", "name"), "_fetch_all", {}),
+    "tuples": (lambda: some().order_by("pk").values_list("name"), "_fetch_all", {}),
+    "flat": (lambda: some().order_by("pk").values_list("name", flat=True), "_fetch_all", {}),
+    "named": (lambda: some().order_by("pk").values_list("name", named=True), "_fetch_all", {}),
+    "annotated": (
+        lambda: some().values("name").annotate(n=Count("pk")).order_by("name"), "_fetch_all", {},
+    ),
+    "dividing by zero": (
+        lambda: items().filter(remote_id__gt=1 / (F("remote_id") - 7)).order_by("pk"),
+        "_fetch_all", {},
+    ),
+    "update": (lambda: items().filter(remote_id=7), "update", {"name": "new"}),
+    "update none": (lambda: items().filter(remote_id=-7), "update", {"name": "new"}),
+    "update to a taken key": (lambda: items().filter(remote_id=7), "update", {"remote_id": 8}),
+}  # fmt: skip
+# Django says what is wrong; no statement is sent.
+WRONG: dict[str, Call] = {
+    "no such field": (items, "get", {"no_such": 7}),
+    "no such value": (items, "get", {"remote_id": "seven"}),
+    "get of a slice": (lambda: items().all()[:3], "get", {"remote_id": 7}),
+    "last of a slice": (lambda: items().all()[:3], "last", {}),
+    "update of a slice": (lambda: items().all()[:3], "update", {"name": "new"}),
+    "update of no field": (items, "update", {"no_such": 7}),
+    "no expression": (items, "aggregate", {"n": 7}),
+    "first of groups": (lambda: items().values("name").annotate(n=Count("pk")), "first", {}),
+}
+
+
+async def awaited(call: Call) -> Any:
+    """As an application awaits it."""
+    queryset, name, kwargs = call
+    if name == "_fetch_all":
+        return [each async for each in queryset()]
+    return await getattr(queryset(), f"a{name}")(**kwargs)
+
+
+async def operated(call: Call) -> Any:
+    """As an operation."""
+    queryset, name, kwargs = call
+    if name == "_fetch_all":
+        return await native(list)(queryset())
+    return await native(getattr(queryset(), name))(**kwargs)
+
+
+async def outcome(coroutine: Any) -> Any:
+    """What can be compared of a result or an error."""
+    try:
+        found = await coroutine
+    except Exception as exc:
+        return type(exc), str(exc), type(exc.__cause__)
+    each = found if isinstance(found, list) else [found]
+    states = [(vars(one._state), one.__dict__.keys()) for one in each if isinstance(one, Item)]
+    return found, [type(one) for one in each], str(states)
+
+
+class Statements(_events.Listener):
+    def __init__(self) -> None:
+        self.ended: list[_events.Statement] = []
+
+    def statement_ended(self, statement: _events.Statement) -> None:
+        self.ended.append(statement)
+
+    def __enter__(self) -> "Statements":
+        _events.listen(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _events.unlisten(self)
+
+    @property
+    def seen(self) -> list[Any]:
+        return [
+            (
+                each.alias, each.sql, each.params, each.in_block, each.rows, type(each.error),
+                each.cache, each.by_cursor, each.native, each.pooled,
+            )
+            for each in self.ended
+        ]  # fmt: skip
+
+
+@pytest.fixture
+def operations(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each function was run as an operation, which has a greenlet."""
+    counted: Counter[str] = Counter()
+    run = bridge.run
+
+    def counting(func: Any, *args: Any, **kwargs: Any) -> Any:
+        counted[func.__name__] += 1
+        return run(func, *args, **kwargs)
+
+    monkeypatch.setattr(bridge, "run", counting)
+    return counted
+
+
+# Places
+
+
+@asynccontextmanager
+async def free() -> AsyncIterator[None]:
+    yield
+
+
+@asynccontextmanager
+async def block() -> AsyncIterator[None]:
+    async with asyncorm.atomic(ALIAS):
+        yield
+        asyncorm.set_rollback(True, ALIAS)
+
+
+@asynccontextmanager
+async def nested() -> AsyncIterator[None]:
+    async with block(), asyncorm.atomic(ALIAS):
+        yield
+        asyncorm.set_rollback(True, ALIAS)
+
+
+@asynccontextmanager
+async def kept() -> AsyncIterator[None]:
+    async with asyncorm.connection(ALIAS):
+        await operated(CALLS["count"])
+        yield
+
+
+@asynccontextmanager
+async def beside() -> AsyncIterator[None]:
+    """In a block whose other task's statement runs: this one waits for its turn."""
+    async with block():
+        pausing = asyncio.create_task(pause(0.05))
+        await asyncio.sleep(0)
+        yield
+        await pausing
+
+
+@asynccontextmanager
+async def crowd() -> AsyncIterator[None]:
+    pauses = [asyncio.create_task(pause(0.05)) for _ in range(2)]
+    await eventually(lambda: not asyncorm.pool_stats(ALIAS)["pool_available"])
+    yield
+    await asyncio.gather(*pauses)
+
+
+async def pause(seconds: float) -> None:
+    async with asyncorm.cursor(ALIAS) as cursor:
+        await cursor.execute("SELECT pg_sleep(%s)", [seconds])
+
+
+async def grow() -> None:
+    """Have both connections opened and set up."""
+    await asyncio.gather(pause(0.05), pause(0.05))
+    assert (await all_given_back(ALIAS))["pool_size"] == 2
+
+
+PLACES = {each.__name__: each for each in (free, block, nested, kept, beside, crowd)}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", CALLS)
+async def test_as_an_operation(name: str, place: str, few: str, operations: Counter[str]) -> None:
+    call = CALLS[name]
+    await grow()
+    fails = name == "update to a taken key" or name == "dividing by zero"
+    with override_settings(ASYNCORM={"SWAP_MANAGERS": True}):
+        await outcome(operated(call))  # now it is known
+        restore = Item.objects.using(few).filter(remote_id=7)
+        async with PLACES[place]():
+            with Statements() as expected:
+                before = await outcome(operated(call))
+        await restore.aupdate(name="name 7")
+        async with PLACES[place]():
+            operations.clear()
+            with Statements() as found:
+                after = await outcome(awaited(call))
+            count = operations[call[1]] + operations["list"]
+        await restore.aupdate(name="name 7")
+    assert after == before
+    assert found.seen == expected.seen
+    assert isinstance(after[0], type) is (fails or name in ("get none", "get many", "get too many"))
+    known = [each.cache for each in expected.ended] == ["hit"]
+    alone = place == "crowd" and call[1] == "update"  # which waits for a connection of its own
+    assert count == (not known or alone), known
+    assert known or name == "count of a slice"
+    await all_given_back(few)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", WRONG)
+async def test_errors_of_djangos(name: str, place: str, few: str) -> None:
+    call = WRONG[name]
+    await grow()
+    async with PLACES[place]():
+        expected = await outcome(operated(call))
+        assert await outcome(awaited(call)) == expected
+        assert isinstance(expected[0], type), expected
+        assert await items().acount() == 250  # the block is as it was
+    await all_given_back(few)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+async def test_native_twins_and_managers(swapped: bool, few: str, operations: Counter[str]) -> None:
+    with override_settings(ASYNCORM={"SWAP_MANAGERS": swapped}):
+        manager = Item.objects.db_manager(few)
+        for _ in range(2):
+            operations.clear()
+            assert await manager.native_count() == 250
+            assert (await manager.native_get(remote_id=3)).remote_id == 3
+            assert await manager.filter(remote_id=3).native_exists()
+            assert (await manager.native_first()).pk == (await manager.native_last()).pk - 249
+            assert len(await manager.anative()) == 250
+            assert await manager.native_aggregate(n=Count("pk")) == {"n": 250}
+    assert not operations
+
+
+async def test_the_manager_of_a_relation(operations: Counter[str]) -> None:
+    author = await Author.objects.filter(books__isnull=False).afirst()
+    for _ in range(3):
+        operations.clear()
+        books = [book async for book in author.books.order_by("pk")]
+        assert await author.books.acount() == len(books)
+        first = await author.books.order_by("pk").afirst()
+        assert first == books[0]
+    assert not operations
+    publisher = (
+        await Book.objects.filter(publisher__isnull=False).select_related("publisher").afirst()
+    )
+    for _ in range(2):
+        operations.clear()
+        books = [book async for book in publisher.publisher.books.all()]
+        one = await publisher.publisher.books.aget(pk=books[0].pk)
+        assert all(book.publisher is publisher.publisher for book in [*books, one])
+    assert not operations
+
+
+async def test_what_is_new_is_learnt_by_an_operation(few: str, operations: Counter[str]) -> None:
+    from asyncorm.statements import clear
+
+    clear()
+    for count in (1, 0, 0):
+        operations.clear()
+        assert await some().acount() == 247
+        assert operations["count"] == count
+
+
+@pytest.mark.parametrize("cache", [False, "verify"])
+async def test_the_settings_of_the_cache(cache: Any, few: str, operations: Counter[str]) -> None:
+    with override_settings(ASYNCORM={"SWAP_MANAGERS": True, "STATEMENT_CACHE": cache}):
+        before = asyncorm.statement_cache_stats()["verified"]
+        for name, call in CALLS.items():
+            await outcome(operated(call))
+            operations.clear()
+            expected = await outcome(operated(call))
+            found = await outcome(awaited(call))
+            assert name.startswith("update") or found == expected
+            assert cache or operations[call[1]] + operations["list"] == 2
+        assert (asyncorm.statement_cache_stats()["verified"] > before) is bool(cache)
+
+
+# Who would notice, has an operation
+
+
+class Counting(QuerySet):
+    """Overrides what the methods call."""
+
+    def _fetch_all(self) -> None:
+        super()._fetch_all()
+        self.fetched = True
+
+    def count(self) -> int:
+        return -super().count()
+
+
+async def test_overrides_are_called(few: str, operations: Counter[str]) -> None:
+    queryset = Counting(Item, using=few)
+    for _ in range(2):
+        operations.clear()
+        assert await queryset.acount() == -250
+        all_of_it = queryset.all()
+        assert len([each async for each in all_of_it]) == 250 and all_of_it.fetched
+        assert len(await queryset.all().anative()) == 250
+        assert (await queryset.afirst()).remote_id == 1
+        assert (await queryset.aget(remote_id=1)).remote_id == 1
+        assert await queryset.aexists()
+    assert operations.total() == 5  # not exists()
+
+
+async def test_replaced_methods_are_called(few: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert await items().acount() == 250
+    monkeypatch.setattr(QuerySet, "count", lambda self: "mine")
+    monkeypatch.setattr(QuerySet, "exists", lambda self: "mine")
+    assert (await items().acount(), await items().aexists()) == ("mine", "mine")
+    monkeypatch.undo()
+    assert await items().acount() == 250
+
+
+async def test_signals_of_instances(few: str, operations: Counter[str]) -> None:
+    await items().afirst()
+    seen: list[Any] = []
+
+    def receiver(sender: Any, instance: Any, **kwargs: Any) -> None:
+        assert bridge.in_native_code()
+        seen.append(instance)
+
+    post_init.connect(receiver, sender=Item)
+    try:
+        operations.clear()
+        assert [await items().afirst()] == seen
+        assert operations["first"] == 1
+    finally:
+        post_init.disconnect(receiver, sender=Item)
+
+
+async def test_who_captures_queries_sees_them(few: str) -> None:
+    await items().acount()
+    with CaptureQueriesContext(connections[few]) as captured:
+        assert await items().acount() == 250
+        assert await items().filter(remote_id=1).aupdate(name="x") == 1
+    assert len(captured) == 2
+    calls: list[str] = []
+
+    def wrapper(execute: Any, sql: str, *args: Any) -> Any:
+        calls.append(sql)
+        return execute(sql, *args)
+
+    with connections[few].execute_wrapper(wrapper):
+        assert await items().aexists()
+    assert len(calls) == 1
+
+
+async def test_prefetches_have_an_operation(operations: Counter[str]) -> None:
+    for _ in range(2):
+        operations.clear()
+        async for author in Author.objects.prefetch_related("books"):
+            assert list(author.books.all()) is not None
+        assert operations["_fetch_all"] == 1
+
+
+async def test_evaluated_querysets_ask_nothing(few: str) -> None:
+    queryset = items().order_by("pk")
+    await queryset.anative()
+    with Statements() as statements:
+        assert await queryset.acount() == len(await queryset.anative()) == 250
+        assert await queryset.aexists()
+        assert (await queryset.afirst()).remote_id == 1
+        assert len([each async for each in queryset]) == 250
+    assert not statements.ended
+
+
+async def test_values_that_are_used_up(few: str) -> None:
+    for _ in range(3):
+        assert (await items().aget(remote_id__in=iter([5]))).remote_id == 5
+
+
+@pytest.mark.django_db
+async def test_in_the_transaction_of_a_test(operations: Counter[str]) -> None:
+    for _ in range(2):
+        operations.clear()
+        assert await Book.objects.acount() == await native(Book.objects.count)()
+        assert operations == {"count": 2}
+        await Book.objects.all()[:1].aexists()
+        assert await Book.objects.filter(pk=1).aupdate(title="changed") <= 1
+
+
+def test_in_synchronous_code_with_a_transaction(
+    few: str, operations: Counter[str], django_db_blocker: Any
+) -> None:
+    async def changed() -> int:
+        assert await items().filter(remote_id=5).aexists()
+        return await items().filter(name="changed").acount()
+
+    with django_db_blocker.unblock(), transaction.atomic(few):
+        items().filter(remote_id=5).update(name="changed")
+        for _ in range(3):
+            operations.clear()
+            assert async_to_sync(changed)() == 1
+        assert operations == {}  # as on Django's own backend: in the thread
+        transaction.set_rollback(True, few)
+
+
+# Tasks
+
+
+async def test_a_task_that_outlived_its_block(few: str) -> None:
+    release = asyncio.Event()
+
+    async def late() -> Any:
+        await release.wait()
+        return await items().acount()
+
+    await items().acount()
+    async with asyncorm.atomic(few):
+        task = asyncio.create_task(late())
+        await asyncio.sleep(0)
+    release.set()
+    with pytest.raises(TransactionManagementError, match="has ended"):
+        await task
+
+
+async def test_a_block_is_seen_by_its_tasks_only(few: str) -> None:
+    await grow()
+    counting = lambda: items().filter(name="inside").acount()  # noqa: E731
+    await counting()
+    async with asyncorm.atomic(few):
+        assert await items().filter(remote_id=1).aupdate(name="inside") == 1
+        assert await asyncio.gather(*[counting() for _ in range(5)]) == [1] * 5
+        assert await asyncorm.detached_task(counting()) == 0
+        async with asyncorm.detached():
+            assert await counting() == 0
+        asyncorm.set_rollback(True, few)
+    assert await counting() == 0
+
+
+async def test_an_error_breaks_the_block_as_in_django(few: str) -> None:
+    write = items().filter(remote_id=7)
+    for run in (awaited, operated, awaited):
+        with pytest.raises(TransactionManagementError, match="current transaction"):
+            async with asyncorm.atomic(few):
+                with pytest.raises(Exception, match="duplicate key"):
+                    await run((lambda: write, "update", {"remote_id": 8}))
+                await items().acount()
+    assert await items().acount() == 250
+
+
+async def test_a_lost_connection(few: str, operations: Counter[str]) -> None:
+    """Reads are repeated on another one, writes and what is in a block are not."""
+    await grow()
+    await items().acount()
+    await items().filter(remote_id=7).aupdate(name="x")
+    sleeping = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+        "WHERE application_name = 'few' AND pid <> pg_backend_pid()"
+    )
+    with administrator() as ask:
+        ask("BEGIN")
+        ask("LOCK TABLE myapp_item IN ACCESS EXCLUSIVE MODE")
+        reading = asyncio.create_task(items().acount())
+        writing = asyncio.create_task(items().filter(remote_id=7).aupdate(name="y"))
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'few' "
+            "AND wait_event_type = 'Lock'"
+        )
+        await eventually(lambda: ask(waiting) == 2)
+        ask(sleeping)
+        await asyncio.sleep(0.05)
+        ask("ROLLBACK")
+        assert await reading == 250
+        with pytest.raises(asyncorm.CommitUnknown):
+            await writing
+    await all_given_back(few)
+
+
+async def test_a_pool_that_is_closed(few: str) -> None:
+    await grow()
+    await items().acount()
+    for _ in range(2):
+        counting = [asyncio.create_task(items().acount()) for _ in range(6)]
+        await asyncio.sleep(0)
+        await asyncorm.close_pools(few)
+        found = await asyncio.gather(*counting, return_exceptions=True)
+        assert all(each == 250 or "closed" in str(each) for each in found), found
+        assert await items().acount() == 250
+    await all_given_back(few)
+
+
+async def test_concurrent_use_of_a_kept_connection(few: str) -> None:
+    async with asyncorm.connection(few):
+        assert await items().acount() == await items().acount() == 250
+        pids = {await native(lambda: connections[few].connection.info.backend_pid)()}
+        with Statements() as statements:
+            await items().acount()
+            await items().afirst()
+        assert {each.connection for each in statements.ended} == pids
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("cancelled", [by_cancel, by_many_cancels, by_anyio, by_timeout])
+@pytest.mark.parametrize("name", ["get", "long list", "update"])
+async def test_cancelled_at_every_await(name: str, place: str, cancelled: Any, few: str) -> None:
+    """No connection is lost, and what others do stays right."""
+    call = CALLS[name]
+    await grow()
+    await operated(call)
+
+    async def within() -> None:
+        async with PLACES[place]():
+            await awaited(call)
+
+    busy = (
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'few' AND state <> 'idle'"
+    )
+    with administrator() as ask:
+        for n in range(1, 200):
+            async with asyncio.timeout(60):
+                reached = await asyncio.create_task(cancelled(within(), n))
+            assert (await all_given_back(few))["pool_size"] <= 2
+            await eventually(lambda: not ask(busy))
+            assert await items().acount() == 250
+            if not reached:
+                break
+        else:
+            raise AssertionError("it did not come to its end")
+
+
+async def test_a_coroutine_that_is_dropped(few: str) -> None:
+    """It cannot wait any more: its connection is closed, and the pool has another one."""
+    await grow()
+    await items().acount()
+    for make in (lambda: items().acount(), lambda: some().afirst()):
+        await make()
+        coroutine = make()
+        coroutine.send(None)
+        coroutine.close()
+        await all_given_back(few)
+    assert await asyncio.gather(*[items().acount() for _ in range(5)]) == [250] * 5
+
+
+def test_no_thread_and_no_loop(few: str, django_db_blocker: Any) -> None:
+    """What drives the coroutine by hand is told, as it is of an operation."""
+    before = threading.active_count()
+    with django_db_blocker.unblock():
+        coroutine = items().native_count()
+        with pytest.raises(RuntimeError, match="event loop"):
+            coroutine.send(None)
+    assert threading.active_count() == before
