@@ -13,7 +13,7 @@ BENCH ?= .venv-bench
 DEMO := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest test-next soak soak-requests chaos lint format bench bench-distance bench-loops bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-matrix docs pictures build clean FORCE
+.PHONY: help install demo test test-lowest test-next soak soak-requests chaos lint format bench bench-distance bench-instructions bench-loops bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-matrix docs pictures build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,9 @@ bench: $(BENCH)/.installed  ## measure beside bare drivers and other ORMs (ARGS=
 
 bench-distance: $(VENV)/.installed  ## measure multiplexing, batch() and COPY, near and 2 ms away
 	$(VENV)/bin/python -m compat.bench.distance $(ARGS)
+
+bench-instructions: $(VENV)/.installed  ## count the instructions of operations (valgrind), against the kept ones
+	$(VENV)/bin/python -m compat.bench.instructions $(ARGS)
 
 bench-loops: $(VENV)/.installed  ## measure async_to_sync() of one aget(), against Django's own
 	$(VENV)/bin/python -m compat.bench.loops $(ARGS)
