@@ -189,6 +189,12 @@ DJANGO = (
         "bulk_create() by columns, or by COPY",
         CACHE,
     ),
+    Names(
+        f"{_QUERYSET}:QuerySet",
+        "_extract_model_params _for_write",
+        "get_or_create() outside a block, without a transaction",
+        CACHE,
+    ),
     Names("django.db.models.manager:Manager", "_queryset_class", "a manager's methods"),
     Names(
         _QUERYSET,

@@ -6,9 +6,9 @@ outside native code, they are Django's.
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 - `ModelIterable.__iter__` and those of its siblings, `RawModelIterable.__iter__`, `QuerySet.get`,
-  `QuerySet._prepare_for_bulk_create`, `._batched_insert`, `Model._do_update`, `._do_insert`,
-  `DeleteQuery.delete_batch`, `Query.has_results`, `.get_count`, `.get_aggregation`, `execute_sql`
-  of the compilers: replaced.
+  `.get_or_create`, `._prepare_for_bulk_create`, `._batched_insert`, `Model._do_update`,
+  `._do_insert`, `DeleteQuery.delete_batch`, `Query.has_results`, `.get_count`,
+  `.get_aggregation`, `execute_sql` of the compilers: replaced.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
   the other flags in `_get_plan()`: what the iteration and `get()` depend on.
 - `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
@@ -28,11 +28,12 @@ from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import DeleteQuery
 
 from . import conf, internals, patches, verifying
-from ._hooks import aggregate, get, insert, iterate, switch, terminals, write
+from ._hooks import aggregate, create, get, insert, iterate, switch, terminals, write
 from .statements import clear
 
 _ROWS = "rows are read by a plan of the statement cache"
 _WRITES = "writes take their SQL from the statement cache"
+_ALONE = "outside a block an INSERT needs no transaction of its own"
 _BULK = "bulk_create() takes its values by columns"
 
 
@@ -44,6 +45,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any, str]]:
     raw = query.RawModelIterable
     yield raw, "__iter__", iterate.raw(raw.__iter__), _ROWS
     yield querysets, "get", get.get(querysets.get), _ROWS
+    yield querysets, "get_or_create", create.get_or_create(querysets.get_or_create), _ALONE
     yield Query, "has_results", aggregate.has_results(Query.has_results), _ROWS
     yield Query, "get_count", aggregate.get_count(Query.get_count), _ROWS
     yield Query, "get_aggregation", aggregate.get_aggregation(Query.get_aggregation), _ROWS

@@ -1,0 +1,143 @@
+"""`get_or_create()` outside a block: no transaction around what is one INSERT.
+
+Django has a savepoint there, so that a failed INSERT does not abort a transaction around it; with
+none around, that is BEGIN and COMMIT. An INSERT is undone by itself when it fails. So it is sent
+alone where nothing else can happen inside: no receivers of signals, no parents, no methods, fields
+or defaults that others have made.
+"""
+
+from __future__ import annotations
+
+import functools
+from enum import EnumMeta
+from operator import itemgetter
+from types import FunctionType
+from typing import Any
+
+from django.db import IntegrityError, models, transaction
+from django.db.models import NOT_PROVIDED, Manager, QuerySet
+from django.db.models.base import ModelBase
+from django.db.models.signals import post_init, post_save, pre_init, pre_save
+from django.db.models.utils import resolve_callables
+from greenlet import getcurrent
+
+from ..bridge import Runner
+from ..columnar import PRE_SAVES
+from ..grounds import Ground, is_anothers
+from ..shapes import Unfit
+from ..statements import UNPLANNED, learn, recall
+from .get import PLAIN_VALUES
+from .switch import native_wrapper
+
+_SIGNALS = (pre_init, post_init, pre_save, post_save)
+_VALUES = PLAIN_VALUES | {type(None), bool, bytes, dict, list}
+# Methods of a model that `create()` does not call.
+_UNCALLED = {
+    "__str__", "__repr__", "__eq__", "__hash__", "__reduce__", "__getstate__", "__setstate__",
+    "check", "clean", "clean_fields", "full_clean", "validate_unique",
+    "validate_constraints", "unique_error_message", "date_error_message", "get_constraints",
+    "delete", "adelete", "refresh_from_db", "arefresh_from_db", "asave", "from_db",
+    "serializable_value", "prepare_database_save",
+}  # fmt: skip
+_CALLED = {
+    name for name, value in vars(models.Model).items() if isinstance(value, FunctionType | property)
+} - _UNCALLED | {"__new__", "__setattr__", "__getattribute__", "__getattr__"}  # fmt: skip
+_METHODS = sorted(_CALLED & vars(models.Model).keys() - {"_do_insert", "_do_update"})
+_methods = itemgetter(*_METHODS)
+_DJANGOS = _methods(vars(models.Model))
+# Where callables come from that do nothing but make a value.
+_MODULES = {"builtins", "datetime", "decimal", "uuid", "random", "secrets", "django.utils.timezone"}
+
+
+def get_or_create(original: Any) -> Any:
+    """`QuerySet.get_or_create()`."""
+
+    @functools.wraps(original)
+    def get_or_create(self: Any, defaults: Any = None, **kwargs: Any) -> Any:
+        if type(getcurrent()) is not Runner:
+            return original(self, defaults, **kwargs)
+        self._for_write = True
+        try:
+            return self.get(**kwargs), False
+        except self.model.DoesNotExist:
+            params = self._extract_model_params(defaults, **kwargs)
+            try:
+                if _is_outside(self.db) and _inserts_alone(self, params):
+                    return self.create(**params), True
+                with transaction.atomic(using=self.db):
+                    params = dict(resolve_callables(params))
+                    return self.create(**params), True
+            except IntegrityError:
+                try:
+                    return self.get(**kwargs), False
+                except self.model.DoesNotExist:
+                    pass
+                raise
+
+    return get_or_create
+
+
+def _is_outside(using: str) -> bool:
+    """Whether no transaction is open, and nobody wants to see each statement, BEGIN too."""
+    wrapper = native_wrapper(using)
+    return wrapper is not None and not (
+        wrapper.in_atomic_block
+        or wrapper.session.root is not None
+        or (wrapper.connection is not None and not wrapper.autocommit)
+        or wrapper.watched
+    )
+
+
+def _inserts_alone(queryset: Any, params: dict[str, Any]) -> bool:
+    """Whether `create()` there is one INSERT, and nobody else's code runs around it."""
+    model = queryset.model
+    if (
+        type(queryset).create is not QuerySet.create
+        or _methods(vars(models.Model)) != _DJANGOS
+        or any(signal.has_listeners(model) for signal in _SIGNALS)
+    ):
+        return False
+    key = QuerySet.get_or_create, model
+    known = recall(key)
+    if known is UNPLANNED:
+        known = learn(key, model, functools.partial(_looked_at, model))
+    return known is not None and known.issuperset(params) and all(map(_is_plain, params.values()))
+
+
+def _looked_at(model: Any) -> tuple[frozenset[str], Ground]:
+    """The names of the fields whose values make an instance and nothing else."""
+    opts = model._meta
+    fields = opts.concrete_fields
+    own = model.__mro__[: model.__mro__.index(models.Model)]
+    if (
+        type(model) is not ModelBase
+        or opts.all_parents
+        or opts.order_with_respect_to
+        or type(opts.base_manager) is not Manager
+        or any(map(is_anothers, _DJANGOS))
+        or any(not _CALLED.isdisjoint(vars(cls)) for cls in own)
+        or not all(map(_is_djangos, fields))
+    ):
+        raise Unfit
+    names = frozenset(name for field in fields for name in (field.name, field.attname))
+    return names, Ground((), [model])
+
+
+def _is_djangos(field: Any) -> bool:
+    """Whether a field does nothing but give its value, or a default that does nothing else."""
+    default = field.default
+    return (
+        type(field).__module__.startswith("django.")
+        and type(field).pre_save in PRE_SAVES
+        and not vars(field).keys() & {"pre_save", "get_db_prep_save", "get_default"}
+        and (
+            default is NOT_PROVIDED
+            or not callable(default)
+            or getattr(default, "__module__", "") in _MODULES
+        )
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    cls = type(value)
+    return cls in _VALUES or (isinstance(cls, ModelBase | EnumMeta) and not callable(value))
