@@ -191,7 +191,7 @@ DJANGO = (
     ),
     Names(
         f"{_QUERYSET}:QuerySet",
-        "_extract_model_params _for_write",
+        "_extract_model_params",
         "get_or_create() outside a block, without a transaction",
         CACHE,
     ),
