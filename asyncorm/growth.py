@@ -70,13 +70,17 @@ class GrowingPool(UpkeptPool[C]):
 
     Attributes:
         several_hosts: another server may take the place of one that is away.
+        stood_in: others have what it has; nobody waits for one that is away.
     """
 
     live: set[C]
 
-    def __init__(self, *args: Any, several_hosts: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, several_hosts: bool = False, stood_in: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.several_hosts = several_hosts
+        self.stood_in = stood_in
         self._had_one = False
         self._away_since: float | None = None
         self._pause = 0.0  # the last one between two attempts
@@ -96,7 +100,11 @@ class GrowingPool(UpkeptPool[C]):
         text = str(exc)
         if _LASTING.search(text):
             return False
-        if _FULL.search(text) or _PASSING.search(text):
+        if _FULL.search(text):
+            return True
+        if self.stood_in:
+            return False
+        if _PASSING.search(text):
             return True
         if _CUT.search(text):  # by a proxy that has no server now
             return self.several_hosts or self._had_one

@@ -22,7 +22,7 @@ from psycopg import pq
 from . import _events, bridge
 from ._wire.cancelling import CANCEL_TIMEOUT, finish
 from ._wire.settings import reported
-from ._wire.statement import Command, Statement, Unanswered
+from ._wire.statement import Command, Statement, Unanswered, Unsent
 from ._wire.texts import is_read as is_read  # others look for these here
 from ._wire.texts import is_single as is_single
 from .bridge import Runner
@@ -318,6 +318,8 @@ class Queue:
                 self._give_all(runner, together)
                 for request in requests[: pipeline.sent]:
                     _fail(request.future, self._in_doubt(exc, request.command.text))
+            if isinstance(exc, psycopg.OperationalError) and not self._source.in_order:
+                raise Unsent.of(exc) from exc
             raise
         finally:
             looking.end()

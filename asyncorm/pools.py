@@ -17,12 +17,12 @@ import psycopg
 from django.core.exceptions import ImproperlyConfigured
 from psycopg_pool import PoolClosed, PoolTimeout
 
-from . import between, bridge, conf
+from . import between, bridge, conf, elsewhere
 from ._pool import refusals, registry
 from ._pool.connection import PooledConnection
 from ._pool.options import pool_options
 from ._pool.pool import ConnectionPool
-from ._pool.refusals import PoolRefusal, Retired, Suspicion, holders, suspicion
+from ._pool.refusals import PoolRefusal, Retired, Suspicion, Unreachable, holders, suspicion
 from ._pool.registry import (
     add,
     close_pools,
@@ -247,7 +247,7 @@ class Pool:
                 "for a connection."
             ) from exc
         except psycopg.OperationalError as exc:
-            raise psycopg.OperationalError(
+            raise Unreachable(
                 f"Cannot connect to database {self.alias!r} ({self.description}): "
                 f"{str(exc).strip()}\n"
                 f"Check that the server runs and that DATABASES[{self.alias!r}] is right."
@@ -367,6 +367,7 @@ class Pool:
                     # (growth.py; psycopg #1315).
                     reconnect_timeout=0.0,
                     several_hosts="," in self.host,
+                    stood_in=self.alias in elsewhere.stood_in,
                     target=self.settings_dict["OPTIONS"].get("target_session_attrs"),
                     **callbacks,
                     **{"name": f"asyncorm-{self.alias}", **options},

@@ -14,13 +14,14 @@ from django.db import OperationalError
 from psycopg.pq import Format
 
 from .. import _events, conf, sessions
-from .._wire.statement import Statement, Unanswered
+from .._wire.statement import Statement, Unanswered, Unsent
 from ..backends.cursors import has_djangos_cursors
 from ..driver import SLICE, Connection
 from ..pools import Pool
 from ..turns import Turns
 from .plan import Plan, djangos
 
+_LOST = (Unanswered, Unsent)
 _TIMESTAMPTZ, _TEXT_FORMAT = 1184, Format.TEXT
 
 
@@ -102,8 +103,8 @@ def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any,
 
 
 def may_repeat(plan: Plan, exc: Exception) -> bool:
-    """Whether a statement that failed so is executed again: outside a block, its answer lost."""
-    lost = type(exc) is Unanswered or type(exc.__cause__) is Unanswered
+    """Whether a statement is executed again that failed so: its connection was lost."""
+    lost = isinstance(exc, _LOST) or isinstance(exc.__cause__, _LOST)
     return lost and plan.only_reads and bool(conf.get("RETRY_READS"))
 
 

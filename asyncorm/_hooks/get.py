@@ -8,12 +8,13 @@ import functools
 import uuid
 from typing import Any
 
+from django.db import OperationalError
 from django.db.models import Model, query
 from django.db.models.query import MAX_GET_RESULTS
 from django.db.models.sql.query import Query
 from greenlet import getcurrent
 
-from .. import bridge, grounds, rows, verifying
+from .. import bridge, elsewhere, grounds, rows, verifying
 from .._cache.awaited import Found
 from .._cache.execute import items
 from .._cache.plan import Plan
@@ -69,7 +70,10 @@ def get(original: Any) -> Any:
 
     def get(self: Any, *args: Any, **kwargs: Any) -> Any:
         if type(getcurrent()) is Runner and kwargs and not args:
-            found = _got(self, kwargs)
+            try:
+                found = _got(self, kwargs)
+            except OperationalError as exc:
+                return elsewhere.again(self, exc, lambda: original(self, *args, **kwargs))
             if found is not None:
                 return only(self, found)
         return original(self, *args, **kwargs)

@@ -7,11 +7,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from django.db import OperationalError
 from django.db.models import query
 from django.db.models.lookups import Lookup
 from psycopg.types.numeric import Int2, Int4, Int8
 
-from .. import columnar, grounds, rows, verifying
+from .. import columnar, elsewhere, grounds, rows, verifying
 from .._cache.execute import items
 from .._cache.plan import Plan
 from ..grounds import Ground
@@ -70,7 +71,12 @@ def by_keys(
         key, plan, params, 0, lambda: compile_instances(narrow().query, wrapper)
     ):
         return None
-    return items(plan, params, 0, wrapper, mode)
+    try:
+        return items(plan, params, 0, wrapper, mode)
+    except OperationalError as exc:
+        if not elsewhere.gone(queryset, exc):
+            raise
+        return None
 
 
 def _plan_keys(

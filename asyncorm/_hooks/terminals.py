@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from django.db import OperationalError
 from django.db.models.query import QuerySet
 from django.db.models.sql.subqueries import UpdateQuery
 
-from .. import bridge
+from .. import bridge, elsewhere
 from .._cache.awaited import UNSERVED, Found, awaited
 from .._cache.plan import Plan
 from ..statements import plan_for
@@ -72,7 +73,12 @@ async def _awaited(terminal: _Terminal, queryset: Any, args: _Arguments, kwargs:
 
     if terminal.writes:
         queryset._for_write = True
-    value = await awaited(queryset.db, find, mode_of(queryset), writes=terminal.writes)
+    try:
+        value = await awaited(queryset.db, find, mode_of(queryset), writes=terminal.writes)
+    except OperationalError as exc:
+        if terminal.writes or not elsewhere.gone(queryset, exc):
+            raise
+        return UNSERVED
     return value if value is UNSERVED else terminal.finish(queryset, plan, value)
 
 
@@ -196,3 +202,10 @@ _terminals: dict[Any, _Terminal] = {}
 def install() -> None:
     """Know these methods as they are now; what is put in their place later is an operation."""
     _terminals.update({getattr(QuerySet, name): each for name, each in _METHODS.items()})
+    elsewhere.replaced = _know_as
+
+
+def _know_as(original: Any, by: Any) -> None:
+    """What does the same as a method that is known is known, too."""
+    if original in _terminals:
+        _terminals[by] = _terminals[original]

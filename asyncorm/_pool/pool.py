@@ -21,7 +21,7 @@ from psycopg import pq
 from psycopg_pool.pool_async import AddConnection, ReturnConnection
 
 from .._wire.cancelling import CANCEL_TIMEOUT
-from ..growth import GrowingPool
+from ..growth import GrowingPool, is_away
 from ..roles import ASK, STANDBY_WANTED, Role, contradicts
 from ..upkeep import Cancelled
 from .connection import MADE, PooledConnection
@@ -61,7 +61,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
             raise Cancelled from None
         except Exception as exc:
             self.connect_error = exc
-            if not self.live and not self.passes(exc):
+            if not self.passes(exc) and (not self.live or (self.stood_in and is_away(exc))):
                 await self._fail_waiting(exc)
             raise
         self.connect_error = None

@@ -63,6 +63,10 @@ class PoolRefusal(psycopg.OperationalError):
     """A task may not wait for a connection: the message says why."""
 
 
+class Unreachable(psycopg.OperationalError):
+    """There is no connection, and none can be made: the message says why."""
+
+
 class Retired(psycopg.OperationalError):
     """The pool was replaced, as settings changed, while a task waited for a connection of it."""
 
@@ -98,13 +102,13 @@ def exhausted(pool: Any, conns: Any) -> psycopg.OperationalError:
     reason = conns.connect_error
     if not conns.live:
         if reason is None:
-            return psycopg.OperationalError(
+            return Unreachable(
                 f"Cannot connect to database {pool.alias!r} ({pool.description}): no answer "
                 f"within {seconds:g} s. Check that the "
                 f"server can be reached; OPTIONS['connect_timeout'] makes it fail sooner."
                 + see("deployment#when-things-fail")
             )
-        return psycopg.OperationalError(
+        return Unreachable(
             f"Cannot connect to database {pool.alias!r} ({pool.description}) for {seconds:g} "
             f"s: {str(reason).strip()}\n{_FULL if is_full(reason) else _AWAY}"
         )

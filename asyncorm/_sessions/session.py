@@ -228,14 +228,20 @@ class Session(StatementLock):
     def give_up_lost(self) -> bool:
         """Give back a connection that was lost with a statement outside transactions, to have
         another; False if somebody would miss what it had."""
-        conn = self.wrapper.connection
-        if self.kept:
+        if self.is_needed:
             return False
+        conn = self.wrapper.connection
         if conn is not None and not conn.unsettled:
-            if not conn.closed or self._has_state(conn):
+            if not conn.closed:
                 return False
             self.detach()
         return True
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the next statement may need this very session."""
+        conn = self.wrapper.connection
+        return self.kept or (conn is not None and not conn.unsettled and self._has_state(conn))
 
     def drop_taken(self) -> None:
         """Close and give back a connection that was checked out in vain."""

@@ -40,6 +40,17 @@ class Unanswered(psycopg.OperationalError):
         return unanswered
 
 
+class Unsent(psycopg.OperationalError):
+    """The connection was lost before a statement was sent: the server has not executed it."""
+
+    @classmethod
+    def of(cls, exc: BaseException) -> Unsent:
+        """What to raise for an error of a connection that is lost."""
+        unsent = cls(f"The connection was lost before this statement was sent. {exc}")
+        unsent.__cause__ = exc
+        return unsent
+
+
 def text_of(query: Any) -> str:
     """The SQL of what psycopg takes for a query."""
     if isinstance(query, str):

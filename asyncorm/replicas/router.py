@@ -13,7 +13,8 @@ from django.db import DEFAULT_DB_ALIAS, connections, router
 
 from .. import bridge, conf, pools, sessions
 from .._sessions.scopes import find_scope
-from . import positions
+from . import again, positions
+from .again import avoided, chosen
 from .watching import Replica, Watcher
 
 
@@ -55,11 +56,17 @@ class ReplicaRouter:
         self.watcher = Watcher(primary, replicas, max_lag)
         self._ours = {primary, *replicas}
         positions.follow([primary])
+        again.follow(self.watcher)
 
     # What Django asks
 
     def db_for_read(self, model: Any, **hints: Any) -> str | None:
         """Where to read."""
+        alias = self._db_for_read(model, hints)
+        chosen.set(alias)
+        return alias
+
+    def _db_for_read(self, model: Any, hints: dict[str, Any]) -> str | None:
         instance = hints.get("instance")
         stands = None if instance is None else instance._state.db
         if stands is not None and stands not in self._ours:
@@ -130,11 +137,16 @@ class ReplicaRouter:
         needed = watcher.needed(need)
         if needed is None:
             return None
-        known = watcher.replicas
+        known, avoid = watcher.replicas, avoided.get()
         before = stands or (need.replica or {}).get(self.primary)
         if before is not None and (replica := known.get(before)) is not None:
-            return replica if watcher.fits(replica, needed) and not _refuses(before) else None
-        fit = [each for each in known.values() if watcher.fits(each, needed)]
+            fits = watcher.fits(replica, needed) and before not in avoid
+            return replica if fits and not _refuses(before) else None
+        fit = [
+            each
+            for alias, each in known.items()
+            if watcher.fits(each, needed) and alias not in avoid
+        ]
         while fit:
             replica = fit.pop(random.randrange(len(fit)))
             if not _refuses(replica.alias):

@@ -50,6 +50,7 @@ class Replica:
         fresh: until when (`monotonic()`) it has everything.
         problem: why it cannot be used, None if nothing speaks against it.
         reads: how many were sent there.
+        left: when somebody last found it gone; what it was asked before does not count.
     """
 
     def __init__(self, alias: str) -> None:
@@ -59,6 +60,7 @@ class Replica:
         self.fresh = float("-inf")
         self.problem: str | None = "not asked yet"
         self.reads = 0
+        self.left = float("-inf")
 
 
 class Watcher:
@@ -221,6 +223,8 @@ class Watcher:
     def _see_replica(self, alias: str, asked: float, row: Any) -> None:
         standby, server, replayed = row
         replica = self.replicas[alias]
+        if asked < replica.left:
+            return
         replica.server, replica.replayed = server, replayed
         problem = None
         if not standby:
@@ -231,6 +235,12 @@ class Watcher:
             at = bisect_right(self._positions, replayed)
             replica.fresh = self._times[at - 1] if at else float("-inf")
         self._judge(replica, problem)
+
+    def leave(self, alias: str, why: str) -> None:
+        """Not have a replica read until it answers again; from whichever thread."""
+        replica = self.replicas[alias]
+        replica.left = monotonic()
+        self._judge(replica, why)
 
     def _lose(self, alias: str, why: str) -> None:
         if alias in self.replicas:
