@@ -20,6 +20,8 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from greenlet import getcurrent, greenlet
 
+from .pages import see
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -131,7 +133,7 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         raise RuntimeError(
             "asyncorm runs native code on a running asyncio event loop, and there is none here. "
             "Await it in a coroutine that asyncio runs, for instance by asyncio.run(); synchronous "
-            "code calls the ORM without native()."
+            "code calls the ORM without native()." + see("short-loops#celery-commands-wsgi-scripts")
         ) from None
     runners = _idle.runners
     runner = runners.pop() if runners else _new_runner()
@@ -218,6 +220,7 @@ class native(Generic[P, T]):
             raise TypeError(
                 f"native() takes a synchronous callable, not {func!r}; "
                 "a coroutine function is awaited as it is."
+                + see("native-code#as-a-decorator-and-back")
             )
         self.func = func
         functools.update_wrapper(self, func)
@@ -268,6 +271,7 @@ def await_(awaitable: Awaitable[T]) -> T:
         raise RuntimeError(
             "await_() works only in synchronous code that asyncorm runs natively: start it "
             "with 'await asyncorm.native(function)(...)'. In a coroutine use 'await'."
+            + see("native-code#as-a-decorator-and-back")
         )
     for find in before_await:
         find(runner)

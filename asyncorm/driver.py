@@ -30,6 +30,7 @@ from ._wire.locks import NO_LOCK
 from ._wire.settings import kept, reported
 from ._wire.statement import STALE, Command, Statement, Unanswered, checked, sent
 from .bridge import Runner, deliver
+from .pages import see
 from .session_state import leaves_state as leaves_state  # others look for it here
 from .turns import BUSY as _BUSY
 from .turns import turn
@@ -155,7 +156,7 @@ class Connection(CancellableConnection):
             gen.close()
             raise psycopg.InterfaceError(
                 "A native connection was used outside native code: use 'await "
-                "asyncorm.native(function)(...)'."
+                "asyncorm.native(function)(...)'." + see("debugging#it-raises")
             )
         if runner.cancelled is not None:
             deliver(runner)

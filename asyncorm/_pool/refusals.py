@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import psycopg
 
-from ..advice import see
 from ..growth import is_full
+from ..pages import see
 
 _FULL = (
     "The server refuses more connections: give it a larger max_connections, or the pools of all "

@@ -14,6 +14,7 @@ from greenlet import getcurrent
 from psycopg.pq import TransactionStatus
 
 from ..bridge import Runner
+from ..pages import see
 from .scopes import find_scope
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ class StatementLock:
     def _entitled(self, runner: Any) -> Block | None:
         """The block whose lock a statement takes; an error if the session is not `runner`'s."""
         if type(runner) is not Runner:
-            raise InterfaceError("A native connection was used outside native code.")
+            raise InterfaceError(
+                "A native connection was used outside native code." + see("debugging#it-raises")
+            )
         if self.root is None:
             if runner.resources.get(self.alias) is self or runner.lead is self:
                 return None
@@ -94,7 +97,7 @@ class StatementLock:
             return block
         raise InterfaceError(
             f"A connection or cursor of database {self.alias!r} was used outside the operation "
-            "or transaction block that it belongs to."
+            "or transaction block that it belongs to." + see("debugging#it-raises")
         )
 
     def __enter__(self) -> None:
@@ -111,6 +114,7 @@ class StatementLock:
         elif self.holder is not None:
             raise InterfaceError(
                 f"Two tasks used one connection of database {self.alias!r} at the same time."
+                + see("debugging#it-raises")
             )
         self.hold(runner, block)
 

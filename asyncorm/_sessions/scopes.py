@@ -21,9 +21,9 @@ from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
 
 from .. import bridge, generators
-from ..advice import see
 from ..bridge import Runner
 from ..generators import Place
+from ..pages import see
 from ..tasks import represented
 from .leaving import discard_all, later, let_go
 

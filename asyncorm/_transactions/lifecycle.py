@@ -24,6 +24,7 @@ from .._sessions.blocks import Block
 from .._sessions.session import Session
 from .._wire.cancelling import CANCEL_TIMEOUT
 from ..bridge import Runner
+from ..pages import see
 from .characteristics import Characteristics
 
 logger = logging.getLogger("asyncorm")
@@ -57,7 +58,10 @@ def leave(
         return
     block = session.innermost()
     if block is None:
-        raise TransactionManagementError("A transaction block is left by a task that is not in it.")
+        raise TransactionManagementError(
+            "A transaction block is left by a task that is not in it."
+            + see("transactions#tasks-inside-a-block")
+        )
     leave_block(runner, block, atomic, exc_type, exc, traceback)
 
 
@@ -135,7 +139,7 @@ def enter_block(
     if parent is None and session.root is not None:
         raise TransactionManagementError(
             f"The connection is in the transaction block that began at {session.root.origin}, in "
-            "which this task is not."
+            "which this task is not." + see("transactions#tasks-inside-a-block")
         )
     if parent is not None:
         parent.acquire()
@@ -217,6 +221,7 @@ def leave_block(
             f"The transaction block that began at {block.origin} was rolled back: a statement in "
             "it failed or was cancelled, and the exception was caught inside the block. Put such a "
             "statement into a nested asyncorm.atomic() and catch the exception around that."
+            + see("transactions#transactions-and-tasks")
         ) from (block.cancelled or block.rollback_exc)
     if wrapper.hooks_due:
         _run_commit_hooks(runner, wrapper)
@@ -230,7 +235,9 @@ def reserved(session: Session, origin: str) -> Iterator[None]:
     runner = bridge.current()
     parent = session.innermost()
     if runner is None or parent is None:
-        raise TransactionManagementError("The task is not in a transaction block.")
+        raise TransactionManagementError(
+            "The task is not in a transaction block." + see("transactions#tasks-inside-a-block")
+        )
     parent.acquire()
     if parent.needs_rollback:
         parent.lock.release()
