@@ -12,8 +12,7 @@ import functools
 import inspect
 import threading
 from asyncio import CancelledError, get_running_loop
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from sys import getrecursionlimit, setrecursionlimit
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
@@ -298,17 +297,22 @@ def wait_for(runner: Runner, awaitable: Awaitable[T]) -> T:
     return cast(T, runner.parent.switch(awaitable))  # type: ignore[union-attr]
 
 
-@contextmanager
-def shield(runner: Runner) -> Iterator[None]:
+class shield:
     """Let the statements inside finish when the task is cancelled.
 
     The cancellation is kept in `runner.cancelled`; `deliver()` raises it.
     """
-    runner.shields += 1
-    try:
-        yield
-    finally:
-        runner.shields -= 1
+
+    __slots__ = ("_runner",)
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def __enter__(self) -> None:
+        self._runner.shields += 1
+
+    def __exit__(self, *exc: object) -> None:
+        self._runner.shields -= 1
 
 
 def deliver(runner: Runner) -> None:

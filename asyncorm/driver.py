@@ -149,6 +149,14 @@ class Connection(CancellableConnection):
             raise psycopg.OperationalError(CLOSED)
         yield from super()._check_intrans_gen(attribute)
 
+    def set_autocommit(self, value: bool) -> None:
+        """psycopg's; at once where it would send nothing, as twice for each block."""
+        with self.lock:
+            if self.pgconn.transaction_status == _IDLE and not self._pipeline:
+                self._autocommit = bool(value)
+            else:
+                super().set_autocommit(value)
+
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run one of psycopg's generators: where it would block, other tasks run."""
         runner = getcurrent()

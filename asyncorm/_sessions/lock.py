@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from asyncio import CancelledError
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -138,12 +137,27 @@ class StatementLock:
                 held, self._held = self._held, None
                 held.lock.release()
 
-    @contextmanager
-    def acting_for(self, runner: Runner, block: Block) -> Iterator[None]:
+    def acting_for(self, runner: Runner, block: Block) -> AbstractContextManager[None]:
         """Statements inside enter or leave `block`; the caller holds the lock for that."""
-        self.holder, self.acting, self._depth = runner, block, 1
-        try:
-            yield
-        finally:
-            self.holder, self.acting, self._depth = None, None, 0
+        return _Acting(self, runner, block)
+
+    def act(self, runner: Runner | None, block: Block | None) -> None:
+        """Have statements of a greenlet enter or leave a block from now on, or none any more."""
+        self.holder, self.acting, self._depth = runner, block, int(runner is not None)
+        if runner is None:
             self.active = monotonic()
+
+
+class _Acting:
+    """What `acting_for()` returns."""
+
+    __slots__ = ("_block", "_lock", "_runner")
+
+    def __init__(self, lock: StatementLock, runner: Runner, block: Block) -> None:
+        self._lock, self._runner, self._block = lock, runner, block
+
+    def __enter__(self) -> None:
+        self._lock.act(self._runner, self._block)
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.act(None, None)

@@ -155,7 +155,7 @@ def enter_block(
         with bridge.shield(runner), session.acting_for(runner, block):
             if characteristics is not None:
                 characteristics.before()
-            _enter_django(atomic)
+            _by_django(runner, block, _enter_django, atomic)
             if characteristics is not None:
                 try:
                     characteristics.after(block)
@@ -205,7 +205,7 @@ def leave_block(
                 if lost:
                     block.needs_rollback = True
                 rolled_back = exc_type is not None or block.needs_rollback
-                _exit_django_well(block, atomic, exc_type, exc, traceback)
+                _exit_django_well(runner, block, atomic, exc_type, exc, traceback)
                 if block.event is not None:
                     block.event.end(rolled_back)
     finally:
@@ -255,14 +255,26 @@ def reserved(session: Session, origin: str) -> Iterator[None]:
         _close_block(runner, block)
 
 
-def _exit_django_well(block: Block, atomic: DjangoAtomic, *exc: Any) -> None:
+def _by_django(runner: Runner, block: Block, method: Any, *args: Any) -> None:
+    """What Django does of a block. It asks for its connection again and again: for a transaction,
+    whose BEGIN and COMMIT nobody else's code sees, that is known."""
+    lead = runner.lead
+    if lead is None and block.outermost:
+        runner.lead = block.session
+    try:
+        method(*args)
+    finally:
+        runner.lead = lead
+
+
+def _exit_django_well(runner: Runner, block: Block, atomic: DjangoAtomic, *exc: Any) -> None:
     if block.characteristics is not None and exc[0] is None and not block.needs_rollback:
         try:
             block.characteristics.restore()
         except DatabaseError as error:
             _exit_django(atomic, type(error), error, error.__traceback__)
             raise
-    _exit_django(atomic, *exc)
+    _by_django(runner, block, _exit_django, atomic, *exc)
 
 
 def _run_commit_hooks(runner: Runner, wrapper: Any) -> None:
