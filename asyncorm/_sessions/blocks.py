@@ -221,10 +221,21 @@ class Block:
             block.needs_rollback = True
             block.rollback_exc = block.cancelled = exc
             block = block.inner
+        taken = False
+
+        async def take() -> None:
+            nonlocal taken
+            await self.lock.acquire()
+            taken = True
+
         conn = self.session.wrapper.connection
-        turn = self.lock.acquire() if conn is None else conn.stop_others(self.lock.acquire)
+        turn = take() if conn is None else conn.stop_others(take)
         task = get_running_loop().create_task(turn, context=Context())
-        return await finish(task, CANCEL_TIMEOUT) and task.exception() is None
+        if await finish(task, CANCEL_TIMEOUT) and task.exception() is None:
+            return True
+        if taken:  # and the connection was lost then: those who wait must hear of it
+            self.lock.release()
+        return False
 
     def force_end(self) -> None:
         """Have it end, with the blocks of other tasks in it: the connection is closed."""

@@ -829,6 +829,35 @@ async def test_a_block_that_is_cancelled_does_not_wait_for_a_childs_statement(
     await healthy(alias, watch)
 
 
+async def test_a_block_that_is_cancelled_as_a_childs_statement_loses_the_connection(
+    alias: str, watch: Watch
+) -> None:
+    def end() -> None:
+        with connections[alias].cursor() as cursor:
+            cursor.execute(
+                "DO $$ BEGIN PERFORM pg_sleep(600); EXCEPTION WHEN query_canceled THEN"
+                " PERFORM pg_sleep(0.3), pg_terminate_backend(pg_backend_pid()); END $$"
+            )
+
+    async def child() -> None:
+        with pytest.raises(OperationalError):
+            await asyncorm.native(end)()
+        async with asyncorm.atomic(alias):  # waits for the lock
+            await add(alias, "late")
+
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncorm.atomic(alias):
+            await add(alias, "lost")
+            task = asyncio.create_task(child())
+            await asyncio.sleep(0)  # its statement is on its way
+            raise asyncio.CancelledError
+    with pytest.raises(transaction.TransactionManagementError, match="has ended"):
+        async with asyncio.timeout(PATIENCE):
+            await task
+    assert watch.rows() == []
+    await healthy(alias, watch)
+
+
 @pytest.mark.parametrize("how", ["cancelled", "LOCK_TIMEOUT"])
 @pytest.mark.parametrize("kind", ["asyncorm", "empty", "native"])
 async def test_a_childs_block_that_does_not_end_is_ended_by_force(

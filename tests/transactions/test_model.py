@@ -10,12 +10,14 @@ import asyncio
 import os
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
 
 import pytest
+from django.contrib.auth.models import Group, Permission, User
 from django.db import (
     IntegrityError,
     InterfaceError,
@@ -23,7 +25,7 @@ from django.db import (
     connection,
     transaction,
 )
-from django.db.models import Value
+from django.db.models import Func, IntegerField, Prefetch, Value
 from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -66,6 +68,7 @@ SETTINGS = (
     "statement_timeout = '25s'", "standard_conforming_strings = off", "extra_float_digits = 0",
     "bytea_output = 'escape'", "work_mem = '1MB'", "ROLE asyncorm_model", "ROLE asyncorm_model",
 )  # fmt: skip
+KILL = "SELECT asyncorm_model_kill()"  # whatever the role
 
 
 class Boom(Exception):
@@ -81,7 +84,9 @@ class Do:
     constraint), boom, hook (on_commit), rollback (set_rollback), detached (add outside the block),
     alter (SET LOCAL), apart (outside the block, which must see nothing of that), large (a value),
     leave (a generator that adds in a nested block, and is left before that ends), apart_left (the
-    same outside the block).
+    same outside the block), prefetch (two relations, on the block's connection), apart_prefetch
+    (where they may have others), kill (the block's server process), apart_killed (that of a block
+    of its own, outside).
     """
 
     what: str
@@ -129,7 +134,7 @@ class Child:
 pauses = st.integers(0, 3)
 STEPS = (
     "add add add add look look stream violate boom hook hook rollback detached alter apart large "
-    "leave apart_left"
+    "leave apart_left prefetch apart_prefetch kill apart_killed"
 )
 leaf = st.builds(Do, st.sampled_from(STEPS.split()), pauses)
 cancels = (
@@ -167,6 +172,7 @@ class Block:
     parent: "Block | None"
     savepoint: bool = True
     over: bool = False
+    killed: bool = False  # or it may have been: of a whole transaction
     # The model's part.
     rows: list[int] = field(default_factory=list)
     hooks: list[int] = field(default_factory=list)
@@ -386,6 +392,17 @@ class Run:
                     async for _ in unfinished(number):
                         break
                     value = await Item.objects.filter(remote_id=number).native_count()
+            elif what == "prefetch":
+                value = await asyncorm.native(prefetched)()
+            elif what == "apart_prefetch":
+                async with asyncorm.detached():
+                    value = (await asyncorm.native(prefetched)())[:2]
+            elif what == "kill":
+                block.root.killed = True
+                await asyncorm.native(executed)(KILL)
+            elif what == "apart_killed":
+                async with asyncorm.detached():
+                    value = await killed(number)
             elif what == "detached":
                 async with asyncorm.detached():
                     await Item.objects.native_create(remote_id=number, name="detached")
@@ -413,6 +430,8 @@ class Run:
             "connection was closed" in str(exc) or "given its server connection back" in str(exc)
         ):
             return "stopped"  # on a machine so slow that the server did not answer in time
+        if isinstance(exc, OperationalError | InterfaceError):
+            return "lost"
         if isinstance(exc, TransactionManagementError):
             return "ended" if "has ended" in str(exc) else "broken"
         return repr(exc)
@@ -422,6 +441,32 @@ async def unfinished(remote_id: int) -> AsyncIterator[None]:
     async with asyncorm.atomic():
         await Item.objects.native_create(remote_id=remote_id, name="left")
         yield
+
+
+async def killed(remote_id: int) -> tuple[str, int]:
+    """Lose a block's connection; the error, and how many of its rows there are."""
+    error = ""
+    try:
+        async with asyncorm.atomic():
+            await Item.objects.native_create(remote_id=remote_id, name="killed")
+            with suppress(OperationalError):
+                await asyncorm.native(executed)(KILL)
+    except Exception as exc:
+        error = Run.name(exc)
+    return error, await Item.objects.filter(remote_id=remote_id).native_count()
+
+
+def prefetched() -> tuple[int, int, bool]:
+    """The sizes of two relations, and whether one connection has read all."""
+    process = Func(function="pg_backend_pid", output_field=IntegerField())
+    group = Group.objects.annotate(process=process).prefetch_related(
+        Prefetch("user_set", User.objects.annotate(process=process)),
+        Prefetch("permissions", Permission.objects.order_by().annotate(process=process)),
+    )
+    found: Any = group.get(name="model")
+    users, permissions = list(found.user_set.all()), list(found.permissions.all())
+    by = {each.process for each in [found, *users, *permissions]}
+    return len(users), len(permissions), len(by) == 1
 
 
 def executed(sql: str, *params: Any) -> Any:
@@ -450,7 +495,9 @@ class Model:
 
     def usable(self, block: Block, outcome: str) -> bool:
         """Whether the step took place; its outcome is checked if not."""
-        if outcome == "stopped":
+        if block.root.killed and outcome in ("lost", "stopped", "broken", "ended"):
+            block.poisoned = block.marked = True
+        elif outcome == "stopped":
             block.poisoned = block.marked = True
             self.stopped.append(block)
         elif block.ended:
@@ -476,6 +523,9 @@ class Model:
 
     def enter(self, block: Block, value: Any, outcome: str) -> None:
         parent = block.parent
+        if block.root.killed and outcome != "ok":
+            block.ended = True
+            return
         if outcome == "stopped":
             assert parent is not None
             self.stopped.append(parent)
@@ -530,6 +580,19 @@ class Model:
     def apart_left(self, block: Block, value: Any, outcome: str) -> None:
         assert (value, outcome) == (0, "ok")
 
+    def prefetch(self, block: Block, value: Any, outcome: str) -> None:
+        if self.usable(block, outcome):
+            assert (value, outcome) == ((2, 3, True), "ok")
+
+    def apart_prefetch(self, block: Block, value: Any, outcome: str) -> None:
+        assert (value, outcome) == ((2, 3), "ok")
+
+    def kill(self, block: Block, value: Any, outcome: str) -> None:
+        assert not self.usable(block, outcome)
+
+    def apart_killed(self, block: Block, value: Any, outcome: str) -> None:
+        assert (value, outcome) == (("lost", 0), "ok")
+
     def violate(self, block: Block, value: Any, outcome: str) -> None:
         if self.usable(block, outcome):
             assert outcome == "integrity"
@@ -567,6 +630,8 @@ class Model:
         block.leaving = True
 
     def exit(self, block: Block, well: bool, outcome: str) -> None:
+        if outcome in ("lost", "stopped") and block.root.killed:
+            outcome, well = "rolled back", False
         assert outcome in ("ok", "cancelled", "rolled back", "broken")
         assert self.open[block.root.number].pop() is block
         block.ended = True
@@ -598,6 +663,8 @@ class Model:
     def end(self) -> None:
         """Statements are stopped only when a block around them is rolled back."""
         for block in self.stopped:
+            if block.root.killed:
+                continue
             around: Block | None = block
             while around is not None and not around.rolled_back:
                 around = around.parent
@@ -617,11 +684,16 @@ def runner(django_db_setup: Any, django_db_blocker: Any) -> Iterator[asyncio.Run
         executed("CREATE ROLE asyncorm_model")
         executed("GRANT ALL ON ALL TABLES IN SCHEMA public TO asyncorm_model")
         executed("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO asyncorm_model")
+        executed(
+            "CREATE FUNCTION asyncorm_model_kill() RETURNS boolean SECURITY DEFINER"
+            " RETURN pg_terminate_backend(pg_backend_pid())"
+        )
         yield runner
     pool.clear()
     pool.update(before)
     with django_db_blocker.unblock(), connection.cursor() as cursor:
         cursor.execute("TRUNCATE myapp_item")
+        cursor.execute("DROP FUNCTION asyncorm_model_kill")
         cursor.execute("DROP OWNED BY asyncorm_model")
         cursor.execute("DROP ROLE asyncorm_model")
     connection.close()
@@ -631,6 +703,18 @@ def runner(django_db_setup: Any, django_db_blocker: Any) -> Iterator[asyncio.Run
 def unblocked(django_db_blocker: Any) -> Iterator[None]:
     with django_db_blocker.unblock():
         yield
+
+
+@pytest.fixture
+def group(unblocked: None) -> Iterator[None]:
+    """What the programs prefetch."""
+    group = Group.objects.create(name="model")
+    users = [User.objects.create(username=f"model {n}") for n in range(2)]
+    group.user_set.set(users)
+    group.permissions.set(Permission.objects.order_by("pk")[:3])
+    yield
+    for each in (group, *users):
+        each.delete()
 
 
 async def compare(roots: list[Child]) -> None:
@@ -670,6 +754,7 @@ async def check(run: Run, model: Model) -> None:
     assert called == {root: numbers for root, numbers in model.called.items() if numbers}
 
 
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("multiplexing", [True, False])
 def test_random_programs_do_what_the_model_says(runner: asyncio.Runner, multiplexing: bool) -> None:
     tally: dict[str, int] = defaultdict(int)
