@@ -25,7 +25,7 @@ from asgiref.sync import AsyncToSync
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
-from .pages import see
+from .advice import see
 
 
 class Kept:

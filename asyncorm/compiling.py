@@ -9,7 +9,6 @@ from typing import Any
 from django.db.models import QuerySet
 
 from . import bridge
-from .pages import see
 
 
 class compiled:
@@ -37,7 +36,6 @@ class compiled:
         if not callable(func):
             raise TypeError(
                 f"compiled() takes a function that returns a queryset, not a {type(func).__name__}."
-                + see("speed#queries-compiled-beforehand")
             )
         self.func = func
         functools.update_wrapper(self, func)
@@ -51,8 +49,5 @@ class compiled:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         queryset = self.func(*args, **kwargs)
         if not isinstance(queryset, QuerySet):
-            raise TypeError(
-                f"{self!r} returned a {type(queryset).__name__}, which is no queryset."
-                + see("speed#queries-compiled-beforehand")
-            )
+            raise TypeError(f"{self!r} returned a {type(queryset).__name__}, which is no queryset.")
         return list(queryset)

@@ -5,8 +5,6 @@ A `Limit` stands between sessions and their pool, or between them and a wider li
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, TypeAlias, cast
@@ -17,13 +15,11 @@ import psycopg
 from django.db import DEFAULT_DB_ALIAS
 
 from . import bridge, conf, generators
-from ._pool.refusals import PoolDeadlock, Suspicion, deadlocked, holders, suspicion
+from ._pool.refusals import Asking, PoolDeadlock, deadlocked, holders
 from .contexts import EitherWay
 from .driver import Connection
 from .generators import Place
-from .pages import see
 from .pools import Pool
-from .tasks import current_and_represented
 
 Source: TypeAlias = "Pool | Limit"
 
@@ -151,20 +147,9 @@ class Limit:
         """The pool whose connections these are."""
         return self.parent if isinstance(self.parent, Pool) else self.parent.pool
 
-    @contextmanager
-    def asked(self) -> Iterator[Suspicion | None]:
-        """The current task waits for a connection inside.
-
-        Returns:
-            what to await first if who has the connections seems to wait for one, too; it raises
-            PoolDeadlock.
-        """
-        tasks = current_and_represented()
-        self.asking.update(tasks)
-        try:
-            yield suspicion(self._deadlock)
-        finally:
-            self.asking.difference_update(tasks)
+    def asked(self) -> Asking:
+        """The current task waits for a connection inside."""
+        return Asking(self.asking, self._deadlock)
 
     def _deadlock(self) -> PoolDeadlock | None:
         sessions = [conn.lock for conn in self._out]
@@ -220,7 +205,6 @@ class Kept:
         if conn is None:
             raise psycopg.OperationalError(
                 f"The connection that the task keeps since {self.session.origin} is lost."
-                + see("transactions#a-lost-connection")
             )
         return conn
 
@@ -245,15 +229,9 @@ class Parallelism(EitherWay[None]):
         kept: Kept | None = None,
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(
-                f"parallelism() takes a number of connections, not {size!r}."
-                + see("parallelism#parallelismn-at-most-so-many-connections")
-            )
+            raise TypeError(f"parallelism() takes a number of connections, not {size!r}.")
         if size < 1:
-            raise ValueError(
-                "parallelism() takes a positive number of connections."
-                + see("parallelism#parallelismn-at-most-so-many-connections")
-            )
+            raise ValueError("parallelism() takes a positive number of connections.")
         self.size = size
         self.alias = using or DEFAULT_DB_ALIAS
         self.gathers = gathers

@@ -22,7 +22,7 @@ from ._pool import refusals, registry
 from ._pool.connection import PooledConnection
 from ._pool.options import pool_options
 from ._pool.pool import ConnectionPool
-from ._pool.refusals import PoolRefusal, Retired, Suspicion, Unreachable, holders, suspicion
+from ._pool.refusals import Asking, PoolRefusal, Retired, Unreachable, holders
 from ._pool.registry import (
     add,
     close_pools,
@@ -34,9 +34,8 @@ from ._pool.registry import (
 )
 from ._wire.lazy import LazyConnection, Start
 from ._wire.locks import OwnLock
+from .advice import see
 from .driver import Connection
-from .pages import see
-from .tasks import current_and_represented
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -244,7 +243,7 @@ class Pool:
         except PoolClosed as exc:
             raise (Retired if self.retired else psycopg.OperationalError)(
                 f"The native pool of database {self.alias!r} was closed while this task waited "
-                "for a connection." + see("debugging#it-raises")
+                "for a connection."
             ) from exc
         except psycopg.OperationalError as exc:
             raise Unreachable(
@@ -264,16 +263,11 @@ class Pool:
             waiting += self.queue.waiting - min(self.queue.pending - self.queue.starting, waiting)
         return waiting
 
-    @contextmanager
-    def asked(self, admitted: bool = False) -> Iterator[Suspicion | None]:
+    def asked(self, admitted: bool = False) -> Asking:
         """The current task waits for a connection, or for its statement to be sent on one.
 
         Args:
             admitted: for statements that wait already.
-
-        Returns:
-            what to await first if who has the connections seems to wait for one, too; it raises
-            PoolDeadlock.
 
         Raises:
             psycopg.OperationalError: as many wait already as `max_waiting` allows.
@@ -281,12 +275,7 @@ class Pool:
         most = self.options.get("max_waiting", 0)
         if most and not admitted and self.waiting >= most and not self.connections.free:  # type: ignore[union-attr]
             raise refusals.full_of(self, most)
-        tasks = current_and_represented()
-        self.asking.update(tasks)
-        try:
-            yield suspicion(lambda: refusals.deadlock_of(self))
-        finally:
-            self.asking.difference_update(tasks)
+        return Asking(self.asking, lambda: refusals.deadlock_of(self))
 
     @contextmanager
     def _warning_if_slow(self) -> Iterator[None]:
@@ -375,7 +364,6 @@ class Pool:
             except (TypeError, ValueError) as exc:
                 raise ImproperlyConfigured(
                     f"DATABASES[{self.alias!r}]['OPTIONS']['pool'] is wrong: {exc}"
-                    + see("deployment#pools")
                 ) from exc
             pool.start()
             self._closer = self._close_with_loop()

@@ -15,8 +15,6 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from .pages import see
-
 # Whose asynchronous methods have twins, and what else these classes have.
 _FILES = ("db/models/**/*.pyi", "contrib/*/models.pyi", "contrib/*/base_user.pyi",
           "contrib/contenttypes/fields.pyi")  # fmt: skip
@@ -76,15 +74,11 @@ def write(directory: Path) -> Path:
     """
     stubs = Path(sysconfig.get_path("purelib")) / "django-stubs"
     if not stubs.is_dir():
-        raise FileNotFoundError(
-            "django-stubs is not installed: pip install django-stubs" + see("typing#types")
-        )
+        raise FileNotFoundError("django-stubs is not installed: pip install django-stubs")
     target, mark = directory / "django", directory / "django" / ".asyncorm"
     if target.exists():
         if not mark.exists():
-            raise FileExistsError(
-                f"{target} exists and was not made by asyncorm." + see("typing#types")
-            )
+            raise FileExistsError(f"{target} exists and was not made by asyncorm.")
         shutil.rmtree(target)
     shutil.copytree(stubs, target)
     mark.touch()

@@ -62,7 +62,7 @@ def get_or_create(original: Any) -> Any:
         except self.model.DoesNotExist:
             params = self._extract_model_params(defaults, **kwargs)
             try:
-                if _is_outside(self.db) and _inserts_alone(self, params):
+                if _is_outside(self.db) and inserts_alone(self, params):
                     return self.create(**params), True
                 with transaction.atomic(using=self.db):
                     params = dict(resolve_callables(params))
@@ -88,20 +88,28 @@ def _is_outside(using: str) -> bool:
     )
 
 
-def _inserts_alone(queryset: Any, params: dict[str, Any]) -> bool:
+def inserts_alone(queryset: Any, params: dict[str, Any]) -> bool:
     """Whether `create()` there is one INSERT, and nobody else's code runs around it."""
-    model = queryset.model
-    if (
-        type(queryset).create is not QuerySet.create
-        or _methods(vars(models.Model)) != _DJANGOS
-        or any(signal.has_listeners(model) for signal in _SIGNALS)
+    return (
+        type(queryset).create is QuerySet.create
+        and (names := saved_plainly(queryset.model)) is not None
+        and names.issuperset(params)
+        and all(map(_is_plain, params.values()))
+    )
+
+
+def saved_plainly(model: Any) -> frozenset[str] | None:
+    """The names of the fields of a model if instances are made and saved by nobody's code but
+    Django's, by one statement for each; otherwise None."""
+    if _methods(vars(models.Model)) != _DJANGOS or any(
+        signal.receivers and signal.has_listeners(model) for signal in _SIGNALS
     ):
-        return False
+        return None
     key = QuerySet.get_or_create, model
     known = recall(key)
     if known is UNPLANNED:
         known = learn(key, model, functools.partial(_looked_at, model))
-    return known is not None and known.issuperset(params) and all(map(_is_plain, params.values()))
+    return known  # type: ignore[no-any-return]
 
 
 def _looked_at(model: Any) -> tuple[frozenset[str], Ground]:

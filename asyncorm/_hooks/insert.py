@@ -19,7 +19,8 @@ from ..driver import Connection
 from ..grounds import Ground
 from ..shapes import Unfit
 from ..statements import UNPLANNED, count, hit, learn, recall
-from .switch import native_wrapper
+from . import switch
+from .switch import Asked, native_wrapper
 
 
 def execute_insert(original: Any) -> Any:
@@ -49,7 +50,9 @@ def do_insert(original: Any) -> Any:
     def do_insert(
         self: Any, manager: Any, using: str, fields: Any, returning_fields: Any, raw: bool
     ) -> Any:
-        if type(manager) is Manager and (wrapper := native_wrapper(using)) is not None:
+        asked = switch.asking.get(id(self)) if switch.asking else None
+        wrapper = asked or native_wrapper(using)
+        if type(manager) is Manager and wrapper is not None:
             columns, returning = tuple(fields), tuple(returning_fields or ())
             key = _insert_key(wrapper, manager.model, raw, columns, returning)
             plan = recall(key)
@@ -60,7 +63,11 @@ def do_insert(original: Any) -> Any:
                         manager.model, columns, [self], returning, wrapper
                     ),
                 ):  # fmt: skip
+                    if asked:
+                        raise Asked((plan, params, 0), returning)
                     return _inserted(plan, params, wrapper)
+        if asked:
+            raise Asked(None)
         return original(self, manager, using, fields, returning_fields, raw)
 
     return do_insert

@@ -12,6 +12,23 @@ from ..bridge import Runner
 is_on = True  # follows the setting (planned.py)
 
 
+# Instances that are asked what saving them would execute, by id(): their wrappers.
+asking: dict[int, Any] = {}
+
+
+class Asked(BaseException):
+    """Carries the statement that an instance would execute, in place of executing it.
+
+    Attributes:
+        found: its plan, parameters and offset; None if it has to be an operation.
+        fields: those that an INSERT returns; None for an UPDATE.
+    """
+
+    def __init__(self, found: Any, fields: tuple[Any, ...] | None = None) -> None:
+        self.found = found
+        self.fields = fields
+
+
 def native_wrapper(using: str) -> Any:
     """The running operation's wrapper of an alias of ours; None outside native code."""
     if is_on and type(runner := getcurrent()) is Runner:

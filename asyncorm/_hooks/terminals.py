@@ -1,12 +1,13 @@
-"""Methods of querysets that are awaited: their one statement, without an operation if it is known.
+"""Methods that are awaited: their one statement, without an operation if it is known.
 
-Of each method that can be is said here what it would execute, and what it makes of the result. What
-an operation does beside that (an override, a signal, a prefetch) has the operation.
+Of each method of querysets that can be is said here what it would execute, and what it makes of the
+result. Where more is done than that (an override, a signal, a prefetch) it is an operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from django.db import OperationalError
@@ -17,7 +18,7 @@ from .. import bridge, elsewhere
 from .._cache.awaited import UNSERVED, Found, awaited
 from .._cache.plan import Plan
 from ..statements import plan_for
-from . import get, switch
+from . import get, instances, switch
 from .aggregate import aggregate_plan, count_plan, exists_plan, named_values
 from .iterate import iterating_plan, mode_of, related
 from .write import compile_write
@@ -46,11 +47,9 @@ async def run(method: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a method natively, by `bridge.run()` if it has to be an operation."""
     terminal = _terminals.get(getattr(method, "__func__", None))
     if terminal is not None and switch.is_on:
-        queryset = method.__self__
-        if is_djangos(queryset, *terminal.calls):
-            value = await _awaited(terminal, queryset, args, kwargs)
-            if value is not UNSERVED:
-                return value
+        value = await terminal(method.__self__, args, kwargs)
+        if value is not UNSERVED:
+            return value
     return await bridge.run(method, *args, **kwargs)
 
 
@@ -63,6 +62,8 @@ async def fetched(queryset: Any) -> list[Any]:
 
 
 async def _awaited(terminal: _Terminal, queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
+    if not is_djangos(queryset, *terminal.calls):
+        return UNSERVED
     plan: Any = None
 
     def find(wrapper: Any) -> Found | None:
@@ -196,12 +197,14 @@ _METHODS = {
         _update, _forget, ("query", "_not_support_combined_queries"), writes=True
     ),
 }  # fmt: skip
-_terminals: dict[Any, _Terminal] = {}
+_terminals: dict[Any, Callable[[Any, _Arguments, _Keywords], Awaitable[Any]]] = {}
 
 
 def install() -> None:
     """Know these methods as they are now; what is put in their place later is an operation."""
-    _terminals.update({getattr(QuerySet, name): each for name, each in _METHODS.items()})
+    for name, terminal in _METHODS.items():
+        _terminals[getattr(QuerySet, name)] = functools.partial(_awaited, terminal)
+    _terminals.update(instances.install())
     elsewhere.replaced = _know_as
 
 

@@ -8,17 +8,16 @@ from typing import Any
 from django.db.models import query
 from django.db.models.sql.constants import ROW_COUNT
 from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
-from greenlet import getcurrent
 
-from .. import columnar, grounds, verifying
+from .. import bridge, columnar, grounds, verifying
 from .._cache.execute import count_of
 from .._cache.plan import Plan
-from ..bridge import Runner
 from ..grounds import Ground
 from ..shapes import Unfit
 from ..statements import UNPLANNED, Compiled, hit, learn, plan_for, recall
+from . import switch
 from .get import PLAIN_VALUES
-from .switch import native_wrapper
+from .switch import Asked, native_wrapper
 
 
 def compile_write(query: Any, wrapper: Any) -> Compiled:
@@ -71,19 +70,23 @@ def do_update(original: Any) -> Any:
         self: Any, base_qs: Any, using: str, pk_val: Any, values: Any, update_fields: Any,
         forced_update: Any, *returning: Any, **named: Any,
     ) -> Any:  # fmt: skip
+        asked = switch.asking.get(id(self)) if switch.asking else None
         if (
             values
             and not named
-            and type(getcurrent()) is Runner
             and type(base_qs) is query.QuerySet
             and not (returning and returning[0])  # fields, from Django 6 on
             and not self._meta.select_on_save
-            and (wrapper := native_wrapper(using)) is not None
+            and (wrapper := asked or native_wrapper(using)) is not None
         ):
             found = _save_plan(base_qs, wrapper, pk_val, values)
-            if found is not None:
+            if found is not None and asked and not self._state.adding:
+                raise Asked((*found, 0))
+            if found is not None and not asked:
                 count = count_of(*found, 0, wrapper)
                 return [()] * count if returning else count > 0
+        if asked:
+            raise Asked(None)
         return original(
             self, base_qs, using, pk_val, values, update_fields, forced_update, *returning, **named
         )
@@ -112,6 +115,8 @@ def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, 
         if known is None:
             return None
         if known is UNPLANNED:
+            if not bridge.in_native_code():  # to compile may need a connection
+                return None
             make = functools.partial(_plan_save, base_qs, wrapper, pk, values)
             known = learn(whole, base_qs.model, make)
             if known is None:
@@ -154,7 +159,7 @@ def delete_batch(original: Any) -> Any:
 
     def delete_batch(self: Any, pk_list: Any, using: str) -> Any:
         if len(pk_list) == 1 and (wrapper := native_wrapper(using)) is not None:
-            found = _delete_plan(self.model, wrapper, pk_list)
+            found = delete_plan(self.model, wrapper, pk_list)
             if found is not None:
                 return count_of(*found, 0, wrapper)
         return original(self, pk_list, using)
@@ -162,13 +167,15 @@ def delete_batch(original: Any) -> Any:
     return delete_batch
 
 
-def _delete_plan(model: Any, wrapper: Any, keys: list[Any]) -> tuple[Plan, list[Any]] | None:
+def delete_plan(model: Any, wrapper: Any, keys: list[Any]) -> tuple[Plan, list[Any]] | None:
     if type(keys[0]) not in PLAIN_VALUES:
         return None
     try:
         whole = wrapper.alias, DeleteQuery, model, model._meta.db_table, type(keys[0])
         known: Any = recall(whole)
         if known is UNPLANNED:
+            if not bridge.in_native_code():
+                return None
             make = functools.partial(_plan_delete, model, wrapper, keys)
             known = learn(whole, model, make)
         if known is None:

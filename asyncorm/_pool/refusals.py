@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from asyncio import Task
 from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Iterable
 from typing import Any, TypeAlias
 
 import psycopg
 
+from ..advice import see
 from ..growth import is_full
-from ..pages import see
+from ..tasks import current_and_represented
 
 _FULL = (
     "The server refuses more connections: give it a larger max_connections, or the pools of all "
@@ -57,6 +59,38 @@ def suspicion(error: Callable[[], PoolDeadlock | None]) -> Suspicion | None:
             raise still
 
     return look_again
+
+
+class Asking:
+    """The current task waits inside for a connection, or for its statement to be sent on one.
+
+    Entering gives what to await first if who has the connections seems to wait for one, too; it
+    raises PoolDeadlock.
+
+    Args:
+        asking: the tasks that do.
+        error: see `suspicion()`.
+    """
+
+    __slots__ = ("_asking", "_error", "_tasks")
+
+    def __init__(
+        self, asking: set[Task[Any] | None], error: Callable[[], PoolDeadlock | None]
+    ) -> None:
+        self._asking = asking
+        self._error = error
+
+    def __enter__(self) -> Suspicion | None:
+        self._tasks = current_and_represented()
+        self._asking.update(self._tasks)
+        try:
+            return suspicion(self._error)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self._asking.difference_update(self._tasks)
 
 
 class PoolRefusal(psycopg.OperationalError):

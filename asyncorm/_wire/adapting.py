@@ -70,13 +70,17 @@ class _TimesAsText(Transformer):  # type: ignore[misc, valid-type]
     has them loaded by the loader that the connection has for them.
     """
 
+    _oids: tuple[int, ...] | None = None  # of the columns that it has loaders for
+
     def set_pgresult(self, result: Any, **kwargs: Any) -> None:
         super().set_pgresult(result, set_loaders=False)
         if result is not None:
-            oids = [result.ftype(i) for i in range(result.nfields)]
-            self.set_loader_types(
-                [_AS_TEXT if oid == _TIMESTAMPTZ else oid for oid in oids], pq.Format.TEXT
-            )
+            oids = tuple([result.ftype(i) for i in range(result.nfields)])
+            if oids != self._oids:
+                self.set_loader_types(
+                    [_AS_TEXT if oid == _TIMESTAMPTZ else oid for oid in oids], pq.Format.TEXT
+                )
+                self._oids = oids
 
 
 def text_transformer_of(conn: Connection) -> Any:

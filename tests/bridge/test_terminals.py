@@ -1,6 +1,7 @@
 """Awaited methods of querysets whose statement is known: no operation, and nothing else changes."""
 
 import asyncio
+import re
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 from asgiref.sync import async_to_sync
 from django.db import connections, transaction
-from django.db.models import Count, F, Max, QuerySet, Sum
-from django.db.models.signals import post_init
+from django.db.models import Count, F, Max, QuerySet, Sum, Value
+from django.db.models.functions import Concat
+from django.db.models.signals import post_init, post_save, pre_delete, pre_save
 from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
@@ -27,14 +29,21 @@ ALIAS = "few"
 SWAPPED = override_settings(ASYNCORM={"SWAP_MANAGERS": True})
 
 
-@pytest.fixture(autouse=True)
-def _items(shop_data: None, django_db_blocker: Any) -> Iterator[None]:
-    with administrator() as ask, SWAPPED:
+def fill() -> None:
+    """The items as each test finds them."""
+    with administrator() as ask:
         ask(
-            "INSERT INTO myapp_item (remote_id, name) "
+            "TRUNCATE myapp_item RESTART IDENTITY; INSERT INTO myapp_item (remote_id, name) "
             "SELECT i, 'name ' || i % 40 FROM generate_series(1, 250) i"
         )
+
+
+@pytest.fixture(autouse=True)
+def _items(shop_data: None, django_db_blocker: Any) -> Iterator[None]:
+    fill()
+    with SWAPPED:
         yield
+    with administrator() as ask:
         ask("TRUNCATE myapp_item")
 
 
@@ -215,10 +224,27 @@ async def beside() -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def crowd() -> AsyncIterator[None]:
-    pauses = [asyncio.create_task(pause(0.05)) for _ in range(2)]
-    await eventually(lambda: not asyncorm.pool_stats(ALIAS)["pool_available"])
-    yield
-    await asyncio.gather(*pauses)
+    """Both connections are in use until somebody waits for one."""
+    over = asyncio.Event()
+
+    async def hold() -> None:
+        async with asyncorm.connection(ALIAS):
+            await pause(0)
+            await over.wait()
+
+    async def release() -> None:
+        while not (over.is_set() or asyncorm.pool_stats(ALIAS)["requests_waiting"]):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        over.set()
+
+    tasks = [asyncio.create_task(hold()) for _ in range(2)]
+    try:
+        await eventually(lambda: not asyncorm.pool_stats(ALIAS)["pool_available"])
+        tasks.append(asyncio.create_task(release()))
+        yield
+    finally:
+        over.set()
+    await asyncio.gather(*tasks)
 
 
 async def pause(seconds: float) -> None:
@@ -261,6 +287,95 @@ async def test_as_an_operation(name: str, place: str, few: str, operations: Coun
     alone = place == "crowd" and call[1] == "update"  # which waits for a connection of its own
     assert count == (not known or alone), known
     assert known or name == "count of a slice"
+    await all_given_back(few)
+
+
+# What is done to which instance; without one, it is created.
+Write = tuple[Callable[[], Any] | None, str, dict[str, Any]]
+
+
+def item(**values: Any) -> Any:
+    found = Item(**{"pk": 7, "remote_id": 7, "name": "name 7", **values})
+    found._state.adding, found._state.db = False, ALIAS
+    return found
+
+
+WRITES: dict[str, Write] = {
+    "save": (lambda: item(name="new"), "save", {}),
+    "save some fields": (lambda: item(name="new"), "save", {"update_fields": ["name"]}),
+    "save no fields": (lambda: item(name="new"), "save", {"update_fields": []}),
+    "save to a taken key": (lambda: item(remote_id=8), "save", {}),
+    "save what is gone": (lambda: item(pk=700, remote_id=700), "save", {}),
+    "save fields of what is gone": (
+        lambda: item(pk=700), "save", {"update_fields": ["name"]},
+    ),
+    "update what is gone": (lambda: item(pk=700), "save", {"force_update": True}),
+    "save a new one": (lambda: Item(remote_id=300, name="new"), "save", {"using": ALIAS}),
+    "save one with a key": (lambda: Item(pk=300, remote_id=300), "save", {"using": ALIAS}),
+    "insert one with a key": (
+        lambda: Item(pk=300, remote_id=300), "save", {"using": ALIAS, "force_insert": True},
+    ),
+    "insert a taken key": (lambda: Item(remote_id=8), "save", {"using": ALIAS}),
+    "save an expression": (lambda: item(name=Concat("name", Value("!"))), "save", {}),
+    "save a wrong value": (lambda: item(remote_id="seven"), "save", {}),
+    "save no such field": (item, "save", {"update_fields": ["no_such"]}),
+    "force both": (item, "save", {"force_insert": True, "force_update": True}),
+    "delete": (item, "delete", {}),
+    "delete what is gone": (lambda: item(pk=700), "delete", {}),
+    "delete nothing": (lambda: item(pk=None), "delete", {}),
+    "create": (None, "create", {"remote_id": 300, "name": "new"}),
+    "create a taken key": (None, "create", {"remote_id": 8}),
+    "create no such field": (None, "create", {"no_such": 8}),
+    "create a wrong value": (None, "create", {"remote_id": "eight"}),
+}  # fmt: skip
+# Two statements, or an expression; what Django does not get to ask.
+BY_OPERATIONS = {
+    "save what is gone", "save fields of what is gone", "update what is gone",
+    "save one with a key", "save an expression", "save a wrong value", "delete nothing",
+    "create no such field", "create a wrong value",
+}  # fmt: skip
+
+
+async def written(write: Write, place: str, *, native_way: bool) -> Any:
+    """What can be compared of a write, of the instance and of the table."""
+    make, method, kwargs = write
+    target = items() if make is None else make()
+    fill()
+    with Statements() as statements:
+        async with PLACES[place]():
+            if native_way:
+                result = await outcome(native(getattr(target, method))(**kwargs))
+            else:
+                result = await outcome(getattr(target, f"a{method}")(**kwargs))
+            failed = isinstance(result[0], type)
+            left = None if failed else await operated((items, "count", {}))
+    if isinstance(target, Item):
+        state = vars(target._state), {**vars(target), "_state": None}
+    else:
+        made = result[0]
+        state = None if failed else (vars(made._state), {**vars(made), "_state": None})
+    text = str(state)
+    seen = [each for each in statements.seen if not re.search("pg_sleep|SAVEPOINT", each[1])]
+    return result[failed:3], text, left, seen
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", WRITES)
+async def test_writes_as_operations(
+    name: str, place: str, few: str, operations: Counter[str]
+) -> None:
+    write = WRITES[name]
+    await grow()
+    for native_way in (True, True):
+        expected = await written(write, place, native_way=native_way)
+    operations.clear()
+    found = await written(write, place, native_way=False)
+    count = operations["save"] + operations["create"] + operations["delete"]
+    if name not in ("save what is gone", "save fields of what is gone", "update what is gone"):
+        assert found == expected
+    else:  # the UPDATE is sent again, by an operation
+        assert found[:3] == expected[:3]
+    assert count == (name in BY_OPERATIONS or place == "crowd")
     await all_given_back(few)
 
 
@@ -405,6 +520,48 @@ async def test_who_captures_queries_sees_them(few: str) -> None:
     with connections[few].execute_wrapper(wrapper):
         assert await items().aexists()
     assert len(calls) == 1
+
+
+async def test_receivers_of_saves(few: str, operations: Counter[str]) -> None:
+    seen: list[Any] = []
+
+    def receiver(sender: Any, instance: Any, **kwargs: Any) -> None:
+        assert items().count() == 250  # native code
+        seen.append(instance)
+
+    saved = item()
+    for signal, call in (
+        (pre_save, saved.asave), (post_save, saved.asave), (pre_delete, saved.adelete),
+    ):  # fmt: skip
+        signal.connect(receiver, sender=Item)
+        try:
+            operations.clear()
+            await call()
+            assert seen == [saved] and operations.total() == 1
+        finally:
+            signal.disconnect(receiver, sender=Item)
+        seen.clear()
+
+
+async def test_fields_that_are_deferred(few: str) -> None:
+    await item().asave()
+    found = await items().only("name").aget(pk=7)
+    found.name = "new"
+    with Statements() as statements:
+        await found.asave()
+    (statement,) = statements.ended
+    assert '"remote_id" =' not in statement.sql and found.get_deferred_fields() == {"remote_id"}
+
+
+async def test_defaults_that_ask_the_database(few: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted() -> str:
+        return f"one of {items().count()}"
+
+    await items().acreate(remote_id=1000)
+    monkeypatch.setattr(Item._meta.get_field("name"), "_get_default", counted)
+    async with asyncorm.atomic(few):
+        assert (await items().acreate(remote_id=1001)).name == "one of 251"
+    assert (await items().aget(remote_id=1001)).name == "one of 251"
 
 
 async def test_prefetches_have_an_operation(operations: Counter[str]) -> None:
