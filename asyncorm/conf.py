@@ -29,6 +29,8 @@ DEFAULTS: dict[str, Any] = {
     # Keep the SQL that querysets of one shape are compiled to, for other values. "verify": compare
     # each statement from there with what Django's compiler makes of the queryset.
     "STATEMENT_CACHE": True,
+    # The most shapes that this is known of.
+    "STATEMENT_CACHE_SIZE": 4096,
     # Outside a block, execute a SELECT that Django made again on another connection if its own was
     # lost before the answer came.
     "RETRY_READS": True,
@@ -106,9 +108,13 @@ def problems() -> list[str]:
         isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0
     ):
         found.append('ASYNCORM["SLOW_CHECKOUT"] must be a positive number of seconds, or None.')
-    most = value.get("PARALLELISM")
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        found.append('ASYNCORM["PARALLELISM"] must be a positive number of connections, or None.')
+    for key, what, unset in (
+        ("PARALLELISM", "connections, or None", None),
+        ("STATEMENT_CACHE_SIZE", "statements", 1),
+    ):
+        most = value.get(key, unset)
+        if most is not unset and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            found.append(f'ASYNCORM["{key}"] must be a positive number of {what}.')
     for key, everything in (("NATIVE_MIDDLEWARE", "__all__"), ("NATIVE_VIEWS", True)):
         names = value.get(key, [])
         if names != everything and not (

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from inspect import getattr_static
 from operator import attrgetter, itemgetter
 from types import FunctionType
 from typing import Any
@@ -180,11 +179,21 @@ class _Look:
         self.name = name
         self.find = attrgetter(str(name))
         self._unfounded = 0
+        self._contents: dict[type, tuple[int | None, Any]] = {}
 
     def changes(self) -> int:
         """A number that is another one once something has been changed."""
         self.find(self.cls)
         return self.name.looks
+
+    def contents(self, cls: type, number: int) -> Any:
+        """What a class that is looked at has, after so many changes: one object for all plans."""
+        at, known = self._contents.get(cls, (None, None))
+        if at != number:
+            now = _contents(cls)
+            known = known if known == now else now
+            self._contents[cls] = number, known
+        return known
 
     def nothing_changed(self) -> None:
         """Python looked again for no reason: it had used the place of what it found for another.
@@ -367,7 +376,7 @@ class _Seen:
         self.look = look
         self.classes = list(classes)
         self.number = look.changes()
-        self._contents = [*map(_contents, self.classes)]
+        self._contents = [look.contents(cls, self.number) for cls in self.classes]
 
     def holds(self) -> bool:
         if self.number != (number := self.look.changes()):
@@ -455,10 +464,19 @@ def speaks_for_itself(field: Any, short: bool = False) -> bool:
     cls = type(field)
     return not (
         # A method that was put on the field itself.
-        any(isinstance(getattr_static(cls, name, None), FunctionType) for name in vars(field))
+        any(
+            isinstance(of_class(cls, name), FunctionType)
+            for each in cls.__mro__
+            for name in vars(field).keys() & vars(each).keys()
+        )
         or not is_as_made(cls)
         or _overrides(cls, short)
     )
+
+
+def of_class(cls: type, name: str) -> Any:
+    """An attribute of a class as it stands there: no descriptor is asked. None if there is none."""
+    return next((found[name] for each in cls.__mro__ if name in (found := vars(each))), None)
 
 
 def is_as_made(cls: type) -> bool:

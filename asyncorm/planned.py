@@ -29,7 +29,7 @@ from django.db.models.sql.subqueries import DeleteQuery
 
 from . import conf, internals, patches, verifying
 from ._hooks import aggregate, create, get, insert, iterate, switch, terminals, write
-from .statements import clear
+from .statements import clear, plans
 
 _ROWS = "rows are read by a plan of the statement cache"
 _WRITES = "writes take their SQL from the statement cache"
@@ -80,3 +80,4 @@ def _settings_changed(**kwargs: Any) -> None:
     switch.is_on = bool(conf.get("STATEMENT_CACHE"))
     verifying.active = conf.get("STATEMENT_CACHE") == "verify"
     clear()
+    plans.size = conf.get("STATEMENT_CACHE_SIZE")

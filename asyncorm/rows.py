@@ -24,7 +24,6 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterator
-from inspect import getattr_static
 from itertools import count
 from typing import Any
 
@@ -41,7 +40,7 @@ from django.db.models.utils import AltersData
 from psycopg.types.string import TextLoader
 
 from .driver import SLICE, Connection
-from .grounds import Last, is_anothers
+from .grounds import Last, is_anothers, of_class
 from .shapes import Unfit
 
 _TIMESTAMPTZ, _JSONB = 1184, 3802
@@ -64,7 +63,7 @@ def is_plain(model: Any) -> bool:
         and not any(map(is_anothers, (Model.__dict__["__init__"], Model.__dict__["from_db"])))
         and set(mro[mro.index(Model) + 1 :]) <= {AltersData, Last, object}
         and all(
-            type(getattr_static(model, field.attname, None)) in _DESCRIPTORS
+            type(of_class(model, field.attname)) in _DESCRIPTORS
             for field in model._meta.concrete_fields
         )
     )
@@ -302,7 +301,7 @@ def _instance(
     for field in model._meta.concrete_fields:
         if (column := columns.get(field.attname)) is not None:
             values.append(f"{field.attname!r}: c{column}")
-            if type(getattr_static(model, field.attname)) is ForeignKeyDeferredAttribute:
+            if type(of_class(model, field.attname)) is ForeignKeyDeferredAttribute:
                 foreign.append(f"c{column} is not None")
     if len(values) != len(columns):
         raise Unfit

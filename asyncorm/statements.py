@@ -13,19 +13,19 @@ from itertools import accumulate, islice
 from typing import Any
 
 from django.db.models.lookups import Lookup
+from greenlet import getcurrent
 
 from . import _events, bridge, grounds, verifying
 from ._cache.parts import plain_orders
 from ._cache.plan import Plan, djangos
+from ._cache.store import Store
 from .binding import writes_as_django
 from .grounds import Ground
 from .rows import RowMaker
 from .shapes import Shape, Unfit, shape_of_aggregates
 from .tracing import Mark, Trace
 
-MAX_PLANS = 1024
-
-plans: dict[tuple[Any, ...], tuple[Any, Ground]] = {}  # None: not to be planned
+plans = Store(4096)  # a plan, or None: not to be planned; and its ground
 UNPLANNED: Any = object()  # of a shape that is new
 counts = {"hits": 0, "misses": 0, "unfit": 0, "verified": 0}
 
@@ -61,21 +61,17 @@ def recall(key: tuple[Any, ...]) -> Any:
         return UNPLANNED
     plan, ground = found
     if not ground.holds():
-        plans.pop(key, None)
+        plans.drop(key)
         return UNPLANNED
-    if len(plans) >= MAX_PLANS:
-        plans[key] = plans.pop(key, found)  # those used least recently go first
     return plan
 
 
 def remember(key: tuple[Any, ...], plan: Any, ground: Ground) -> None:
     """Keep a plan, or None: there is to be none."""
-    while len(plans) >= MAX_PLANS:
-        try:
-            del plans[next(iter(plans))]
-        except (KeyError, RuntimeError, StopIteration):  # another thread was faster
-            break
-    plans[key] = plan, ground
+    plans.keep(key, (plan, ground))
+
+
+_making: set[Any] = set()  # greenlets
 
 
 def learn(
@@ -87,13 +83,23 @@ def learn(
 ) -> Any:
     """Make, remember and return what is known by a key, None where making it raises.
 
+    None, too, and nothing is made and remembered, where the cache is full and does not let it in.
+
     Args:
         classes: what that rests on, beside the model.
         compiled: more of them, which are known once it is made.
     """
-    known, ground = None, None
-    with suppress(Exception):
-        known, ground = make()
+    known, ground, me = None, None, getcurrent()
+    within = me in _making  # what makes another one needs it
+    if not within and not plans.lets_in():
+        return None
+    _making.add(me)
+    try:
+        with suppress(Exception):
+            known, ground = make()
+    finally:
+        if not within:
+            _making.discard(me)
     remember(key, known, ground or Ground([*classes, *compiled], [model]))
     return known
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import functools
 import uuid
 from typing import Any
 
@@ -40,7 +41,17 @@ NULL: dict[type, int] = {type(None): 0}
 def family(field: Any, wrapper: Any) -> dict[type, int]:
     """Which values of a field may be parameters of the server."""
     kind = (field.db_type(wrapper) or "").partition("(")[0]
+    return _family(kind, bool(wrapper.features.uses_server_side_binding))
+
+
+@functools.lru_cache(maxsize=256)
+def _family(kind: str, by_server: bool) -> dict[type, int]:
+    """What values of a type of columns may be; one dict for all plans.
+
+    Args:
+        by_server: whether Django has the server bind the values, so that it has no literals.
+    """
     kinds = _FAMILIES.get(kind, {})
-    if wrapper.features.uses_server_side_binding:  # Django has no literals
+    if by_server:
         kinds = {each: AS_DUMPED if oid < 0 else oid for each, oid in kinds.items()}
     return kinds | NULL

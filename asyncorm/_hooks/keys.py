@@ -55,9 +55,9 @@ def by_keys(
                 return None
             make = functools.partial(_plan_keys, queryset, narrow, wrapper, keys)
             known = learn(key, queryset.model, make, type(queryset))
-            if many and known is not None and not known[0].is_of_keys:
-                whole = *key, len(keys)
-                plans[whole] = found = plans[key]
+            found = plans.get(key)
+            if many and known is not None and found and not known[0].is_of_keys:
+                remember((*key, len(keys)), *found)
                 remember(key, _BY_LENGTH, found[1])
         if known is None:
             return None

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import datetime as dt
+import gc
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from decimal import Decimal
 from typing import Any
@@ -880,15 +882,54 @@ async def test_it_can_be_switched_off() -> None:
     assert asyncorm.statement_cache_stats()["misses"] > before["misses"]
 
 
-async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statements, "MAX_PLANS", 5)
-    for length in range(1, 12):
-        await Book.objects.filter(pk__in=range(length)).anative()
-        await Book.objects.filter(pk=1).anative()
-    assert asyncorm.statement_cache_stats()["size"] == 5
-    before = hits()
-    await Book.objects.filter(pk=2).anative()  # used again and again, it has stayed
-    assert hits() == before + 1
+SOME = [("pages__gte", 1), ("pages__lte", 10**4), ("title__gte", "A"), ("title__lte", "z")]
+
+
+async def rotate(count: int) -> None:
+    """Use each of different shapes once."""
+    for number in range(count):
+        name, value = SOME[number % 4]
+        limit = number // 4 + 1
+        found = await Book.objects.filter(**{name: value}).order_by("pk")[:limit].anative()
+        assert len(found) <= limit
+
+
+async def test_of_more_shapes_than_it_holds_a_share_is_found() -> None:
+    with override_settings(ASYNCORM={"STATEMENT_CACHE_SIZE": 40}):
+        await rotate(60)
+        for _ in range(2):  # the model's fields know by now all that Django makes of them
+            await rotate(60)
+        before = hits()
+        for _ in range(5):
+            await rotate(60)
+        assert asyncorm.statement_cache_stats()["size"] == 40
+        # Two thirds are there at most, none if those used least recently went first.
+        assert 60 <= hits() - before <= 200
+
+
+async def test_a_shape_takes_little_memory() -> None:
+    await rotate(20)
+    before = asyncorm.statement_cache_stats()["size"]
+    gc.collect()
+    tracemalloc.start()
+    try:
+        await rotate(220)
+        gc.collect()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert asyncorm.statement_cache_stats()["size"] == before + 200
+    assert taken / 200 < 20_000
+
+
+async def test_what_is_not_let_in_is_not_remembered_as_impossible() -> None:
+    with override_settings(ASYNCORM={"STATEMENT_CACHE_SIZE": 4}):
+        await rotate(40)
+        before = hits()
+        for _ in range(60):
+            assert (await Book.objects.native_get(pk=1)).pk == 1
+            assert len(await Book.objects.filter(pk__in=[1, 2]).anative()) == 2
+        assert hits() - before > 60
 
 
 async def test_long_lists_are_left_to_django() -> None:

@@ -210,10 +210,11 @@ async def test_the_setting(alias: str) -> None:
         await asyncorm.close_pools(alias)
 
 
+@pytest.mark.parametrize("key", ["PARALLELISM", "STATEMENT_CACHE_SIZE"])
 @pytest.mark.parametrize("wrong", [0, -1, True, "2"])
-def test_wrong_settings(wrong: Any) -> None:
-    with pytest.raises(ImproperlyConfigured, match="PARALLELISM"):
-        with override_settings(ASYNCORM={"PARALLELISM": wrong}):
+def test_wrong_settings(key: str, wrong: Any) -> None:
+    with pytest.raises(ImproperlyConfigured, match=key):
+        with override_settings(ASYNCORM={key: wrong}):
             pass
 
 
