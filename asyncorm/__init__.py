@@ -16,6 +16,7 @@ from .cursors import cursor
 from .fate import CommitUnknown
 from .limits import parallelism
 from .listening import listen, notify
+from .pages import see as _see
 from .pinning import connection, detached, detached_task
 from .pools import close_pools, pool_stats
 from .retry import retrying
@@ -53,6 +54,7 @@ __all__ = [
 def _not_installed() -> None:
     raise _ImproperlyConfigured(
         'asyncorm is not set up: add "asyncorm" to INSTALLED_APPS and call django.setup().'
+        + _see("start#start")
     )
 
 

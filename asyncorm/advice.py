@@ -1,4 +1,4 @@
-"""What an error tells beside what happened: the page of the documentation, and what to write.
+"""What a SynchronousOnlyOperation advises: what to write instead.
 
 `SynchronousOnlyOperation` is raised deep inside Django, far from the attribute that was read. Its
 advice comes from the frames between Django's query and the code that caused it.
@@ -16,20 +16,10 @@ from django.db.models import Model, QuerySet
 from django.db.models.manager import BaseManager
 from django.db.models.query import RawQuerySet
 
-# The documentation's address once it is published; until then the folder in the repository.
-PAGES = "docs/"
+from .pages import see
+
 _OURS = os.path.dirname(__file__), os.path.dirname(django.__file__)
 _ITERATING = {"__iter__", "__len__", "__bool__", "__getitem__", "__contains__", "__repr__"}
-
-
-def see(place: str) -> str:
-    """The end of a message: where the documentation tells more.
-
-    Args:
-        place: a page and a heading on it, "transactions#cancellation".
-    """
-    page, _, anchor = place.partition("#")
-    return f" See {PAGES}{page}.md#{anchor}"
 
 
 def synchronous_only(frame: FrameType | None, otherwise: str = "") -> str:

@@ -23,6 +23,7 @@ from ._requests.views import native_view
 from ._sessions import engines
 from ._transactions.on_commit import set_rollback
 from .growth import is_away
+from .pages import see
 from .transactions import atomic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -241,7 +242,7 @@ async def _reach(alias: str, seconds: float) -> None:
         reason = pool and pool.connections and pool.connections.connect_error
         raise OperationalError(
             f"Cannot connect to database {alias!r}, no connection within {seconds:.1f} s: "
-            f"{reason or 'no answer'}"
+            f"{reason or 'no answer'}" + see("deployment#when-things-fail")
         ) from None
 
 
@@ -355,7 +356,7 @@ def atomic_requests(view: F) -> F:
     if not iscoroutinefunction(view):
         raise TypeError(
             f"atomic_requests decorates asynchronous views, not {view!r}; Django makes "
-            "synchronous ones atomic itself."
+            "synchronous ones atomic itself." + see("asgi#atomic_requests")
         )
 
     @functools.wraps(view)

@@ -18,6 +18,7 @@ from . import bridge, sessions
 from ._sessions import engines, leaving, scopes
 from ._sessions.blocks import Block
 from .limits import Kept, Parallelism
+from .pages import see
 
 
 async def batch(
@@ -96,7 +97,10 @@ def _call(operation: Any) -> Callable[[], Coroutine[Any, Any, Any]]:
     if isinstance(operation, BaseManager):
         return lambda: bridge.run(list, operation.all())
     if not callable(operation) and not inspect.isawaitable(operation):
-        raise TypeError(f"batch() takes querysets, callables and awaitables, not {operation!r}.")
+        raise TypeError(
+            f"batch() takes querysets, callables and awaitables, not {operation!r}."
+            + see("parallelism#batch-several-operations-in-one-round-trip")
+        )
 
     async def call() -> Any:
         result = operation

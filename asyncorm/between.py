@@ -25,7 +25,7 @@ from asgiref.sync import AsyncToSync
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 
-from .advice import see
+from .pages import see
 
 
 class Kept:

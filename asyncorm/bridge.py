@@ -12,13 +12,14 @@ import functools
 import inspect
 import threading
 from asyncio import CancelledError, get_running_loop
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from sys import getrecursionlimit, setrecursionlimit
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from greenlet import getcurrent, greenlet
+
+from .pages import see
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -131,7 +132,7 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         raise RuntimeError(
             "asyncorm runs native code on a running asyncio event loop, and there is none here. "
             "Await it in a coroutine that asyncio runs, for instance by asyncio.run(); synchronous "
-            "code calls the ORM without native()."
+            "code calls the ORM without native()." + see("short-loops#celery-commands-wsgi-scripts")
         ) from None
     runners = _idle.runners
     runner = runners.pop() if runners else _new_runner()
@@ -218,6 +219,7 @@ class native(Generic[P, T]):
             raise TypeError(
                 f"native() takes a synchronous callable, not {func!r}; "
                 "a coroutine function is awaited as it is."
+                + see("native-code#as-a-decorator-and-back")
             )
         self.func = func
         functools.update_wrapper(self, func)
@@ -268,6 +270,7 @@ def await_(awaitable: Awaitable[T]) -> T:
         raise RuntimeError(
             "await_() works only in synchronous code that asyncorm runs natively: start it "
             "with 'await asyncorm.native(function)(...)'. In a coroutine use 'await'."
+            + see("native-code#as-a-decorator-and-back")
         )
     for find in before_await:
         find(runner)
@@ -294,17 +297,22 @@ def wait_for(runner: Runner, awaitable: Awaitable[T]) -> T:
     return cast(T, runner.parent.switch(awaitable))  # type: ignore[union-attr]
 
 
-@contextmanager
-def shield(runner: Runner) -> Iterator[None]:
+class shield:
     """Let the statements inside finish when the task is cancelled.
 
     The cancellation is kept in `runner.cancelled`; `deliver()` raises it.
     """
-    runner.shields += 1
-    try:
-        yield
-    finally:
-        runner.shields -= 1
+
+    __slots__ = ("_runner",)
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def __enter__(self) -> None:
+        self._runner.shields += 1
+
+    def __exit__(self, *exc: object) -> None:
+        self._runner.shields -= 1
 
 
 def deliver(runner: Runner) -> None:

@@ -40,6 +40,7 @@ from ._sessions import callsite, scopes
 from ._sessions.blocks import Block, Loan, PlainBlock
 from ._sessions.session import Session
 from .bridge import Runner
+from .pages import see
 
 _ACTIVE = TransactionStatus.ACTIVE
 _CANCEL_TIMEOUT = 2.0
@@ -77,6 +78,7 @@ class ThreadLock:
                 raise InterfaceError(
                     f"Synchronous code used the connection of {self._session} on the event loop's "
                     "thread while a native statement or block has it."
+                    + see("transactions#synchronous-code-that-waits-for-a-coroutine")
                 )
             if wake is not None:
                 self._waiting.append((wake, thread, depth))
@@ -129,6 +131,7 @@ class ThreadLock:
                 raise TransactionManagementError(
                     f"A thread waited {timeout:g} s for the connection of {session}: a native "
                     "block has it and does nothing. Probably that block waits for this thread."
+                    + see("transactions#synchronous-code-that-waits-for-a-coroutine")
                 )
 
     def release(self) -> None:

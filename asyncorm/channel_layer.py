@@ -31,6 +31,7 @@ from django.db import DEFAULT_DB_ALIAS, DatabaseError
 
 from . import listening
 from .cursors import cursor
+from .pages import see
 from .pinning import detached
 
 logger = logging.getLogger("asyncorm")
@@ -94,7 +95,10 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
         """
         super().__init__(expiry=expiry, capacity=capacity)
         if len(prefix.encode()) > 20:
-            raise ValueError("The prefix of a channel layer has at most 20 characters.")
+            raise ValueError(
+                "The prefix of a channel layer has at most 20 characters."
+                + see("channels#a-channel-layer-on-postgresql")
+            )
         self.channel_capacity = self.compile_capacities(channel_capacity or {})
         self.using = using
         self.listen_using = listen_using or using
@@ -487,7 +491,10 @@ def _written(value: Any) -> str:
 def _bytes(value: Any) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return {"\0bytes": base64.b64encode(value).decode()}
-    raise TypeError(f"A message of a channel layer cannot hold {value!r}.")
+    raise TypeError(
+        f"A message of a channel layer cannot hold {value!r}."
+        + see("channels#a-channel-layer-on-postgresql")
+    )
 
 
 def _read(text: str) -> Any:

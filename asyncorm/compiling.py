@@ -9,6 +9,7 @@ from typing import Any
 from django.db.models import QuerySet
 
 from . import bridge
+from .pages import see
 
 
 class compiled:
@@ -36,6 +37,7 @@ class compiled:
         if not callable(func):
             raise TypeError(
                 f"compiled() takes a function that returns a queryset, not a {type(func).__name__}."
+                + see("speed#queries-compiled-beforehand")
             )
         self.func = func
         functools.update_wrapper(self, func)
@@ -49,5 +51,8 @@ class compiled:
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         queryset = self.func(*args, **kwargs)
         if not isinstance(queryset, QuerySet):
-            raise TypeError(f"{self!r} returned a {type(queryset).__name__}, which is no queryset.")
+            raise TypeError(
+                f"{self!r} returned a {type(queryset).__name__}, which is no queryset."
+                + see("speed#queries-compiled-beforehand")
+            )
         return list(queryset)

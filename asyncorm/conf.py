@@ -9,6 +9,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
 from . import internals
+from .pages import see
 
 DEFAULTS: dict[str, Any] = {
     # Make every a* method of the project's querysets, managers and models native.
@@ -139,4 +140,4 @@ def problems() -> list[str]:
 def validate() -> None:
     """Raise ImproperlyConfigured when the ASYNCORM setting cannot be used."""
     if found := problems():
-        raise ImproperlyConfigured(" ".join(found))
+        raise ImproperlyConfigured(" ".join(found) + see("settings#asyncorm"))

@@ -31,6 +31,7 @@ from psycopg.copy import Writer
 
 from . import bridge, columnar, sessions
 from .driver import Steps
+from .pages import see
 from .shapes import Unfit
 
 FORMATS = ("csv", "text", "binary")
@@ -74,20 +75,29 @@ async def copy_to(
     if isinstance(queryset, BaseManager):
         queryset = queryset.all()
     if not isinstance(queryset, QuerySet):
-        raise TypeError(f"copy_to() takes a QuerySet or a manager, not {type(queryset).__name__}.")
+        raise TypeError(
+            f"copy_to() takes a QuerySet or a manager, not {type(queryset).__name__}."
+            + see("querysets#bulk-copy")
+        )
     if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}.")
+        raise ValueError(
+            f"format must be one of {', '.join(FORMATS)}, not {format!r}."
+            + see("querysets#bulk-copy")
+        )
     if header and format == "binary":
-        raise ValueError("The binary format has no header.")
+        raise ValueError("The binary format has no header." + see("querysets#bulk-copy"))
     binary = format == "binary"
     if isinstance(destination, str | os.PathLike):
         return await _to_path(queryset, os.fspath(destination), format, header)
     if not callable(getattr(destination, "write", None)):
         raise TypeError(
             f"destination must be a path or have a write() method; {destination!r} has none."
+            + see("querysets#bulk-copy")
         )
     if binary and _takes_text(destination):
-        raise TypeError("The binary format cannot be written to a text file.")
+        raise TypeError(
+            "The binary format cannot be written to a text file." + see("querysets#bulk-copy")
+        )
     return await bridge.run(_copy_to, queryset, _writer(destination), format, header)
 
 
@@ -238,11 +248,14 @@ def bulk_create(queryset: Any, objs: Any, batch_size: int | None) -> list[Any]:
         if not hasattr(getattr(queryset, "bulk_create"), "__wrapped__"):  # noqa: B009
             raise NotSupportedError(
                 f"{type(queryset).__name__} overrides bulk_create(): method='copy' would pass it "
-                "by. Call it on a queryset, for instance on all()."
+                "by. Call it on a queryset, for instance on all()." + see("querysets#bulk-copy")
             )
         queryset = queryset.get_queryset()
     if not hasattr(QuerySet, "_batched_insert"):  # internals.py says so at start
-        raise NotSupportedError("bulk_create(method='copy') does not work with this Django.")
+        raise NotSupportedError(
+            "bulk_create(method='copy') does not work with this Django."
+            + see("querysets#bulk-copy")
+        )
     queryset = queryset._chain()
     queryset._batched_insert = partial(_insert, queryset)
     return queryset.bulk_create(objs, batch_size)  # type: ignore[no-any-return]
@@ -285,7 +298,7 @@ def _check_field(field: Any) -> None:
         ):
             raise NotSupportedError(
                 f"bulk_create(method='copy') cannot write {field}: {type(field).__name__} puts its "
-                "value into an SQL expression. Use method='insert'."
+                "value into an SQL expression. Use method='insert'." + see("querysets#bulk-copy")
             )
 
 
@@ -336,6 +349,7 @@ def _rows(
                     raise NotSupportedError(
                         f"bulk_create(method='copy') takes values only: {field} of an object "
                         f"is the expression {value!r}. Use method='insert'."
+                        + see("querysets#bulk-copy")
                     )
                 columns = [column for column in columns if column is not field]
                 continue

@@ -20,6 +20,7 @@ from ._wire.lazy import LazyConnection, Start
 from ._wire.statement import Statement
 from ._wire.texts import is_single
 from .driver import Connection
+from .pages import see
 
 TUPLES_OK = ExecStatus.TUPLES_OK
 
@@ -169,7 +170,9 @@ class AsyncCursor:
             self._cursor = self._make()
             self._rows = self._make = None
         if self._cursor is None:
-            raise InterfaceError("Nothing was executed on this cursor yet.")
+            raise InterfaceError(
+                "Nothing was executed on this cursor yet." + see("querysets#raw-sql")
+            )
         return self._cursor
 
     def __getattr__(self, name: str) -> Any:

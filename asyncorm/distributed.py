@@ -17,6 +17,7 @@ from django.db.models.constants import OnConflict
 
 from . import conf
 from ._sessions import engines
+from .pages import see
 
 # Others than PostgreSQL say so in their version, or call themselves by its name with a suffix.
 _ASK = r"""
@@ -145,6 +146,6 @@ def _by_keys(
         raise NotSupportedError(
             f"bulk_create() sent keys for {queryset.model._meta.label}, and the server returned "
             "others (a trigger?): nobody can tell which row is which object's. Save the objects "
-            "one by one."
+            "one by one." + see("distributed#citus")
         ) from exc
     return [tuple(row[field] for field in returned) for row in found]

@@ -30,6 +30,7 @@ from ._wire.locks import NO_LOCK
 from ._wire.settings import kept, reported
 from ._wire.statement import STALE, Command, Statement, Unanswered, checked, sent
 from .bridge import Runner, deliver
+from .pages import see
 from .session_state import leaves_state as leaves_state  # others look for it here
 from .turns import BUSY as _BUSY
 from .turns import turn
@@ -148,6 +149,14 @@ class Connection(CancellableConnection):
             raise psycopg.OperationalError(CLOSED)
         yield from super()._check_intrans_gen(attribute)
 
+    def set_autocommit(self, value: bool) -> None:
+        """psycopg's; at once where it would send nothing, as twice for each block."""
+        with self.lock:
+            if self.pgconn.transaction_status == _IDLE and not self._pipeline:
+                self._autocommit = bool(value)
+            else:
+                super().set_autocommit(value)
+
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Run one of psycopg's generators: where it would block, other tasks run."""
         runner = getcurrent()
@@ -155,7 +164,7 @@ class Connection(CancellableConnection):
             gen.close()
             raise psycopg.InterfaceError(
                 "A native connection was used outside native code: use 'await "
-                "asyncorm.native(function)(...)'."
+                "asyncorm.native(function)(...)'." + see("debugging#it-raises")
             )
         if runner.cancelled is not None:
             deliver(runner)

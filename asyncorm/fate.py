@@ -26,9 +26,9 @@ from ._sessions.session import Session
 from ._wire.cancelling import CANCEL_TIMEOUT
 from ._wire.statement import Command, Statement, Unanswered
 from ._wire.texts import is_read, is_single, only_reads
-from .advice import see
 from .bridge import Runner
 from .driver import Connection
+from .pages import see
 from .pipelines import Pipeline
 
 logger = logging.getLogger("asyncorm")
@@ -92,7 +92,10 @@ def seconds(settle: bool | float) -> float:
     if settle is False:
         return 0.0
     if not isinstance(settle, int | float) or settle <= 0:
-        raise ValueError("settle must be True, False or a positive number of seconds.")
+        raise ValueError(
+            "settle must be True, False or a positive number of seconds."
+            + see("transactions#a-lost-connection")
+        )
     return float(settle)
 
 

@@ -21,6 +21,8 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 
+from .pages import see
+
 # Optional parts: the key of the ASYNCORM setting that switches each of them off.
 CACHE = "STATEMENT_CACHE"
 PREFETCH = "PARALLEL_PREFETCH"
@@ -402,6 +404,7 @@ def require() -> None:
         raise ImproperlyConfigured(
             f"asyncorm cannot load psycopg: {exc}. Install it with a libpq of its own, "
             'pip install "psycopg[binary,pool]", or see "Installation" in psycopg\'s documentation.'
+            + see("start#start")
         ) from exc
     _require_none_of([each for each in missing() if each.part is None])
 
@@ -423,6 +426,7 @@ def _require_none_of(needed: Sequence[Missing]) -> None:
             + ". Install versions within: "
             + ", ".join(f'"{project}{bounds}"' for project, bounds in TESTED.items())
             + "."
+            + see("operations#upgrading")
         )
 
 

@@ -19,6 +19,7 @@ from ._pool.refusals import Asking, PoolDeadlock, deadlocked, holders
 from .contexts import EitherWay
 from .driver import Connection
 from .generators import Place
+from .pages import see
 from .pools import Pool
 
 Source: TypeAlias = "Pool | Limit"
@@ -205,6 +206,7 @@ class Kept:
         if conn is None:
             raise psycopg.OperationalError(
                 f"The connection that the task keeps since {self.session.origin} is lost."
+                + see("transactions#a-lost-connection")
             )
         return conn
 
@@ -229,9 +231,15 @@ class Parallelism(EitherWay[None]):
         kept: Kept | None = None,
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"parallelism() takes a number of connections, not {size!r}.")
+            raise TypeError(
+                f"parallelism() takes a number of connections, not {size!r}."
+                + see("parallelism#parallelismn-at-most-so-many-connections")
+            )
         if size < 1:
-            raise ValueError("parallelism() takes a positive number of connections.")
+            raise ValueError(
+                "parallelism() takes a positive number of connections."
+                + see("parallelism#parallelismn-at-most-so-many-connections")
+            )
         self.size = size
         self.alias = using or DEFAULT_DB_ALIAS
         self.gathers = gathers

@@ -23,6 +23,7 @@ from psycopg import sql
 
 from ._pool.connection import OF_CURSORS
 from .cursors import cursor
+from .pages import see
 
 logger = logging.getLogger("asyncorm")
 
@@ -253,7 +254,7 @@ class Listener:
         if inbox.waiting is not None:
             raise RuntimeError(
                 "Another task waits for the next note of this listener: give each task one of its "
-                "own, asyncorm.listen() costs no connection."
+                "own, asyncorm.listen() costs no connection." + see("listen#listen-and-notify")
             )
         while not inbox.notes:
             if self._closed:
@@ -304,16 +305,18 @@ def listen(*channels: str, using: str | None = None, buffer: int = 10_000) -> Li
             listen (a standby). Later it is tried again.
     """
     if not channels:
-        raise ValueError("listen() takes the names of one or more channels.")
+        raise ValueError(
+            "listen() takes the names of one or more channels." + see("listen#listen-and-notify")
+        )
     for channel in channels:
         _verify(channel)
     if buffer < 1:
-        raise ValueError("buffer must be 1 or more.")
+        raise ValueError("buffer must be 1 or more." + see("listen#listen-and-notify"))
     alias = using or DEFAULT_DB_ALIAS
     if connections.create_connection(alias).vendor != "postgresql":
         raise NotSupportedError(
             f"Database {alias!r} cannot listen: LISTEN is PostgreSQL's. Name an alias with "
-            "another ENGINE in using=."
+            "another ENGINE in using=." + see("listen#listen-and-notify")
         )
     return Listener(Inbox(frozenset(channels), buffer), alias)
 
@@ -343,4 +346,5 @@ def _verify(channel: str) -> None:
     if not channel or "\0" in channel or len(channel.encode()) > _LONGEST:
         raise ValueError(
             f"A channel's name has 1 to {_LONGEST} bytes and no NUL: {channel!r} is none."
+            + see("listen#listen-and-notify")
         )

@@ -17,6 +17,7 @@ from ._sessions.callsite import caller
 from ._sessions.leaving import can_wait, discard_all, later, let_go, run_in, start_task
 from ._sessions.scopes import Scope, current_scope, current_task_or_none
 from ._sessions.session import Session
+from .pages import see
 from .sessions import require
 
 T = TypeVar("T")
@@ -91,7 +92,7 @@ def _refuse_pooler(session: Session) -> None:
             f"asyncorm.connection() cannot keep a server session of database {session.alias!r}: "
             "there is a pooler before the server, and by DISABLE_SERVER_SIDE_CURSORS it pools "
             "transactions. Use asyncorm.atomic() with SET LOCAL and pg_advisory_xact_lock(), or "
-            "an alias that connects to the server itself."
+            "an alias that connects to the server itself." + see("pgbouncer#what-does-not-work")
         )
 
 

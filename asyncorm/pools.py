@@ -34,8 +34,8 @@ from ._pool.registry import (
 )
 from ._wire.lazy import LazyConnection, Start
 from ._wire.locks import OwnLock
-from .advice import see
 from .driver import Connection
+from .pages import see
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -243,7 +243,7 @@ class Pool:
         except PoolClosed as exc:
             raise (Retired if self.retired else psycopg.OperationalError)(
                 f"The native pool of database {self.alias!r} was closed while this task waited "
-                "for a connection."
+                "for a connection." + see("debugging#it-raises")
             ) from exc
         except psycopg.OperationalError as exc:
             raise Unreachable(
@@ -364,6 +364,7 @@ class Pool:
             except (TypeError, ValueError) as exc:
                 raise ImproperlyConfigured(
                     f"DATABASES[{self.alias!r}]['OPTIONS']['pool'] is wrong: {exc}"
+                    + see("deployment#pools")
                 ) from exc
             pool.start()
             self._closer = self._close_with_loop()

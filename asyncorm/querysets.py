@@ -16,6 +16,7 @@ from django.db.models.query import QuerySet, RawQuerySet
 from . import bridge, copying, patches, streams, swap
 from ._hooks import terminals
 from ._sessions import engines
+from .pages import see
 
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
 
@@ -120,7 +121,9 @@ async def native_bulk_create(
             whose value is put into an SQL expression.
     """
     if method not in ("insert", "copy"):
-        raise ValueError(f'method must be "insert" or "copy", not {method!r}.')
+        raise ValueError(
+            f'method must be "insert" or "copy", not {method!r}.' + see("querysets#bulk-copy")
+        )
     _check(self.bulk_create, (), {})
     if method == "insert":
         return await bridge.run(self.bulk_create, objs, *args, **options)
@@ -128,7 +131,9 @@ async def native_bulk_create(
     del given["self"], given["objs"]
     batch_size = given.pop("batch_size", None)
     if any(given.values()):
-        raise NotSupportedError("bulk_create(method='copy') cannot handle conflicts.")
+        raise NotSupportedError(
+            "bulk_create(method='copy') cannot handle conflicts." + see("querysets#bulk-copy")
+        )
     return await bridge.run(copying.bulk_create, self, objs, batch_size)
 
 
@@ -162,7 +167,9 @@ def native_iterator(
     if chunk_size is None or chunk_size <= 0:
         raise ValueError("Chunk size must be strictly positive.")
     if isinstance(read_ahead, bool) or not isinstance(read_ahead, int) or read_ahead < 0:
-        raise ValueError("read_ahead must be a number of chunks, 0 or more.")
+        raise ValueError(
+            "read_ahead must be a number of chunks, 0 or more." + see("querysets#streams")
+        )
     _check(self.iterator, (), {})
     return streams.stream(self, chunk_size, read_ahead)
 

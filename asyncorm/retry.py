@@ -16,8 +16,8 @@ from psycopg.errors import DeadlockDetected, SerializationFailure
 
 from . import fate
 from ._sessions import scopes
-from .advice import see
 from .fate import CommitUnknown
+from .pages import see
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -55,13 +55,18 @@ def retrying(
             whole block could be run again.
     """
     if attempts < 1:
-        raise ValueError("attempts must be at least 1.")
+        raise ValueError(
+            "attempts must be at least 1." + see("transactions#isolation-time-limits-retries")
+        )
 
     limit = fate.seconds(settle)
 
     def decorate(func: F) -> F:
         if not inspect.iscoroutinefunction(func):
-            raise TypeError(f"asyncorm.retrying decorates coroutine functions, not {func!r}.")
+            raise TypeError(
+                f"asyncorm.retrying decorates coroutine functions, not {func!r}."
+                + see("transactions#isolation-time-limits-retries")
+            )
 
         @functools.wraps(func)
         async def inner(*args: Any, **kwargs: Any) -> Any:

@@ -56,6 +56,7 @@ from . import (
 )
 from ._sessions import scopes
 from ._transactions import lifecycle
+from .pages import see
 
 
 class _Storage:
@@ -143,6 +144,7 @@ def _refuse_foreign(args: Any) -> None:
             f"Native code used database {alias!r}, whose ENGINE {engine!r} would block the event "
             "loop. Use sync_to_async for it, or "
             "asyncorm.await_(sync_to_async(function)()) from within native code."
+            + see("databases#several-databases")
         )
 
 

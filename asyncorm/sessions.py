@@ -18,6 +18,7 @@ from ._sessions.scopes import find_scope
 from ._sessions.session import Session
 from .bridge import Runner
 from .multiplexing import Queue
+from .pages import see
 
 # Execute wrappers of native code in every task: what tells those who listen (cursor_events.py).
 everywhere: list[Any] = []
@@ -42,6 +43,7 @@ def session_for(alias: str, runner: Runner) -> Session | None:
                 f"that began at {scope.block and scope.block.origin}: it would not be part of the "
                 "transaction. Await the coroutine on the block's own loop, or use "
                 "asyncorm.detached() to work outside the block."
+                + see("transactions#tasks-inside-a-block")
             )
         if scope.session.over and scope.block is not None:
             raise scope.block.outlived_error()

@@ -12,6 +12,7 @@ from psycopg.rows import tuple_row
 
 from . import bridge, pools
 from ._sessions import engines
+from .pages import see
 
 # What is reserved for superusers and, from PostgreSQL 16 on, for pg_use_reserved_connections.
 _LIMITS = """
@@ -128,7 +129,7 @@ def report(workers: int) -> list[Server]:
         ValueError: workers is not positive.
     """
     if workers < 1:
-        raise ValueError("workers must be at least 1.")
+        raise ValueError("workers must be at least 1." + see("deployment#pools"))
     return ask(connections)
 
 

@@ -19,6 +19,7 @@ from . import bridge, pinning
 from ._sessions import callsite, leaving
 from ._sessions.session import Session
 from ._transactions.lifecycle import reserved
+from .pages import see
 
 
 async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterator[Any]:
@@ -62,14 +63,14 @@ async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterat
         if isinstance(exc.__cause__, InvalidCursorName) and not new:
             raise OperationalError(
                 "The server-side cursor of a stream is gone: the transaction block that it began "
-                "in was rolled back or has ended."
+                "in was rolled back or has ended." + see("querysets#streams")
             ) from exc
         if isinstance(exc.__cause__ or exc, InvalidCursorName):
             raise OperationalError(
                 f"The server-side cursor of a stream outside a transaction is gone: database "
                 f"{using!r} is probably behind a pooler such as PgBouncer, which changed the "
                 f"server connection. Set DATABASES[{using!r}]['DISABLE_SERVER_SIDE_CURSORS'] to "
-                "True, or stream inside asyncorm.atomic()."
+                "True, or stream inside asyncorm.atomic()." + see("pgbouncer#settings")
             ) from exc
         raise
 

@@ -15,6 +15,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from .pages import see
+
 # Whose asynchronous methods have twins, and what else these classes have.
 _FILES = ("db/models/**/*.pyi", "contrib/*/models.pyi", "contrib/*/base_user.pyi",
           "contrib/contenttypes/fields.pyi")  # fmt: skip
@@ -74,11 +76,15 @@ def write(directory: Path) -> Path:
     """
     stubs = Path(sysconfig.get_path("purelib")) / "django-stubs"
     if not stubs.is_dir():
-        raise FileNotFoundError("django-stubs is not installed: pip install django-stubs")
+        raise FileNotFoundError(
+            "django-stubs is not installed: pip install django-stubs" + see("typing#types")
+        )
     target, mark = directory / "django", directory / "django" / ".asyncorm"
     if target.exists():
         if not mark.exists():
-            raise FileExistsError(f"{target} exists and was not made by asyncorm.")
+            raise FileExistsError(
+                f"{target} exists and was not made by asyncorm." + see("typing#types")
+            )
         shutil.rmtree(target)
     shutil.copytree(stubs, target)
     mark.touch()

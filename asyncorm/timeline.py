@@ -15,6 +15,7 @@ from typing import Any
 from . import _events, drawing
 from ._sessions import callsite
 from .contexts import EitherWay
+from .pages import see
 
 REPEATED = 5  # times one statement of one place in one task is taken to be an N+1 problem
 _IN_TURN = 3  # queries in a row in one task that might run at once
@@ -207,7 +208,10 @@ class Timeline(EitherWay["Timeline"], _events.Listener):
         """
         path = Path(path)
         if path.suffix not in (".svg", ".html"):
-            raise ValueError(f"A timeline is saved as .svg or .html, not as {path.name!r}.")
+            raise ValueError(
+                f"A timeline is saved as .svg or .html, not as {path.name!r}."
+                + see("deployment#what-ran-when")
+            )
         path.write_text(self.svg() if path.suffix == ".svg" else self.html(), encoding="utf-8")
 
 

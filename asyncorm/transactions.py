@@ -18,6 +18,7 @@ from ._sessions.blocks import Block
 from ._sessions.scopes import Scope
 from ._transactions.characteristics import Characteristics
 from ._transactions.lifecycle import enter_block, leave_block
+from .pages import see
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -79,7 +80,7 @@ class Atomic:
         if not inspect.iscoroutinefunction(func):
             raise TypeError(
                 f"asyncorm.atomic decorates coroutine functions, not {func!r}; for a synchronous "
-                "one use django.db.transaction.atomic."
+                "one use django.db.transaction.atomic." + see("transactions#transactions-and-tasks")
             )
 
         @functools.wraps(func)
@@ -172,9 +173,13 @@ def atomic(
     if callable(using):
         return Atomic(None, **options)(using)
     if statement_timeout is not None and not 0 < statement_timeout < _LONGEST:
-        raise ValueError(f"statement_timeout must be a positive number of seconds to {_LONGEST}.")
+        raise ValueError(
+            f"statement_timeout must be a positive number of seconds to {_LONGEST}."
+            + see("transactions#isolation-time-limits-retries")
+        )
     if isolation_level is not None and not isinstance(isolation_level, IsolationLevel):
         raise ValueError(
             f"isolation_level must be a psycopg.IsolationLevel or None, not {isolation_level!r}."
+            + see("transactions#isolation-time-limits-retries")
         )
     return Atomic(using, **options)

@@ -15,7 +15,7 @@ from typing import Any
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
-from .advice import see
+from .pages import see
 
 active = False  # follows the setting (planned.py)
 different = 0  # statements; the errors may be caught by somebody

@@ -20,6 +20,7 @@ from django.db import DEFAULT_DB_ALIAS, connections, router
 
 from .. import pools
 from .._sessions import engines
+from ..pages import see
 
 _MOST = 100  # rows, and gets at once
 _LEAST_ROUNDS = 5
@@ -46,11 +47,14 @@ def run(options: dict[str, Any], write: Callable[[str], Any]) -> None:
     """
     alias = options["database"]
     if alias not in connections.settings or engines.native_class(alias) is None:
-        raise CommandError(f"Database {alias!r} does not run natively.")
+        raise CommandError(f"Database {alias!r} does not run natively." + see("command#bench"))
     model = _named(options["model"]) if options["model"] else _largest(alias)
     keys = list(model._base_manager.using(alias).values_list("pk", flat=True)[:_MOST])
     if not keys:
-        raise CommandError(f"{model._meta.label} has no rows in database {alias!r}: name another.")
+        raise CommandError(
+            f"{model._meta.label} has no rows in database {alias!r}: name another."
+            + see("command#bench")
+        )
     connections[alias].close()
     write(f"{model._meta.label} in database {alias!r}; milliseconds, the median of the rounds")
     write(f"{'':32}{'Django':>10}{'native':>10}{'':>8}")
@@ -62,7 +66,7 @@ def _named(label: str) -> Any:
     try:
         return apps.get_model(label)
     except (LookupError, ValueError) as exc:
-        raise CommandError(f"There is no model {label!r}: {exc}") from exc
+        raise CommandError(f"There is no model {label!r}: {exc}" + see("command#bench")) from exc
 
 
 def _largest(alias: str) -> Any:
@@ -80,7 +84,9 @@ def _largest(alias: str) -> Any:
         )
         row = cursor.fetchone()
     if row is None:
-        raise CommandError(f"Database {alias!r} has no table of a model of the project.")
+        raise CommandError(
+            f"Database {alias!r} has no table of a model of the project." + see("command#bench")
+        )
     return models[row[0]]
 
 

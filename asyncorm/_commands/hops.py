@@ -19,6 +19,7 @@ from django.core.management.base import CommandError
 from .. import conf
 from .._requests import checks, middleware
 from .._requests.handler import NativeHandler
+from ..pages import see
 from .hopping import Module, Project
 
 _NOT_OURS = ("node_modules", "site-packages", "__pycache__")
@@ -72,7 +73,7 @@ def _files(paths: list[str]) -> Iterator[tuple[Path, Path]]:
         elif each.exists():
             yield each.parent, each
         else:
-            raise CommandError(f"{each} does not exist.")
+            raise CommandError(f"{each} does not exist." + see("command#hops"))
 
 
 def _is_projects(folder: str, name: str) -> bool:

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 import psycopg
 
-from ..advice import see
 from ..growth import is_full
+from ..pages import see
 from ..tasks import current_and_represented
 
 _FULL = (

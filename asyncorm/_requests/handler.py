@@ -28,6 +28,7 @@ from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
 from .. import bridge, internals
+from ..pages import see
 from . import blocking, flow, middleware, names, signals, streaming, views, watchdog
 
 
@@ -93,10 +94,11 @@ class NativeHandler(ASGIHandler):
         if not apps.is_installed("asyncorm"):
             raise ImproperlyConfigured(
                 'asyncorm.asgi.get_asgi_application() needs "asyncorm" in INSTALLED_APPS.'
+                + see("asgi#start-and-stop")
             )
         internals.require_for_requests()
         if problems := names.problems():
-            raise ImproperlyConfigured(" ".join(problems))
+            raise ImproperlyConfigured(" ".join(problems) + see("requests#naming-middleware"))
         signals.install()
         blocking.install()
         self._watches = watchdog.limit() is not None

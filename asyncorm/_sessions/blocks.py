@@ -16,10 +16,10 @@ from django.db.transaction import TransactionManagementError
 from .. import _events, bridge, conf, pools
 from .._wire.cancelling import CANCEL_TIMEOUT, finish
 from .._wire.texts import is_single
-from ..advice import see
 from ..bridge import Runner
 from ..driver import Connection
 from ..multiplexing import Queue
+from ..pages import see
 from .scopes import Scope, current_scope
 
 if TYPE_CHECKING:

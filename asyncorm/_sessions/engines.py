@@ -13,7 +13,7 @@ from django.db.utils import load_backend
 from django.utils.connection import ConnectionDoesNotExist
 
 from .. import bridge, pools
-from ..advice import see
+from ..pages import see
 
 
 @functools.cache
@@ -60,7 +60,7 @@ def pool_of(alias: str, cls: Any) -> pools.Pool:
         if not settings_dict["AUTOCOMMIT"]:
             raise ImproperlyConfigured(
                 f"DATABASES[{alias!r}]['AUTOCOMMIT'] is False, which native code does not "
-                "support: use asyncorm.atomic()."
+                "support: use asyncorm.atomic()." + see("settings#databases")
             )
         pool = pools.Pool(alias, settings_dict, lambda: cls(settings_dict, alias))
         pools.add(pool)

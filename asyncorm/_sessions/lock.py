@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from asyncio import CancelledError
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -14,6 +13,7 @@ from greenlet import getcurrent
 from psycopg.pq import TransactionStatus
 
 from ..bridge import Runner
+from ..pages import see
 from .scopes import find_scope
 
 if TYPE_CHECKING:
@@ -79,7 +79,9 @@ class StatementLock:
     def _entitled(self, runner: Any) -> Block | None:
         """The block whose lock a statement takes; an error if the session is not `runner`'s."""
         if type(runner) is not Runner:
-            raise InterfaceError("A native connection was used outside native code.")
+            raise InterfaceError(
+                "A native connection was used outside native code." + see("debugging#it-raises")
+            )
         if self.root is None:
             if runner.resources.get(self.alias) is self or runner.lead is self:
                 return None
@@ -94,7 +96,7 @@ class StatementLock:
             return block
         raise InterfaceError(
             f"A connection or cursor of database {self.alias!r} was used outside the operation "
-            "or transaction block that it belongs to."
+            "or transaction block that it belongs to." + see("debugging#it-raises")
         )
 
     def __enter__(self) -> None:
@@ -111,6 +113,7 @@ class StatementLock:
         elif self.holder is not None:
             raise InterfaceError(
                 f"Two tasks used one connection of database {self.alias!r} at the same time."
+                + see("debugging#it-raises")
             )
         self.hold(runner, block)
 
@@ -134,12 +137,27 @@ class StatementLock:
                 held, self._held = self._held, None
                 held.lock.release()
 
-    @contextmanager
-    def acting_for(self, runner: Runner, block: Block) -> Iterator[None]:
+    def acting_for(self, runner: Runner, block: Block) -> AbstractContextManager[None]:
         """Statements inside enter or leave `block`; the caller holds the lock for that."""
-        self.holder, self.acting, self._depth = runner, block, 1
-        try:
-            yield
-        finally:
-            self.holder, self.acting, self._depth = None, None, 0
+        return _Acting(self, runner, block)
+
+    def act(self, runner: Runner | None, block: Block | None) -> None:
+        """Have statements of a greenlet enter or leave a block from now on, or none any more."""
+        self.holder, self.acting, self._depth = runner, block, int(runner is not None)
+        if runner is None:
             self.active = monotonic()
+
+
+class _Acting:
+    """What `acting_for()` returns."""
+
+    __slots__ = ("_block", "_lock", "_runner")
+
+    def __init__(self, lock: StatementLock, runner: Runner, block: Block) -> None:
+        self._lock, self._runner, self._block = lock, runner, block
+
+    def __enter__(self) -> None:
+        self._lock.act(self._runner, self._block)
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.act(None, None)

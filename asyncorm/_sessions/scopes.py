@@ -21,9 +21,9 @@ from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
 
 from .. import bridge, generators
-from ..advice import see
 from ..bridge import Runner
 from ..generators import Place
+from ..pages import see
 from ..tasks import represented
 from .leaving import discard_all, later, let_go
 
@@ -222,7 +222,7 @@ def _innermost(task: Task[Any] | None, around: tuple[Place, ...] = ()) -> Scope 
     """The scope to begin with: the task's own, else that of its context; in a generator that others
     drive, that of the generator.
     """
-    scope = _entered.get(task) if _entered and task is not None else None
+    scope = None if task is None else _entered.get(task)
     if scope is None:
         scope = current_scope.get()
     for place in around:
@@ -251,7 +251,7 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
             ended, or has left the loop over a generator that holds the block.
         detached: stop at `detached()`.
     """
-    if not _entered and current_scope.get() is None and not generators.places:  # _is_outside()
+    if current_scope.get() is None and not generators.places and not _entered:  # _is_outside()
         return None
     task = current_task_or_none()
     around = generators.around()
@@ -289,7 +289,7 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
 
 def _is_outside() -> bool:
     """Whether the current task is certainly in no scope."""
-    return not _entered and current_scope.get() is None and not generators.places
+    return current_scope.get() is None and not generators.places and not _entered
 
 
 def _blocks(alias: str | None) -> Iterator[Block]:

@@ -10,6 +10,7 @@ from psycopg import IsolationLevel
 
 from .._sessions.blocks import Block
 from .._sessions.session import Session
+from ..pages import see
 
 
 class Characteristics:
@@ -44,6 +45,7 @@ class Characteristics:
             raise TransactionManagementError(
                 f"{', '.join(self.transaction)} can be set for the outermost block only; this "
                 f"one is inside the block that began at {parent.origin}."
+                + see("transactions#isolation-time-limits-retries")
             )
 
     def before(self) -> None:

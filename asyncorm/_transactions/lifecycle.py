@@ -24,6 +24,7 @@ from .._sessions.blocks import Block
 from .._sessions.session import Session
 from .._wire.cancelling import CANCEL_TIMEOUT
 from ..bridge import Runner
+from ..pages import see
 from .characteristics import Characteristics
 
 logger = logging.getLogger("asyncorm")
@@ -57,7 +58,10 @@ def leave(
         return
     block = session.innermost()
     if block is None:
-        raise TransactionManagementError("A transaction block is left by a task that is not in it.")
+        raise TransactionManagementError(
+            "A transaction block is left by a task that is not in it."
+            + see("transactions#tasks-inside-a-block")
+        )
     leave_block(runner, block, atomic, exc_type, exc, traceback)
 
 
@@ -135,7 +139,7 @@ def enter_block(
     if parent is None and session.root is not None:
         raise TransactionManagementError(
             f"The connection is in the transaction block that began at {session.root.origin}, in "
-            "which this task is not."
+            "which this task is not." + see("transactions#tasks-inside-a-block")
         )
     if parent is not None:
         parent.acquire()
@@ -151,7 +155,7 @@ def enter_block(
         with bridge.shield(runner), session.acting_for(runner, block):
             if characteristics is not None:
                 characteristics.before()
-            _enter_django(atomic)
+            _by_django(runner, block, _enter_django, atomic)
             if characteristics is not None:
                 try:
                     characteristics.after(block)
@@ -201,7 +205,7 @@ def leave_block(
                 if lost:
                     block.needs_rollback = True
                 rolled_back = exc_type is not None or block.needs_rollback
-                _exit_django_well(block, atomic, exc_type, exc, traceback)
+                _exit_django_well(runner, block, atomic, exc_type, exc, traceback)
                 if block.event is not None:
                     block.event.end(rolled_back)
     finally:
@@ -217,6 +221,7 @@ def leave_block(
             f"The transaction block that began at {block.origin} was rolled back: a statement in "
             "it failed or was cancelled, and the exception was caught inside the block. Put such a "
             "statement into a nested asyncorm.atomic() and catch the exception around that."
+            + see("transactions#transactions-and-tasks")
         ) from (block.cancelled or block.rollback_exc)
     if wrapper.hooks_due:
         _run_commit_hooks(runner, wrapper)
@@ -230,7 +235,9 @@ def reserved(session: Session, origin: str) -> Iterator[None]:
     runner = bridge.current()
     parent = session.innermost()
     if runner is None or parent is None:
-        raise TransactionManagementError("The task is not in a transaction block.")
+        raise TransactionManagementError(
+            "The task is not in a transaction block." + see("transactions#tasks-inside-a-block")
+        )
     parent.acquire()
     if parent.needs_rollback:
         parent.lock.release()
@@ -248,14 +255,26 @@ def reserved(session: Session, origin: str) -> Iterator[None]:
         _close_block(runner, block)
 
 
-def _exit_django_well(block: Block, atomic: DjangoAtomic, *exc: Any) -> None:
+def _by_django(runner: Runner, block: Block, method: Any, *args: Any) -> None:
+    """What Django does of a block. It asks for its connection again and again: for a transaction,
+    whose BEGIN and COMMIT nobody else's code sees, that is known."""
+    lead = runner.lead
+    if lead is None and block.outermost:
+        runner.lead = block.session
+    try:
+        method(*args)
+    finally:
+        runner.lead = lead
+
+
+def _exit_django_well(runner: Runner, block: Block, atomic: DjangoAtomic, *exc: Any) -> None:
     if block.characteristics is not None and exc[0] is None and not block.needs_rollback:
         try:
             block.characteristics.restore()
         except DatabaseError as error:
             _exit_django(atomic, type(error), error, error.__traceback__)
             raise
-    _exit_django(atomic, *exc)
+    _by_django(runner, block, _exit_django, atomic, *exc)
 
 
 def _run_commit_hooks(runner: Runner, wrapper: Any) -> None:

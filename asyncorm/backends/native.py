@@ -36,6 +36,7 @@ from .._sessions.session import UNKNOWN, Session
 from .._wire.locks import ENDED
 from ..driver import Connection
 from ..observe.found import cursors_are_patched
+from ..pages import see
 from ..roles import ASK
 from .synchronous import SynchronousWrapper
 
@@ -55,6 +56,7 @@ class _Errors(fate.Errors):
                 f"{str(exc).strip()}\nThe server of database {wrapper.alias!r} has become a "
                 "standby, or read-only: nothing was written. Its connections are replaced, so the "
                 "next statement goes to the server that is the primary by then."
+                + see("distributed#several-hosts-patroni-and-the-like")
             ).with_traceback(traceback) from exc
         super().__exit__(exc_type, exc, traceback)
 
@@ -372,7 +374,7 @@ class NativeWrapper:
                 if committed is False:
                     raise OperationalError(
                         "The connection was lost during COMMIT, and the transaction was rolled "
-                        f"back, as the server says. {exc}"
+                        f"back, as the server says. {exc}" + see("transactions#a-lost-connection")
                     ) from exc
             if runner is not None:
                 runner.cancelled = None  # or it would be raised in place of this error
@@ -449,7 +451,9 @@ class _Unpooled:
     def connect(self, **params: Any) -> Connection:
         runner = bridge.current()
         if runner is None:
-            raise InterfaceError("A native connection was used outside native code.")
+            raise InterfaceError(
+                "A native connection was used outside native code." + see("debugging#it-raises")
+            )
         return bridge.wait_for(runner, PooledConnection.unpooled(**params))
 
     def __getattr__(self, name: str) -> Any:

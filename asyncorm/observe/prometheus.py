@@ -24,6 +24,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector as _Collector
 
 from .. import _events, pools
+from ..pages import see
 
 # Upper bounds in seconds of the histogram of waits.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -217,4 +218,4 @@ def serve(port: int, workers: int = 1, addr: str = "0.0.0.0") -> int:
         except OSError:
             if number == port + workers - 1:
                 raise
-    raise ValueError("workers must be a positive number.")
+    raise ValueError("workers must be a positive number." + see("observability#prometheus"))

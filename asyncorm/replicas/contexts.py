@@ -11,6 +11,7 @@ from django.db.transaction import TransactionManagementError
 
 from .. import bridge, sessions
 from ..contexts import EitherWay
+from ..pages import see
 from . import positions
 from .positions import Need, Position
 from .router import ReplicaRouter, routers
@@ -43,6 +44,7 @@ def _position() -> str:
             raise TransactionManagementError(
                 "position() was called inside a transaction, which others do not see before its "
                 "COMMIT. Call it behind the block, or in on_commit()."
+                + see("replicas#tasks-websockets-other-services")
             )
     return taken(need)
 

@@ -10,6 +10,7 @@ from django.conf import settings
 from django.core.exceptions import MiddlewareNotUsed
 
 from .. import bridge, conf
+from ..pages import see
 from . import positions
 from .contexts import taken
 from .router import routers
@@ -33,7 +34,9 @@ class ReplicaMiddleware:
 
     def __init__(self, get_response: Callable[[Any], Any]) -> None:
         if not routers():
-            raise MiddlewareNotUsed("No ReplicaRouter is in DATABASE_ROUTERS.")
+            raise MiddlewareNotUsed(
+                "No ReplicaRouter is in DATABASE_ROUTERS." + see("replicas#settings")
+            )
         self.get_response = get_response
         self.in_session = conf.get("REPLICA_POSITION") == "session"
         self.asynchronous = iscoroutinefunction(get_response)

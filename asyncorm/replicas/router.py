@@ -13,6 +13,7 @@ from django.db import DEFAULT_DB_ALIAS, connections, router
 
 from .. import bridge, conf, pools, sessions
 from .._sessions.scopes import find_scope
+from ..pages import see
 from . import again, positions
 from .again import avoided, chosen
 from .watching import Replica, Watcher
@@ -48,9 +49,13 @@ class ReplicaRouter:
         """
         replicas = [replicas] if isinstance(replicas, str) else list(replicas)
         if not max_lag > 0:
-            raise ImproperlyConfigured("ReplicaRouter's max_lag must be a positive number.")
+            raise ImproperlyConfigured(
+                "ReplicaRouter's max_lag must be a positive number." + see("replicas#settings")
+            )
         if primary in replicas:
-            raise ImproperlyConfigured(f"ReplicaRouter: {primary!r} is the primary, no replica.")
+            raise ImproperlyConfigured(
+                f"ReplicaRouter: {primary!r} is the primary, no replica." + see("replicas#settings")
+            )
         self.primary = primary
         self.replicas = replicas
         self.watcher = Watcher(primary, replicas, max_lag)

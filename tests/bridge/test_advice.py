@@ -1,8 +1,9 @@
 """Errors say what to write, and name a page and a heading of the documentation that exist."""
 
+import ast
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from django.template import Context, Template
 from django.utils.functional import SimpleLazyObject
 
 import asyncorm
-from asyncorm import advice
+from asyncorm import pages
 from tests.project.shop.models import Book, Customer, Note, Tag
 
 ROOT = Path(__file__).parents[2]
-SEE = re.compile(r'\bsee\("([^"]+)"\)')
+SEE = re.compile(r'\b_?see\(\s*"([^"]+)"')
 
 
 def headings(page: str) -> set[str]:
@@ -33,10 +34,79 @@ def test_the_places_that_errors_name_are_there() -> None:
         for module in (ROOT / "asyncorm").rglob("*.py")
         for place in SEE.findall(module.read_text())
     }
-    assert len(places) >= 8
+    assert len(places) >= 30
     for place in places:
         page, _, anchor = place.partition("#")
         assert anchor in headings(page), place
+
+
+# Errors that name no page: the beginnings of their messages, by why.
+NO_PAGE = {
+    "Django's and psycopg's own words": {
+        "The connection '",
+        "on_commit()'s callback must be a callable.",
+        "on_commit() cannot be used in manual transaction management",
+        "The rollback flag doesn't work outside of an 'atomic' block.",
+        "Chunk size must be strictly positive.",
+        " object has no attribute '_query'",
+        "the cursor is closed",
+        "pipeline aborted",
+        "must be at least 1",  # argparse prints how the command is called
+    },
+    "caught here, or part of another message": {
+        "A write was refused, and the server is in hot standby",
+        "The block is to be rolled back.",
+        "The connection is still busy.",
+        "The connection's socket is closed.",
+        "Two tasks used one connection at the same time.",
+        "A statement without a cursor gave ",
+        "The server gave no result.",
+        "The thread has not called the execute wrapper.",
+        "Native code may call the synchronous ORM.",
+        "database ",
+        "min_size ",
+        "wait timeout expired",
+    },
+}
+
+
+def raised(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Errors that are raised with a text of ours: its beginning, and the call."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
+            continue
+        texts = [
+            each
+            for each in ast.walk(node.exc)
+            if isinstance(each, ast.Constant) and isinstance(each.value, str)
+        ]
+        if texts:
+            first = min(texts, key=lambda each: (each.lineno, each.col_offset))
+            yield str(first.value), node.exc
+
+
+def names_a_page(error: ast.Call) -> bool:
+    return any(
+        isinstance(each, ast.Call) and ast.unparse(each.func).split(".")[-1] in ADVISING
+        for each in ast.walk(error)
+    )
+
+
+ADVISING = {"see", "_see", "synchronous_only"}
+
+
+def test_each_error_names_a_page() -> None:
+    without = set[str]()
+    found = 0
+    for module in (ROOT / "asyncorm").rglob("*.py"):
+        if "demo" in module.parts:
+            continue
+        for text, error in raised(ast.parse(module.read_text())):
+            found += 1
+            if not names_a_page(error):
+                without.add(text)
+    assert found > 100
+    assert without == set().union(*NO_PAGE.values())
 
 
 def test_the_address_is_that_of_the_project() -> None:
@@ -44,7 +114,7 @@ def test_the_address_is_that_of_the_project() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project.get("urls", {}).get("Documentation", "docs/") == advice.PAGES
+    assert project.get("urls", {}).get("Documentation", "docs/") == pages.PAGES
 
 
 def enter_atomic(_: Any) -> None:

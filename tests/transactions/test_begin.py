@@ -160,6 +160,19 @@ async def test_begin_has_no_round_trip_of_its_own(proxy: Proxy, first: str) -> N
     assert await sent(proxy, WITH_IT[first]) == [EXTENDED * 2 + "S", "Q"]
 
 
+async def test_a_block_without_a_statement_sends_nothing(proxy: Proxy) -> None:
+    async def nothing() -> None:
+        pass
+
+    await item()
+    assert await sent(proxy, nothing) == []
+    proxy.sent.clear()
+    with pytest.raises(KeyError):
+        async with asyncorm.atomic(ALIAS, read_only=True):
+            raise KeyError
+    assert proxy.sent == []
+
+
 async def stream() -> None:
     async for _ in Item.objects.using(ALIAS).native_iterator():
         pass
@@ -312,7 +325,7 @@ async def test_caught_cancellation_dooms_the_block(proxy: Proxy, query: Any) -> 
     assert await pid() == before
 
 
-@pytest.mark.parametrize("way", ["planned", "raw", "prepared"])
+@pytest.mark.parametrize("way", ["planned", "raw", "prepared", "awaited"])
 async def test_cancelled_at_each_turn_of_the_loop(proxy: Proxy, query: Any, way: str) -> None:
     """Nothing is left of it: neither in the table nor on the connection."""
     twin().prepare_threshold = 0 if way == "prepared" else None
@@ -320,6 +333,7 @@ async def test_cancelled_at_each_turn_of_the_loop(proxy: Proxy, query: Any, way:
         "planned": lambda: create(name="half"),
         "raw": lambda: raw("INSERT INTO myapp_item (name) VALUES ('half') RETURNING 1"),
         "prepared": lambda: create(name="half"),
+        "awaited": lambda: Item.objects.using(ALIAS).filter(remote_id=0).native_update(name="half"),
     }[way]
     ended = asyncio.Event()
 
@@ -339,6 +353,7 @@ async def test_cancelled_at_each_turn_of_the_loop(proxy: Proxy, query: Any, way:
         async with asyncorm.atomic(ALIAS):
             await item()
         assert not twin().pgconn.pipeline_status and not twin().segment
+    assert query("SELECT count(*) FROM myapp_item WHERE name = 'first'") == 1
     assert query("SELECT count(*) FROM myapp_item") == 1
     assert await pid() == before
 
