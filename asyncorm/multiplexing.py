@@ -25,6 +25,7 @@ from ._wire.settings import reported
 from ._wire.statement import Command, Statement, Unanswered, Unsent
 from ._wire.texts import is_read as is_read  # others look for these here
 from ._wire.texts import is_single as is_single
+from ._wire.texts import only_reads
 from .bridge import Runner
 from .driver import Connection
 from .pipelines import Pipeline
@@ -286,7 +287,8 @@ class Queue:
         requests = list(bound)
         if _events.statements and len(requests) > 1:
             _events.pipelined(request.command for request in requests)
-        pipeline = Pipeline(conn, list(bound.values()))
+        harmless = conn.begins and all(only_reads(each.command.text) for each in requests[1:])
+        pipeline = Pipeline(conn, list(bound.values()), harmless)
         pid, now = conn.pgconn.backend_pid, monotonic()
         for request in requests:
             request.pid, request.sent = pid, now

@@ -52,6 +52,7 @@ class Pipeline:
         self._statements = statements
         self._joins = harmless or len(statements) == 1
         self._begins = False  # BEGIN is in the first statement's segment
+        self._failed: list[Any] = []  # its result, if it has
         self.sent = 0
         self.answered = 0
         self._most = len(statements)
@@ -196,7 +197,11 @@ class Pipeline:
         self._results = []
         self.answered += 1
         if self._begins and number == 0:
-            results = results[1:] if results[0].status == _COMMAND_OK else results[:1]
+            begun, *results = results
+            if begun.status != _COMMAND_OK:
+                self._failed = [begun]
+        if self._failed:  # what was executed all the same was not in the transaction
+            results = self._failed
         if (name := names[number]) and results[-1].error_field(_SQLSTATE) in STALE:
             self._conn.forget(self._statements[number], name)
             if alone:

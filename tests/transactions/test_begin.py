@@ -216,6 +216,34 @@ async def test_with_a_time_limit_and_with_the_id_of_its_transaction(proxy: Proxy
     assert len(proxy.sent) == 2  # the id is asked for in the same flight
 
 
+def several(*queries: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[list[Any]]]:
+    return lambda: asyncorm.batch(*queries, using=ALIAS, return_exceptions=True)
+
+
+async def test_several_that_read_go_with_it(proxy: Proxy) -> None:
+    reads = several(item, item, item)
+    await sent(proxy, reads)
+    assert await sent(proxy, reads) == [EXTENDED * 2 + "S", EXTENDED + "S", EXTENDED + "S", "Q"]
+    assert len(proxy.sent) == 2
+
+
+async def test_one_behind_it_that_may_write_waits_for_it(proxy: Proxy, query: Any) -> None:
+    """It would be committed by itself if BEGIN failed."""
+    await item()
+    assert (await sent(proxy, several(item, lambda: create(name="x"))))[0] == "Q"
+    async with asyncorm.connection(ALIAS):
+        twin()._begin_statement = b"BEGIN ISOLATION LEVEL UNHEARD OF"
+        # By itself it has the connection closed.
+        for work in (several(item, item, item), several(item, lambda: create(name="lost"))):
+            async with asyncorm.atomic(ALIAS):
+                found = await work()
+                asyncorm.set_rollback(True, ALIAS)
+            assert all(isinstance(each, DatabaseError) for each in found), found
+            assert "syntax error" in str(found[0]) and "syntax error" in str(found[-1])
+    assert query("SELECT count(*) FROM myapp_item WHERE name = 'lost'") == 0
+    assert (await item()).name == "first"
+
+
 async def test_without_pipelines_it_goes_first(proxy: Proxy, monkeypatch: Any) -> None:
     """As with libpq before 14."""
     monkeypatch.setattr(Connection, "has_pipelines", False)
