@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import DEFAULT_DB_ALIAS, DatabaseError
+from django.db import DEFAULT_DB_ALIAS, DatabaseError, OperationalError
 from django.db.transaction import Atomic as DjangoAtomic
 from django.db.transaction import TransactionManagementError, get_connection
 from psycopg import Error
@@ -201,7 +201,8 @@ def leave_block(
             with session.acting_for(runner, block):
                 if isinstance(exc, GeneratorExit) and block.joined:
                     _tell_of_loss(block)
-                lost = exc_type is None and _lost(block)
+                gone = exc_type is None and _is_without_connection(block)
+                lost = exc_type is None and not gone and _lost(block)
                 if lost:
                     block.needs_rollback = True
                 rolled_back = exc_type is not None or block.needs_rollback
@@ -215,6 +216,13 @@ def leave_block(
         _close_block(runner, block)
         if acquired:
             block.lock.release()
+    if gone:
+        bridge.deliver(runner)
+        raise OperationalError(
+            f"The transaction block that began at {block.origin} was rolled back: its connection "
+            "was lost, and the exception was caught inside the block."
+            + see("transactions#a-lost-connection")
+        ) from block.rollback_exc
     if lost:
         bridge.deliver(runner)
         raise TransactionManagementError(
@@ -303,6 +311,23 @@ def _tell_of_loss(block: Block) -> None:
                 "that holds it was suspended: the generator was left before its end.",
                 block,
             )
+
+
+def _is_without_connection(block: Block) -> bool:
+    """Whether the transaction cannot even be tried to be committed, and nobody has been told so.
+
+    As Django's own, a block inside of it that cannot roll back to its savepoint has the outermost
+    rolled back without an exception; that of `asyncorm.atomic()` raises one.
+    """
+    conn = block.session.wrapper.connection
+    return (
+        block.outermost
+        and block.characteristics is not None
+        and block.needs_rollback
+        and block.cancelled is None
+        and conn is not None
+        and bool(conn.closed)
+    )
 
 
 def _lost(block: Block) -> bool:

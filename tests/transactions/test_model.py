@@ -459,8 +459,10 @@ async def killed(remote_id: int) -> tuple[str, int]:
 def prefetched() -> tuple[int, int, bool]:
     """The sizes of two relations, and whether one connection has read all."""
     process = Func(function="pg_backend_pid", output_field=IntegerField())
+    # psycopg does not read times in the session's style.
+    without_times = User.objects.only("username").annotate(process=process)
     group = Group.objects.annotate(process=process).prefetch_related(
-        Prefetch("user_set", User.objects.annotate(process=process)),
+        Prefetch("user_set", without_times),
         Prefetch("permissions", Permission.objects.order_by().annotate(process=process)),
     )
     found: Any = group.get(name="model")

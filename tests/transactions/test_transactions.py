@@ -1824,3 +1824,29 @@ def test_retrying_refuses_what_it_cannot_decorate() -> None:
         asyncorm.retrying()(lambda: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match="attempts"):
         asyncorm.retrying(attempts=0)
+
+
+def _end_session() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+@pytest.mark.parametrize("where", ["around a block", "in a block", "of the ORM's"])
+async def test_a_connection_that_is_lost_is_told_of_although_the_exception_was_caught(
+    where: str,
+) -> None:
+    caught = [OperationalError] if where == "in a block" else []
+    with pytest.raises(OperationalError, match="connection was lost, and the exception was caught"):
+        async with asyncorm.atomic():
+            await add("lost")
+            with contextlib.suppress(OperationalError):
+                async with asyncorm.atomic():
+                    with contextlib.suppress(*caught):
+                        if where == "of the ORM's":
+                            await Item.objects.extra(
+                                where=["pg_terminate_backend(pg_backend_pid())"]
+                            ).native_count()
+                        else:
+                            await asyncorm.native(_end_session)()
+    assert await names() == []
+    assert await all_given_back()
