@@ -29,7 +29,7 @@ class AsyncormConfig(AppConfig):
             seam,
             swap,
         )
-        from ._requests import djangos
+        from ._requests import consumers, djangos
         from .observe import found
 
         command_events.install()
@@ -40,6 +40,7 @@ class AsyncormConfig(AppConfig):
         planned.install()
         related.install()
         djangos.install()
+        consumers.install()
         bridge.set_guard(None)
         found.find()
         for check in (

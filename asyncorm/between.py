@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from asyncio import AbstractEventLoop
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,11 @@ class Kept:
         self.settings = settings
         self.close_at = close_at
 
+    @property
+    def has_connection(self) -> bool:
+        """Whether nobody has taken it."""
+        return self.conn is not None
+
     def release(self) -> Any:
         """The connection, for a pool."""
         conn, self.conn = self.conn, None
@@ -70,11 +76,33 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+# Django's wrappers that were connected, and what is kept; each knows its thread.
+_holders: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def note(holder: Any) -> None:
+    """This thread has a connection, as long as the holder's `has_connection` says so."""
+    holder.opened_in = threading.get_ident()
+    _holders[id(holder)] = holder
+
+
+def other_threads_have() -> bool:
+    """Whether any thread but this one has a connection of synchronous code, or a kept one."""
+    me = threading.get_ident()
+    holders = (reference() for reference in _holders.valuerefs())
+    return any(
+        holder is not None and holder.has_connection and holder.opened_in != me
+        for holder in holders
+    )
+
+
 class Exchange:
     """What a thread gives to the loop that it waits for, and gets back."""
 
     def __init__(self) -> None:
         self._kept, _thread.kept = _thread.kept, {}
+        self._closed = set[str]()
+        self._thread = threading.get_ident()
         self._is_over = False
 
     def take(self, alias: str, settings: tuple[Any, ...]) -> Kept | None:
@@ -87,10 +115,19 @@ class Exchange:
 
     def give(self, alias: str, kept: Kept) -> None:
         """Leave a connection to the thread."""
-        if self._is_over or alias in self._kept:
+        if self._is_over or alias in self._kept or alias in self._closed:
             kept.close()
         else:
             self._kept[alias] = kept
+
+    def close(self, alias: str) -> None:
+        """A thread closes its connections while the loop runs: if it is the one that waits, none
+        of that is left to it."""
+        if self._thread != threading.get_ident():
+            return
+        self._closed.add(alias)
+        if (kept := self._kept.pop(alias, None)) is not None:
+            kept.close()
 
     def end(self) -> None:
         """The thread goes on."""
@@ -100,6 +137,7 @@ class Exchange:
             if alias in connections.settings and alias not in _thread.kept:
                 connections[alias]  # from now on `connections.all()` has it, for who closes all
                 _thread.kept[alias] = kept
+                note(kept)
             else:
                 kept.close()
 
@@ -142,6 +180,9 @@ def close(alias: str, only_old: bool = False) -> None:
         alias: of this database.
         only_old: if it is CONN_MAX_AGE old.
     """
+    exchange = _exchange.get()
+    if exchange is not None and not only_old:
+        exchange.close(alias)
     kept = _thread.kept.get(alias)
     if kept is None:
         return

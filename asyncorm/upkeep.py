@@ -63,6 +63,8 @@ class UpkeptPool(AsyncConnectionPool[C]):
         self._shrink_after(delay)
 
     def _shrink_after(self, seconds: float) -> None:
+        if self._closed:
+            return
         self._shrinking = self._loop.call_later(seconds, self._shrink, context=Context())
 
     def _shrink(self) -> None:
@@ -98,6 +100,7 @@ class UpkeptPool(AsyncConnectionPool[C]):
                 raise CancelledError
 
     async def _signal_stop_worker(self) -> list[Task[None]]:
+        self._stop_shrinking()  # its timer would keep the pool for as long as max_idle
         return []  # they end by themselves; close() does not wait for a server that is silent
 
     def dismiss(self) -> None:
@@ -111,6 +114,9 @@ class UpkeptPool(AsyncConnectionPool[C]):
             coro: Any = worker.get_coro()
             if inspect.getcoroutinestate(coro) == inspect.CORO_CREATED:
                 coro.close()  # or Python would warn of one that was never awaited
-        if self._shrinking is not None and alive:
+        self._stop_shrinking()
+
+    def _stop_shrinking(self) -> None:
+        if self._shrinking is not None and not self._loop.is_closed():
             self._shrinking.cancel()
         self._shrinking = None

@@ -132,11 +132,11 @@ class _Call:
     """A call whose arguments no repr() shows: asgiref's frames have it."""
 
     def __init__(self, func: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._func, self._args, self._kwargs = func, args, kwargs
+        self.func, self._args, self._kwargs = func, args, kwargs  # as partial's: who looks at it
         self.__name__ = func.__name__
 
     def __call__(self) -> Any:
-        return self._func(*self._args, **self._kwargs)
+        return self.func(*self._args, **self._kwargs)
 
 
 # What the settings name

@@ -61,6 +61,7 @@ class SynchronousWrapper:
     native_class: Any = None
     session: Any = None  # shared with native code (callers.py)
     hooks_due = False
+    opened_in: int  # the thread that has connected it
     connection: Any
     execute_wrappers: Any = observers.ExecuteWrappers()
     force_debug_cursor: Any = observers.ForceDebugCursor()
@@ -126,12 +127,18 @@ class SynchronousWrapper:
         super().connect()  # type: ignore[misc]
         conn: Any = self.connection
         if not isinstance(conn, Connection):
+            between.note(self)
             if not hasattr(conn, "began_with"):  # Django's pool gives it out as it came back
                 conn.touched, conn.began_with = False, reported(conn.pgconn)
                 conn.alias = self.alias  # type: ignore[attr-defined]
                 conn.cursor_factory = noticing(conn.cursor_factory)
             if self.session is not None:
                 self.session.bind()
+
+    @property
+    def has_connection(self) -> bool:
+        """Whether it is connected."""
+        return self.connection is not None
 
     @property
     def has_state(self) -> bool:

@@ -1,9 +1,11 @@
 """Loops that live for one call: what they open, what they leave, and that nothing is lost by it."""
 
 import asyncio
+import gc
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -299,6 +301,36 @@ def test_what_closes_djangos_connection_closes_it(aged: str, close: str) -> None
     else:
         getattr(connections[aged], close)()
     wait_for_connections(aged, 0)
+
+
+def test_close_all_while_its_loop_runs_leaves_nothing(aged: str) -> None:
+    first = one(aged)
+
+    async def call() -> int:
+        if used_before:
+            assert await native(backend_pid)(aged) == first
+        await sync_to_async(connections.close_all)()
+        return await native(backend_pid)(aged)
+
+    for used_before in (True, False):
+        assert (async_to_sync(call)() == first) is used_before
+        wait_for_connections(aged, 0)
+        first = one(aged)
+
+
+async def test_a_retired_pool_is_not_kept_by_its_timers(alias: str) -> None:
+    await Tag.objects.using(alias).native_count()
+    found = pools.find(alias)
+    assert found is not None
+    pool = weakref.ref(found.connections)
+    del found
+    pools.discard_pools(alias)
+
+    def is_gone() -> bool:
+        gc.collect()
+        return pool() is None
+
+    await eventually(is_gone)
 
 
 def test_the_end_of_a_request_closes_it_when_it_is_old() -> None:

@@ -10,6 +10,8 @@ from django.db import connection, transaction
 from django.test import override_settings
 
 import asyncorm
+from asyncorm import observers
+from asyncorm._requests import blocking
 from asyncorm.testing import (
     count_queries,
     native_only,
@@ -83,6 +85,15 @@ async def test_what_is_allowed() -> None:
     with pytest.raises(AssertionError, match=r"builtins\.len"):
         with native_only(allow=["tests."]):
             await sync_to_async(len)("a")
+
+
+async def test_what_a_thread_is_to_call_for_native_code_has_its_name() -> None:
+    """Password hashers are called in a thread by what stands around them (_requests/)."""
+    call = blocking._Call(helper, (1,), {})
+    with native_only(allow=["tests."]):
+        assert await sync_to_async(observers.with_entered(call))() == 1
+    with pytest.raises(AssertionError, match=r"helper"), native_only():
+        await sync_to_async(call)()
 
 
 def helper(number: int) -> int:
