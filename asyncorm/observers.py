@@ -8,6 +8,9 @@ thread, while native code waits.
 The other way round, what a request's native code enters (a native middleware) is called by what the
 request does in its thread: see `entering()`.
 
+Where the thread's connection is left with an open transaction or settings of its session, the
+task's asynchronous methods of Django go on there, as on Django's own backend: see `left_behind()`.
+
 `asgiref.sync.SyncToAsync.threadlocal` is read: whether a thread works for a coroutine.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from asyncio import CancelledError, get_running_loop
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -70,6 +74,34 @@ def serves_a_loop() -> bool:
     if loop is None or not loop.is_running():
         return False
     return asyncio._get_running_loop() is None
+
+
+# The wrappers of the current task's thread, by alias; they end with that.
+_used: ContextVar[dict[str, weakref.ref[Any]]] = ContextVar("asyncorm_used", default={})  # noqa: B039
+
+
+def note_use(wrapper: Any) -> None:
+    """Synchronous code of this thread uses its connection; a task may come after it."""
+    if serves_a_loop():
+        used = _used.get()
+        if wrapper.alias not in used or used[wrapper.alias]() is not wrapper:
+            _used.set({**used, wrapper.alias: weakref.ref(wrapper)})
+
+
+def has_threads() -> bool:
+    """Whether the current task has used a synchronous connection in a thread."""
+    return bool(_used.get())
+
+
+def left_behind(alias: str | None = None) -> bool:
+    """Whether what the current task did in its thread has left something on the connection there,
+    which statements elsewhere would miss: middleware that hops (`process_request()`) has begun a
+    transaction, or set a tenant."""
+    for name, used in _used.get().items():
+        wrapper = used() if alias is None or name == alias else None
+        if wrapper is not None and wrapper.session is None and wrapper.has_server_state:
+            return True
+    return False
 
 
 def _hand(alias: str, **changes: Any) -> None:

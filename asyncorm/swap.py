@@ -24,7 +24,7 @@ from django.apps import apps
 from django.core.signals import setting_changed
 from django.db import connections, router
 
-from . import bridge, conf, patches, pools
+from . import bridge, conf, observers, patches, pools
 from ._hooks import terminals
 from ._sessions import engines, scopes
 
@@ -116,9 +116,19 @@ def _swapped_alias(alias: str) -> bool:
 
 
 def _of_thread(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether it is to run where synchronous code waits for the current task, as on Django's own
-    backend."""
-    return scopes.of_thread() and scopes.of_thread(alias_of(func, args, kwargs))
+    """Whether it is to run where synchronous code waits for the current task, or has left something
+    that it would miss elsewhere, as on Django's own backend."""
+    if scopes.of_thread():
+        return scopes.of_thread(alias_of(func, args, kwargs))
+    if not observers.has_threads():
+        return False
+    alias = alias_of(func, args, kwargs)
+    return observers.left_behind(alias) and not _in_scope(alias)
+
+
+def _in_scope(alias: str | None) -> bool:
+    names = connections.settings if alias is None else (alias,)
+    return any(scopes.find_scope(name, outlived=False) is not None for name in names)
 
 
 def _djangos(owner: Any) -> bool:

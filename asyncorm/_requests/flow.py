@@ -13,9 +13,10 @@ import sys
 from asyncio import CancelledError, Task, current_task, sleep
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, cast
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 
 from .. import bridge, conf, observers
 
@@ -98,8 +99,19 @@ async def _awaited(
             running.enter(before)
 
 
+def goes_to_thread() -> bool:
+    """Whether native steps go to the request's thread, which has a transaction or settings of a
+    session for them."""
+    return observers.left_behind()
+
+
 async def natively(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Run a step of the request natively; it is not cancelled unless the project wants that."""
+    """Run a step of the request natively; it is not cancelled unless the project wants that.
+
+    In the request's thread where that has a transaction, or settings of a session, for the step.
+    """
+    if goes_to_thread():
+        return await protected(sync_to_async(func), *args, **kwargs)
     wait = cancellable if conf.get("CANCEL_NATIVE_VIEWS") else protected
     return await wait(bridge.run, func, *args, **kwargs)
 
@@ -114,22 +126,26 @@ def on_the_loop(func: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, A
 
 
 def awaited(func: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
-    """Make a native step of a coroutine function."""
+    """Make a step, native or in the request's thread, of a coroutine function."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if not bridge.in_native_code():
+            return async_to_sync(partial(cancellable, func))(*args, **kwargs)
         return bridge.await_(cancellable(func, *args, **kwargs))
 
     return _method_like(func, call)
 
 
 def in_thread(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a native step of a function that works in the request's thread, as on Django's handler.
+    """Make a step of a function that works in the request's thread, as on Django's handler.
 
     Like asgiref, it sees the exception that is being handled; and the execute wrappers that native
     middleware has entered.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if not bridge.in_native_code():
+            return func(*args, **kwargs)
         threaded = sync_to_async(observers.with_entered(func), thread_sensitive=True)
         return bridge.await_(while_handling(sys.exception(), threaded, *args, **kwargs))
 

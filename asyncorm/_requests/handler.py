@@ -59,7 +59,7 @@ class Chain(BaseHandler):
         return (flow.on_the_loop if is_async else flow.awaited)(method)
 
     def make_view_atomic(self, view: Any) -> Any:
-        native = views.is_native(view)
+        native = _runs_natively(view)
         if (running := flow.current()) is not None:
             running.native_view = native
         atomic = super().make_view_atomic(view)
@@ -72,11 +72,16 @@ class Chain(BaseHandler):
         render = response.render
         if iscoroutinefunction(render):
             _replace_once(response, flow.awaited(render))
-        elif not views.is_native(request.resolver_match.func) and not getattr(
+        elif not _runs_natively(request.resolver_match.func) and not getattr(
             response, "is_rendered", False
         ):
             _replace_once(response, flow.in_thread(render))
         return response
+
+
+def _runs_natively(view: Any) -> bool:
+    # What hooks of middleware have left in the request's thread, the view must find.
+    return views.is_native(view) and not flow.goes_to_thread()
 
 
 def _replace_once(response: Any, call: Callable[[], Any]) -> None:
@@ -197,8 +202,10 @@ class NativeHandler(ASGIHandler):
         )
         running = flow.current()
         # Reading a file may block, whatever the view is.
-        in_thread = getattr(response, "file_to_stream", None) or not (
-            running is not None and running.native_view
+        in_thread = (
+            getattr(response, "file_to_stream", None)
+            or not (running is not None and running.native_view)
+            or flow.goes_to_thread()
         )
         content = iter(response.streaming_content)
         response.streaming_content = _nothing()

@@ -102,9 +102,10 @@ def _place(path: str, factory: Any, inner: _Inner) -> Any:
         return factory  # Django refuses it
     if is_own(path) or is_named(path):
         return _Native(factory, asynchronous=has_async_form(path, factory))
-    if can_async and not (inner.threaded and can_sync):
-        return _Foreign(factory, inner, threaded=False)
-    return _Foreign(factory, inner, threaded=True)
+    asynchronous = can_async and not (inner.threaded and can_sync)
+    # What only hops works in the thread as a whole: it may leave a transaction open there.
+    threaded = not (asynchronous and has_async_form(path, factory))
+    return _Foreign(factory, inner, threaded, asynchronous)
 
 
 def has_async_form(path: str, factory: Any) -> bool:
@@ -138,14 +139,20 @@ class _Native:
 
 
 class _Foreign:
-    """Other people's middleware, which keeps Django's rules."""
+    """Other people's middleware, which keeps Django's rules.
 
-    def __init__(self, factory: Any, inner: _Inner, threaded: bool) -> None:
+    Args:
+        threaded: it works in the request's thread.
+        asynchronous: on Django's handler it would be a coroutine.
+    """
+
+    def __init__(self, factory: Any, inner: _Inner, threaded: bool, asynchronous: bool) -> None:
         self.sync_capable = threaded
         self.async_capable = not threaded
         self._factory = factory
         self._inner = inner
         self._threaded = threaded
+        self._asynchronous = asynchronous
 
     def __call__(self, get_response: Callable[..., Any]) -> Any:
         if self._threaded:
@@ -153,7 +160,7 @@ class _Foreign:
             neighbour = getattr(getattr(get_response, "__wrapped__", None), "threaded", None)
             get_response = neighbour or async_to_sync(flow.on_the_loop(get_response))
         middleware = self._factory(get_response)
-        self._inner.threaded = self._threaded
+        self._inner.threaded = not self._asynchronous
         return middleware and _Guest(middleware, self._threaded)
 
 

@@ -113,6 +113,7 @@ class SynchronousWrapper:
         elif not bridge.loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
             scopes.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
             super().ensure_connection()  # type: ignore[misc]
+            observers.note_use(self)
 
     def create_cursor(self, name: str | None = None) -> Any:
         """Django's; one that native code in a test's transaction leaves open does no harm."""
@@ -144,12 +145,19 @@ class SynchronousWrapper:
     def has_state(self) -> bool:
         """Whether what runs on another connection would miss something of this one: an open
         transaction, wrappers, what statements have set in the server session."""
+        return bool(
+            self.execute_wrappers
+            or self.force_debug_cursor
+            or not self.plain
+            or self.has_server_state
+        )
+
+    @property
+    def has_server_state(self) -> bool:
+        """The same, of what is on the server: an open transaction, the session's settings."""
         conn: Any = self.connection
         return bool(
             self.in_atomic_block  # type: ignore[attr-defined]
-            or self.execute_wrappers
-            or self.force_debug_cursor
-            or not self.plain
             or (
                 conn is not None
                 and not conn.closed
