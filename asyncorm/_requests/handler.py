@@ -31,6 +31,8 @@ from .. import bridge, internals
 from ..pages import see
 from . import blocking, flow, middleware, names, signals, streaming, views, watchdog
 
+SENDER = ASGIHandler  # of the requests' signals: receivers are connected for Django's handler
+
 
 class Chain(BaseHandler):
     """Django's synchronous chain of middleware and views, to be called natively."""
@@ -166,7 +168,7 @@ class NativeHandler(ASGIHandler):
         flow.begin(running)
         with closing(body_file):
             set_script_prefix(get_script_prefix(scope))
-            await signals.send(signals.request_started, type(self), scope=scope)
+            await signals.send(signals.request_started, SENDER, scope=scope)
             request, response = self.create_request(scope, body_file)
             try:
                 if request is not None:
@@ -189,6 +191,7 @@ class NativeHandler(ASGIHandler):
         else:
             await sync_to_async(response.close)()
         for sender in running.finished:
+            sender = SENDER if sender is type(self) else sender
             await signals.send(signals.request_finished, sender)
 
     async def send_response(self, response: Any, send: Any) -> None:

@@ -15,6 +15,7 @@ from django.contrib.auth.middleware import RemoteUserMiddleware
 from django.contrib.auth.models import User
 from django.core.asgi import get_asgi_application as djangos
 from django.core.exceptions import ImproperlyConfigured
+from django.core.handlers.asgi import ASGIHandler
 from django.core.signals import got_request_exception, request_finished, request_started
 from django.db import connection, connections, transaction
 from django.http import FileResponse, Http404, HttpResponse, StreamingHttpResponse
@@ -298,6 +299,22 @@ async def test_other_peoples_receivers_of_requests_signals(item: Item) -> None:
     with receivers(*[(signal, synchronously) for signal in signals]):
         await body(app, "/threaded/")
     assert seen == [(request_started, "thread", 1), (request_finished, "thread", 1)]
+
+
+async def test_receivers_that_are_connected_for_djangos_handler_are_called() -> None:
+    def receiver(signal: Any, **kwargs: Any) -> None:
+        seen.append(signal)
+
+    signals = [request_started, request_finished]
+    for signal in signals:
+        signal.connect(receiver, sender=ASGIHandler)
+    try:
+        for path in "/empty/", "/broken/", "/natively/", "/threaded/":
+            await ask(get_asgi_application(), path)
+    finally:
+        for signal in signals:
+            signal.disconnect(receiver, sender=ASGIHandler)
+    assert seen == signals * 4
 
 
 async def test_receivers_of_exceptions_see_them() -> None:
