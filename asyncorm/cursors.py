@@ -14,7 +14,8 @@ from psycopg.pq import ExecStatus
 from psycopg.rows import tuple_row
 
 from . import _events, bridge, sessions
-from ._cache.execute import NotServed, direct, serves, stand_in
+from ._cache.awaited import Crowd, place_of
+from ._cache.execute import NotServed, direct, serves
 from ._wire.cursors import Answer
 from ._wire.lazy import LazyConnection, Start
 from ._wire.statement import Statement
@@ -89,18 +90,17 @@ class AsyncCursor:
         """
         if type(text) is not str:
             return False
-        if (found := stand_in(self._using or DEFAULT_DB_ALIAS)) is None:
+        crowd = place_of(self._using or DEFAULT_DB_ALIAS)
+        if not isinstance(crowd, Crowd) or crowd.wrapper.watched:
             return False
-        pool, wrapper = found
-        queue = sessions.queue_without_session(pool, text)
-        start = pool.start
-        if queue is None or start is None or start.row_factory is not tuple_row:
+        wrapper, start = crowd.wrapper, crowd.pool.start
+        if not crowd.takes(text) or start is None or start.row_factory is not tuple_row:
             return False
         bridge.check()
         self._close()
         try:
             with _told(text, params, wrapper), wrapper.wrap_database_errors:
-                answer = await queue.submit(_events.followed(_Raw(text, params, wrapper)))
+                answer = await crowd.run(_events.followed(_Raw(text, params, wrapper)))
         except NotServed:
             return False
         self._keep(answer, wrapper, start)

@@ -12,12 +12,10 @@ from django.db import DEFAULT_DB_ALIAS
 from django.db.transaction import TransactionManagementError
 
 from . import bridge, limits, pools
-from ._sessions.crowding import is_crowded, queue_of, travels
 from ._sessions.engines import native_class, pool_of, refuse_foreign
 from ._sessions.scopes import find_scope
 from ._sessions.session import Session
 from .bridge import Runner
-from .multiplexing import Queue
 from .pages import see
 
 # Execute wrappers of native code in every task: what tells those who listen (cursor_events.py).
@@ -80,26 +78,3 @@ async def warm(alias: str) -> None:
     pool = pools.find(alias)
     if pool is None or not pool.is_open:
         await bridge.run(lambda: require(alias).wrapper.ensure_connection())
-
-
-def crowded(alias: str) -> pools.Pool | None:
-    """The pool, if a statement of the current task would find all connections in use and the task
-    has none; else None.
-
-    Raises:
-        TransactionManagementError: the task has outlived its block.
-    """
-    pool = pools.find(alias)
-    if pool is None or pool.connections is None:
-        return None
-    if not is_crowded(limits.source(pool)):
-        return None
-    if pool.outdated or alias in test_sessions or find_scope(alias) is not None:
-        return None
-    return pool
-
-
-def queue_without_session(pool: pools.Pool, text: str) -> Queue | None:
-    """Where a statement of a task waits that found the pool crowded; None if it needs a session."""
-    source = limits.source(pool)
-    return queue_of(source, pool, Session) if travels(source, text) else None

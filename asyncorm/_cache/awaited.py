@@ -57,7 +57,7 @@ async def awaited(
         TransactionManagementError: the task has outlived its block.
     """
     for is_first in (True, False):
-        place = _place_of(alias, writes)
+        place = place_of(alias, writes)
         if place is None or (found := _found(find, place.wrapper)) is None:
             return UNSERVED
         bridge.check()
@@ -186,22 +186,26 @@ class _Free:
             self._conn = None
 
 
-class _Crowd:
+class Crowd:
     """Whichever connection comes free, with the statements of others."""
 
-    __slots__ = ("_pool", "_source", "wrapper")
+    __slots__ = ("_source", "pool", "wrapper")
 
     kept = False
 
     def __init__(self, source: limits.Source, pool: pools.Pool, wrapper: Any) -> None:
         self.wrapper = wrapper
+        self.pool = pool
         self._source = source
-        self._pool = pool
+
+    def takes(self, text: str) -> bool:
+        """Whether a statement may go with those of others."""
+        return travels(self._source, text)
 
     async def run(self, command: Command) -> Any:
-        if not travels(self._source, command.text):
+        if not self.takes(command.text):
             raise NotServed
-        return await queue_of(self._source, self._pool, Session).submit(command)
+        return await queue_of(self._source, self.pool, Session).submit(command)
 
     def release(self) -> None:
         """There is nothing to give back."""
@@ -246,7 +250,12 @@ class _Held:
             self._session.release()
 
 
-def _place_of(alias: str, writes: bool) -> _Place | None:
+def place_of(alias: str, writes: bool = False) -> _Place | None:
+    """What would serve an operation of the current task; None if it has to be one.
+
+    Raises:
+        TransactionManagementError: the task has outlived its block.
+    """
     if _get_running_loop() is None or type(getcurrent()) is Runner:
         return None
     if (scope := find_scope(alias)) is not None:
@@ -263,7 +272,7 @@ def _place_of(alias: str, writes: bool) -> _Place | None:
     if source.has_free and not source.gathers:
         return _Free(source, wrapper)
     if is_crowded(source) and (source.gathers or not writes):
-        return _Crowd(source, pool, wrapper)
+        return Crowd(source, pool, wrapper)
     return None
 
 

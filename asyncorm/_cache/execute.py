@@ -13,11 +13,10 @@ from typing import Any
 from django.db import OperationalError
 from psycopg.pq import Format
 
-from .. import _events, conf, sessions
+from .. import _events, conf
 from .._wire.statement import Statement, Unanswered, Unsent
 from ..backends.cursors import has_djangos_cursors
 from ..driver import SLICE, Connection
-from ..pools import Pool
 from ..turns import Turns
 from .plan import Plan, djangos
 
@@ -42,23 +41,6 @@ def serves(conn: Connection, wrapper: Any) -> bool:
     return has_djangos_cursors(type(wrapper), conn.cursor_factory) and (  # type: ignore[arg-type]
         conn.unsettled or _same_zone(conn, wrapper)  # the one that runs it is looked at, too
     )
-
-
-def stand_in(alias: str) -> tuple[Pool, Any] | None:
-    """The pool, and a wrapper for a statement that travels without an operation.
-
-    None: the current task has or gets a connection, or somebody would notice.
-
-    Raises:
-        TransactionManagementError: the task has outlived its block.
-    """
-    pool = sessions.crowded(alias)
-    if pool is None or pool.start is None:
-        return None
-    wrapper = pool.stand_in()
-    factory = pool.start.cursor_factory
-    known = has_djangos_cursors(type(wrapper), factory)  # type: ignore[arg-type]
-    return (pool, wrapper) if known and not wrapper.watched else None
 
 
 class NotServed(_events.Unserved):
