@@ -108,17 +108,23 @@ def _matches(exc: BaseException, on: Any) -> bool:
     return False
 
 
-def _is_unknown(exc: BaseException | None, on: Any, around: BaseException | None) -> bool:
+def _is_unknown(exc: BaseException, on: Any, around: BaseException | None) -> bool:
     """Whether what failed may have been done nevertheless, and is not named for that.
 
     Args:
         around: what was handled before.
     """
-    if exc is None or exc is around:
+    named = on if isinstance(on, tuple) else (on,)
+    if any(issubclass(cls, CommitUnknown) for cls in named):
         return False
-    if isinstance(exc, CommitUnknown):
-        named = on if isinstance(on, tuple) else (on,)
-        return not any(issubclass(cls, CommitUnknown) for cls in named)
-    members = exc.exceptions if isinstance(exc, BaseExceptionGroup) else ()
-    behind = exc.__cause__ if exc.__suppress_context__ else exc.__context__
-    return any(_is_unknown(each, on, around) for each in (*members, behind))
+    seen = {id(around)}  # one that is raised again may be in the context of its own context
+    left: list[BaseException | None] = [exc]
+    while left:
+        if (each := left.pop()) is None or id(each) in seen:
+            continue
+        if isinstance(each, CommitUnknown):
+            return True
+        seen.add(id(each))
+        left += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
+        left.append(each.__cause__ if each.__suppress_context__ else each.__context__)
+    return False

@@ -252,6 +252,22 @@ async def test_one_that_is_being_handled_is_of_no_concern(proxy: Proxy, query: A
     assert len(runs) == 3
 
 
+async def test_contexts_that_go_round(django_db_setup: Any) -> None:
+    """What is raised again while what it led to is handled is in its own context."""
+    runs: list[int] = []
+
+    @asyncorm.retrying(on=LookupError, backoff=0)
+    async def failing() -> None:
+        runs.append(1)
+        one, other = LookupError(), ValueError()
+        one.__context__, other.__context__ = other, one
+        raise one
+
+    with pytest.raises(LookupError):
+        await failing()
+    assert len(runs) == 3
+
+
 async def test_a_transaction_that_was_not_committed_for_certain(proxy: Proxy, query: Any) -> None:
     """The connection was lost before COMMIT, or the server has said no."""
     with pytest.raises(OperationalError) as lost:
