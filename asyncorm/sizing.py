@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
-from django.db import Error, connections
+from django.db import Error, connections, router
 from psycopg.rows import tuple_row
 
 from . import bridge, pools
@@ -36,21 +37,33 @@ class Demand:
     Attributes:
         alias: the database alias.
         native: connections of the native pool.
-        synchronous: connections of Django's own for synchronous code: its pool, or one for the
-            thread that such code has.
+        synchronous: connections of Django's own for synchronous code: its pool, or one for each
+            thread.
+        pooled: whether that is a pool.
+        kept: of further threads that wait for event loops of their own (`async_to_sync()`), one
+            each, which they keep between loops. The first one's is among `native`.
+        watching: of watchers of replicas (ReplicaRouter).
         role, database: as whom and where, as the server says; empty where it was not asked.
     """
 
     alias: str
     native: int
     synchronous: int
+    pooled: bool = False
+    kept: int = 0
+    watching: int = 0
     role: str = ""
     database: str = ""
 
     @property
     def each(self) -> int:
         """Connections of one process."""
-        return self.native + self.synchronous
+        return self.native + self.synchronous + self.kept + self.watching
+
+    def __str__(self) -> str:
+        text = f"{self.alias}: native {self.native} + synchronous {self.synchronous}"
+        text += f" + kept by threads {self.kept}" if self.kept else ""
+        return text + (f" + watching {self.watching}" if self.watching else "")
 
 
 @dataclass
@@ -109,43 +122,68 @@ class Server:
                 )
 
     def _advice(self, workers: int, limit: int) -> str:
-        pools = sum(2 if demand.synchronous > 1 else 1 for demand in self.demands)
-        single = sum(demand.synchronous == 1 for demand in self.demands)
-        size = (limit // workers - single) // pools
+        pools = sum(1 + demand.pooled for demand in self.demands)
+        others = sum(
+            demand.kept + demand.watching + (0 if demand.pooled else demand.synchronous)
+            for demand in self.demands
+        )
+        size = (limit // workers - others) // pools
         if size < 1:
             return "Fewer workers, a larger limit, or a pooler (docs/pgbouncer.md) are needed."
         return f"With OPTIONS['pool']['max_size'] {size} for each alias they fit."
 
 
-def report(workers: int) -> list[Server]:
+def report(workers: int, threads: int = 1) -> list[Server]:
     """Ask each server that a native alias names for its limits, and put the demands beside them.
 
     For synchronous code: it uses Django's own connections, one for each alias.
 
     Args:
         workers: how many processes there will be, each with one event loop.
+        threads: of each that run synchronous code; under WSGI, or in Celery, each may wait for
+            event loops of its own.
 
     Raises:
-        ValueError: workers is not positive.
+        ValueError: workers or threads is not positive.
     """
-    if workers < 1:
-        raise ValueError("workers must be at least 1." + see("deployment#pools"))
-    return ask(connections)
+    if workers < 1 or threads < 1:
+        raise ValueError("workers and threads must be at least 1." + see("deployment#pools"))
+    return ask(connections, threads)
 
 
-def ask(aliases: Iterable[str]) -> list[Server]:
+def ask(aliases: Iterable[str], threads: int = 1) -> list[Server]:
     """The servers of those of the aliases that are native, asked; see `report()`."""
     servers: dict[str, Server] = {}
     for alias in aliases:
         if engines.native_class(alias) is not None:
-            _ask(alias, servers)
+            _ask(_demand(alias, threads), servers)
     return list(servers.values())
 
 
-def _ask(alias: str, servers: dict[str, Server]) -> None:
+def _demand(alias: str, threads: int) -> Demand:
     settings = connections.settings[alias]
     size = pools.pool_options(settings)["max_size"]
-    demand = Demand(alias, size, size if settings["OPTIONS"].get("pool") else 1)
+    pooled = bool(settings["OPTIONS"].get("pool"))
+    return Demand(
+        alias, size, size if pooled else threads, pooled, threads - 1, _watchers().count(alias)
+    )
+
+
+def _watchers() -> list[str]:
+    """The aliases that watchers of replicas ask, once for each."""
+    routers: list[Any] = router.routers  # it may be the first who loads them
+    known = sys.modules.get("asyncorm.replicas.router")
+    if known is None:
+        return []
+    routers = [each for each in routers if isinstance(each, known.ReplicaRouter)]
+    return [
+        alias for each in routers if not each.mirrors for alias in (each.primary, *each.replicas)
+    ]
+
+
+def _ask(demand: Demand, servers: dict[str, Server]) -> None:
+    alias = demand.alias
+    settings = connections.settings[alias]
     host = settings["HOST"] or settings["OPTIONS"].get("host") or "local socket"
     name = f"{host}, port {settings['PORT'] or 'default'}"
     try:
@@ -183,10 +221,7 @@ def lines(servers: list[Server], workers: int) -> Iterator[str]:
         role = "standby" if server.standby else "primary"
         yield f"{server.name}" + ("" if server.error else f" ({role})")
         for demand in server.demands:
-            yield (
-                f"  {demand.alias}: native {demand.native} + synchronous {demand.synchronous} for "
-                f"each process, {demand.each * workers} for {workers}"
-            )
+            yield (f"  {demand} for each process, {demand.each * workers} for {workers}")
         yield f"  in all {server.wanted(workers)}; twice that while a deployment replaces workers"
         if server.error:
             yield f"  could not be asked: {server.error}"

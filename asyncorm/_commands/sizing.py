@@ -20,10 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_positive, default=1, help="processes of the service, 1 by default"
     )
+    parser.add_argument(
+        "--threads", type=_positive, default=1, help="threads of each for synchronous code, 1"
+    )
 
 
 def run(options: dict[str, Any], write: Callable[[str], Any]) -> None:
     """Print what each server will have to give."""
     workers = options["workers"]
-    for line in sizing.lines(sizing.report(workers), workers):
+    for line in sizing.lines(sizing.report(workers, options["threads"]), workers):
         write(line)

@@ -13,6 +13,7 @@ from django.core.management import CommandError, call_command
 import asyncorm
 from asyncorm import sizing
 from asyncorm.demo.postgres import Server, postgres_server
+from asyncorm.replicas import ReplicaRouter
 from asyncorm.testing import native_only
 from tests.support import database, free_port
 
@@ -104,6 +105,28 @@ async def test_in_native_code_the_loop_goes_on(servers: tuple[Server, Server]) -
             patch.setattr(psycopg, "connect", None)
             assert await asyncorm.native(sizing.ask)([alias]) == expected
         await asyncorm.close_pools(alias)
+
+
+def test_threads_and_watchers(servers: tuple[Server, Server], settings: Any) -> None:
+    """Each further thread keeps one between its loops; a watcher has one to each server."""
+    primary, standby = servers
+    pool = {"pool": {"min_size": 1, "max_size": 3}}
+    with (
+        database("one", **as_shop(primary), OPTIONS={"pool": None}),
+        database("away", **as_shop(standby), OPTIONS=pool),
+    ):
+        settings.DATABASE_ROUTERS = [ReplicaRouter("one", ["away"])]
+        text = shown("--workers", "2", "--threads", "4")
+        one = "one: native 10 + synchronous 4 + kept by threads 3 + watching 1"
+        assert f"{one} for each process, 36 for 2" in text
+        away = "away: native 3 + synchronous 3 + kept by threads 3 + watching 1"
+        assert f"{away} for each process, 20 for 2" in text
+        assert "CONNECTION LIMIT" not in text
+        text = shown("--workers", "4", "--threads", "4")  # 40 / 4 - 4 - 3 - 1 = 2
+        assert "CONNECTION LIMIT of database shop allows: 40. With OPTIONS['pool']" in text
+        assert "'max_size'] 2 for each alias" in text
+        settings.DATABASE_ROUTERS = []
+        assert "watching" not in shown()
 
 
 def test_its_advice_fits(servers: tuple[Server, Server]) -> None:
