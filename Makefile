@@ -13,7 +13,7 @@ BENCH ?= .venv-bench
 DEMO := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-lowest test-next soak soak-requests chaos lint format bench bench-distance bench-instructions bench-loops bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-matrix docs pictures build clean FORCE
+.PHONY: help install demo test test-availability test-lowest test-next soak soak-requests chaos lint format bench bench-distance bench-instructions bench-loops bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-matrix docs pictures build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ soak-requests: $(VENV)/.installed  ## 10,000 requests that start no thread, 10,0
 
 chaos: $(VENV)/.installed  ## have a bank survive faults for minutes, write docs/reliability.md
 	$(VENV)/bin/python -m tests.chaos $(ARGS)
+
+test-availability: $(VENV)/.installed  ## have a primary fail under load in each set-up (ARGS=--write: docs/reliability.md)
+	$(VENV)/bin/python -m tests.availability $(ARGS)
 
 lint: $(VENV)/.installed  ## check style, format, types and which way the modules import
 	$(VENV)/bin/ruff check .

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import Context
 from functools import partial
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -35,6 +36,7 @@ from ._pool.registry import (
 from ._wire.lazy import LazyConnection, Start
 from ._wire.locks import OwnLock
 from .driver import Connection
+from .growth import is_away
 from .pages import see
 
 if TYPE_CHECKING:
@@ -252,6 +254,17 @@ class Pool:
                 f"Check that the server runs and that DATABASES[{self.alias!r}] is right."
                 + see("deployment#when-things-fail")
             ) from exc
+
+    def bears(self, exc: psycopg.Error, since: float) -> bool:
+        """Whether a new connection that was lost at once is made again: by a pooler, say, that has
+        no server now.
+
+        Args:
+            since: when the first one was lost.
+        """
+        conns = self.connections
+        over = monotonic() > since + self.options["timeout"]
+        return conns is not None and not over and is_away(exc) and conns.passes(exc)
 
     @property
     def waiting(self) -> int:

@@ -85,6 +85,15 @@ class Bouncer:
                     raise RuntimeError(log.read_text(errors="replace")) from error
             time.sleep(0.02)
 
+    def aim(self, server: dict[str, Any]) -> None:
+        """Have it go to another server from now on, by RELOAD and RECONNECT."""
+        configuration = self.folder / "pgbouncer.ini"
+        lines = configuration.read_text().splitlines()
+        lines[1] = _target(server)
+        configuration.write_text("\n".join(lines) + "\n")
+        self.ask("RELOAD")
+        self.ask("RECONNECT")
+
     def stop(self) -> None:
         """Kill it, if it runs."""
         if self.process is not None:
@@ -92,6 +101,11 @@ class Bouncer:
             self.process.stdin.close()
             self.process.wait(TIMEOUT)
             self.process = None
+
+
+def _target(server: dict[str, Any]) -> str:
+    names = {"host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD"}
+    return "* = " + " ".join(f"{name}={server[key]}" for name, key in names.items() if server[key])
 
 
 @contextmanager
@@ -103,8 +117,6 @@ def pgbouncer(server: dict[str, Any], **settings: Any) -> Iterator[Bouncer]:
     """
     user = _unprivileged_user()
     folder = _make_folder(for_other_user=bool(user))
-    names = {"host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD"}
-    target = [f"{name}={server[key]}" for name, key in names.items() if server.get(key)]
     options = {
         "pool_mode": "transaction",
         "listen_port": PORT,
@@ -114,7 +126,7 @@ def pgbouncer(server: dict[str, Any], **settings: Any) -> Iterator[Bouncer]:
         "server_login_retry": 0.1,
         **settings,
     }
-    lines = ["[databases]", f"* = {' '.join(target)}", "[pgbouncer]"]
+    lines = ["[databases]", _target(server), "[pgbouncer]"]
     lines += [f"{name} = {value}" for name, value in options.items()]
     configuration = folder / "pgbouncer.ini"
     configuration.write_text("\n".join(lines) + "\n")

@@ -658,9 +658,8 @@ One thing asyncorm cannot do: if the network swallows the request to cancel, too
 with the statement until it writes to the client. Set `client_connection_check_interval` on the
 server, or a `statement_timeout`, if statements are long.
 """
-    # What the soak saw is written by hand.
-    soak = "".join(path.read_text().partition("\n## Random programs")[1:])
-    path.write_text(introduction + "\n".join(lines) + "\n" + limit + soak)
+    others = "".join(path.read_text().partition("\n## ")[1:])
+    path.write_text(introduction + "\n".join(lines) + "\n" + limit + others)
 
 
 async def main() -> None:

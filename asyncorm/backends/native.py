@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import _thread
 import inspect
+from asyncio import sleep
 from collections.abc import Callable
 from functools import cached_property
+from time import monotonic
 from typing import Any
 from weakref import WeakSet
 
@@ -39,6 +41,8 @@ from ..observe.found import cursors_are_patched
 from ..pages import see
 from ..roles import ASK
 from .synchronous import SynchronousWrapper
+
+_AGAIN = 0.2  # seconds until a connection that was lost at once is made again
 
 
 class _Errors(fate.Errors):
@@ -260,6 +264,17 @@ class NativeWrapper:
             super().connect()  # type: ignore[misc]
             return
         self._thread_ident = _thread.get_ident()
+        since = 0.0
+        while (error := self._connect(session)) is not None:
+            since = since or monotonic()
+            if not session.pool.bears(error, since):
+                raise error
+            runner = bridge.current()
+            assert runner is not None
+            bridge.wait_for(runner, sleep(_AGAIN))
+
+    def _connect(self, session: Session) -> psycopg.OperationalError | None:
+        """What it says if a new connection was made and lost again at once."""
         try:
             conn = session.attach()
             if conn.configured:
@@ -270,14 +285,22 @@ class NativeWrapper:
                 self.closed_in_transaction = self.errors_occurred = False
                 self.close_at = None
                 session.taken = None
-                return
+                return None
             self._native_pool.fresh = conn
             conn._pool = self._native_pool  # type: ignore[assignment]
-            with conn.lock:
-                super().connect()  # type: ignore[misc]
+            try:
+                with conn.lock:
+                    super().connect()  # type: ignore[misc]
+            except psycopg.OperationalError as exc:
+                if not conn.closed:
+                    raise
+                self.connection = None
+                session.drop_taken()
+                return exc
             session.pool.begin(conn)
             self.close_at = None  # the pool's max_lifetime; CONN_MAX_AGE is for synchronous code
             session.taken = None
+            return None
         except RecursionError:
             self.connection = None  # the end of the operation gives it back: no depth for it here
             raise

@@ -3,10 +3,9 @@ under load: test_availability.py."""
 
 import asyncio
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ import asyncorm
 from asyncorm import checks, native, pools
 from asyncorm.demo.postgres import Server, postgres_server
 from asyncorm.roles import Role, contradicts
+from tests.availability import hung
 from tests.pool.test_standby import ask, reach
 from tests.support import (
     all_given_back,
@@ -215,22 +215,6 @@ async def test_a_standby_that_is_promoted_leaves_the_replica(
         await left(one, using)
         assert {await where() for _ in range(5)} == {str(two.folder)}
         await asyncorm.close_pools(using)
-
-
-@contextmanager
-def hung(server: Server) -> Iterator[None]:
-    """Stop all its processes as they are: it takes connections and answers nothing."""
-    assert server.datadir is not None
-    main = int((server.datadir / "postmaster.pid").read_text().split()[0])
-    with open(f"/proc/{main}/task/{main}/children") as children:
-        pids = [main, *map(int, children.read().split())]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/1/task/1/children"), reason="needs Linux's /proc")
