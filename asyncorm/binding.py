@@ -20,7 +20,7 @@ import re
 from typing import Any
 
 from django.db.backends.postgresql.base import DatabaseWrapper
-from django.db.models import aggregates, expressions, functions, lookups
+from django.db.models import aggregates, expressions, functions, lookups, query_utils
 from django.db.models.fields import related_lookups, tuple_lookups
 from django.db.models.sql import compiler
 from django.db.models.sql.datastructures import BaseTable, Join
@@ -59,6 +59,7 @@ _NAMES: dict[Any, str] = {
         " RelatedLessThan RelatedLessThanOrEqual"
     ),
     compiler: "PositionRef",
+    query_utils: "FilteredRelation",
     tuple_lookups: (
         "Tuple TupleExact TupleGreaterThan TupleGreaterThanOrEqual TupleIn TupleIsNull"
         " TupleLessThan TupleLessThanOrEqual"

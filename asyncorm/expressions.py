@@ -22,7 +22,7 @@ from typing import Any
 
 from django.db import models
 from django.db.models import F, Field, aggregates, functions
-from django.db.models.expressions import Col, CombinedExpression, Star
+from django.db.models.expressions import Col, CombinedExpression, OrderBy, Star
 from django.db.models.sql.query import Query
 from psycopg.types.numeric import Int2, Int4, Int8
 
@@ -82,6 +82,16 @@ def add_structure(node: Any, key: list[Any], kept: list[Any]) -> None:
             add_structure(source, key, kept)
 
 
+def names_in(value: Any) -> list[str]:
+    """The names that an expression has, or that one stands for: of columns, annotations, paths."""
+    if type(value) is str:
+        return [value]
+    if type(value) is F:
+        return [value.name]
+    sources = value.get_source_expressions() if hasattr(value, "get_source_expressions") else ()
+    return [name for source in sources if source is not None for name in names_in(source)]
+
+
 def pattern(params: tuple[Any, ...]) -> tuple[int, ...]:
     """Which parameters are equal: Django leaves out expressions that are."""
     if len(params) > _MAX_COMPARED or not _PLAIN.issuperset(map(type, params)):
@@ -91,11 +101,11 @@ def pattern(params: tuple[Any, ...]) -> tuple[int, ...]:
 
 # Expressions whose SQL depends on what their attributes say and on nothing else, say a time zone.
 _EXPRESSIONS = {
-    Star, CombinedExpression, aggregates.Count, aggregates.Sum, aggregates.Avg, aggregates.Max,
-    aggregates.Min, aggregates.StdDev, aggregates.Variance, functions.Lower, functions.Upper,
-    functions.Length, functions.Trim, functions.LTrim, functions.RTrim, functions.Reverse,
-    functions.Abs, functions.Ceil, functions.Floor, functions.Sign, functions.Sqrt,
-    functions.Coalesce, functions.Greatest, functions.Least, functions.NullIf,
+    Star, CombinedExpression, OrderBy, aggregates.Count, aggregates.Sum, aggregates.Avg,
+    aggregates.Max, aggregates.Min, aggregates.StdDev, aggregates.Variance, functions.Lower,
+    functions.Upper, functions.Length, functions.Trim, functions.LTrim, functions.RTrim,
+    functions.Reverse, functions.Abs, functions.Ceil, functions.Floor, functions.Sign,
+    functions.Sqrt, functions.Coalesce, functions.Greatest, functions.Least, functions.NullIf,
 }  # fmt: skip
 # What expressions keep of their own making, beside what makes their SQL.
 _DERIVED = {

@@ -59,7 +59,7 @@ from django.db.models.sql import query as sql_query
 from django.db.models.sql.datastructures import Join
 from django.utils.tree import Node
 
-from .expressions import Unfit
+from .expressions import Unfit, names_in
 
 _OWNERS = {"django", "asyncorm", "builtins", "functools", "contextlib", "typing", "types", "abc"}
 # What every plan rests on.
@@ -446,17 +446,25 @@ def _model(field: Any) -> Any:
 
 
 def _ordered_by(asked: Any) -> Iterator[Any]:
-    """The models of the columns that a query is ordered by."""
-    for name in asked.order_by or asked.get_meta().ordering or ():
-        model = asked.model
-        for step in name.removeprefix("-").split("__") if type(name) is str else ():
-            try:
-                model = model._meta.get_field(step).related_model
-            except FieldDoesNotExist:  # pk, an annotation
-                break
-            if model is None:
-                break
-            yield model
+    """The models of the columns that a query is ordered by, those of relations, too."""
+    items = [(asked.model, each) for each in asked.order_by or asked.get_meta().ordering or ()]
+    seen = set()
+    while items:
+        model, item = items.pop()
+        for name in names_in(item):
+            end = model
+            for step in name.removeprefix("-").split("__"):
+                try:
+                    end = end._meta.get_field(step).related_model
+                except FieldDoesNotExist:  # pk, an annotation
+                    break
+                if end is None:
+                    break
+                yield end
+            else:
+                if end not in seen:
+                    seen.add(end)
+                    items += [(end, each) for each in end._meta.ordering or ()]
 
 
 def speaks_for_itself(field: Any, short: bool = False) -> bool:

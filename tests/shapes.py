@@ -583,6 +583,14 @@ topic(
         "relation": lambda: Book.objects.order_by("publisher__name", "pk"),
         "default ordering": lambda: Person.objects.all(),
         "default ordering of relation": lambda: Review.objects.order_by("book", "_order"),
+        "relation that is ordered": lambda: Author.objects.order_by("-mentor", "pk"),
+        "relation that is ordered, of a relation": lambda: Book.objects.order_by(
+            "product__book", F("publisher__country").desc(nulls_first=True), "pk"
+        ),
+        "relation without an order": lambda: Book.objects.order_by("-publisher", "pk"),
+        "expression of an annotation": lambda: Book.objects.annotate(n=F("pages") + 1).order_by(
+            F("n").desc(), "pk"
+        ),
         "order with respect to": lambda: Review.objects.filter(book=4),
         "reverse": lambda: books().reverse(),
         "reverse default": lambda: Tag.objects.reverse(),
@@ -642,6 +650,20 @@ topic(
         "or": lambda: books(pk__lt=3) | books(pk__gt=28),
         "and": lambda: books(pk__lt=9) & books(in_print=True),
         "xor": lambda: books(pk__lt=9) ^ books(in_print=True),
+        "of combined ones": lambda: (
+            Book.objects.filter(pk=1)
+            .union(Book.objects.filter(pk=2).difference(Book.objects.filter(pages__lt=0)))
+            .order_by("pk")
+        ),
+        "of ordered slices": lambda: (
+            Book.objects.order_by("-pk")[:2].union(Book.objects.order_by("pk")[:2], all=True)
+        ).order_by("pk"),
+        "with a relation": lambda: (
+            Book.objects.filter(pk=1)
+            .select_related("publisher")
+            .union(Book.objects.filter(pk=2).select_related("publisher"))
+            .order_by("pk")
+        ),
         "with none": lambda: Book.objects.none().union(Book.objects.filter(pk=1)),
     },
 )

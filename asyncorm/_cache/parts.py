@@ -11,12 +11,13 @@ from django.core.exceptions import FieldDoesNotExist
 from django.db.models.expressions import Col, ColPairs
 from django.db.models.fields.related import ForeignObject
 from django.db.models.fields.reverse_related import ForeignObjectRel
+from django.db.models.query_utils import FilteredRelation
 from django.db.models.sql.datastructures import BaseTable, Join
 from django.db.models.sql.query import Query
 from django.db.models.sql.where import AND, OR, WhereNode
 
 from ..binding import has_placeholder
-from ..expressions import Unfit
+from ..expressions import Unfit, add_unresolved, names_in
 
 if TYPE_CHECKING:
     from ..shapes import Shape
@@ -101,18 +102,47 @@ def _joins(shape: Shape, value: Any) -> None:
     for alias, join in value.items():
         if type(join) is BaseTable:
             shape.key += (alias, join.table_name, join.table_alias)
-        elif (
-            type(join) is Join
-            and join.filtered_relation is None
-            and _joins_plainly(*_classes_of(join.join_field))
-        ):
+        elif type(join) is Join and _joins_plainly(*_classes_of(join.join_field)):
             shape.key += (
                 alias, join.table_name, join.table_alias, join.parent_alias, join.join_type,
                 join.nullable, id(join.join_field),
             )  # fmt: skip
             shape.kept.append(join.join_field)
+            if join.filtered_relation is not None:
+                _filtered(shape, join.filtered_relation)
         else:
             raise Unfit
+
+
+def _filtered(shape: Shape, value: Any) -> None:
+    condition = value.resolved_condition
+    if (
+        type(value) is not FilteredRelation
+        or type(condition) is not WhereNode
+        or (condition.connector != AND and condition.connector != OR)
+    ):
+        raise Unfit
+    shape.key.append("filtered")
+    shape.where(condition)
+
+
+def _filtered_relations(shape: Shape, value: Any) -> None:
+    joins = shape.query.alias_map
+    for name, each in value.items():
+        # One that is not joined yet may be while Django compiles.
+        if getattr(joins.get(name), "filtered_relation", None) is None:
+            raise Unfit
+        shape.key += (name, each.alias, each.relation_name)
+    if value and shape.query.select_related:  # it may be selected, and is set as it says
+        raise Unfit
+
+
+def _combined(shape: Shape, value: Any) -> None:
+    shape.key.append(len(value))
+    for each in value:
+        params, kinds = shape.subquery(each).parameters()
+        shape.params += params
+        shape.leaves += kinds
 
 
 def _classes_of(join_field: Any) -> tuple[Any, Any]:
@@ -179,47 +209,101 @@ def _order(shape: Shape, value: Any) -> None:
     if value:
         annotations = shape.query.annotations
         if annotations:
-            shape.key.append(tuple(value))
-            count = len(value)
+            names = [name.removeprefix("-") for item in value for name in names_in(item)]
+            shape.key.append(tuple([item if type(item) is str else None for item in value]))
+            shape.compares = shape.compares or not annotations.keys().isdisjoint(names)
             value = tuple(
-                name
-                for name in value
-                if type(name) is not str or name.removeprefix("-") not in annotations
+                item
+                for item in value
+                if type(item) is not str or item.removeprefix("-") not in annotations
             )
-            shape.compares = shape.compares or len(value) < count
-        shape.key.append(ordering(shape.query.model, value))
+        shape.key.append(ordering(shape.query.model, value, annotations))
 
 
 plain_orders: dict[Any, bool] = {}
 
 
-def ordering(model: Any, names: tuple[Any, ...]) -> tuple[str, ...]:
-    """`names` if all are columns: ordering by a relation asks the related model how."""
-    known = plain_orders.get((model, names)) if all(type(n) is str for n in names) else False
-    if known is None:
-        if len(plain_orders) >= MAX_ORDERS:
-            plain_orders.clear()
-        known = plain_orders[model, names] = all(_is_column(model, name) for name in names)
-    if not known:
+def ordering(model: Any, items: tuple[Any, ...], annotations: Any = ()) -> tuple[Any, ...]:
+    """What a query of a model is ordered by, as a key.
+
+    Args:
+        annotations: their names, which expressions may have.
+
+    Raises:
+        Unfit: it is neither columns, nor relations, nor expressions without parameters.
+    """
+    if all(type(item) is str for item in items):
+        known = plain_orders.get((model, items))
+        if known is None:
+            if len(plain_orders) >= MAX_ORDERS:
+                plain_orders.clear()
+            known = plain_orders[model, items] = all(_is_column(model, name) for name in items)
+        if known:
+            return items
+    key: list[Any] = []
+    for item in items:
+        _add_order(model, item, annotations, key, ())
+    return tuple(key)
+
+
+def _add_order(
+    model: Any, item: Any, annotations: Any, key: list[Any], seen: tuple[Any, ...]
+) -> None:
+    if type(item) is not str:
+        add_unresolved(item, key)
+        if not all(name in annotations or _is_column(model, name) for name in names_in(item)):
+            raise Unfit
+        return
+    key.append(item)
+    if item == "?" or _is_column(model, item):
+        return
+    related = _related_model(model, item)
+    if related in seen:  # Django raises where it goes round
         raise Unfit
-    return names
+    nested = related._meta.ordering or ()
+    key.append(len(nested))
+    for each in nested:
+        _add_order(related, each, (), key, (*seen, related))
+
+
+def _end_of(model: Any, name: str) -> tuple[Any, str]:
+    """The model that a path leads to, and the name that is looked for there.
+
+    Raises:
+        Unfit: it is no path.
+    """
+    *path, name = name.removeprefix("-").split("__")
+    for step in path:
+        try:
+            model = model._meta.get_field(step).related_model
+        except FieldDoesNotExist:
+            raise Unfit from None
+        if model is None:
+            raise Unfit
+    return model, name
 
 
 def _is_column(model: Any, name: str) -> bool:
-    *path, name = name.removeprefix("-").split("__")
     try:
-        for step in path:
-            model = model._meta.get_field(step).related_model
-    except FieldDoesNotExist:
+        end, last = _end_of(model, name)
+    except Unfit:
         return False
-    if model is None:
-        return False
-    if name == "pk":
-        return len(model._meta.pk_fields) == 1
+    fields = end._meta.pk_fields
+    if last == "pk":  # at the end of a path Django takes one that is a relation for that
+        return len(fields) == 1 and not (fields[0].is_relation and "__" in name)
     return any(
-        name == field.attname or (name == field.name and not field.is_relation)
-        for field in model._meta.concrete_fields
+        last == field.attname or (last == field.name and not field.is_relation)
+        for field in end._meta.concrete_fields
     )
+
+
+def _related_model(model: Any, name: str) -> Any:
+    """The model of the relation that a name is of: Django orders by what that is ordered by."""
+    end, last = _end_of(model, name)
+    for field in end._meta.concrete_fields:
+        if field.name == last and field.is_relation:
+            return field.related_model
+    raise Unfit
 
 
 def _selected(shape: Shape, value: Any) -> None:
@@ -276,7 +360,7 @@ PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "where": _where,
     "annotations": _annotations,
     "extra": _extra,
-    "_filtered_relations": _absent,
+    "_filtered_relations": _filtered_relations,
     "base_table": None,
     "contains_aggregate": None,  # these are told from the rest
     "contains_over_clause": None,
@@ -300,8 +384,9 @@ PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "select_related": _related,
     "max_depth": _value,
     "group_by": _grouped,
-    "combinator": _absent,
-    "combined_queries": _absent,
+    "combinator": _value,
+    "combinator_all": _value,
+    "combined_queries": _combined,
     "select_for_update": _locked,
     "select_for_update_nowait": _value,
     "select_for_update_skip_locked": _value,

@@ -622,6 +622,12 @@ def programs(draw: Any) -> tuple[Program, Program, list[list[Any]]]:
     order = [("-" if draw(st.booleans()) else "") + name for name in order if name != "data"]
     if annotated:
         order.insert(0, draw(st.sampled_from(["extra_value", "-extra_value"])))
+    if model in RELATED and draw(st.integers(0, 3)) == 0:
+        order.insert(0, draw(st.sampled_from(["", "-"])) + draw(st.sampled_from(RELATED[model])))
+    if order and draw(st.integers(0, 3)) == 0:
+        order[-1] = F(order[-1].removeprefix("-")).desc(
+            nulls_last=draw(st.sampled_from([None, True]))
+        )
     add(f"order_by({order})", lambda qs, left: qs.order_by(*order, "pk"))
     if draw(st.integers(0, 3)) == 0:
         low = draw(st.integers(0, 3))

@@ -21,6 +21,7 @@ from django.db.models import (
     DecimalField,
     Exists,
     F,
+    FilteredRelation,
     Max,
     Min,
     OuterRef,
@@ -99,6 +100,15 @@ BASES: dict[str, Callable[[], Any]] = {
     "page": lambda: books()[2:4].query,
     "start": lambda: books()[:4].query,
     "default order": lambda: Tag.objects.filter(pk=1).query,
+    "ordered by a relation": lambda: Review.objects.filter(pk=1).order_by("book", "-pk").query,
+    "ordered by expressions": lambda: Book.objects.order_by(
+        F("rating").desc(nulls_last=True), f.Length("title").asc(), F("pages").asc(nulls_first=True)
+    ).query,
+    "union": lambda: books(pk=1).order_by().union(
+        Book.objects.filter(pages=2), all=True).order_by("pk").query,
+    "filtered relation": lambda: Book.objects.annotate(
+        good=FilteredRelation("reviews", condition=Q(reviews__stars__gt=1))
+    ).filter(good__pk=1).order_by("pk").query,
     "backwards": lambda: books().reverse().query,
     "or": lambda: books(Q(pk=1) | ~Q(pages=2, title="x")).query,
     "joins": lambda: books(publisher__name="x", tags__name="y").query,
@@ -287,8 +297,9 @@ LISTED: dict[type, Listed] = {
     models.Lookup: Listed("bilateral_transforms lhs rhs", {}, {"_constructor_args": _GIVEN}),
     BaseExpression: Listed(
         """
-        alias cases condition connector default distinct extra filter function lhs order_by query
-        result rhs source_expressions target template tzinfo
+        alias cases condition connector default descending distinct expression extra filter function
+        lhs nulls_first nulls_last order_by query result rhs source_expressions target template
+        tzinfo
         """,
         {
             "value": "a parameter",

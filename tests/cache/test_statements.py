@@ -19,6 +19,7 @@ from django.db.models import (
     Exists,
     ExpressionWrapper,
     F,
+    FilteredRelation,
     Max,
     OuterRef,
     Q,
@@ -33,6 +34,7 @@ from django.db.models.functions import (
     Coalesce,
     Concat,
     ExtractHour,
+    Length,
     Lower,
     Random,
     TruncDay,
@@ -102,6 +104,106 @@ HOT: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
     ),
     "get with select_related": (
         lambda v: Book.objects.select_related("publisher__country").get(pk=v),
+        1,
+        2,
+    ),
+    "ordered by a relation": (
+        lambda v: list(Review.objects.filter(pk__gte=v).order_by("-book", "pk")),
+        1,
+        2,
+    ),
+    "ordered by a relation that is ordered": (
+        lambda v: list(Author.objects.filter(pk__gte=v).order_by("-mentor", "pk")),
+        1,
+        2,
+    ),
+    "ordered by expressions": (
+        lambda v: list(
+            Book.objects.filter(pages__gt=v).order_by(
+                F("rating").desc(nulls_last=True), Length("title").asc(), "pk"
+            )
+        ),
+        1,
+        2,
+    ),
+    "ordered by an annotation in an expression": (
+        lambda v: list(
+            Book.objects.annotate(n=F("pages") + v).order_by(F("n").desc(), Lower("title"), "pk")
+        ),
+        1,
+        2,
+    ),
+    "count of what is ordered by an expression": (
+        lambda v: Book.objects.filter(pages__gt=v).order_by(F("rating").desc()).count(),
+        1,
+        2,
+    ),
+    "union": (
+        lambda v: list(
+            Book.objects.filter(pk=v).union(Book.objects.filter(pk=v + 3)).order_by("pk")
+        ),
+        1,
+        2,
+    ),
+    "union of values, of another model": (
+        lambda v: list(
+            Author.objects.filter(pk__gt=v)
+            .order_by()
+            .values_list("name")
+            .union(Tag.objects.filter(weight__gte=v).order_by().values_list("name"), all=True)
+            .order_by("name")[:5]
+        ),
+        1,
+        2,
+    ),
+    "count of a union": (
+        lambda v: Book.objects.filter(pk=v).union(Book.objects.filter(pages__gt=v)).count(),
+        1,
+        2,
+    ),
+    "exists in a union": (
+        lambda v: Book.objects.filter(pk=v).union(Book.objects.filter(pages__gt=v)).exists(),
+        1,
+        2,
+    ),
+    "difference": (
+        lambda v: list(
+            Book.objects.filter(pk__lt=v + 9).difference(Book.objects.filter(pk=v)).order_by("-pk")
+        ),
+        1,
+        2,
+    ),
+    "filtered relation": (
+        lambda v: list(
+            Book.objects.annotate(
+                good=FilteredRelation("reviews", condition=Q(reviews__stars__gte=v))
+            )
+            .filter(good__pk__gt=v)
+            .order_by("pk")
+            .values("pk", "good__stars")
+        ),
+        1,
+        2,
+    ),
+    "count by a filtered relation": (
+        lambda v: (
+            Book.objects.annotate(
+                good=FilteredRelation("reviews", condition=Q(reviews__stars__gte=v))
+            )
+            .filter(good__isnull=False)
+            .count()
+        ),
+        1,
+        2,
+    ),
+    "aggregate by a filtered relation": (
+        lambda v: (
+            Book.objects.annotate(
+                good=FilteredRelation("reviews", condition=Q(reviews__stars__gte=v))
+            )
+            .filter(good__pk__gt=v)
+            .aggregate(n=Count("pk"), m=Max("good__stars"))
+        ),
         1,
         2,
     ),
