@@ -84,9 +84,10 @@ def add_structure(node: Any, key: list[Any], kept: list[Any]) -> None:
 
 def names_in(value: Any) -> list[str]:
     """The names that an expression has, or that one stands for: of columns, annotations, paths."""
-    if type(value) is str:
+    cls = type(value)
+    if cls is str:
         return [value]
-    if type(value) is F:
+    if cls is F:
         return [value.name]
     sources = value.get_source_expressions() if hasattr(value, "get_source_expressions") else ()
     return [name for source in sources if source is not None for name in names_in(source)]

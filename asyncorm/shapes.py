@@ -38,7 +38,7 @@ from .binding import has_placeholder
 from .expressions import Unfit as Unfit
 from .expressions import add_field, add_structure, add_unresolved, pattern
 
-MAX_PARAMS = 2000  # in a list; one for each object of a chunk of iterator()'s is usual
+MAX_PARAMS = 2000  # in a list that is no array; one for each object of a chunk is usual
 
 # Lookups whose SQL depends on the column, on what process_rhs() gives, and on nothing else.
 _PATTERNS = {
@@ -96,12 +96,14 @@ class Shape:
             distinct or (`compares`) orders by it.
         mixed: whether there are parameters of expressions.
         offset: what LIMIT begins at, 0 for none.
+        lengths: of the lists that may be arrays; they are the key's last part, beside `kind`'s.
         kept: objects whose id() is in the key.
     """
 
     __slots__ = (
-        "chosen", "compares", "compiler", "grouping", "having", "kept", "key", "leaves", "mixed",
-        "named", "offset", "params", "query", "selected", "spare", "spared", "values", "wrapper",
+        "chosen", "compares", "compiler", "grouping", "having", "kept", "key", "leaves", "lengths",
+        "mixed", "named", "offset", "params", "query", "selected", "spare", "spared", "values",
+        "wrapper",
     )  # fmt: skip
 
     is_inner = False  # of a subquery
@@ -119,6 +121,7 @@ class Shape:
         self.values: list[tuple[Any, Any, Any]] = []
         self.selected = self.chosen = self.spare = self.spared = self.grouping = _NONE
         self.named = _NO_NAMES
+        self.lengths: tuple[int, ...] = _NONE
         self.mixed = self.having = self.compares = False
         self.compiler: Any = None
         self.kept: list[Any] = [columns]
@@ -145,6 +148,15 @@ class Shape:
             self.key.append(ordering(opts.model, tuple(opts.ordering or ())))
         if len(self.grouping) > 1 and self.repeats:
             self.key.append(pattern(self.grouping))
+        if self.lengths and not self.is_inner:
+            self.key.append(self.lengths)
+
+    def key_of_lengths(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The key, and that for lists of any length."""
+        key = tuple(self.key)
+        return key, tuple(
+            [each for each in key if each is not self.lengths]
+        ) if self.lengths else key
 
     @property
     def repeats(self) -> bool:
@@ -172,7 +184,16 @@ class Shape:
                     key.append(rhs)
                     continue
                 sql, params = child.process_rhs(None, self.wrapper)
-                if len(params) > MAX_PARAMS:
+                count = len(params)
+                if (
+                    count > 1
+                    and cls in _LISTS
+                    and self.takes_array(lhs.target)
+                    and sql == f"({', '.join(['%s'] * count)})"
+                ):
+                    self.lengths += (count,)
+                    sql = "(...)"
+                elif count > MAX_PARAMS:
                     raise Unfit
                 key.append(tuple(sql) if type(sql) is list else sql)
                 self.params += params
@@ -231,6 +252,7 @@ class Shape:
         self.spare += inner.spare
         self.spared += inner.spared
         self.kept += inner.kept
+        self.lengths += inner.lengths
         self.mixed = self.mixed or inner.mixed
         return inner
 
@@ -344,18 +366,27 @@ class Shape:
             found += [kinds] * count
         return found
 
+    def takes_array(self, column: Any) -> bool:
+        """Whether a list of values of a column may be an array.
+
+        PostgreSQL makes one of the column's type, which may be another one than the field says:
+        real, say. No key is that.
+        """
+        is_key = column.primary_key or column.is_relation
+        return column.db_type(self.wrapper) in (_KEYS if is_key else {"uuid"})
+
     def lists(self, *, skips_null: bool) -> list[tuple[int, int]]:
         """Which parameters are a list that may be an array: where it begins and how long it is."""
         found = []
         at = 0
         for kind, count, _ in self.places(skips_null=skips_null):
-            if count > 1 and type(kind) in _LISTS and type(kind.lhs) is Col:
-                column = kind.lhs.target
-                # Of a list PostgreSQL makes an array of the column's type, which may be another one
-                # than the field says: real, say. No key is that.
-                is_key = column.primary_key or column.is_relation
-                if column.db_type(self.wrapper) in (_KEYS if is_key else {"uuid"}):
-                    found.append((at, count))
+            if (
+                count > 1
+                and type(kind) in _LISTS
+                and type(kind.lhs) is Col
+                and self.takes_array(kind.lhs.target)
+            ):
+                found.append((at, count))
             at += count
         return found
 

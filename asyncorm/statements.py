@@ -22,7 +22,7 @@ from ._cache.store import Store
 from .binding import writes_as_django
 from .grounds import Ground
 from .rows import RowMaker
-from .shapes import Shape, Unfit, shape_of_aggregates
+from .shapes import MAX_PARAMS, Shape, Unfit, shape_of_aggregates
 from .tracing import Mark, Trace
 
 plans = Store(4096)  # a plan, or None: not to be planned; and its ground
@@ -130,7 +130,8 @@ def hit(key: Any, plan: Plan, params: Any, offset: int, compile: Callable[[], Co
             families.insert(place, _NO_KIND)
         if not verifying.holds(key, sent, families, compile):
             remember(key, None, Ground(()))
-            count("unfit")
+            if bridge.in_native_code():  # else it is asked for again
+                count("unfit")
             return False
         counts["verified"] += 1
     counts["hits"] += 1
@@ -158,8 +159,14 @@ def plan_for(
             shape = Shape(query, wrapper, *kind)
         else:
             shape = shape_of_aggregates(query, wrapper, kind, expressions)
-        key = tuple(shape.key)
-        plan = recall(key)
+        whole, of_any = shape.key_of_lengths()
+        key, plan = of_any, recall(of_any)
+        if plan is _BY_LENGTH:
+            if max(shape.lengths) > MAX_PARAMS:
+                raise Unfit
+            key, plan = whole, recall(whole)
+        elif plan is not None and plan is not UNPLANNED and shape.lengths:
+            plan = plan.of_lists(shape.lists(skips_null=plan.skips_null))
     except Exception:  # whatever is wrong with the query, Django will say
         if bridge.in_native_code():
             count("unfit")
@@ -168,8 +175,10 @@ def plan_for(
     if (plan is None or not known) and not bridge.in_native_code():
         return None
     if not known:
-        plan = _made(key, query, shape, compile)
+        plan = _made(of_any, query, shape, compile)
         count("misses")
+        if shape.lengths and plan is not None and not plan.is_of_any_length:
+            _by_length(of_any, whole, shape)
     if plan is None:
         count("unfit")
         return None
@@ -179,6 +188,16 @@ def plan_for(
     if known and not hit(key, plan, params, shape.offset, lambda: compile(query.clone(), wrapper)):
         return None
     return plan, params, shape.offset
+
+
+_BY_LENGTH: Any = object()  # in the place of a plan: lists of each length have their own
+
+
+def _by_length(of_any: Any, key: Any, shape: Shape) -> None:
+    if (found := plans.get(of_any)) is not None:
+        remember(of_any, _BY_LENGTH, found[1])
+        if max(shape.lengths) <= MAX_PARAMS:
+            remember(key, *found)
 
 
 def _made(

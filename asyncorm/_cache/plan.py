@@ -111,17 +111,30 @@ class Plan:
                 return False
         return self.is_current
 
-    def of_length(self, count: int) -> Plan:
-        """The plan for so many keys, if it is one of keys."""
-        size = len(self.families)
-        if count == size:
+    @property
+    def is_of_any_length(self) -> bool:
+        """Whether it serves lists of all lengths: each is one array."""
+        return bool(
+            self.lists
+            and self.query is not None
+            and self.picked is None
+            and "%%" not in self.sql
+            and all(place < self.lists[0][0] + len(self.constants) for place, _ in self.constants)
+        )
+
+    def of_lists(self, lists: list[tuple[int, int]]) -> Plan:
+        """The plan for lists of these lengths, if it is one of lists of any."""
+        if lists == self.lists:
             return self
         plan = copy(self)
-        first, last = self.sql.index("%s"), self.sql.rindex("%s")
-        between = self.sql[first + 2 : self.sql.index("%s", first + 2)]
-        plan.sql = self.sql[:first] + between.join(["%s"] * count) + self.sql[last + 2 :]
-        plan.lists = [(0, count)]
-        plan.families, plan.formats = self.families[:1] * count, self.formats[:1] * count
+        parts, families = self.sql.split("%s"), list(self.families)
+        changes = zip(reversed(self.lists), reversed(lists), strict=True)
+        for (start, count), (_, size) in changes:
+            families[start : start + count] = families[start : start + 1] * size
+            first = start + len(self.constants) + 1
+            parts[first : first + count - 1] = parts[first : first + 1] * (size - 1)
+        plan.sql, plan.lists, plan.families = "%s".join(parts), lists, families
+        plan.formats = self.formats[:1] * len(families)
         return plan
 
     def bound(self, conn: Connection, params: Any) -> Statement | None:

@@ -63,7 +63,7 @@ def by_keys(
             return None
         plan, kind = known
         if many and plan.is_of_keys:
-            plan = plan.of_length(len(keys))
+            plan = plan.of_lists([(0, len(keys))])
         params = keys if kind is type(keys[0]) else [kind(value) for value in keys]
     except Exception:
         return None

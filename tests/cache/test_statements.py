@@ -1034,10 +1034,42 @@ async def test_what_is_not_let_in_is_not_remembered_as_impossible() -> None:
         assert hits() - before > 60
 
 
-async def test_long_lists_are_left_to_django() -> None:
+async def test_lists_of_keys_of_all_lengths_have_one_plan() -> None:
+    queries: list[Callable[[Any], Any]] = [
+        lambda keys: Book.objects.filter(pages__gt=0, pk__in=keys, title__gte="").order_by("pk"),
+        lambda keys: Book.objects.exclude(pk__in=keys).filter(publisher__in=keys[:7]),
+        lambda keys: Book.objects.filter(publisher__in=Publisher.objects.filter(pk__in=keys)),
+    ]
+    for query in queries:
+        statements.clear()
+        for number, length in enumerate((2, 5000, 3, 700, 2)):
+            keys = [*range(1, length + 1)]
+            before = hits()
+            expected = await in_thread(list, query(keys).order_by("pk"))
+            found = await query(keys).order_by("pk").anative()
+            assert differences(expected, found) == []
+            assert hits() - before == (number > 0)
+            for name in ("count", "exists"):
+                expected = await in_thread(getattr(query(keys), name))
+                assert await getattr(query(keys), f"native_{name}")() == expected
+        assert asyncorm.statement_cache_stats()["size"] == 3
+
+
+async def test_long_lists_of_other_values_are_left_to_django() -> None:
     for _ in range(2):
-        assert len(await Book.objects.filter(pk__in=range(3000)).anative()) > 1
+        assert len(await Book.objects.filter(pages__in=range(3000)).anative()) > 1
     assert asyncorm.statement_cache_stats()["size"] == 0
+
+
+async def test_lists_that_are_no_arrays_have_a_plan_for_each_length() -> None:
+    with override_settings(DATABASE_ROUTERS=[]):
+        query = lambda keys: Book.objects.filter(pk__in=keys).extra(where=["1 = 1"])  # noqa: E731
+        for number, length in enumerate((2, 3, 2, 3, 3000, 2)):
+            before = hits()
+            keys = [*range(1, length + 1)]
+            expected = await in_thread(list, query(keys).order_by("pk"))
+            assert differences(expected, await query(keys).order_by("pk").anative()) == []
+            assert hits() - before == (number in (2, 3, 5))
 
 
 async def test_a_list_of_keys_is_one_parameter() -> None:
@@ -1056,7 +1088,7 @@ async def test_a_list_of_keys_is_one_parameter() -> None:
         expected = await in_thread(list, queryset)
         assert differences(sorted(expected, key=by_key), await ordered(queryset.all())) == []
     arrays = [plan for plan, _ in statements.plans.values() if getattr(plan, "lists", None)]
-    assert [plan.query.count(b"$") for plan in arrays] == [1, 3, 3, 1, 1]
+    assert [plan.query.count(b"$") for plan in arrays] == [1, 3, 3, 1]
     assert all(b" = ANY($" in plan.query for plan in arrays)
 
 
