@@ -150,8 +150,10 @@ class CancellableConnection(psycopg.Connection[Any]):
                 if pgconn.status != _OK:
                     raise psycopg.OperationalError(pgconn.get_error_message() or CLOSED)
         except psycopg.OperationalError:
+            encoding = self.info.encoding if answers else ""
+            self.close_if_lost()
             if answers:
-                checked([result for results in answers for result in results], self.info.encoding)
+                checked([result for results in answers for result in results], encoding)
             raise
         pgconn.exit_pipeline_mode()
         self.segment = False
@@ -179,6 +181,12 @@ class CancellableConnection(psycopg.Connection[Any]):
             await waiting.wait_conn_async(self._cancel_gen(), 0.1)
         else:
             await asyncio.to_thread(self.cancel)
+
+    def close_if_lost(self) -> None:
+        """Close what was lost in pipeline mode: libpq stays in it, and whoever is refused there
+        (server-side cursors, COPY) would hear of that, and not that the connection is lost."""
+        if self.pgconn.status != _OK:
+            self.terminate()
 
     def terminate(self) -> None:
         """Close the socket at once; a task waiting for it gets OperationalError."""

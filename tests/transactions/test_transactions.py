@@ -1850,3 +1850,18 @@ async def test_a_connection_that_is_lost_is_told_of_although_the_exception_was_c
                             await asyncorm.native(_end_session)()
     assert await names() == []
     assert await all_given_back()
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_a_stream_on_a_connection_that_was_lost_says_so(together: bool) -> None:
+    with pytest.raises(OperationalError):
+        async with asyncorm.atomic():
+            with pytest.raises(OperationalError):
+                if together:
+                    await asyncorm.batch(asyncorm.native(_end_session)())
+                else:
+                    await asyncorm.native(_end_session)()
+            with pytest.raises((OperationalError, InterfaceError), match=r"closed|lost"):
+                async for _ in Item.objects.native_iterator(chunk_size=1):
+                    pass
+    assert await all_given_back()
