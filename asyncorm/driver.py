@@ -58,6 +58,7 @@ class Connection(CancellableConnection):
 
     Attributes:
         lock: taken by psycopg around each statement; the session that holds the connection sets it.
+        called: functions that have been called, and that may have left something in the session.
         configured: whether Django has set time zone, role and so on.
         pooled: the pool's connection underneath, None when there is none.
         alone: the statement that runs, or the last one, is no part of a transaction, and was sent.
@@ -82,6 +83,7 @@ class Connection(CancellableConnection):
         self.configured = False
         self.wire = Wire(pgconn)
         self._touched = False
+        self.called: frozenset[str] = frozenset()
         self._start: tuple[Any, ...] | None = None
         self.pooled = None
         self._pool = None  # also tells psycopg not to warn about a connection it did not see closed
@@ -106,6 +108,7 @@ class Connection(CancellableConnection):
         """Take the session as it is now for that of a new connection: Django has configured it."""
         self.configured = True
         self._touched = False
+        self.called = frozenset()
         self._start = self._settings()
 
     def _settings(self) -> tuple[Any, ...]:
@@ -117,14 +120,24 @@ class Connection(CancellableConnection):
     @property
     def touched(self) -> bool:
         """Whether something is left in the session that nobody else may see: by a statement, as far
-        as its text tells or the server told, or in psycopg's connection."""
-        if self._touched or self._start is None or self.pgconn.status != _OK:
-            return self._touched
+        as its text tells or the server told, or in psycopg's connection; by a function, perhaps."""
+        if self._touched or self.called:
+            return True
+        if self._start is None or self.pgconn.status != _OK:
+            return False
         return self._settings() != self._start
 
     @touched.setter
     def touched(self, value: bool) -> None:
         self._touched = value
+
+    def note(self, traces: bool | frozenset[str]) -> None:
+        """A statement that leaves something is about to be sent."""
+        if traces is True:
+            self._touched = True
+        elif traces:
+            home = None if self.pooled is None else self.pooled.home
+            self.called |= traces if home is None else traces - home.harmless
 
     @property
     def waiting(self) -> bool:
@@ -384,8 +397,8 @@ class Connection(CancellableConnection):
             yield from self.whole_results()
         elif not self._autocommit:
             yield from self._start_query()
-        if statement.leaves_state:
-            self.touched = True
+        if statement.traces:
+            self.note(statement.traces)
         pgconn = self.pgconn
         book: Any = self._prepared
         prepare, name = book.get(statement, statement.prepare)

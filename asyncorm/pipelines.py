@@ -133,6 +133,8 @@ class Pipeline:
         alone = not self._begins and pgconn.transaction_status == _IDLE
         names: list[bytes] = []
         for statement in self._statements:
+            if statement.traces:
+                conn.note(statement.traces)
             prepare, name = book.get(statement, statement.prepare)
             if prepare == _SHOULD:
                 name = (yield from self._prepare(statement, name)) if alone else b""

@@ -2,8 +2,8 @@
 
 The text is first taken apart as PostgreSQL's lexer does it, in one pass without a way back: what is
 in literals, comments and quoted names is not a command. What cannot be known from the text (the
-body of a DO block, a procedure) counts as leaving something. What functions hide is not seen here;
-`Connection.settings()` sees some of it.
+body of a DO block, a procedure) counts as leaving something. What functions hide is not seen here:
+`traces()` (_wire/texts.py) names those that may hide something.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Literals, quoted names, comments. Possessive (*+, ++) where one way to match is the only one, so
 # that the time is linear in the length; runs of the commonest at once.
@@ -102,13 +105,13 @@ def _after_comment(text: str, at: int) -> int:
     return at
 
 
-def remembered(function: Callable[[str], bool]) -> Callable[[str], bool]:
+def remembered(function: Callable[[str], T]) -> Callable[[str], T]:
     """Keep what a function says of a statement's text; long ones, which seldom come again, would
     fill the memory."""
     kept = functools.lru_cache(maxsize=4096)(function)
 
     @functools.wraps(function)
-    def of(text: str) -> bool:
+    def of(text: str) -> T:
         return kept(text) if len(text) <= 4096 else function(text)
 
     return of

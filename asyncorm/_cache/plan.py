@@ -22,11 +22,10 @@ from psycopg.adapt import PyFormat
 
 from .._cache.families import AS_DUMPED, INTEGER, NUMBER
 from .._wire.statement import Statement
-from .._wire.texts import only_reads
+from .._wire.texts import only_reads, traces
 from ..binding import in_place_of_expressions
 from ..driver import Connection
 from ..rows import RowMaker
-from ..session_state import leaves_state
 from ..shapes import Shape
 
 _MAX_PARAMS = 65535  # of the server in one statement; literals have no limit
@@ -91,7 +90,7 @@ class Plan:
             self.query = _numbered(sql, len(self.families), ())
         self.formats = [PyFormat.TEXT] * len(self.families)
         self.text = sql if self.query is None else self.query.decode()
-        self.leaves_state = leaves_state(sql)
+        self.traces = traces(sql)
 
     @property
     def is_of_keys(self) -> bool:
@@ -149,9 +148,7 @@ class Plan:
 
     def _statement(self, values: Any, oids: Any) -> Statement:
         assert self.query is not None
-        return Statement(
-            self.query, values, tuple(oids), leaves_state=self.leaves_state, text=self.text
-        )
+        return Statement(self.query, values, tuple(oids), traces=self.traces, text=self.text)
 
     def _bound_arrays(self, conn: Connection, params: Any) -> Statement | None:
         values: list[Any] = []

@@ -20,6 +20,7 @@ import psycopg
 from psycopg import pq
 from psycopg_pool.pool_async import AddConnection, ReturnConnection
 
+from .. import conf
 from .._wire.cancelling import CANCEL_TIMEOUT
 from ..growth import GrowingPool, is_away
 from ..roles import ASK, STANDBY_WANTED, Role, contradicts
@@ -32,18 +33,29 @@ logger = logging.getLogger("psycopg.pool")
 _ELSEWHERE = 10.0  # seconds for which standbys are refused where a primary was and is looked for
 _IDLE = pq.TransactionStatus.IDLE
 _ACTIVE = pq.TransactionStatus.ACTIVE
+_MOST_NAMES = 1000
+# Of these functions those that may set something in the session, which one that is not volatile
+# does by set_config() or a lock only. Those in C are PostgreSQL's and its extensions'; their names
+# tell.
+_HARMFUL = """
+    SELECT proname FROM pg_catalog.pg_proc JOIN pg_catalog.pg_language l ON l.oid = prolang
+    WHERE proname = ANY(%s) AND CASE WHEN lanname IN ('internal', 'c')
+        THEN provolatile = 'v' AND proname ~ 'set|connect|lock|session|config|seed|load|open'
+        ELSE provolatile = 'v' OR pg_get_functiondef(pg_proc.oid) ~* 'set_config|advisory' END"""
 
 
 class ConnectionPool(GrowingPool[PooledConnection]):
     """psycopg_pool's pool, with a checkout that costs no task switch when a connection is free.
 
     Attributes:
+        harmless: functions of the database that leave nothing in the session, of those called.
         live: every open connection, in the pool or not.
         connect_error: why the last attempt to connect failed; None after one that worked.
         target: the role that servers have to have (`target_session_attrs`), None if it is not said.
     """
 
     def __init__(self, target: str | None = None, **kwargs: Any) -> None:
+        self.harmless: set[str] = set()
         self.live: set[PooledConnection] = set()
         self.connect_error: BaseException | None = None
         self.target = target
@@ -217,6 +229,9 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         """Undo on the server what was left in the session, then take the connection back."""
         try:
             async with asyncio.timeout(CANCEL_TIMEOUT):
+                if await self._has_called_harmless(conn):
+                    self.give(conn)
+                    return
                 await conn.execute("DISCARD ALL")
                 changed = contradicts(Role.of(conn.pgconn), conn.began, self.target)
                 if conn.wrote_in_vain and not changed:
@@ -228,6 +243,18 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         except Exception:
             conn.twin.terminate()
         self.give(conn)
+
+    async def _has_called_harmless(self, conn: PooledConnection) -> bool:
+        """Whether nothing can be left by the functions that were called, and there is no other
+        reason for a reset."""
+        twin = conn.twin
+        called, twin.called = twin.called, frozenset()
+        if not called or twin.touched or conf.get("RESET_ALWAYS"):
+            return False
+        rows = await (await conn.execute(_HARMFUL, [list(called - self.harmless)])).fetchall()
+        if len(self.harmless) < _MOST_NAMES:
+            self.harmless |= called.difference(name for (name,) in rows) - {""}
+        return called <= self.harmless
 
     def was_reset(self, conn: PooledConnection, task: Task[None]) -> None:
         """The task of `reset()` has ended: one that was cancelled has not taken it back."""

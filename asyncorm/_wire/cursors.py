@@ -11,10 +11,9 @@ from psycopg import pq
 from psycopg.adapt import Transformer
 
 from .. import _events
-from ..session_state import leaves_state
 from .adapting import AdaptersContext, has_own
 from .statement import Statement, sent, text_of
-from .texts import is_single
+from .texts import is_single, traces
 
 if TYPE_CHECKING:
     from ..driver import Connection
@@ -89,8 +88,8 @@ class _Cursor:
         if conn.unsettled:
             conn.settle()
         self._pgconn = conn.pgconn
-        if leaves_state(text):
-            conn.touched = True
+        if left := traces(text):
+            conn.note(left)
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import psycopg
 from psycopg import pq
 
+from .texts import traces
+
 if TYPE_CHECKING:
     from ..driver import Connection
 
@@ -90,12 +92,12 @@ class Statement:
         formats: text or binary, for each; None when all are text.
         result_format: in which the values of the result shall come.
         text: the query as text.
-        leaves_state: whether it changes the server session (`leaves_state()`).
+        traces: what it leaves in the server session (`traces()`).
         prepare: False to leave it unprepared, however often it comes.
     """
 
     __slots__ = (
-        "formats", "leaves_state", "params", "prepare", "query", "result_format", "text", "types",
+        "formats", "params", "prepare", "query", "result_format", "text", "traces", "types",
     )  # fmt: skip
 
     def __init__(
@@ -105,7 +107,7 @@ class Statement:
         types: tuple[int, ...] = (),
         formats: Sequence[int] | None = None,
         result_format: int = pq.Format.TEXT,
-        leaves_state: bool = False,
+        traces: bool | frozenset[str] = False,
         text: str | None = None,
     ) -> None:
         self.query = query
@@ -114,7 +116,7 @@ class Statement:
         self.types = types
         self.formats = formats
         self.result_format = result_format
-        self.leaves_state = leaves_state
+        self.traces = traces
         self.prepare: bool | None = None
 
     def bind(self, conn: Connection) -> Statement:
@@ -142,7 +144,7 @@ class Statement:
 
 def sent(query: Any, text: str) -> Statement:
     """The statement that a psycopg query object stands for once it has its parameters."""
-    statement = Statement(query.query, text=text)
+    statement = Statement(query.query, text=text, traces=traces(text))
     if query.types:
         statement.params, statement.types = query.params, query.types
         statement.formats = query.formats

@@ -101,10 +101,25 @@ def calls_known(text: str) -> bool:
     if command is None:
         return False
     command = _PLACEHOLDER.sub("", _INTO.sub("into (", command))
-    return _OPERATORS.issuperset(_OPERATOR.findall(command)) and all(
-        match[1] in _HARMLESS and command[match.start() - 1 : match.start()] != "."
+    return _OPERATORS.issuperset(_OPERATOR.findall(command)) and not _unknown_calls(command)
+
+
+def _unknown_calls(command: str) -> frozenset[str]:
+    """The names of functions that are not known to leave the session alone; "" for quoted ones."""
+    return frozenset(
+        match[1] or ""
         for match in _CALL.finditer(command)
+        if match[1] not in _HARMLESS or command[match.start() - 1 : match.start()] == "."
     )
+
+
+@remembered
+def traces(text: str) -> bool | frozenset[str]:
+    """What a statement leaves in the session: something, or whatever these functions leave."""
+    if leaves_state(text):
+        return True
+    command = plain(text)
+    return False if command is None else _unknown_calls(_INTO.sub("into (", command))
 
 
 # Of the known ones those that change something, or give something else each time or in another

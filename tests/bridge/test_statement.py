@@ -196,7 +196,7 @@ async def test_cancellation_cancels_it_on_the_server() -> None:
 
 
 async def test_what_it_leaves_in_the_session_is_reset() -> None:
-    setting = Statement(b"SELECT set_config('application_name', 'left', false)", leaves_state=True)
+    setting = Statement(b"SELECT set_config('application_name', 'left', false)", traces=True)
     with database("extra", OPTIONS={"pool": {"min_size": 0, "max_size": 1}}):
         await asyncorm.native(run)(setting, "extra")
         await all_given_back("extra")

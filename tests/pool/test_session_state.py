@@ -12,8 +12,8 @@ from django.conf import settings
 from django.contrib.auth.models import Permission
 from django.db import OperationalError, connection, connections
 from django.db.backends.signals import connection_created
+from django.db.models import Func, IntegerField
 from django.db.models.signals import post_init
-from django.test import override_settings
 from psycopg import IsolationLevel, RawCursor, ServerCursor
 from psycopg.adapt import PyFormat
 from psycopg.rows import dict_row
@@ -23,6 +23,7 @@ from psycopg.types.string import StrDumper, TextLoader
 import asyncorm
 from asyncorm._wire.texts import calls_known, is_read, is_single
 from asyncorm.session_state import leaves_state
+from tests.support import administrator
 
 pytestmark = pytest.mark.usefixtures("one_connection")
 
@@ -121,13 +122,55 @@ async def test_state_of_a_transaction_is_not_reset_for_nothing() -> None:
     assert await value("SHOW work_mem") == "4MB"
 
 
-async def test_what_functions_hide_needs_the_setting() -> None:
+async def test_what_functions_hide_is_reset() -> None:
     async with function("SET work_mem = 99999") as hidden:
         assert not leaves_state(hidden)
-        with override_settings(ASYNCORM={"RESET_ALWAYS": True}):
-            await value(hidden)
-            await settled()
-            assert await value("SHOW work_mem") == "4MB"
+        await value(hidden)
+        await settled()
+        assert await value("SHOW work_mem") == "4MB"
+        async with asyncorm.atomic():
+            await asyncio.gather(*(value(hidden) for _ in range(3)))
+        await settled()
+        assert await value("SHOW work_mem") == "4MB"
+
+
+async def test_what_queries_of_functions_hide_is_reset() -> None:
+    name = Func(function="it_hides", output_field=IntegerField())
+    async with function("SET work_mem = 99999"):
+        await Permission.objects.annotate(name_=name).native_first()
+        await settled()
+        assert await value("SHOW work_mem") == "4MB"
+
+
+@pytest.mark.parametrize(
+    ("harmless", "call"),
+    [
+        (True, "SELECT pg_relation_filenode('pg_class')"),  # stable, in C
+        (True, "SELECT uuid_send(gen_random_uuid())"),
+        (True, "WITH once(a) AS (SELECT 1) SELECT a FROM once"),  # no function at all
+        (True, "SELECT quiet_one()"),
+        (False, "SELECT quiet_two()"),
+        (False, 'SELECT "quiet_one"()'),  # any name
+        (False, "SELECT setseed(0.5)"),
+    ],
+)
+async def test_a_session_is_kept_where_the_functions_called_can_leave_nothing(
+    harmless: bool, call: str
+) -> None:
+    set_config = "set_config('work_mem', '77MB', false)"
+    await value("CREATE FUNCTION quiet_one() RETURNS int STABLE LANGUAGE sql AS 'SELECT 1'")
+    await value(f"CREATE FUNCTION quiet_two() RETURNS text STABLE RETURN {set_config}")
+    try:
+        process = await value("SELECT pg_backend_pid()")
+        with administrator() as ask:
+            for _ in range(2):  # the first time the server is asked
+                await value(call)
+                await settled()
+            last = ask("SELECT query FROM pg_stat_activity WHERE pid = %s", process)
+        assert last == (call if harmless else "DISCARD ALL")
+        assert await value("SHOW work_mem") == "4MB"
+    finally:
+        await value("DROP FUNCTION quiet_one, quiet_two")
 
 
 async def test_what_functions_hide_is_seen_if_the_server_tells_of_it() -> None:
