@@ -116,7 +116,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
     def name(self, kind: str, name: str) -> str:
         """The name in PostgreSQL of a consumer's process, a group or a queue."""
         full = f"{self.prefix}:{kind}:{name}"
-        if len(full) <= _LONGEST_NAME:
+        if len(full.encode()) <= _LONGEST_NAME:
             return full
         return f"{self.prefix}:{kind}#{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 

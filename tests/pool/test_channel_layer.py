@@ -160,6 +160,18 @@ async def test_names_longer_than_postgresqls(layer: Any) -> None:
     assert await take(layer, "q" * 99) == {"to": "q"}
 
 
+async def test_names_with_a_prefix_of_longer_letters() -> None:
+    layer = PostgresChannelLayer(prefix="é" * 10)
+    channel = await layer.new_channel()
+    try:
+        for size in (35, 45, 90):  # letters; PostgreSQL counts bytes
+            await layer.group_add("g" * size, channel)
+            await layer.group_send("g" * size, {"size": size})
+            assert await take(layer, channel) == {"size": size}
+    finally:
+        await layer.close()
+
+
 async def test_equal_messages_of_one_block_all_arrive_when_it_commits(layer: Any) -> None:
     channel = await layer.new_channel()
     await layer.group_add("test-group", channel)
