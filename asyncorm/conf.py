@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "STATEMENT_CACHE": True,
     # The most shapes that this is known of.
     "STATEMENT_CACHE_SIZE": 4096,
+    # On an event loop record what is done to querysets; their queries are made if they are needed.
+    "RECORD_QUERYSETS": True,
     # Outside a block, execute a SELECT that Django made again on another connection if its own was
     # lost before the answer came.
     "RETRY_READS": True,

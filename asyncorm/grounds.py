@@ -353,6 +353,11 @@ class Ground:
         return True
 
 
+def registered_lookups() -> Any:
+    """Another object whenever a lookup was registered or taken out, of whichever class."""
+    return _lookups_of(Field)
+
+
 # Django keeps what it gives for each class until a lookup of whichever class is registered or taken
 # out: then it is another dict.
 _lookups_of = vars(RegisterLookupMixin)["get_class_lookups"].__func__

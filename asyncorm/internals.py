@@ -26,6 +26,7 @@ from .pages import see
 # Optional parts: the key of the ASYNCORM setting that switches each of them off.
 CACHE = "STATEMENT_CACHE"
 PREFETCH = "PARALLEL_PREFETCH"
+RECORDING = "RECORD_QUERYSETS"
 
 # What each release was tested with; the same bounds stand in pyproject.toml.
 TESTED = {
@@ -227,6 +228,12 @@ DJANGO = (
         "has_results get_count get_aggregation get_external_cols unref_alias get_initial_alias",
         "exists(), count() and aggregate() from a plan",
         CACHE,
+    ),
+    Names(
+        "django.db.models.sql.query:Query",
+        "build_lookup add_distinct_fields extra_order_by values_select _filtered_relations",
+        "what is done to querysets is recorded, and answered from there",
+        RECORDING,
     ),
     Names(
         "django.db.models.sql.compiler:SQLCompiler",

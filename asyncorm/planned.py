@@ -28,6 +28,7 @@ from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import DeleteQuery
 
 from . import conf, internals, patches, verifying
+from ._chains import roots
 from ._hooks import aggregate, create, get, insert, iterate, switch, terminals, write
 from .statements import clear, plans
 
@@ -71,6 +72,7 @@ def install() -> None:
         return
     for owner, name, by, why in list(_replacements()):
         patches.replace(owner, name, by, why)
+    roots.install()
     terminals.install()
     setting_changed.connect(_settings_changed, dispatch_uid="asyncorm.planned")
     _settings_changed()
@@ -81,3 +83,4 @@ def _settings_changed(**kwargs: Any) -> None:
     verifying.active = conf.get("STATEMENT_CACHE") == "verify"
     clear()
     plans.size = conf.get("STATEMENT_CACHE_SIZE")
+    roots.follow_settings()

@@ -42,6 +42,7 @@ from django.db.models.sql.query import Query
 from django.db.models.sql.where import WhereNode
 
 from . import grounds, patches
+from ._chains.recorded import settle
 from ._hooks.iterate import give_turn
 from ._hooks.keys import by_keys
 from ._hooks.switch import native_wrapper
@@ -356,6 +357,7 @@ def _is_shared(value: Any) -> bool:
 
 def _copier(query: Any) -> Callable[[], Any] | None:
     """A function that copies a query that nothing was done to yet."""
+    settle(query)
     if type(query) is not Query or type(query.where) is not WhereNode or query.where.children:
         return None
     state = dict(query.__dict__)

@@ -14,7 +14,7 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
   `ForeignObjectRel`: overridden, a join does not depend on the field alone.
 - `Lookup.process_rhs`: the SQL and the parameters of a lookup's right side; in the key and in the
   parameters. `process_lhs()` and what is around both depend on the class and the column alone, for
-  the lookups in `_LOOKUPS`.
+  the lookups in `LOOKUPS`.
 - `SQLCompiler.compile`, `WhereNode.split_having_qualify`: the SQL of all other lookups and of
   expressions is in the key as it is, their parameters in the parameters.
 - `Field.get_db_prep_save`, `.prepare_database_save`: the values of an UPDATE.
@@ -45,7 +45,7 @@ _PATTERNS = {
     lookups.IExact, lookups.Contains, lookups.IContains, lookups.StartsWith, lookups.IStartsWith,
     lookups.EndsWith, lookups.IEndsWith, lookups.Regex, lookups.IRegex,
 }  # fmt: skip
-_COMPARISONS = {
+COMPARISONS = {
     lookups.Exact, lookups.GreaterThan, lookups.GreaterThanOrEqual, lookups.LessThan,
     lookups.LessThanOrEqual, lookups.In, lookups.Range,
     lookups.IntegerFieldExact, lookups.IntegerGreaterThan, lookups.IntegerGreaterThanOrEqual,
@@ -56,7 +56,7 @@ _COMPARISONS = {
 }  # fmt: skip
 _IS_NULL = {lookups.IsNull, related_lookups.RelatedIsNull}
 _EXACT = {lookups.Exact, lookups.IntegerFieldExact, related_lookups.RelatedExact}
-_LOOKUPS = _PATTERNS | _COMPARISONS
+LOOKUPS = _PATTERNS | COMPARISONS
 _YEARS = {
     lookups.YearExact, lookups.YearGt, lookups.YearGte, lookups.YearLt, lookups.YearLte,
 }  # fmt: skip
@@ -109,7 +109,7 @@ class Shape:
     is_inner = False  # of a subquery
 
     def __init__(self, query: Any, wrapper: Any, *kind: Any) -> None:
-        if type(query) not in _QUERIES:
+        if type(query) not in _QUERIES and query.__class__ not in _QUERIES:  # recorded: made now
             raise Unfit
         self.query = query
         self.wrapper = wrapper
@@ -173,7 +173,7 @@ class Shape:
         key.append((node.connector, node.negated, node.resolved, len(node.children)))
         for child in node.children:
             cls: Any = type(child)
-            if cls in _LOOKUPS:
+            if cls in LOOKUPS:
                 lhs, rhs = child.lhs, child.rhs
                 if type(lhs) is not Col or hasattr(rhs, "as_sql") or child.bilateral_transforms:
                     self.compiled(child)

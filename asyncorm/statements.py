@@ -19,6 +19,7 @@ from . import _events, bridge, grounds, verifying
 from ._cache.parts import plain_orders
 from ._cache.plan import Plan, djangos
 from ._cache.store import Store
+from ._chains import nodes
 from .binding import writes_as_django
 from .grounds import Ground
 from .rows import RowMaker
@@ -50,6 +51,7 @@ def clear() -> None:
     """Forget all plans."""
     plans.clear()
     plain_orders.clear()
+    nodes.clear()
 
 
 def recall(key: tuple[Any, ...]) -> Any:

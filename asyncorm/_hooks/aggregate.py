@@ -12,9 +12,10 @@ from .. import rows
 from .._cache.awaited import Found
 from .._cache.execute import count_of, items
 from .._cache.plan import Plan
+from .._chains.plans import plan_for
 from ..rows import RowMaker
 from ..shapes import Unfit
-from ..statements import Compiled, plan_for
+from ..statements import Compiled
 from ..tracing import Resolving
 from .switch import native_wrapper
 

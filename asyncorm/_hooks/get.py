@@ -9,7 +9,7 @@ import uuid
 from typing import Any
 
 from django.db import OperationalError
-from django.db.models import Model, query
+from django.db.models import Model, Q, query
 from django.db.models.query import MAX_GET_RESULTS
 from django.db.models.sql.query import Query
 from greenlet import getcurrent
@@ -18,6 +18,8 @@ from .. import bridge, elsewhere, grounds, rows, verifying
 from .._cache.awaited import Found
 from .._cache.execute import items
 from .._cache.plan import Plan
+from .._chains.plans import recorded_plan
+from .._chains.recorded import Recorded
 from ..bridge import Runner
 from ..grounds import Ground
 from ..shapes import Shape, Unfit
@@ -137,6 +139,10 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Any:
     types = tuple(map(type, values))
     if not PLAIN_VALUES.issuperset(types):
         return None
+    if type(queryset._query) is Recorded:
+        recorded = _recorded_plan(queryset, kwargs, wrapper)
+        if recorded is not None:
+            return recorded
     try:
         shape = Shape(queryset._query, wrapper, "get", type(queryset), *names, types)
         base = queryset._query
@@ -187,6 +193,29 @@ def _stays(value: Any) -> bool:
 
 
 _STAYING = {*PLAIN_VALUES, bool, type(None), list, tuple, set, frozenset}
+
+
+def _recorded_plan(queryset: Any, kwargs: Any, wrapper: Any) -> Any:
+    """The plan of a recorded queryset: what `get()` does is done to a copy of its query."""
+    cls = type(queryset)
+    if not ((cls is query.QuerySet or _filters_as_django(cls)) and grounds.clones_as_django()):
+        return None
+    asked: Any = queryset._query.chain()
+    if asked.is_sliced or asked.distinct_fields:
+        return None
+    try:
+        asked.add_q(Q(*sorted(kwargs.items())))
+        asked.clear_ordering(force=True, clear_default=False)
+        asked.add_ordering()
+        asked.set_limits(high=MAX_GET_RESULTS)
+    except Exception:  # Django says what is wrong
+        return None
+    if type(asked) is not Recorded:
+        return None
+    found = recorded_plan(asked, wrapper, compile_instances, query.ModelIterable, None)
+    if found is None or found is UNPLANNED:
+        return found
+    return None if rows.is_watched(found[0].maker.models) else found[:2]
 
 
 def _narrowed(queryset: Any, names: list[str], values: list[Any]) -> Any:

@@ -15,10 +15,12 @@ from .. import rows
 from .._cache.awaited import Found
 from .._cache.execute import chunks, items
 from .._cache.plan import Plan
+from .._chains.plans import plan_for
+from .._chains.recorded import Recorded, used
 from ..bridge import Runner
 from ..driver import SLICE, Connection
 from ..rows import RowMaker
-from ..statements import Compiled, plan_for
+from ..statements import Compiled
 from .switch import native_wrapper
 
 _Iterate = Callable[[Any], Iterator[Any]]
@@ -112,11 +114,11 @@ def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> Found | None:
     if mode is not None and mode.track_peers:
         return None
     asked = queryset.query
-    if asked.extra and iterable is not query.ModelIterable:
+    if iterable is not query.ModelIterable and type(asked) is not Recorded and asked.extra:
         return None
     found = plan_for(asked, wrapper, compile_of(queryset, iterable), iterable, queryset._fields)
-    if found is not None and not asked.alias_map:  # it has its table once it is compiled
-        asked.unref_alias(asked.get_initial_alias())
+    if found is not None:
+        used(asked)
     return found
 
 

@@ -12,6 +12,7 @@ from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
 from .. import bridge, columnar, grounds, verifying
 from .._cache.execute import count_of
 from .._cache.plan import Plan
+from .._chains.recorded import is_untouched
 from ..grounds import Ground
 from ..shapes import Unfit
 from ..statements import UNPLANNED, Compiled, hit, learn, plan_for, recall
@@ -95,7 +96,7 @@ def do_update(original: Any) -> Any:
 
 
 def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, list[Any]] | None:
-    if type(pk) not in PLAIN_VALUES or base_qs._query.where.children or base_qs._query.alias_map:
+    if type(pk) not in PLAIN_VALUES or not is_untouched(base_qs._query):
         return None
     params: list[Any] = []
     key: list[Any] = [wrapper.alias, UpdateQuery, base_qs.model, type(pk)]

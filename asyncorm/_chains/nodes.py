@@ -1,0 +1,225 @@
+"""A trie of what is done to queries: each way to do it leads from one node to the next.
+
+A node stands for all queries that the same was done to, with values of the same types. What it says
+of them was seen on the first one, which Django made; the next node is found by the form of a call.
+Another query of that kind is made, when somebody asks for it, by doing all of it again.
+
+Names of Django (5.2 to 6.1) used beyond the documented API, and why:
+
+- `Query` and its attributes in `Node`: what querysets ask a query for before they do something.
+- `RegisterLookupMixin.get_class_lookups`: another lookup may be the one that is meant.
+"""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import Any
+
+from django.db.models.sql.query import Query
+
+from .. import grounds
+from .values import Form, Key, add_watched, of_values, write
+
+MAX_NODES = 8192
+MAX_CHILDREN = 256  # names that come from users fill one node at most
+
+FACTS = (
+    "is_sliced", "order_by", "default_ordering", "standard_ordering", "distinct_fields",
+    "values_select",
+)  # fmt: skip
+
+
+class Node:
+    """All queries that the same was done to.
+
+    Attributes:
+        call: what was done to the parent's last.
+        start, stop: the places of the values of that call.
+        is_untouched: whether its queries select all rows, as new ones do.
+        offset_at: the place of the value that LIMIT begins at.
+        chained: what `copies()` gives, once it was asked for.
+        children: by the form of the next call; None: it cannot be recorded.
+        plans: what is executed for its queries, by the way in which they are (plans.py).
+        was_used: since somebody last looked for a child to forget.
+        era: of the trie; another one once something has changed that all nodes depend on.
+    """
+
+    __slots__ = (
+        "call", "chained", "children", "era", "is_untouched", "model", "offset_at", "parent",
+        "plans", "start", "stop", "was_used", *FACTS,
+    )  # fmt: skip
+
+    def __init__(self, parent: Node | None, call: Any, query: Any, count: int) -> None:
+        self.parent = parent
+        self.call = call
+        self.model = query.model
+        self.start: int = 0 if parent is None else parent.stop
+        self.stop: int = self.start + count
+        self.is_untouched: bool = parent is None or (call is None and parent.is_untouched)
+        self.offset_at: int | None = None if parent is None else parent.offset_at
+        self.chained: Node | None = None
+        self.children: dict[Any, Node | None] = {}
+        self.plans: dict[Any, Any] = {}
+        self.was_used = False
+        self.era = _era
+        for name in FACTS:
+            setattr(self, name, getattr(query, name))
+
+    def keep(self, form: Any, child: Node | None) -> None:
+        """Lead to a child by the form of a call."""
+        global _count
+        with _keeping:
+            if _count >= MAX_NODES:
+                clear()
+            if self.era is not _era:
+                return
+            children = self.children
+            while len(children) >= MAX_CHILDREN:
+                oldest = next(iter(children))
+                node = children.pop(oldest)
+                if node is not None and node.was_used:
+                    node.was_used = False
+                    children[oldest] = node
+                else:
+                    _count -= _size(node)
+            children[form] = child
+            _count += 1
+
+    def copies(self) -> Node:
+        """The node of the copies that `Query.chain()` makes."""
+        node = self.chained
+        if node is None:
+            node = Node(self, None, self, 0)
+            # A copy of a copy is the same again, unless it may join what the first one has joined.
+            if not (type(self.call) is Set and self.call.name == "filter_is_sticky"):
+                node.chained = node
+            self.chained = node
+        return node
+
+
+def _size(node: Node | None) -> int:
+    size, nodes = 0, [node]
+    while nodes:
+        size += 1
+        if (each := nodes.pop()) is not None:
+            nodes += each.children.values()
+            if each.chained is not None and each.chained is not each:
+                nodes.append(each.chained)
+    return size
+
+
+class _Era:
+    """Of a trie: until lookups are registered, models made or settings changed."""
+
+
+_keeping = Lock()
+_era = _Era()
+_count = 0
+_roots: dict[Any, Node] = {}
+_lookups: Any = None
+
+
+def clear() -> None:
+    """Forget all nodes: those that querysets still have lead nowhere any more."""
+    global _count, _era
+    _era = _Era()
+    _count = 0
+    _roots.clear()
+
+
+def is_current(node: Node) -> bool:
+    """Whether a node may still be followed."""
+    return node.era is _era
+
+
+def root(model: Any) -> Node:
+    """The node of queries that nothing was done to."""
+    global _lookups
+    if _lookups is not (now := grounds.registered_lookups()):
+        _lookups = now
+        clear()
+    node = _roots.get(model)
+    if node is None:
+        node = _roots[model] = Node(None, None, Query(model), 0)
+    return node
+
+
+class Filter:
+    """`add_q()`.
+
+    Attributes:
+        keys: of the instances among the values.
+    """
+
+    def __init__(self, form: Form, keys: list[Key]) -> None:
+        self.form = form
+        self.keys = keys
+
+    def repeat(self, query: Any, values: Any, sources: Any, start: int) -> None:
+        q = write(self.form, iter(values))
+        if sources is None:
+            query.add_q(q)
+            return
+        lookups = of_values(add_watched(query, q), values)
+        if lookups is None:
+            raise ValueError("A filter does not use its values one by one.")
+        sources += [(lookup, place) for place, lookup in enumerate(lookups, start)]
+
+
+class Call:
+    """A method with names for arguments."""
+
+    def __init__(self, name: str, args: Any, kwargs: Any) -> None:
+        self.name = name
+        self.args = args
+        self.kwargs = kwargs
+
+    def repeat(self, query: Any, values: Any, sources: Any, start: int) -> None:
+        getattr(query, self.name)(*self.args, **self.kwargs)
+
+
+class Set:
+    """An attribute that is set."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name = name
+        self.value = value
+
+    def repeat(self, query: Any, values: Any, sources: Any, start: int) -> None:
+        setattr(query, self.name, self.value)
+
+
+class Limits:
+    """`set_limits()`, whose offset is a value, unless it is 0.
+
+    Attributes:
+        size: how many rows; None: all.
+        low: None or 0 where there is no value.
+    """
+
+    def __init__(self, size: int | None, low: int | None) -> None:
+        self.size = size
+        self.low = low
+
+    def repeat(self, query: Any, values: Any, sources: Any, start: int) -> None:
+        low = values[0] if values else self.low
+        query.set_limits(low, None if self.size is None else (low or 0) + self.size)
+
+
+def made(node: Node, values: Any, sources: Any = None) -> Any:
+    """The query that Django makes of what was recorded.
+
+    Args:
+        sources: a list, for each value its lookup and its place are put into it.
+    """
+    path = []
+    while node.parent is not None:
+        path.append(node)
+        node = node.parent
+    query = Query(node.model)
+    for step in reversed(path):
+        if step.call is None:
+            query = query.chain()
+        else:
+            step.call.repeat(query, values[step.start : step.stop], sources, step.start)
+    return query

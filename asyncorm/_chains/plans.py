@@ -1,0 +1,187 @@
+"""Plans for recorded queries: of the statement cache, with the recorded values for parameters.
+
+What is kept for a node is the plan that the query had which Django made of it, and for each of its
+parameters the one value that it comes from, by the lookup that was made for that value. It holds as
+long as the grounds of such a plan do.
+
+Names of Django (5.2 to 6.1) used beyond the documented API, and why:
+
+- `Lookup.process_rhs`: makes the parameter of a value.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from psycopg.types.numeric import Int2, Int4, Int8
+
+from .. import bridge, grounds, statements, verifying
+from .._cache.plan import Plan
+from ..expressions import add_unresolved
+from ..grounds import Ground
+from ..shapes import COMPARISONS, Shape, Unfit
+from ..statements import UNPLANNED, Compiled, hit
+from . import nodes
+from .nodes import made
+from .recorded import Recorded, settle
+from .values import is_djangos
+
+Found = tuple[Plan, list[Any], int]
+_MOST = {Int2: 1 << 15, Int4: 1 << 31, Int8: 1 << 63}
+
+
+class _Known:
+    """The plan of a node's queries.
+
+    Attributes:
+        parts: for each parameter the place of its value, and what makes it of that.
+        offset_at: the place of the offset.
+    """
+
+    def __init__(self, plan: Plan, parts: Any, offset_at: int | None, kept: Any) -> None:
+        self.plan = plan
+        self.parts = parts
+        self.offset_at = offset_at
+        self.kept = kept
+
+    @property
+    def is_current(self) -> bool:
+        return self.plan.is_current
+
+    def bind(self, values: Any, wrapper: Any) -> tuple[list[Any], int]:
+        """The parameters and the offset."""
+        params = [make(values[place], wrapper) for place, make in self.parts]
+        return params, 0 if self.offset_at is None else values[self.offset_at]
+
+
+def plan_for(
+    query: Any,
+    wrapper: Any,
+    compile: Callable[[Any, Any], Compiled],
+    *kind: Any,
+    expressions: Any = None,
+) -> Found | None:
+    """`statements.plan_for()`, for recorded queries without making them."""
+    if type(query) is Recorded:
+        found = recorded_plan(query, wrapper, compile, *kind, expressions=expressions)
+        if found is not None:
+            return None if found is UNPLANNED else found
+        settle(query)
+    return statements.plan_for(query, wrapper, compile, *kind, expressions=expressions)
+
+
+def recorded_plan(
+    query: Any, wrapper: Any, compile: Any, *kind: Any, expressions: Any = None
+) -> Any:
+    """The same for a recorded query; UNPLANNED where an operation has to make the plan."""
+    node, values = query.chain_node, query.chain_values
+    if not nodes.is_current(node) or not grounds.are_sound():
+        return None
+    try:
+        key = _key(node, wrapper, kind, expressions)
+        known, ground = node.plans.get(key, _UNKNOWN)
+        is_new = known is UNPLANNED or not (ground.holds() and (known is None or known.is_current))
+        if is_new:
+            make = functools.partial(_learn, node, values, wrapper, compile, kind, expressions)
+            known = _learnt(node, key, make)
+        if known is None or known is UNPLANNED:
+            return known
+        params, offset = known.bind(values, wrapper)
+    except Exception:  # whatever is wrong with it, Django will say
+        return None
+    again = lambda: compile(made(node, values), wrapper)  # noqa: E731
+    if not is_new and not hit((node, key), known.plan, params, offset, again):
+        node.plans[key] = None, Ground(())
+        return None
+    return known.plan, params, offset
+
+
+_UNKNOWN = UNPLANNED, None
+_MAX_KINDS = 64
+
+
+def _key(node: Any, wrapper: Any, kind: tuple[Any, ...], expressions: Any) -> tuple[Any, ...]:
+    """What a node's plans depend on beside the node."""
+    key: list[Any] = [wrapper.alias, *kind]
+    if node.default_ordering and not node.order_by:
+        key += node.model._meta.ordering
+    if expressions is not None:
+        add_unresolved(expressions, key)
+    return tuple(key)
+
+
+def _learnt(node: Any, key: Any, make: Callable[[], tuple[_Known, Ground]]) -> Any:
+    """What a node's statement is, kept from now on; None if there is to be none.
+
+    UNPLANNED, too, where only what is known already may be used: to compile may need a connection.
+    """
+    known: _Known | None = None
+    ground = None
+    try:
+        known, ground = make()
+    except Exception:
+        if not bridge.in_native_code():
+            return UNPLANNED
+    if len(node.plans) >= _MAX_KINDS:
+        node.plans.clear()
+    node.plans[key] = known, ground or Ground((), [node.model])
+    return known
+
+
+def _learn(
+    node: Any, values: Any, wrapper: Any, compile: Any, kind: Any, expressions: Any
+) -> tuple[_Known, Ground]:
+    """What is to be known about a node's queries, as seen on this one."""
+    sources: list[tuple[Any, int]] = []
+    query = made(node, values, sources)
+    shape = Shape(query, wrapper, *kind)
+    found = statements.plan_for(query, wrapper, compile, *kind, expressions=expressions)
+    if found is None or shape.mixed or shape.values or shape.selected or shape.spare:
+        raise Unfit
+    plan, params, offset = found
+    places = {id(lookup): place for lookup, place in sources}
+    parts: list[Any] = []
+    for _, count, leaf in shape.leaves:
+        if count != 1:
+            raise Unfit
+        place = places.pop(id(leaf))
+        parts.append((place, _maker(leaf, values[place], shape.params[len(parts)])))
+    if places or plan.shared or (node.offset_at is None) != (not offset):
+        raise Unfit
+    if plan.picked is not None:
+        parts = [parts[i] for i in plan.picked]
+    known = _Known(plan, parts, node.offset_at, shape.kept)
+    if not verifying.equal(known.bind(values, wrapper), (params, offset)):
+        raise Unfit
+    ground = grounds.of_query(
+        query, shape.kept, plan.maker, wrapper, [type(lookup) for lookup, _ in sources],
+        *plan.classes, short=True,
+    )  # fmt: skip
+    return known, ground
+
+
+def _maker(lookup: Any, value: Any, param: Any) -> Callable[[Any, Any], Any]:
+    """What makes the parameter of a value of this type, as the lookup does."""
+    cls, lhs = type(lookup), lookup.lhs
+
+    def prepared(value: Any, wrapper: Any) -> Any:
+        sql, params = cls(lhs, value).process_rhs(None, wrapper)
+        if sql != "%s" or len(params) != 1:
+            raise Unfit
+        return params[0]
+
+    if cls not in COMPARISONS or not is_djangos(lhs.output_field):
+        return prepared  # for one value it may be as it is, for another not
+    kind: Any = type(param)
+    if type(value) is int and kind in _MOST and param == value:
+        most = _MOST[kind]
+
+        def numbered(value: Any, wrapper: Any) -> Any:
+            return kind(value) if 0 <= value < most else prepared(value, wrapper)
+
+        return numbered
+    if type(value) is str and param is value:
+        return lambda value, wrapper: value
+    return prepared
