@@ -39,14 +39,15 @@ class Node:
         offset_at: the place of the value that LIMIT begins at.
         chained: what `copies()` gives, once it was asked for.
         children: by the form of the next call; None: it cannot be recorded.
+        gets: the nodes that `get()` leads to, by its keywords and the types of their values.
         plans: what is executed for its queries, by the way in which they are (plans.py).
         was_used: since somebody last looked for a child to forget.
         era: of the trie; another one once something has changed that all nodes depend on.
     """
 
     __slots__ = (
-        "call", "chained", "children", "era", "is_untouched", "model", "offset_at", "parent",
-        "plans", "start", "stop", "was_used", *FACTS,
+        "call", "chained", "children", "era", "gets", "is_untouched", "model", "offset_at",
+        "parent", "plans", "start", "stop", "was_used", *FACTS,
     )  # fmt: skip
 
     def __init__(self, parent: Node | None, call: Any, query: Any, count: int) -> None:
@@ -59,6 +60,7 @@ class Node:
         self.offset_at: int | None = None if parent is None else parent.offset_at
         self.chained: Node | None = None
         self.children: dict[Any, Node | None] = {}
+        self.gets: dict[Any, Node] = {}
         self.plans: dict[Any, Any] = {}
         self.was_used = False
         self.era = _era

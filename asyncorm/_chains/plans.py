@@ -21,10 +21,10 @@ from .. import bridge, grounds, statements, verifying
 from .._cache.plan import Plan
 from ..expressions import add_unresolved
 from ..grounds import Ground
-from ..shapes import COMPARISONS, Shape, Unfit
+from ..shapes import COMPARISONS, Shape, Unfit, shape_of_aggregates
 from ..statements import UNPLANNED, Compiled, hit
 from . import nodes
-from .nodes import made
+from .nodes import Node, made
 from .recorded import Recorded, settle
 from .values import is_djangos
 
@@ -65,18 +65,19 @@ def plan_for(
 ) -> Found | None:
     """`statements.plan_for()`, for recorded queries without making them."""
     if type(query) is Recorded:
-        found = recorded_plan(query, wrapper, compile, *kind, expressions=expressions)
+        found = plan_of(
+            query.chain_node, query.chain_values, wrapper, compile, *kind, expressions=expressions
+        )
         if found is not None:
             return None if found is UNPLANNED else found
         settle(query)
     return statements.plan_for(query, wrapper, compile, *kind, expressions=expressions)
 
 
-def recorded_plan(
-    query: Any, wrapper: Any, compile: Any, *kind: Any, expressions: Any = None
+def plan_of(
+    node: Node, values: Any, wrapper: Any, compile: Any, *kind: Any, expressions: Any = None
 ) -> Any:
-    """The same for a recorded query; UNPLANNED where an operation has to make the plan."""
-    node, values = query.chain_node, query.chain_values
+    """The same for what was recorded; UNPLANNED where an operation has to make the plan."""
     if not nodes.is_current(node) or not grounds.are_sound():
         return None
     try:
@@ -112,6 +113,10 @@ def _key(node: Any, wrapper: Any, kind: tuple[Any, ...], expressions: Any) -> tu
     return tuple(key)
 
 
+class _Unknown(Unfit):
+    """The statement cache does not keep a plan for now."""
+
+
 def _learnt(node: Any, key: Any, make: Callable[[], tuple[_Known, Ground]]) -> Any:
     """What a node's statement is, kept from now on; None if there is to be none.
 
@@ -121,9 +126,11 @@ def _learnt(node: Any, key: Any, make: Callable[[], tuple[_Known, Ground]]) -> A
     ground = None
     try:
         known, ground = make()
-    except Exception:
+    except Exception as exc:
         if not bridge.in_native_code():
             return UNPLANNED
+        if type(exc) is _Unknown:
+            return None
     if len(node.plans) >= _MAX_KINDS:
         node.plans.clear()
     node.plans[key] = known, ground or Ground((), [node.model])
@@ -136,8 +143,13 @@ def _learn(
     """What is to be known about a node's queries, as seen on this one."""
     sources: list[tuple[Any, int]] = []
     query = made(node, values, sources)
-    shape = Shape(query, wrapper, *kind)
+    if expressions is None:
+        shape = Shape(query, wrapper, *kind)
+    else:
+        shape = shape_of_aggregates(query, wrapper, kind, expressions)
     found = statements.plan_for(query, wrapper, compile, *kind, expressions=expressions)
+    if found is None and tuple(shape.key) not in statements.plans:
+        raise _Unknown
     if found is None or shape.mixed or shape.values or shape.selected or shape.spare:
         raise Unfit
     plan, params, offset = found

@@ -76,6 +76,20 @@ class Key:
         self.kind = kind
 
 
+def kind_of(value: Any) -> Any:
+    """The type of a value, or what stands for it; None if it cannot be recorded."""
+    kind = type(value)
+    if kind is str:
+        return Digits if _is_number(value) else str
+    if kind in _FIELDS:
+        if kind is datetime.datetime and (value.tzinfo is None) is settings.USE_TZ:
+            return None  # Django warns, or refuses
+        return None if kind is decimal.Decimal and not value.is_finite() else kind
+    if isinstance(value, Model) or (isinstance(value, enum.Enum) and isinstance(value, int | str)):
+        return kind
+    return None
+
+
 def read(q: Any, values: list[Any]) -> Form | None:
     """The form of a Q object, hashable, whose values are put into the list.
 
@@ -91,24 +105,12 @@ def read(q: Any, values: list[Any]) -> Form | None:
             form.append(inner)
             continue
         name, value = child
-        kind: Any = type(value)
-        if kind is bool or value is None:
-            kind = value
-        elif kind in _FIELDS:
-            if kind is datetime.datetime:
-                if (value.tzinfo is None) is settings.USE_TZ:
-                    return None  # Django warns, or refuses
-            elif kind is decimal.Decimal and not value.is_finite():
-                return None
-            elif kind is str and _is_number(value):
-                kind = Digits
-            values.append(value)
-        elif isinstance(value, Model) or (
-            isinstance(value, enum.Enum) and isinstance(value, int | str)
-        ):
-            values.append(value)
-        else:
+        if value is None or type(value) is bool:
+            form += (name, value)
+            continue
+        if (kind := kind_of(value)) is None:
             return None
+        values.append(value)
         form += (name, kind)
     return tuple(form)
 
@@ -184,10 +186,8 @@ def keys_of(found: list[Any], values: list[Any]) -> list[Key] | None:
             ):
                 return None
             keys.append(Key(place, target.attname, type(key)))
-        else:
-            kind = Digits if type(value) is str and _is_number(value) else type(value)
-            if type(lookup) not in _LOOKUPS or not takes(field, kind):
-                return None
+        elif type(lookup) not in _LOOKUPS or not takes(field, kind_of(value)):
+            return None
     return keys
 
 

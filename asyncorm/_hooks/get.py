@@ -18,8 +18,10 @@ from .. import bridge, elsewhere, grounds, rows, verifying
 from .._cache.awaited import Found
 from .._cache.execute import items
 from .._cache.plan import Plan
-from .._chains.plans import recorded_plan
+from .._chains.nodes import MAX_CHILDREN, Node, is_current
+from .._chains.plans import plan_of
 from .._chains.recorded import Recorded
+from .._chains.values import kind_of
 from ..bridge import Runner
 from ..grounds import Ground
 from ..shapes import Shape, Unfit
@@ -140,7 +142,7 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Any:
     if not PLAIN_VALUES.issuperset(types):
         return None
     if type(queryset._query) is Recorded:
-        recorded = _recorded_plan(queryset, kwargs, wrapper)
+        recorded = _recorded_plan(queryset, names, values, wrapper)
         if recorded is not None:
             return recorded
     try:
@@ -195,27 +197,41 @@ def _stays(value: Any) -> bool:
 _STAYING = {*PLAIN_VALUES, bool, type(None), list, tuple, set, frozenset}
 
 
-def _recorded_plan(queryset: Any, kwargs: Any, wrapper: Any) -> Any:
+def _recorded_plan(queryset: Any, names: list[str], values: list[Any], wrapper: Any) -> Any:
     """The plan of a recorded queryset: what `get()` does is done to a copy of its query."""
     cls = type(queryset)
     if not ((cls is query.QuerySet or _filters_as_django(cls)) and grounds.clones_as_django()):
         return None
-    asked: Any = queryset._query.chain()
+    base: Any = queryset._query
+    node, form = base.chain_node, (*names, *map(kind_of, values))
+    narrowed = node.gets.get(form)
+    if narrowed is None or not is_current(narrowed):
+        narrowed = _narrowed_node(base, names, values)
+        if narrowed is None or None in form:
+            return None
+        if len(node.gets) >= MAX_CHILDREN:
+            node.gets.clear()
+        node.gets[form] = narrowed
+    values = [*base.chain_values, *values]
+    found = plan_of(narrowed, values, wrapper, compile_instances, query.ModelIterable, None)
+    if found is None or found is UNPLANNED:
+        return found
+    return None if rows.is_watched(found[0].maker.models) else found[:2]
+
+
+def _narrowed_node(base: Any, names: list[str], values: list[Any]) -> Node | None:
+    """The node of the queries that `get()` executes, if it is known."""
+    asked = base.chain()
     if asked.is_sliced or asked.distinct_fields:
         return None
     try:
-        asked.add_q(Q(*sorted(kwargs.items())))
+        asked.add_q(Q(*zip(names, values, strict=True)))
         asked.clear_ordering(force=True, clear_default=False)
         asked.add_ordering()
         asked.set_limits(high=MAX_GET_RESULTS)
     except Exception:  # Django says what is wrong
         return None
-    if type(asked) is not Recorded:
-        return None
-    found = recorded_plan(asked, wrapper, compile_instances, query.ModelIterable, None)
-    if found is None or found is UNPLANNED:
-        return found
-    return None if rows.is_watched(found[0].maker.models) else found[:2]
+    return asked.chain_node if type(asked) is Recorded else None
 
 
 def _narrowed(queryset: Any, names: list[str], values: list[Any]) -> Any:
