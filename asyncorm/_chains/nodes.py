@@ -208,6 +208,16 @@ class Limits:
         query.set_limits(low, None if self.size is None else (low or 0) + self.size)
 
 
+def _chain(query: Any) -> None:
+    """What `query.chain()` gives, where nobody has the query that it copies."""
+    state = query.__dict__
+    state["_annotation_select_cache"] = None
+    state.pop("base_table", None)
+    if not query.filter_is_sticky:
+        state["used_aliases"] = set()
+    state["filter_is_sticky"] = False
+
+
 def made(node: Node, values: Any, sources: Any = None) -> Any:
     """The query that Django makes of what was recorded.
 
@@ -221,7 +231,7 @@ def made(node: Node, values: Any, sources: Any = None) -> Any:
     query = Query(node.model)
     for step in reversed(path):
         if step.call is None:
-            query = query.chain()
+            _chain(query)
         else:
             step.call.repeat(query, values[step.start : step.stop], sources, step.start)
     return query
