@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 from psycopg.types.numeric import Int2, Int4, Int8
 
@@ -33,7 +34,7 @@ _MOST = {Int2: 1 << 15, Int4: 1 << 31, Int8: 1 << 63}
 
 
 class _Known:
-    """The plan of a node's queries.
+    """The plan of a node's queries, as long as the statement cache has it.
 
     Attributes:
         parts: for each parameter the place of its value, and what makes it of that.
@@ -41,14 +42,16 @@ class _Known:
     """
 
     def __init__(self, plan: Plan, parts: Any, offset_at: int | None, kept: Any) -> None:
-        self.plan = plan
+        self._plan = ref(plan)
         self.parts = parts
         self.offset_at = offset_at
         self.kept = kept
 
     @property
-    def is_current(self) -> bool:
-        return self.plan.is_current
+    def plan(self) -> Plan | None:
+        """The plan; None if it has been forgotten, or its models have other fields now."""
+        plan = self._plan()
+        return plan if plan is not None and plan.is_current else None
 
     def bind(self, values: Any, wrapper: Any) -> tuple[list[Any], int]:
         """The parameters and the offset."""
@@ -83,20 +86,26 @@ def plan_of(
     try:
         key = _key(node, wrapper, kind, expressions)
         known, ground = node.plans.get(key, _UNKNOWN)
-        is_new = known is UNPLANNED or not (ground.holds() and (known is None or known.is_current))
+        if known is None and ground.holds():
+            return None
+        plan = known.plan if type(known) is _Known and ground.holds() else None
+        is_new = plan is None
         if is_new:
             make = functools.partial(_learn, node, values, wrapper, compile, kind, expressions)
             known = _learnt(node, key, make)
-        if known is None or known is UNPLANNED:
-            return known
+            if known is None or known is UNPLANNED:
+                return known
+            plan = known.plan
         params, offset = known.bind(values, wrapper)
     except Exception:  # whatever is wrong with it, Django will say
         return None
     again = lambda: compile(made(node, values), wrapper)  # noqa: E731
-    if not is_new and not hit((node, key), known.plan, params, offset, again):
+    if plan is None:
+        return None
+    if not is_new and not hit((node, key), plan, params, offset, again):
         node.plans[key] = None, Ground(())
         return None
-    return known.plan, params, offset
+    return plan, params, offset
 
 
 _UNKNOWN = UNPLANNED, None
