@@ -19,6 +19,7 @@ from weakref import ref
 from psycopg.types.numeric import Int2, Int4, Int8
 
 from .. import bridge, grounds, statements, verifying
+from .._cache.parts import ordering
 from .._cache.plan import Plan
 from ..expressions import add_unresolved
 from ..grounds import Ground
@@ -115,8 +116,8 @@ _MAX_KINDS = 64
 def _key(node: Any, wrapper: Any, kind: tuple[Any, ...], expressions: Any) -> tuple[Any, ...]:
     """What a node's plans depend on beside the node."""
     key: list[Any] = [wrapper.alias, *kind]
-    if node.default_ordering and not node.order_by:
-        key += node.model._meta.ordering
+    if items := node.order_by or (node.default_ordering and tuple(node.model._meta.ordering)):
+        key += ordering(node.model, items)  # a relation's has what its model is ordered by
     if expressions is not None:
         add_unresolved(expressions, key)
     return tuple(key)
