@@ -77,9 +77,11 @@ def _follow_sentry(there: bool) -> bool:
 
 
 def find() -> None:
-    """Set up what is found when the project starts: Datadog and django-prometheus."""
+    """Set up what is found when the project starts: Datadog, New Relic and django-prometheus."""
     if getattr(psycopg, "_datadog_patch", False) or _datadog_wraps_cursors():
         _try("datadog", lambda module: module.install())
+    if "newrelic.core.trace_cache" in sys.modules:
+        _try("newrelic", lambda module: module.install())
     if apps.is_installed("django_prometheus"):
         _try("prometheus", lambda module: module.install())
 
