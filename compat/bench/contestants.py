@@ -52,6 +52,7 @@ CONTESTANTS = [
     Contestant("native", "asyncorm native_*", "asyncorm_native", _with(**_ASYNCORM)),
     Contestant("swap", "asyncorm, a* swapped", "django_async", _with(**_ASYNCORM, swap=True)),
     Contestant("django-sync", "Django, synchronous", "django_sync", _with()),
+    Contestant("django-threads", "Django, synchronous, 10 threads", "django_threads", _with()),
     Contestant("django-async", "Django a*", "django_async", _with()),
     Contestant(
         "async-backend", "django-async-backend", "django_backend", _with(**_BACKEND),

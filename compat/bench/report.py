@@ -49,7 +49,7 @@ def cell(result: dict[str, Any], metric: dict[str, Any], name: str) -> str:
     """Value and ratio of one contestant at one metric, or why there is none."""
     value = median(result, metric["name"], name)
     if value is None:
-        work = metric["name"].removesuffix("_cpu")
+        work = metric["name"].removesuffix("_cpu").removesuffix("_mean")
         work = "asgi" if work.startswith("asgi") else work
         failed = result["failed"].get(name, {}).get(work)
         return "-" if failed is None else "wrong" if failed.startswith("wrong") else "no"
@@ -101,6 +101,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         "of the median call in each; ratios are taken round by round, the spread is the lowest and "
         "the highest. Client and server share the CPUs. synchronous_commit is off, connections go "
         "over the same socket, each pool has 10, the loop is asyncio's own.",
+        "Means have the collector's pauses and what else is seldom, which medians hide.",
         "The CPU time is that of the client's process with all its threads, without the server's: "
         "on a busy machine it is steadier than the time.",
     ]
@@ -147,7 +148,7 @@ def write(result: dict[str, Any], folder: Path, stem: str, remark: str) -> list[
                 for each in names
                 if (value := median(result, metric["name"], each["name"])) is not None
             ]
-            if not data or metric["name"].endswith("_cpu"):
+            if not data or metric["name"].endswith(("_cpu", "_mean")):
                 continue
             path = folder / f"{stem}-{metric['name']}.svg"
             path.write_text(bars(metric["title"], metric["unit"], data, metric["more"]))
@@ -161,22 +162,25 @@ def write(result: dict[str, Any], folder: Path, stem: str, remark: str) -> list[
 def groups(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     """The metrics by heading."""
     by_name = {metric["name"]: metric for metric in result["metrics"]}
+    one = ("get", "get_100", "exists", "count", "aggregate")
+    many = ("page", "rows", "values", "related", "prefetch")
+    writes = (
+        "create", "save", "update", "delete", "get_or_create", "transaction", "bulk_create",
+    )  # fmt: skip
     wanted = {
-        "One row": ("get", "get_100", "exists", "count", "aggregate"),
-        "Many rows": ("page", "rows", "values", "related", "prefetch"),
-        "Writes": ("create", "save", "update", "delete", "get_or_create", "transaction",
-                   "bulk_create"),
+        "One row": one,
+        "Many rows": many,
+        "Writes": writes,
         "Concurrency and large results": (
             "empty", "sleep", "stream", "stream_memory", "stall", "stall_gc", "stall_load"
         ),
         "Requests per second": ("asgi_1", "asgi_64"),
-        "CPU time of the client's process, reading": (
-            "get_cpu", "get_100_cpu", "page_cpu", "rows_cpu", "related_cpu", "prefetch_cpu"
-        ),
-        "CPU time of the client's process, writing": (
-            "create_cpu", "save_cpu", "update_cpu", "delete_cpu", "transaction_cpu",
-            "bulk_create_cpu"
-        ),
+        "CPU time of the client's process, one row": tuple(f"{name}_cpu" for name in one),
+        "CPU time of the client's process, many rows": tuple(f"{name}_cpu" for name in many),
+        "CPU time of the client's process, writing": tuple(f"{name}_cpu" for name in writes),
+        "Means, one row": tuple(f"{name}_mean" for name in one),
+        "Means, many rows": tuple(f"{name}_mean" for name in many),
+        "Means, writing": tuple(f"{name}_mean" for name in writes),
     }  # fmt: skip
     found = []
     for group, names in wanted.items():

@@ -241,8 +241,7 @@ def _measure(worker: Worker, work: Work, turn: int) -> list[tuple[str, float]]:
     if "calls" in answer:
         worker.calls[work.name] = answer["calls"]
     extra = [(name, answer[name]) for name in EXTRA if answer.get(name) is not None]
-    if "cpu" in answer:
-        extra.append((f"{work.name}_cpu", answer["cpu"]))
+    extra += [(f"{work.name}_{name}", answer[name]) for name in ("cpu", "mean") if name in answer]
     return [(work.name, answer["value"]), *extra]
 
 
@@ -264,8 +263,15 @@ def metrics(chosen: list[Work], sizes: Sizes) -> list[dict[str, Any]]:
         else:
             found.append({"name": work.name, "title": title, "unit": work.unit, "more": False})
             if work.kind != "special" and work.name not in ("sleep", "empty"):
-                name = f"{work.name}_cpu"
-                found.append({"name": name, "title": title, "unit": work.unit, "more": False})
+                found += [
+                    {
+                        "name": f"{work.name}_{kind}",
+                        "title": title,
+                        "unit": work.unit,
+                        "more": False,
+                    }
+                    for kind in ("cpu", "mean")
+                ]
         for name, (text, unit) in EXTRA.items():
             if name.startswith(work.name):
                 found.append({"name": name, "title": text, "unit": unit, "more": False})

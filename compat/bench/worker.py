@@ -149,6 +149,7 @@ class Context:
         times, cpu = self.times(method, work, calls)
         return {
             "value": statistics.median(times) / work.each,
+            "mean": statistics.fmean(times) / work.each,
             "cpu": cpu / work.each,
             "calls": calls,
         }
