@@ -164,6 +164,7 @@ def groups(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     by_name = {metric["name"]: metric for metric in result["metrics"]}
     one = ("get", "get_100", "exists", "count", "aggregate")
     many = ("page", "rows", "values", "related", "prefetch")
+    gathered = ("get_10", "get_100", "get_1000", "get_10000")
     writes = (
         "create", "save", "update", "delete", "get_or_create", "transaction", "bulk_create",
     )  # fmt: skip
@@ -173,6 +174,10 @@ def groups(result: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
         "Writes": writes,
         "Concurrency and large results": (
             "empty", "sleep", "stream", "stream_memory", "stall", "stall_gc", "stall_load"
+        ),
+        "So many gathered gets, each": gathered,
+        "CPU time of the client's process, so many gathered gets": tuple(
+            f"{name}_cpu" for name in gathered
         ),
         "Requests per second": ("asgi_1", "asgi_64"),
         "CPU time of the client's process, one row": tuple(f"{name}_cpu" for name in one),

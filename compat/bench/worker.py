@@ -100,7 +100,7 @@ class Context:
             return getattr(self, f"verify_{work.name}")()
         self.sweep()
         args = next(iter(work.calls(self, 1)))
-        result = self.wait(getattr(self.adapter, work.name), *args)
+        result = self.wait(getattr(self.adapter, work.method or work.name), *args)
         if work.name == "create":
             # The new instance knows its key.
             key = getattr(result, "id", None) or result[0]
@@ -133,7 +133,7 @@ class Context:
     def measure(self, work: Work, turn: int, calls: int | None) -> dict[str, Any]:
         """One turn: the times of as many calls as fit into the slice."""
         self.turn = turn
-        method = getattr(self.adapter, work.name)
+        method = getattr(self.adapter, work.method or work.name)
         if calls is None:
             # Find out how many fit; this also prepares statements and fills caches.
             calls = 1

@@ -66,6 +66,7 @@ class Work:
         each: how many operations one call makes (the time is divided by it).
         sync_alone: synchronous code cannot do it at once and does it one after another.
         most: the most calls in one turn.
+        method: the adapter's, if it has another name.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Work:
     unit: str = "us"
     core: bool = False  # measured for variants of a contestant too
     only: tuple[str, ...] = ()  # contestants that it makes sense for; all by default
+    method: str = ""
 
 
 def _books(ctx: Any, n: int, span: int) -> list[int]:
@@ -164,6 +166,21 @@ WORKS = [
         each=100,
         most=100,
         core=True,
+    ),
+    *(
+        Work(
+            f"get_{count}",
+            f"get by pk, {count:,} gathered (each)",
+            "read",
+            lambda ctx, n, count=count: [(tuple(pk for (pk,) in _ids(ctx, count)),)] * n,
+            _rows,
+            each=count,
+            most=10_000 // count,
+            heavy=count == 10_000,
+            only=("psycopg", "native", "swap", "django-threads", "yara"),
+            method="get_100",
+        )
+        for count in (10, 1_000, 10_000)
     ),
     Work("page", "filtered list of 20", "read", _ranges(10, 2), _rows, core=True),
     Work("rows", "list of 1,000 (8 columns)", "read", _ranges(1000), _rows, most=200, core=True),
