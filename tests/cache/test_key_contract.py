@@ -364,6 +364,7 @@ class Changes:
     def change(self, title: str, make: Callable[[], Any], n: int, kind: type, name: str) -> None:
         """Change an attribute of the object with this number, to all its other values."""
         for number, _ in enumerate(others([*objects(make(), set())][n], name)):
+            said(make())  # its plan is lost where a field has learnt something meanwhile
             query = make()
             obj = [*objects(query, set())][n]
             value = others(obj, name)[number]
