@@ -169,8 +169,12 @@ def exchanging() -> Iterator[None]:
 def of_loop(loop: AbstractEventLoop) -> Exchange | None:
     """That of the thread that waits for a loop; None if none does, as for `asyncio.run()`."""
     # A thread that works for a loop waits for coroutines on that one.
-    made = getattr(AsyncToSync, "loop_thread_executors", ())
-    return _exchange.get() if loop in made else None
+    return _exchange.get() if is_short(loop) else None
+
+
+def is_short(loop: AbstractEventLoop) -> bool:
+    """Whether a loop lives for one call of `async_to_sync()`."""
+    return loop in getattr(AsyncToSync, "loop_thread_executors", ())
 
 
 def close(alias: str, only_old: bool = False) -> None:

@@ -256,8 +256,7 @@ class Pool:
             ) from exc
 
     def bears(self, exc: psycopg.Error, since: float) -> bool:
-        """Whether a new connection that was lost at once is made again: by a pooler, say, that has
-        no server now.
+        """Whether a new connection that was lost at once is made again (a pooler has no server).
 
         Args:
             since: when the first one was lost.

@@ -57,7 +57,7 @@ def load(text: str | None) -> dict[str, Position]:
         for part in text.split(",") if text else ():
             alias, server, lsn = part.split(":")
             found[alias] = Position(server, int(lsn, 16))
-    except ValueError:
+    except (ValueError, TypeError, AttributeError):  # no text at all, too
         return dict.fromkeys(_primaries, UNKNOWN)
     return found
 

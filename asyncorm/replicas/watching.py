@@ -22,6 +22,7 @@ from typing import Any
 import psycopg
 from django.db import connections
 
+from .. import between
 from .._pool.connection import OF_CURSORS
 from .._sessions.leaving import start_task
 from .positions import ASK_PRIMARY, Need, Position
@@ -66,7 +67,8 @@ class Replica:
 class Watcher:
     """Watches one primary and its replicas, for all loops and threads of the process.
 
-    It runs as a task of the first loop that asks, or in a thread of its own where there is none.
+    It runs as a task of the first loop that asks, or in a thread of its own where there is none, or
+    one that lives for one call.
 
     Attributes:
         server: the primary's cluster and timeline.
@@ -137,9 +139,8 @@ class Watcher:
         with self._starting:
             if (loop := self._loop) is not None and not loop.is_closed():
                 return
-            try:
-                loop = asyncio.get_running_loop()
-            except RuntimeError:
+            loop = asyncio._get_running_loop()
+            if loop is None or between.is_short(loop):
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(
                     target=self._run_in_thread,

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from asgiref.sync import async_to_sync
 from django.core.asgi import get_asgi_application as djangos
 from django.db import connections
 from django.db.transaction import TransactionManagementError
@@ -29,7 +31,7 @@ from tests.standbys import (
     routed,
     trio,
 )
-from tests.support import eventually, in_thread, run_script
+from tests.support import database, eventually, in_thread, run_script
 
 COOKIE = "asyncorm_position"
 items: Any = Item.objects
@@ -153,7 +155,8 @@ async def test_a_forged_cookie_counts_as_none(router: ReplicaRouter) -> None:
 async def test_an_old_server_is_the_primarys_affair(router: ReplicaRouter) -> None:
     """After a failover a position says nothing: the primary serves until it is forgotten."""
     await read_by(router, *REPLICAS)
-    for text in ("primary:1.1:1", "rubbish"):
+    wrong: Any = ("primary:1.1:1", "rubbish", "primary:1.1:", ":::", b"primary:1.1:1", 7, ["x"])
+    for text in wrong:
         async with replicas.after(text):
             assert Item.objects.all().db == "primary"
     async with replicas.after("other:1.1:ffffffff"):
@@ -162,6 +165,43 @@ async def test_an_old_server_is_the_primarys_affair(router: ReplicaRouter) -> No
         need = positions.now()
         need.kept["primary"] = need.kept["primary"]._replace(until=0.0)
         assert Item.objects.all().db != "primary"
+
+
+async def test_loops_of_one_call_do_not_watch(router: ReplicaRouter) -> None:
+    """Under WSGI each call of async_to_sync() has a loop: the watcher outlives them."""
+
+    def calls() -> None:
+        async def read() -> str:
+            with replicas.after():
+                await items.native_count()
+                return Item.objects.all().db
+
+        end = time.monotonic() + 30
+        while async_to_sync(read)() not in REPLICAS:
+            assert time.monotonic() < end
+
+    try:
+        await asyncio.to_thread(calls)
+        watching = router.watcher._loop
+        assert watching is not None
+        assert watching.is_running()
+        await read_by(router, *REPLICAS)
+    finally:
+        await asyncio.to_thread(connections.close_all)
+
+
+async def test_mirrors(settings: Any, django_db_blocker: Any, django_db_setup: Any) -> None:
+    """What a test's transaction holds is read there, and nobody is watched."""
+    mirror = {"TEST": {**connections.settings["default"]["TEST"], "MIRROR": "default"}}
+    with django_db_blocker.unblock(), database("mirror", **mirror):
+        settings.DATABASE_ROUTERS = [router := ReplicaRouter("default", ["mirror"])]
+        async with asyncorm.atomic(), replicas.after("default:1.1:1"):
+            item = await items.native_create(remote_id=next(ids))
+            assert await items.filter(pk=item.pk).native_exists()
+            assert Item.objects.all().db == "default"
+            assert await replicas.position() == "default:1.1:1", "as it was given"
+            asyncorm.set_rollback(True)
+        assert router.watcher._loop is None
 
 
 async def test_a_stream_belongs_to_its_request(router: ReplicaRouter, servers: Servers) -> None:
