@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from django.conf import settings
 from django.core.management.base import CommandError
 
 from .. import conf
@@ -28,8 +29,8 @@ _NOT_OURS = ("node_modules", "site-packages", "__pycache__")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The files and folders to read."""
     parser.add_argument(
-        "paths", nargs="*", default=["."], metavar="PATH",
-        help="files and folders of the project; the current folder by default",
+        "paths", nargs="*", metavar="PATH",
+        help="files and folders; by default the project, of which a current folder in it",
     )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def run(options: dict[str, Any], write: Callable[[str], Any]) -> None:
     """
     project = Project(swap=conf.get("SWAP_MANAGERS"), is_native=_is_native)
     modules: dict[Path, Module] = {}
-    for given, path in _files(options["paths"]):
+    for given, path in _files(options["paths"] or [_folder()]):
         try:
             with tokenize.open(path) as file:  # in the encoding that it says
                 tree = ast.parse(file.read(), str(path))
@@ -60,6 +61,17 @@ def run(options: dict[str, Any], write: Callable[[str], Any]) -> None:
     write(f"{number} hops in {files} of {len(modules)} files.")
     if number and not isinstance(checks.projects_handler(), NativeHandler):
         write(checks.HINT)
+
+
+def _folder() -> str:
+    """The current folder if it is in the project, else the one that has the settings' package:
+    `python /app/manage.py` may be called from anywhere."""
+    package = sys.modules.get((settings.SETTINGS_MODULE or "").partition(".")[0])
+    file = getattr(package, "__file__", None)
+    if package is None or file is None:  # settings.configure(), a package without a file
+        return "."
+    root = Path(file).resolve().parents[1 if hasattr(package, "__path__") else 0]
+    return "." if Path.cwd().is_relative_to(root) else str(root)
 
 
 def _files(paths: list[str]) -> Iterator[tuple[Path, Path]]:

@@ -350,6 +350,30 @@ def test_hops_reads_the_project_alone(tmp_path: Path) -> None:
     assert "broken.py: cannot be read: " in text and "1 hops in 1 of 1 files." in text
 
 
+def test_hops_reads_the_project_wherever_it_is_called(tmp_path: Path) -> None:
+    project, elsewhere = tmp_path / "a project", tmp_path / "elsewhere"
+    sources = {
+        project / "mysite" / "conf" / "dev.py": 'INSTALLED_APPS = ["asyncorm"]\nDATABASES = {}\n',
+        project / "mysite" / "__init__.py": "",
+        project / "shop" / "views.py": "import asyncio\n\nasync def v():\n"
+        "    await asyncio.to_thread(print)\n",
+        elsewhere / "other.py": "import asyncio\n\nasync def v():\n"
+        "    await asyncio.to_thread(print)\n",
+    }
+    for path, source in sources.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    environ = os.environ | {
+        "DJANGO_SETTINGS_MODULE": "mysite.conf.dev", "PYTHONPATH": f"{project}:{ROOT}"
+    }  # fmt: skip
+    for folder in (elsewhere, project, project / "shop"):
+        text = subprocess.check_output(
+            [sys.executable, "-m", "django", "asyncorm", "hops"],
+            cwd=folder, env=environ, text=True, timeout=60,
+        )  # fmt: skip
+        assert "views.py:4" in text and "other.py" not in text
+
+
 def test_hops_of_a_path_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="does not exist"):
         shown("hops", str(tmp_path / "nowhere"))
