@@ -17,7 +17,7 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db.backends.postgresql.base import DatabaseWrapper
 from django.db.models import aggregates, expressions, functions, lookups, query_utils
@@ -28,6 +28,11 @@ from django.db.models.sql.query import Query
 from django.db.models.sql.where import WhereNode
 
 from .session_state import plain
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+    from django.db.models import Field
+
 
 _NAMES: dict[Any, str] = {
     expressions: (
@@ -73,7 +78,7 @@ _MAKERS = (
 )  # fmt: skip
 
 
-def _makers(cls: Any) -> tuple[Any, ...]:
+def _makers(cls: type) -> tuple[Any, ...]:
     """What a class makes its SQL with."""
     return tuple([getattr(cls, name, None) for name in _MAKERS])
 
@@ -123,7 +128,7 @@ _COMBINED = {
 }
 
 
-def _is_of_django(cls: Any, *names: str) -> bool:
+def _is_of_django(cls: type, *names: str) -> bool:
     """Whether methods of a class, as far as it has them, are Django's."""
     functions = [getattr(cls, name, None) for name in names]
     return all(f is None or f.__module__.startswith("django.") for f in functions)
@@ -135,7 +140,7 @@ def has_djangos_type(field: Any) -> bool:
     return _is_of_django(cls, "db_type", "cast_db_type", "db_parameters")
 
 
-def writes_as_django(wrapper: Any) -> bool:
+def writes_as_django(wrapper: BaseDatabaseWrapper) -> bool:
     """Whether what a backend puts into SQL is Django's."""
     ops: Any = type(wrapper.ops)
     return (
@@ -148,7 +153,7 @@ def writes_as_django(wrapper: Any) -> bool:
 _OPERATORS = ("operators", "pattern_esc", "pattern_ops")
 
 
-def has_placeholder(field: Any) -> bool:
+def has_placeholder(field: Field[Any, Any]) -> bool:
     """Whether a field writes SQL around its values."""
     return hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
 

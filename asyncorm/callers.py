@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import psycopg
@@ -41,6 +41,10 @@ from ._sessions.blocks import Block, Loan, PlainBlock
 from ._sessions.session import Session
 from .bridge import Runner
 from .pages import see
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
 
 _ACTIVE = TransactionStatus.ACTIVE
 _CANCEL_TIMEOUT = 2.0
@@ -237,7 +241,7 @@ class SynchronousSession(Session):
     def connect(self) -> None:
         """Have a connection, for native code."""
 
-    def _wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+    def _wait(self, gen: Generator[Any, Any, Any], *args: Any, **kwargs: Any) -> Any:
         # psycopg's Connection.wait(), in native code as well as in synchronous code.
         if bridge.in_native_code():
             return self._native.wait(gen)

@@ -242,7 +242,7 @@ def _copy(wrapper: Any, statement: str, transfer: Callable[[Any, str], int]) -> 
 # From objects
 
 
-def bulk_create(queryset: Any, objs: Any, batch_size: int | None) -> list[Any]:
+def bulk_create(queryset: Any, objs: Iterable[Any], batch_size: int | None) -> list[Any]:
     """Django's bulk_create() with COPY in place of INSERT."""
     if isinstance(queryset, BaseManager):
         if not hasattr(getattr(queryset, "bulk_create"), "__wrapped__"):  # noqa: B009

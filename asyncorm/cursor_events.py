@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _events, bridge, sessions
 from ._wire.statement import text_of
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def tell(execute: Any, sql: Any, params: Any, many: bool, context: dict[str, Any]) -> Any:
+
+def tell(execute: Any, sql: Any, params: Sequence[Any], many: bool, context: dict[str, Any]) -> Any:
     """Run a statement, and have listeners told of it."""
     wrapper = context["connection"]
     text = sql if type(sql) is str else text_of(sql)

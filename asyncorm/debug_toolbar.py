@@ -31,7 +31,7 @@ class SQLPanel(panel.SQLPanel):  # type: ignore[misc]
         if not bridge.in_native_code():  # the toolbar has wrapped the cursor
             return execute(sql, params, many, context)
 
-        def run(sql: Any, params: Any) -> Any:
+        def run(sql: Any, params: object) -> Any:
             return execute(sql, params, many, context)
 
         try:

@@ -9,7 +9,7 @@ what is returned is told apart by them. What has no such keys is inserted one by
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db import NotSupportedError, connections, transaction
 from django.db.models import AutoField
@@ -18,6 +18,10 @@ from django.db.models.constants import OnConflict
 from . import conf
 from ._sessions import engines
 from .pages import see
+
+if TYPE_CHECKING:
+    from django.db.models.query import QuerySet
+
 
 # Others than PostgreSQL say so in their version, or call themselves by its name with a suffix.
 _ASK = r"""
@@ -57,7 +61,7 @@ def concerns(alias: str) -> bool:
 
 
 def insert(
-    queryset: Any,
+    queryset: QuerySet[Any],
     original: Callable[..., list[Any]],
     objs: list[Any],
     fields: list[Any],
@@ -105,7 +109,7 @@ def _has_keys(obj: Any, keys: tuple[Any, ...]) -> bool:
     )
 
 
-def _reserve(queryset: Any, objs: list[Any]) -> bool:
+def _reserve(queryset: QuerySet[Any], objs: list[Any]) -> bool:
     """Give the objects keys of the sequence, unless there is none to take them from."""
     opts = queryset.model._meta
     connection = connections[queryset.db]

@@ -24,7 +24,7 @@ import functools
 from collections.abc import Iterable, Iterator
 from operator import attrgetter, itemgetter
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from django.core.exceptions import FieldDoesNotExist
@@ -61,6 +61,10 @@ from django.utils.tree import Node
 
 from .expressions import Unfit, names_in
 
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
+
 _OWNERS = {"django", "asyncorm", "builtins", "functools", "contextlib", "typing", "types", "abc"}
 # What every plan rests on.
 _CLASSES = (
@@ -91,7 +95,7 @@ _FREE = {
 }  # fmt: skip
 
 
-def is_anothers(value: Any) -> bool:
+def is_anothers(value: object) -> bool:
     """Whether an attribute of a class of Django's comes from somebody else."""
     if isinstance(value, FunctionType):
         inner = value.__dict__.get("__wrapped__")
@@ -413,7 +417,7 @@ def of_query(
     asked: Any,
     kept: Iterable[Any],
     maker: Any,
-    wrapper: Any,
+    wrapper: BaseDatabaseWrapper,
     compared: Iterable[type],
     *more: type,
     short: bool = False,
@@ -446,7 +450,7 @@ def of_query(
     return Ground([made, ops, *compared, *map(type, of_relations), *more], models)
 
 
-def _model(field: Any) -> Any:
+def _model(field: Field[Any, Any]) -> Any:
     return getattr(field, "model", None)  # an output field has none
 
 
@@ -472,7 +476,7 @@ def _ordered_by(asked: Any) -> Iterator[Any]:
                     items += [(end, each) for each in end._meta.ordering or ()]
 
 
-def speaks_for_itself(field: Any, short: bool = False) -> bool:
+def speaks_for_itself(field: Field[Any, Any], short: bool = False) -> bool:
     """Whether the SQL that a field makes depends on nothing but its class and its state."""
     cls = type(field)
     return not (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db import NotSupportedError
 from django.db.models import Manager, Model
@@ -17,6 +17,10 @@ from . import bridge, copying, patches, streams, swap
 from ._hooks import terminals
 from ._sessions import engines
 from .pages import see
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
 
@@ -100,7 +104,7 @@ async def _anative_of_manager(self: Any) -> list[Any]:
 
 
 async def native_bulk_create(
-    self: Any, objs: Any, *args: Any, method: str = "insert", **options: Any
+    self: Any, objs: Iterable[Any], *args: Any, method: str = "insert", **options: Any
 ) -> list[Any]:
     """Like `bulk_create()`, run natively (see Django's documentation of `abulk_create()`).
 

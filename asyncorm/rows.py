@@ -25,7 +25,7 @@ import datetime
 import json
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db.backends.postgresql.psycopg_any import BaseTzLoader
 from django.db.models import JSONField, Model
@@ -43,6 +43,12 @@ from .driver import SLICE, Connection
 from .grounds import Last, is_anothers, of_class
 from .shapes import Unfit
 
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+    from django.db.models.sql.compiler import SQLCompiler
+    from psycopg.pq.abc import PGresult
+
+
 _TIMESTAMPTZ, _JSONB = 1184, 3802
 _DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)
 _WITH_MODES = hasattr(ModelState, "fetch_mode")
@@ -51,7 +57,7 @@ _read_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _read_timestamp = datetime.datetime.fromisoformat
 
 
-def is_plain(model: Any) -> bool:
+def is_plain(model: type[Model]) -> bool:
     """Whether loading an instance of `model` does nothing but set the values of its fields."""
     mro = model.__mro__
     return (
@@ -128,13 +134,20 @@ class RowMaker:
         self.item = ""
         self._made: dict[Any, Callable[..., list[Any]]] = {}
 
-    def name(self, value: Any) -> str:
+    def name(self, value: object) -> str:
         """A name for `value` in the generated code."""
         name = f"v{next(self._number)}"
         self.names[name] = value
         return name
 
-    def make(self, result: Any, conn: Connection, db: str, wrapper: Any, mode: Any) -> list[Any]:
+    def make(
+        self,
+        result: PGresult,
+        conn: Connection,
+        db: str,
+        wrapper: BaseDatabaseWrapper,
+        mode: object,
+    ) -> list[Any]:
         """The items for a result that a connection has just given; other tasks have a turn now and
         then.
 
@@ -142,7 +155,7 @@ class RowMaker:
         """
         return self.made(self.load(result, conn), conn.give_turn, db, wrapper, mode)
 
-    def load(self, result: Any, conn: Connection) -> Loaded:
+    def load(self, result: PGresult, conn: Connection) -> Loaded:
         """What psycopg makes of a result, as the session was when it ran the statement."""
         oids = tuple([result.ftype(i) for i in range(result.nfields)])
         if _TIMESTAMPTZ in oids or _JSONB in oids:
@@ -153,7 +166,12 @@ class RowMaker:
         return Loaded(result.ntuples, conn.load(result, transformer), oids, times)
 
     def made(
-        self, loaded: Loaded, turn: Callable[[], Any], db: str, wrapper: Any, mode: Any
+        self,
+        loaded: Loaded,
+        turn: Callable[[], Any],
+        db: str,
+        wrapper: BaseDatabaseWrapper,
+        mode: object,
     ) -> list[Any]:
         """The items for loaded rows; `turn()` may let other tasks run."""
         if loaded.size <= SLICE:
@@ -165,7 +183,7 @@ class RowMaker:
         return items
 
     def make_part(
-        self, loaded: Loaded, part: list[Any], db: str, wrapper: Any, mode: Any
+        self, loaded: Loaded, part: list[Any], db: str, wrapper: BaseDatabaseWrapper, mode: object
     ) -> list[Any]:
         """The items for some of the rows."""
         try:
@@ -176,7 +194,9 @@ class RowMaker:
         # A timestamp that Python's datetime does not know: have psycopg say so.
         return self.make_loaded(loaded.with_times(part), db, wrapper, mode)
 
-    def make_loaded(self, rows: list[Any], db: str, wrapper: Any, mode: Any) -> list[Any]:
+    def make_loaded(
+        self, rows: list[Any], db: str, wrapper: BaseDatabaseWrapper, mode: object
+    ) -> list[Any]:
         """The items for rows that a cursor has loaded."""
         return self._code((0,) * self.width)(rows, db, wrapper, mode)
 
@@ -251,7 +271,7 @@ def _is_standard_json(converter: Any, expression: Any) -> bool:
     )
 
 
-def for_instances(compiler: Any) -> RowMaker:
+def for_instances(compiler: SQLCompiler) -> RowMaker:
     """What `ModelIterable` does after `compiler` has compiled.
 
     Raises:
@@ -270,7 +290,7 @@ def for_instances(compiler: Any) -> RowMaker:
     return maker
 
 
-def _maker(compiler: Any) -> RowMaker:
+def _maker(compiler: SQLCompiler) -> RowMaker:
     expressions = [select[0] for select in compiler.select[: compiler.col_count]]
     if compiler.has_extra_select or any(isinstance(e, ColPairs) for e in expressions):
         raise Unfit
@@ -282,7 +302,7 @@ def _maker(compiler: Any) -> RowMaker:
 
 def _instance(
     maker: RowMaker,
-    compiler: Any,
+    compiler: SQLCompiler,
     info: Any,
     columns: dict[str, int],
     models: list[Any],
@@ -321,7 +341,7 @@ def _instance(
 
 
 def _related(
-    maker: RowMaker, compiler: Any, info: Any, owner: str, models: list[Any], depth: int
+    maker: RowMaker, compiler: SQLCompiler, info: Any, owner: str, models: list[Any], depth: int
 ) -> None:
     model, selected = info["model"], info["select_fields"]
     if info["from_parent"]:
@@ -356,21 +376,21 @@ def tuple_of(width: int) -> str:
     return f"({', '.join(f'c{i}' for i in range(width))},)"
 
 
-def for_tuples(compiler: Any) -> RowMaker:
+def for_tuples(compiler: SQLCompiler) -> RowMaker:
     """Rows as tuples: `values_list()`."""
     maker = _maker(compiler)
     maker.item = tuple_of(maker.width)
     return maker
 
 
-def for_first_values(compiler: Any) -> RowMaker:
+def for_first_values(compiler: SQLCompiler) -> RowMaker:
     """The first value of each row: `values_list(flat=True)`."""
     maker = _maker(compiler)
     maker.item = "c0"
     return maker
 
 
-def for_dicts(compiler: Any, names: list[str]) -> RowMaker:
+def for_dicts(compiler: SQLCompiler, names: list[str]) -> RowMaker:
     """Rows as dicts: `values()`."""
     maker = _maker(compiler)
     pairs = [f"{name!r}: c{i}" for i, name in enumerate(names)]
@@ -378,7 +398,7 @@ def for_dicts(compiler: Any, names: list[str]) -> RowMaker:
     return maker
 
 
-def for_named_tuples(compiler: Any, cls: Any) -> RowMaker:
+def for_named_tuples(compiler: SQLCompiler, cls: type) -> RowMaker:
     """Rows as named tuples: `values_list(named=True)`."""
     maker = for_tuples(compiler)
     maker.item = f"{maker.name(tuple.__new__)}({maker.name(cls)}, {maker.item})"

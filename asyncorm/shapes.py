@@ -22,7 +22,7 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db.models import lookups
 from django.db.models.expressions import Col, ColPairs, Exists, Subquery
@@ -37,6 +37,10 @@ from ._cache.parts import LITERAL, PARTS, kind_of, ordering, unknown
 from .binding import has_placeholder
 from .expressions import Unfit as Unfit
 from .expressions import add_field, add_structure, add_unresolved, pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 MAX_PARAMS = 2000  # in a list that is no array; one for each object of a chunk is usual
 
@@ -243,7 +247,7 @@ class Shape:
             self.leaves.append((kind, len(params), child))
             self.mixed = True
 
-    def subquery(self, query: Any) -> _Inner:
+    def subquery(self, query: Query) -> _Inner:
         """A query within this one, by its own shape."""
         if query.low_mark:
             raise Unfit
@@ -271,7 +275,7 @@ class Shape:
             del self.key[size:]
             return None
 
-    def compile(self, node: Any) -> Any:
+    def compile(self, node: object) -> Any:
         """The SQL and the parameters of a node, from its own class."""
         if self.compiler is None:
             self.compiler = self.query.get_compiler(connection=self.wrapper)
@@ -281,7 +285,7 @@ class Shape:
         self.key.append(len(params))  # a __range of three values has the SQL of one of two
         return sql, params
 
-    def expression(self, node: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def expression(self, node: object) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The parameters of a resolved expression, whose SQL and structure are in the key.
 
         Beside them, of which kinds they are: as in `leaves`.
@@ -403,7 +407,7 @@ class Shape:
         return [*written, *self.selected, *self.params, *self.spare]
 
 
-def _is_null(params: Any, node: Any) -> bool:
+def _is_null(params: Sequence[Any], node: object) -> bool:
     """Whether a value of an UPDATE is NULL: Django may write it into the SQL."""
     return node is None and params[0] is None
 

@@ -131,7 +131,7 @@ def _in_scope(alias: str | None) -> bool:
     return any(scopes.find_scope(name, outlived=False) is not None for name in names)
 
 
-def _djangos(owner: Any) -> bool:
+def _djangos(owner: object) -> bool:
     return type(owner).__module__.startswith("django.")
 
 

@@ -49,7 +49,7 @@ def native_only(allow: Iterable[str] = ()) -> Iterator[None]:
     allowed = tuple(allow)
     seen: list[AssertionError] = []
 
-    def refuse(func: Any, what: str) -> None:
+    def refuse(func: Callable[..., Any], what: str) -> None:
         while hasattr(func, "func"):  # functools.partial
             func = func.func
         if not bridge.loop_runs() or func is socket.getaddrinfo:
@@ -63,7 +63,7 @@ def native_only(allow: Iterable[str] = ()) -> Iterator[None]:
         seen.append(AssertionError(f"{what}: {name}"))
         raise seen[-1]
 
-    def watched(method: Any, what: str, target: Callable[..., Any]) -> Any:
+    def watched(method: Callable[..., Any], what: str, target: Callable[..., Any]) -> Any:
         @wraps(method)
         def replacement(*args: Any, **kwargs: Any) -> Any:
             refuse(target(*args), what)
@@ -74,7 +74,7 @@ def native_only(allow: Iterable[str] = ()) -> Iterator[None]:
     def hop(self: Any, *args: Any) -> Any:
         return self.func
 
-    def submitted(self: Any, func: Any, *args: Any) -> Any:
+    def submitted(self: Any, func: Callable[..., Any], *args: Any) -> Any:
         return func
 
     def query(self: Any, *args: Any) -> Any:

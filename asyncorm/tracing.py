@@ -20,7 +20,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db.models import Value
 from greenlet import getcurrent
@@ -29,13 +29,19 @@ from . import binding
 from .expressions import Unfit
 from .verifying import equal
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from django.db.models.sql.compiler import SQLCompiler
+    from django.db.models.sql.query import Query
+
 
 class Mark:
     """A parameter: the `number`th of a place of the shape. It compares as its value does."""
 
     __slots__ = ("number", "place", "value")
 
-    def __init__(self, place: int, number: int, value: Any) -> None:
+    def __init__(self, place: int, number: int, value: object) -> None:
         self.place = place
         self.number = number
         self.value = value
@@ -71,7 +77,7 @@ class Trace:
         self.classes: set[type] = set()
         self._inside = False
 
-    def mark(self, node: Any, place: int, params: Any) -> None:
+    def mark(self, node: object, place: int, params: Sequence[Any]) -> None:
         """Expect a node to give these parameters."""
         known = vars(node).get(self.name)
         if known is not None:
@@ -80,7 +86,7 @@ class Trace:
         vars(node)[self.name] = place, params
         self.marked.append(node)
 
-    def compile(self, compile: Any, compiler: Any, node: Any) -> Any:
+    def compile(self, compile: Any, compiler: SQLCompiler, node: object) -> Any:
         """`SQLCompiler.compile()`, with marks for the parameters of the outermost marked node."""
         self.classes.add(type(node))
         self.is_djangos = self.is_djangos and binding.is_djangos(node)
@@ -124,7 +130,7 @@ class Trace:
                 vars(node).pop(self.name, None)
 
 
-def _is_of_exists(query: Any, node: Any) -> bool:
+def _is_of_exists(query: Query, node: object) -> bool:
     return (
         type(node) is Value
         and type(node.value) is int
@@ -134,10 +140,10 @@ def _is_of_exists(query: Any, node: Any) -> bool:
 
 
 @functools.cache
-def _tracing(cls: Any) -> Any:
+def _tracing(cls: type) -> Any:
     """A class of compilers, those that trace."""
 
-    def compile(self: Any, node: Any) -> Any:
+    def compile(self: Any, node: object) -> Any:
         own = super(tracing, self).compile
         trace = _traces.get(getcurrent())
         return own(node) if trace is None else trace.compile(own, self, node)

@@ -10,12 +10,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from itertools import starmap, zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
 from .pages import see
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
 
 active = False  # follows the setting (planned.py)
 different = 0  # statements; the errors may be caught by somebody
@@ -28,7 +32,7 @@ class StatementCacheError(AssertionError):
     """The statement cache gave something else than Django's compiler: a fault of asyncorm."""
 
 
-def holds(key: Any, sent: Compiled, families: Any, compile: Callable[[], Compiled]) -> bool:
+def holds(key: Hashable, sent: Compiled, families: Any, compile: Callable[[], Compiled]) -> bool:
     """Whether Django makes this statement; False if it makes another one each time.
 
     Args:

@@ -59,7 +59,7 @@ def _is_forked() -> None:
 os.register_at_fork(after_in_child=_is_forked)
 
 
-def close_generator(gen: Any) -> None:
+def close_generator(gen: Generator[Any, Any, Any]) -> None:
     """Close a generator of psycopg's: that of its Pipeline goes on at first, to read results."""
     for _ in range(2):
         with suppress(RuntimeError, psycopg.Error):
@@ -172,7 +172,7 @@ class Wire:
         finally:
             self._look()
 
-    async def drive(self, gen: Any, state: int) -> Any:
+    async def drive(self, gen: Generator[Any, Any, Any], state: int) -> Any:
         """Run such a generator, which waits for what `state` says, to its end."""
         try:
             while True:

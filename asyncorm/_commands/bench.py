@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
 from django.apps import apps
@@ -21,6 +21,10 @@ from django.db import DEFAULT_DB_ALIAS, connections, router
 from .. import pools
 from .._sessions import engines
 from ..pages import see
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
 
 _MOST = 100  # rows, and gets at once
 _LEAST_ROUNDS = 5
@@ -96,7 +100,7 @@ async def _measured(
     """What is measured, and the milliseconds of Django and of native code."""
     rows = model._base_manager.using(alias)
 
-    def get(key: Any) -> Any:
+    def get(key: Hashable) -> Any:
         return rows.get(pk=key)
 
     def a_list() -> Any:

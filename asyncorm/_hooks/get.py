@@ -6,7 +6,7 @@ import datetime
 import decimal
 import functools
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db import OperationalError
 from django.db.models import Model, Q, query
@@ -29,6 +29,13 @@ from ..statements import UNPLANNED, hit, learn, recall
 from .iterate import compile_instances, iterating_plan, mode_of, queryset_plan
 from .switch import native_wrapper
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from django.db.backends.base.base import BaseDatabaseWrapper
+    from django.db.models.query import QuerySet
+
+
 # The types of values that a filter treats alike, whatever their value.
 PLAIN_VALUES = {
     int, str, float, decimal.Decimal, datetime.datetime, datetime.date, uuid.UUID,
@@ -47,7 +54,7 @@ class _Get:
         self.lookups = lookups
         self.kept = kept
 
-    def params(self, base: list[Any], values: list[Any], wrapper: Any) -> list[Any]:
+    def params(self, base: list[Any], values: list[Any], wrapper: BaseDatabaseWrapper) -> list[Any]:
         """The parameters of the queryset and of the keywords."""
         params = list(base)
         for (cls, lhs), value in zip(self.lookups, values, strict=True):
@@ -58,7 +65,7 @@ class _Get:
         return params
 
 
-def _filters_as_django(cls: Any) -> bool:
+def _filters_as_django(cls: type) -> bool:
     """Whether a queryset class leaves to Django what `get()` is made of."""
     return all(
         getattr(cls, name) is getattr(query.QuerySet, name)
@@ -69,7 +76,7 @@ def _filters_as_django(cls: Any) -> bool:
     )  # fmt: skip
 
 
-def get(original: Any) -> Any:
+def get(original: Callable[..., Any]) -> Any:
     """`QuerySet.get()` by keywords: without making another queryset, after the first time."""
 
     def get(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,7 +105,7 @@ def only(queryset: Any, found: list[Any]) -> Any:
 class _Found:
     """What `QuerySet.get()` needs of a queryset to say what is wrong with its result."""
 
-    def __init__(self, model: Any, result: list[Any]) -> None:
+    def __init__(self, model: type[Model], result: list[Any]) -> None:
         self.model = model
         self.query = Query(model)
         self._result_cache = result
@@ -112,7 +119,7 @@ class _Found:
         return len(self._result_cache)
 
 
-def _got(queryset: Any, kwargs: dict[str, Any]) -> list[Any] | None:
+def _got(queryset: QuerySet[Any], kwargs: dict[str, Any]) -> list[Any] | None:
     if (wrapper := native_wrapper(queryset.db)) is None:
         return None
     found = _get_plan(queryset, kwargs, wrapper)
@@ -234,7 +241,7 @@ def _narrowed_node(base: Any, names: list[str], values: list[Any]) -> Node | Non
     return asked.chain_node if type(asked) is Recorded else None
 
 
-def _narrowed(queryset: Any, names: list[str], values: list[Any]) -> Any:
+def _narrowed(queryset: QuerySet[Any], names: list[str], values: list[Any]) -> Any:
     """The queryset that `QuerySet.get()` would make."""
     filtered = queryset.filter(**dict(zip(names, values, strict=True))).order_by()
     filtered.query.set_limits(high=MAX_GET_RESULTS)
@@ -242,7 +249,11 @@ def _narrowed(queryset: Any, names: list[str], values: list[Any]) -> Any:
 
 
 def _plan_get(
-    queryset: Any, wrapper: Any, base: Shape, names: list[str], values: list[Any]
+    queryset: QuerySet[Any],
+    wrapper: BaseDatabaseWrapper,
+    base: Shape,
+    names: list[str],
+    values: list[Any],
 ) -> tuple[_Get, Ground]:
     """What `QuerySet.get()` would execute, as seen on the queryset that it would make."""
     filtered = _narrowed(queryset, names, values)

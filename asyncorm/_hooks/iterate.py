@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import django
 from django.db.models import query
@@ -22,6 +22,12 @@ from ..driver import SLICE, Connection
 from ..rows import RowMaker
 from ..statements import Compiled
 from .switch import native_wrapper
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+    from django.db.models.query import QuerySet
+    from django.db.models.sql.query import Query
+
 
 _Iterate = Callable[[Any], Iterator[Any]]
 
@@ -54,7 +60,7 @@ def planned(cls: Any) -> _Iterate:
 _ours: dict[Any, _Iterate] = {}
 
 
-def _in_turns(made: Any, wrapper: Any) -> Iterator[Any]:
+def _in_turns(made: Any, wrapper: BaseDatabaseWrapper) -> Iterator[Any]:
     """What Django makes, with turns for other tasks."""
     try:
         for number, item in enumerate(made, 1):
@@ -66,7 +72,7 @@ def _in_turns(made: Any, wrapper: Any) -> Iterator[Any]:
             made.close()
 
 
-def give_turn(wrapper: Any) -> None:
+def give_turn(wrapper: BaseDatabaseWrapper) -> None:
     """Let other tasks run if this one has kept them waiting."""
     conn = wrapper.connection
     if isinstance(conn, Connection):
@@ -84,7 +90,7 @@ def raw(original: _Iterate) -> _Iterate:
     return __iter__
 
 
-def _each(parts: Any, queryset: Any, plan: Plan) -> Iterator[Any]:
+def _each(parts: Any, queryset: QuerySet[Any], plan: Plan) -> Iterator[Any]:
     try:
         for part in parts:
             yield from related(queryset, plan, part)
@@ -103,7 +109,7 @@ def iterating_plan(queryset: Any, wrapper: Any) -> Found | None:
     return found
 
 
-def mode_of(queryset: Any) -> Any:
+def mode_of(queryset: QuerySet[Any]) -> Any:
     """How a queryset fetches what was deferred, from Django 6.1 on."""
     return getattr(queryset, "_fetch_mode", None)
 
@@ -123,7 +129,7 @@ def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> Found | None:
 
 
 def _compiling(make: Callable[[Any], RowMaker]) -> Callable[[Any, Any], Compiled]:
-    def compile(query: Any, wrapper: Any) -> Compiled:
+    def compile(query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
         compiler = query.get_compiler(using=wrapper.alias)
         sql, params = compiler.as_sql()
         return sql, params, make(compiler)
@@ -136,7 +142,7 @@ compile_tuples = _compiling(rows.for_tuples)
 compile_first_values = _compiling(rows.for_first_values)
 
 
-def _compile_dicts(queryset: Any) -> Any:
+def _compile_dicts(queryset: QuerySet[Any]) -> Any:
     query: Any = queryset.query
     names = list(query.selected or [*query.values_select, *query.annotation_select])
     return _compiling(lambda compiler: rows.for_dicts(compiler, names))
@@ -158,7 +164,7 @@ ITERABLES: dict[Any, Callable[[Any], Any]] = {
 }
 
 
-def compile_of(queryset: Any, iterable: Any) -> Callable[[Any, Any], Compiled]:
+def compile_of(queryset: QuerySet[Any], iterable: Any) -> Callable[[Any, Any], Compiled]:
     """What compiles the query of a queryset that is iterated by a class of Django's."""
     return ITERABLES[iterable](queryset)  # type: ignore[no-any-return]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db import OperationalError
 from django.db.models import query
@@ -21,12 +21,17 @@ from ..statements import UNPLANNED, hit, learn, plans, recall, remember
 from .iterate import compile_instances, mode_of, queryset_plan
 from .switch import native_wrapper
 
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+    from django.db.models.query import QuerySet
+
+
 _BY_LENGTH: Any = object()  # lists of each length have a plan of their own
 _KEY_TYPES = {int, str, uuid.UUID, Int2, Int4, Int8}  # Django wraps integers for psycopg
 
 
 def by_keys(
-    queryset: Any, what: Any, keys: list[Any], narrow: Callable[[], Any]
+    queryset: QuerySet[Any], what: Any, keys: list[Any], narrow: Callable[[], Any]
 ) -> list[Any] | None:
     """The rows of a fresh queryset, narrowed to those with one of different keys of one type.
 
@@ -80,7 +85,10 @@ def by_keys(
 
 
 def _plan_keys(
-    queryset: Any, narrow: Callable[[], Any], wrapper: Any, keys: list[Any]
+    queryset: QuerySet[Any],
+    narrow: Callable[[], Any],
+    wrapper: BaseDatabaseWrapper,
+    keys: list[Any],
 ) -> tuple[tuple[Plan, type], Ground]:
     """The plan of a narrowed queryset, and the type that its field gives the keys."""
     narrowed = narrow()

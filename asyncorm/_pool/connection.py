@@ -15,6 +15,8 @@ from ..roles import Role
 from ..wire import Wire
 
 if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
     from .pool import ConnectionPool
 
 
@@ -68,7 +70,7 @@ class PooledConnection(AsyncConnection[Any]):
         twin.cursor_factory = kwargs.get("cursor_factory") or psycopg.Cursor
         return twin
 
-    async def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+    async def wait(self, gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
         """psycopg's, as the twin waits: for the pool's own statements (check, rollback, reset)."""
         try:
             return await self.wire.drive(gen, self.wire.begin(gen))

@@ -270,7 +270,7 @@ def _dispatch_cache(func: Any, **options: Any) -> Any:
     return sync_to_async(func, **options)
 
 
-def _dispatch_session(func: Any, **options: Any) -> Any:
+def _dispatch_session(func: Callable[..., Any], **options: Any) -> Any:
     """In place of sync_to_async in the base class of sessions."""
     if type(getattr(func, "__self__", None)).__module__ in _SESSIONS:
         return functools.partial(bridge.run, func)
@@ -319,7 +319,7 @@ def _view_in_thread(original: Method) -> Method:
     return get
 
 
-def _is_djangos(view: Any) -> bool:
+def _is_djangos(view: Callable[..., Any]) -> bool:
     """Whether a view runs no code of the project: neither its own, nor a template's."""
     if not view.__module__.startswith("django."):
         return False

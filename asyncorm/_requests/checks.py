@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
 from django.conf import settings
@@ -22,6 +22,10 @@ from django.utils.module_loading import import_string
 from .. import conf
 from . import middleware, names, views
 from .thread_locals import thread_local_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 logger = logging.getLogger("asyncorm")
 
@@ -193,7 +197,7 @@ def hint_once() -> None:
         )  # fmt: skip
 
 
-def _hops(factory: Any) -> bool:
+def _hops(factory: Callable[..., Any]) -> bool:
     if not getattr(factory, "async_capable", False):
         return True
     return getattr(factory, "__acall__", None) is MiddlewareMixin.__acall__

@@ -170,7 +170,7 @@ async def while_handling(
         return await protected(call, *args, **kw)
 
 
-def _method_like(func: Any, call: Any) -> Callable[..., Any]:
+def _method_like(func: Callable[..., Any], call: Any) -> Callable[..., Any]:
     # Django names the class of a middleware whose method returned nothing.
     if (owner := getattr(func, "__self__", None)) is not None:
         call.__self__ = owner

@@ -17,7 +17,7 @@ import warnings
 from asyncio import CancelledError, current_task
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.apps import apps
@@ -31,6 +31,10 @@ from .. import bridge, internals
 from ..pages import see
 from . import blocking, flow, middleware, names, signals, streaming, views, watchdog
 
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+
+
 SENDER = ASGIHandler  # of the requests' signals: receivers are connected for Django's handler
 
 
@@ -42,14 +46,14 @@ class Chain(BaseHandler):
             super().load_middleware(is_async=False)
         self._template_response_middleware.append(self.place_rendering)  # type: ignore[attr-defined]
 
-    async def respond(self, request: Any) -> Any:
+    async def respond(self, request: HttpRequest) -> Any:
         """Call the chain natively: what `get_response_async()` awaits in the place of its own."""
         return await flow.natively(self._middleware_chain, request)  # type: ignore[attr-defined]
 
     def adapt_method_mode(
         self,
         is_async: bool,
-        method: Any,
+        method: Callable[..., Any],
         method_is_async: bool | None = None,
         debug: bool = False,
         name: str | None = None,
@@ -60,7 +64,7 @@ class Chain(BaseHandler):
             return method
         return (flow.on_the_loop if is_async else flow.awaited)(method)
 
-    def make_view_atomic(self, view: Any) -> Any:
+    def make_view_atomic(self, view: Callable[..., Any]) -> Any:
         native = _runs_natively(view)
         if (running := flow.current()) is not None:
             running.native_view = native
@@ -113,7 +117,7 @@ class NativeHandler(ASGIHandler):
         chain.load_middleware()
         self._middleware_chain = chain.respond
 
-    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+    async def handle(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if self._watches:
             watchdog.watch()
         try:
@@ -164,7 +168,9 @@ class NativeHandler(ASGIHandler):
             task.exception()  # so that asyncio does not report it as well
         raise failure
 
-    async def _serve(self, running: flow.Running, scope: Any, body_file: Any, send: Any) -> None:
+    async def _serve(
+        self, running: flow.Running, scope: dict[str, Any], body_file: Any, send: Any
+    ) -> None:
         flow.begin(running)
         with closing(body_file):
             set_script_prefix(get_script_prefix(scope))

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.core.handlers import base
@@ -23,6 +23,10 @@ from django.utils.module_loading import import_string
 from .. import conf, patches
 from . import flow
 from .thread_locals import thread_local_of
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+
 
 ALL = "__all__"
 _METHODS = ("process_view", "process_template_response", "process_exception")
@@ -95,7 +99,7 @@ class _Inner:
     threaded = False
 
 
-def _place(path: str, factory: Any, inner: _Inner) -> Any:
+def _place(path: str, factory: Callable[..., Any], inner: _Inner) -> Any:
     can_sync = getattr(factory, "sync_capable", True)
     can_async = getattr(factory, "async_capable", False)
     if not can_sync and not can_async:
@@ -108,7 +112,7 @@ def _place(path: str, factory: Any, inner: _Inner) -> Any:
     return _Foreign(factory, inner, threaded, asynchronous)
 
 
-def has_async_form(path: str, factory: Any) -> bool:
+def has_async_form(path: str, factory: Callable[..., Any]) -> bool:
     """Whether a middleware that runs natively is better used as a coroutine.
 
     What was written for the loop does not block it, and may differ: Django 5.2's remote users have
@@ -129,7 +133,7 @@ def has_async_form(path: str, factory: Any) -> bool:
 class _Native:
     """A middleware that runs natively, as Django's loader sees it: in one form only."""
 
-    def __init__(self, factory: Any, asynchronous: bool) -> None:
+    def __init__(self, factory: Callable[..., Any], asynchronous: bool) -> None:
         self.sync_capable = not asynchronous
         self.async_capable = asynchronous
         self._factory = factory
@@ -146,7 +150,9 @@ class _Foreign:
         asynchronous: on Django's handler it would be a coroutine.
     """
 
-    def __init__(self, factory: Any, inner: _Inner, threaded: bool, asynchronous: bool) -> None:
+    def __init__(
+        self, factory: Callable[..., Any], inner: _Inner, threaded: bool, asynchronous: bool
+    ) -> None:
         self.sync_capable = threaded
         self.async_capable = not threaded
         self._factory = factory
@@ -188,5 +194,5 @@ class _Guest:
                     self, name, method if iscoroutinefunction(method) else flow.in_thread(method)
                 )
 
-    def __call__(self, request: Any) -> Any:
+    def __call__(self, request: HttpRequest) -> Any:
         return self._call(request)

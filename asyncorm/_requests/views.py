@@ -33,7 +33,7 @@ def native_view(view: V) -> V:
     return view
 
 
-def is_native(view: Any) -> bool:
+def is_native(view: Callable[..., Any]) -> bool:
     """Whether a view runs natively, or would if it were synchronous."""
     try:
         found = _decided.get(view)
@@ -44,7 +44,7 @@ def is_native(view: Any) -> bool:
     return found
 
 
-def _decide(view: Any) -> bool:
+def _decide(view: Callable[..., Any]) -> bool:
     layers = list(_layers(view))
     target = _target(layers[-1])
     if any(vars(each).get(_MARK) for each in (*layers, target) if hasattr(each, "__dict__")):
@@ -56,7 +56,7 @@ def _decide(view: Any) -> bool:
     return any(name == each or name.startswith(f"{each}.") for each in names)
 
 
-def modules(view: Any) -> set[str]:
+def modules(view: Callable[..., Any]) -> set[str]:
     """The modules of the project's code that a view is known to run."""
     layers = list(_layers(view))
     found = {_target(layers[-1]).__module__}
@@ -66,7 +66,7 @@ def modules(view: Any) -> set[str]:
     return found
 
 
-def _layers(view: Any) -> Any:
+def _layers(view: Callable[..., Any]) -> Any:
     """A view and what it wraps, down to the function or class that the project wrote."""
     seen = 0
     while view is not None and seen < 100:
@@ -80,7 +80,7 @@ def _layers(view: Any) -> Any:
         view = inner
 
 
-def _target(view: Any) -> Any:
+def _target(view: Callable[..., Any]) -> Any:
     owner = getattr(view, "__self__", None)
     if owner is not None:  # a method: of the object that it is called on
         view = getattr(owner, "admin_site", owner)

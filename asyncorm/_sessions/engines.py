@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from asyncio import _get_running_loop
-from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import NotSupportedError, connections
@@ -50,7 +49,7 @@ def refuses_synchronous_code(alias: str) -> bool:
     )
 
 
-def pool_of(alias: str, cls: Any) -> pools.Pool:
+def pool_of(alias: str, cls: type) -> pools.Pool:
     """The pool of an alias, with the settings of now; its wrappers are made by `cls`."""
     pool = pools.find(alias)
     if pool is None or pool.outdated:

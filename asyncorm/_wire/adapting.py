@@ -10,6 +10,8 @@ from psycopg.types import TypesRegistry
 from psycopg.types.string import TextLoader
 
 if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
     from ..driver import Connection
 
 
@@ -72,7 +74,7 @@ class _TimesAsText(Transformer):  # type: ignore[misc, valid-type]
 
     _oids: tuple[int, ...] | None = None  # of the columns that it has loaders for
 
-    def set_pgresult(self, result: Any, **kwargs: Any) -> None:
+    def set_pgresult(self, result: PGresult, **kwargs: Any) -> None:
         super().set_pgresult(result, set_loaders=False)
         if result is not None:
             oids = tuple([result.ftype(i) for i in range(result.nfields)])

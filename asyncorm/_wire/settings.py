@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGconn
+
 
 # What the server tells of a session when it changes: the settings that change what statements mean,
 # and who executes them (SET ROLE is seen in is_superuser only, search_path from PostgreSQL 18 on).
@@ -14,7 +18,7 @@ _REPORTED = (
 )  # fmt: skip
 
 
-def reported(pgconn: Any) -> tuple[bytes | None, ...]:
+def reported(pgconn: PGconn) -> tuple[bytes | None, ...]:
     """What the server has told of a session so far, of what changes the meaning of statements."""
     return tuple(map(pgconn.parameter_status, _REPORTED))
 

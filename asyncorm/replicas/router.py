@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections, router
@@ -17,6 +17,9 @@ from ..pages import see
 from . import again, positions
 from .again import avoided, chosen
 from .watching import Replica, Watcher
+
+if TYPE_CHECKING:
+    from django.db.models import Model
 
 
 class ReplicaRouter:
@@ -65,7 +68,7 @@ class ReplicaRouter:
 
     # What Django asks
 
-    def db_for_read(self, model: Any, **hints: Any) -> str | None:
+    def db_for_read(self, model: type[Model], **hints: Any) -> str | None:
         """Where to read."""
         alias = self._db_for_read(model, hints)
         chosen.set(alias)
@@ -95,7 +98,7 @@ class ReplicaRouter:
             need.replica[self.primary] = replica.alias
         return replica.alias
 
-    def db_for_write(self, model: Any, **hints: Any) -> str | None:
+    def db_for_write(self, model: type[Model], **hints: Any) -> str | None:
         """The primary; nothing for an object of another database."""
         instance = hints.get("instance")
         stands = None if instance is None else instance._state.db
@@ -168,7 +171,7 @@ def _refuses(alias: str) -> bool:
     return connections is not None and connections.rest > 0
 
 
-def _is_session(model: Any) -> bool:
+def _is_session(model: type[Model]) -> bool:
     sessions = sys.modules.get("django.contrib.sessions.base_session")
     return sessions is not None and issubclass(model, sessions.AbstractBaseSession)
 
