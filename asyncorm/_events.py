@@ -58,7 +58,7 @@ class Statement:
     _outer: ref[Statement] | None = None
 
     def __init__(
-        self, alias: str, sql: str, params: Any, in_block: bool, cache: str | None
+        self, alias: str, sql: str, params: object, in_block: bool, cache: str | None
     ) -> None:
         self.alias = alias
         self.sql = sql
@@ -324,7 +324,7 @@ def _under_way() -> Statement | None:
 
 
 def statement(
-    alias: str, sql: str, params: Any, in_block: bool = False, cache: str | None = None
+    alias: str, sql: str, params: object, in_block: bool = False, cache: str | None = None
 ) -> Statement:
     """The statement that the current task is about to run: inside `with` it is under way.
 

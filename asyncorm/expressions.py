@@ -48,7 +48,7 @@ _PLAIN = {
 _MAX_COMPARED = 100
 
 
-def add_field(field: Any, key: list[Any], kept: list[Any]) -> None:
+def add_field(field: Field[Any, Any], key: list[Any], kept: list[Any]) -> None:
     """Put a field into a key."""
     state = vars(field)
     if "model" in state:

@@ -161,7 +161,7 @@ class Wire:
         """Whether a task waits for the server's answer, and nothing of it is there to be read."""
         return self.waiting and self.state == _WAIT_R and not self._poll(_WAIT_R)
 
-    def begin(self, gen: Any) -> int:
+    def begin(self, gen: Generator[Any, Any, Any]) -> int:
         """Run a generator of psycopg's, or of the kind, to its first wait, and say for what.
 
         Raises:

@@ -12,7 +12,7 @@ import functools
 from enum import EnumMeta
 from operator import itemgetter
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db import IntegrityError, models, transaction
 from django.db.models import NOT_PROVIDED, Manager, QuerySet
@@ -28,6 +28,12 @@ from ..shapes import Unfit
 from ..statements import UNPLANNED, learn, recall
 from .get import PLAIN_VALUES
 from .switch import native_wrapper
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from django.db.models import Field, Model
+
 
 _SIGNALS = (pre_init, post_init, pre_save, post_save)
 _VALUES = PLAIN_VALUES | {type(None), bool, bytes, dict, list}
@@ -49,7 +55,7 @@ _DJANGOS = _methods(vars(models.Model))
 _MODULES = {"builtins", "datetime", "decimal", "uuid", "random", "secrets", "django.utils.timezone"}
 
 
-def get_or_create(original: Any) -> Any:
+def get_or_create(original: Callable[..., Any]) -> Any:
     """`QuerySet.get_or_create()`."""
 
     @functools.wraps(original)
@@ -88,7 +94,7 @@ def _is_outside(using: str) -> bool:
     )
 
 
-def inserts_alone(queryset: Any, params: dict[str, Any]) -> bool:
+def inserts_alone(queryset: QuerySet[Any], params: dict[str, Any]) -> bool:
     """Whether `create()` there is one INSERT, and nobody else's code runs around it."""
     return (
         type(queryset).create is QuerySet.create
@@ -98,7 +104,7 @@ def inserts_alone(queryset: Any, params: dict[str, Any]) -> bool:
     )
 
 
-def saved_plainly(model: Any) -> frozenset[str] | None:
+def saved_plainly(model: type[Model]) -> frozenset[str] | None:
     """The names of the fields of a model if instances are made and saved by nobody's code but
     Django's, by one statement for each; otherwise None."""
     if _methods(vars(models.Model)) != _DJANGOS or any(
@@ -131,7 +137,7 @@ def _looked_at(model: Any) -> tuple[frozenset[str], Ground]:
     return names, Ground((), [model])
 
 
-def _is_djangos(field: Any) -> bool:
+def _is_djangos(field: Field[Any, Any]) -> bool:
     """Whether a field does nothing but give its value, or a default that does nothing else."""
     default = field.default
     return (
@@ -146,6 +152,6 @@ def _is_djangos(field: Any) -> bool:
     )
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     cls = type(value)
     return cls in _VALUES or (isinstance(cls, ModelBase | EnumMeta) and not callable(value))

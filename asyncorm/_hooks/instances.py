@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import router
@@ -25,11 +25,15 @@ from .iterate import mode_of
 from .switch import Asked
 from .write import delete_plan
 
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
+
 _Arguments = tuple[Any, ...]
 _Keywords = dict[str, Any]
 
 
-async def save(obj: Any, args: _Arguments, kwargs: _Keywords) -> Any:
+async def save(obj: Model, args: _Arguments, kwargs: _Keywords) -> Any:
     """`Model.save()`; UNSERVED if it has to be an operation."""
     cls = type(obj)
     if args or saved_plainly(cls) is None or obj.get_deferred_fields():
@@ -76,7 +80,7 @@ async def delete(obj: Any, args: _Arguments, kwargs: _Keywords) -> Any:
     return UNSERVED
 
 
-async def _saved(obj: Any, options: _Keywords) -> Any:
+async def _saved(obj: Model, options: _Keywords) -> Any:
     asked: Any = None
     error: Exception | None = None
     done = False
@@ -112,7 +116,7 @@ async def _saved(obj: Any, options: _Keywords) -> Any:
 
 
 @contextmanager
-def _asking(obj: Any, wrapper: Any) -> Iterator[None]:
+def _asking(obj: object, wrapper: BaseDatabaseWrapper) -> Iterator[None]:
     """Have what `obj` would execute inside raised, not executed."""
     switch.asking[id(obj)] = wrapper
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
@@ -24,6 +24,10 @@ from django.db import connections
 from .. import patches, swap
 from .._sessions import engines
 from . import flow
+
+if TYPE_CHECKING:
+    from django.http import HttpRequest
+
 
 _hinted = False
 
@@ -48,7 +52,7 @@ def _keep_logs() -> None:
 
 def _get_response_async(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    async def get_response_async(self: Any, request: Any) -> Any:
+    async def get_response_async(self: Any, request: HttpRequest) -> Any:
         if settings.DEBUG:
             _keep_logs()
         if not _hinted and swap.active():

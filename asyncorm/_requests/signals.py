@@ -28,7 +28,7 @@ from . import flow
 Receiver = Callable[..., Any]
 
 
-async def send(signal: Signal, sender: Any, **named: Any) -> None:
+async def send(signal: Signal, sender: object, **named: Any) -> None:
     """Send a request's signal from a coroutine of the request."""
     receivers, asynchronous = signal._live_receivers(sender)
     named = {"signal": signal, "sender": sender, **named}
@@ -73,7 +73,7 @@ def _of_requests(signal: Signal, original: Callable[..., Any]) -> Callable[..., 
     """In place of a signal's `send()`: what native code and the handler send goes by `send()`."""
 
     @functools.wraps(original)
-    def replacement(sender: Any, **named: Any) -> Any:
+    def replacement(sender: object, **named: Any) -> Any:
         running = flow.current()
         if running is None or scopes.current_task_or_none() is None:  # in a thread
             return original(sender, **named)

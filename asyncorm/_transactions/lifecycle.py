@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from django.core.exceptions import SynchronousOnlyOperation
@@ -26,6 +26,12 @@ from .._wire.cancelling import CANCEL_TIMEOUT
 from ..bridge import Runner
 from ..pages import see
 from .characteristics import Characteristics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
 
 logger = logging.getLogger("asyncorm")
 
@@ -263,7 +269,7 @@ def reserved(session: Session, origin: str) -> Iterator[None]:
         _close_block(runner, block)
 
 
-def _by_django(runner: Runner, block: Block, method: Any, *args: Any) -> None:
+def _by_django(runner: Runner, block: Block, method: Callable[..., Any], *args: Any) -> None:
     """What Django does of a block. It asks for its connection again and again: for a transaction,
     whose BEGIN and COMMIT nobody else's code sees, that is known."""
     lead = runner.lead
@@ -285,7 +291,7 @@ def _exit_django_well(runner: Runner, block: Block, atomic: DjangoAtomic, *exc: 
     _by_django(runner, block, _exit_django, atomic, *exc)
 
 
-def _run_commit_hooks(runner: Runner, wrapper: Any) -> None:
+def _run_commit_hooks(runner: Runner, wrapper: BaseDatabaseWrapper) -> None:
     if runner.cancelled is None:
         wrapper.run_and_clear_commit_hooks()
         return

@@ -73,7 +73,7 @@ class CancellableConnection(psycopg.Connection[Any]):
         if self.pooled is not None and self.pooled.home is not None:
             self.pooled.home.retire_all()
 
-    def given_up(self, gen: Any) -> psycopg.OperationalError:
+    def given_up(self, gen: Generator[Any, Any, Any]) -> psycopg.OperationalError:
         close_generator(gen)
         self._hangs()
         self.terminate()
@@ -83,14 +83,14 @@ class CancellableConnection(psycopg.Connection[Any]):
             "been committed."
         )
 
-    async def _complete(self, gen: Any) -> Any:
+    async def _complete(self, gen: Generator[Any, Any, Any]) -> Any:
         try:
             state = self.wire.begin(gen)
         except StopIteration as stop:
             return stop.value
         return await self.wire.drive(gen, state)
 
-    async def give_up(self, gen: Any) -> None:
+    async def give_up(self, gen: Generator[Any, Any, Any]) -> None:
         close_generator(gen)
         await self.interrupt()
 

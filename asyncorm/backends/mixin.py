@@ -26,7 +26,7 @@ from .synchronous import SynchronousWrapper
 class _Class:
     """`native_class` of a backend class: the subclass made from that very class."""
 
-    def __get__(self, instance: Any, owner: Any) -> Any:
+    def __get__(self, instance: object, owner: object) -> Any:
         return _native_class(owner)  # one for each class, made once
 
 
