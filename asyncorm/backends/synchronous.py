@@ -161,11 +161,7 @@ class SynchronousWrapper:
             or (
                 conn is not None
                 and not conn.closed
-                and (
-                    not self.autocommit  # type: ignore[attr-defined]
-                    or conn.touched
-                    or reported(conn.pgconn) != conn.began_with
-                )
+                and (not self.autocommit or not _is_as_begun(conn))  # type: ignore[attr-defined]
             )
         )
 
@@ -221,13 +217,23 @@ class SynchronousWrapper:
     def ensure_timezone(self) -> bool:
         """Django's, and new native connections (the settings TIME_ZONE or USE_TZ changed)."""
         pools.discard_pools(self.alias)  # type: ignore[attr-defined]
-        return super().ensure_timezone()  # type: ignore[misc, no-any-return]
+        conn: Any = self.connection
+        begins = conn is not None and hasattr(conn, "began_with") and _is_as_begun(conn)
+        changed: bool = super().ensure_timezone()
+        if begins:  # with what Django has set: nothing that native connections would not have
+            conn.touched, conn.began_with = False, reported(conn.pgconn)
+        return changed
 
     def close_pool(self) -> None:
         """Django's, and native connections: a test database is about to be dropped or cloned."""
         pools.discard_pools(self.alias, now=True)  # type: ignore[attr-defined]
         between.close(self.alias)  # type: ignore[attr-defined]
         super().close_pool()  # type: ignore[misc]
+
+
+def _is_as_begun(conn: Any) -> bool:
+    """Whether statements have left the session of an open connection as Django made it."""
+    return not conn.closed and not conn.touched and reported(conn.pgconn) == conn.began_with
 
 
 # What a class has whose body is empty.

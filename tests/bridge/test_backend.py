@@ -423,3 +423,18 @@ class DjangosCase(TestCase):
 
     def test_rolled_back(self) -> None:
         assert not Tag.objects.filter(name="only here").exists()
+
+
+def test_what_django_sets_is_no_state(settings: Any) -> None:
+    """A time zone by settings that change, of which native connections hear, is no state."""
+    with database() as alias:
+        left = connections[alias]
+        left.ensure_connection()
+        settings.TIME_ZONE = "Asia/Tokyo"
+        settings.USE_TZ = False
+        assert value("SHOW TimeZone", using=alias) == "Asia/Tokyo"
+        assert not left.has_server_state
+        with left.cursor() as cursor:
+            cursor.execute("SET app.tenant = 'acme'")
+        settings.USE_TZ = True
+        assert left.has_server_state

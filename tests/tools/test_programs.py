@@ -26,7 +26,7 @@ from django.db import connections
 from tests.project.shop.models import Tag
 from tests.support import administrator, eventually, free_port, run_script, server_connections
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAME = "a program"
 # What must not be in a program's output; the socket that it listens on is its own affair.
 LEFT = re.compile(
