@@ -79,7 +79,7 @@ async def _batch(operations: tuple[Any, ...], alias: str) -> list[Any]:
         await leaving.run_in(session, session.wrapper.ensure_connection)
         kept = Kept(session)
     with _gathered(None if scope is None else scope.block):
-        with Parallelism(1, alias, gathers=True, kept=kept):
+        with Parallelism(1, alias, batching=True, kept=kept):
             tasks = [asyncio.create_task(call()) for call in calls]
         try:
             return await asyncio.gather(*tasks, return_exceptions=True)
@@ -118,8 +118,8 @@ def _gathered(block: Block | None) -> Iterator[None]:
     if block is None:
         yield
         return
-    block.gathers += 1
+    block.batching += 1
     try:
         yield
     finally:
-        block.gathers -= 1
+        block.batching -= 1

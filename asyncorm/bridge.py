@@ -48,17 +48,17 @@ class Runner(greenlet):
 
     Attributes:
         resources: what the running operation holds, by key; released when it ends.
-        shields: how many `shield()` blocks are open.
+        shield_depth: how many `shield()` blocks are open.
         cancelled: a cancellation that arrived while shielded and is still to be delivered.
         cleaning_until: the operation cleans up after a cancellation, and has until then
             (time.monotonic()).
-        lead: the resource that the operation was started for, before any other of its kind (a
-            stream, a block).
+        session_override: the resource that the operation was started for, before any other of its
+            kind (a stream, a block).
     """
 
     resources: dict[str, Any]
-    lead: Any
-    shields: int
+    session_override: Any
+    shield_depth: int
     cancelled: BaseException | None
     cleaning_until: float | None
     outcome: Any
@@ -67,8 +67,8 @@ class Runner(greenlet):
     def __init__(self) -> None:
         super().__init__()
         self.resources = {}
-        self.lead = None
-        self.shields = 0
+        self.session_override = None
+        self.shield_depth = 0
         self.cancelled = None
         self.cleaning_until = None
         self.outcome = None
@@ -164,13 +164,13 @@ async def run(func: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
             raise runner.failure
         return cast(T, runner.outcome)
     finally:
-        runner.failure = runner.outcome = runner.lead = None
+        runner.failure = runner.outcome = runner.session_override = None
         if runner.resources:
             held = list(runner.resources.values())
             runner.resources.clear()
             for resource in held:
                 release(resource)
-        runner.shields = 0
+        runner.shield_depth = 0
         runner.cancelled = runner.cleaning_until = None
         runner.gr_context = None  # do not keep the task's context alive
         if out is _FINISHED and len(runners) < _MAX_IDLE:
@@ -309,15 +309,15 @@ class shield:
         self._runner = runner
 
     def __enter__(self) -> None:
-        self._runner.shields += 1
+        self._runner.shield_depth += 1
 
     def __exit__(self, *exc: object) -> None:
-        self._runner.shields -= 1
+        self._runner.shield_depth -= 1
 
 
 def deliver(runner: Runner) -> None:
     """Raise the cancellation that arrived while shielded, if any (`run()` at the latest)."""
-    if runner.cancelled is not None and not runner.shields:
+    if runner.cancelled is not None and not runner.shield_depth:
         exc, runner.cancelled = runner.cancelled, None
         raise exc
 

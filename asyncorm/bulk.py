@@ -39,7 +39,7 @@ from .binding import has_djangos_type, writes_as_django
 from .columnar import PRE_SAVES
 from .grounds import Ground
 from .rows import RowMaker, tuple_of
-from .shapes import Unfit
+from .shapes import NotCacheable
 from .statements import UNPLANNED, Compiled, count, hit, learn, recall
 
 BATCH = 1000  # objects in one INSERT, if the caller does not say
@@ -241,7 +241,7 @@ def _plan(
     """The plan of an INSERT with an array for each field.
 
     Raises:
-        Unfit: Django makes another one.
+        NotCacheable: Django makes another one.
     """
     objs = compiler.query.objs
     compiler.returning_fields = list(returning)
@@ -251,14 +251,14 @@ def _plan(
     finally:
         compiler.query.objs = objs
     if len(params) != len(fields) or not all(type(p) is list and len(p) == 2 for p in params):
-        raise Unfit
+        raise NotCacheable
     maker = maker_of_returned(compiler, wrapper, returning)
     kinds: list[Any] = [{} for _ in fields]
     plan = Plan(
         _in_step(sql), kinds, maker, (fields, returning), by_server=writes_as_django(wrapper)
     )
     if plan.query is None:
-        raise Unfit
+        raise NotCacheable
     return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())
 
 
@@ -280,13 +280,13 @@ def maker_of_returned(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -
     """Makes tuples of the columns that an INSERT returns, None if there are none.
 
     Raises:
-        Unfit: they have converters of the backend, which may belong to one connection.
+        NotCacheable: they have converters of the backend, which may belong to one connection.
     """
     if not returning:
         return None
     columns = [field.get_col(compiler.query.get_meta().db_table) for field in returning]
     if any(wrapper.ops.get_db_converters(column) for column in columns):
-        raise Unfit
+        raise NotCacheable
     maker = RowMaker(len(columns), compiler.get_converters(columns))
     maker.item = tuple_of(len(columns))
     return maker
@@ -299,8 +299,11 @@ _KEYS = (models.AutoField, models.BigAutoField, models.SmallAutoField)
 
 
 def prepare(queryset: Any, objs: list[Any]) -> Any:
-    """What `_prepare_for_bulk_create()` would do and return; Unfit if the objects are not all new,
-    with keys that the database makes."""
+    """What `_prepare_for_bulk_create()` would do and return.
+
+    Raises:
+        NotCacheable: the objects are not all new, with keys that the database makes.
+    """
     model = queryset.model
     key = model._meta.pk
     if (
@@ -310,7 +313,7 @@ def prepare(queryset: Any, objs: list[Any]) -> Any:
         or set(map(type, objs)) != {model}
         or list(map(attrgetter(key.attname), objs)).count(None) != len(objs)
     ):
-        raise Unfit
+        raise NotCacheable
     queryset._db = queryset.db  # asked for each object later on
     if any(f.is_relation for f in (*model._meta.concrete_fields, *model._meta.private_fields)):
         for obj in objs:

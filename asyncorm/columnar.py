@@ -24,7 +24,7 @@ from django.db import models
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
-from .shapes import Unfit
+from .shapes import NotCacheable
 
 SLICE = 1000  # objects between two looks whether other tasks are to have a turn
 TEXT_ARRAY, _TIMESTAMPTZ, _TIMESTAMPTZ_ARRAY = 1009, 1184, 1185
@@ -132,11 +132,11 @@ def _joined(texts: list[str]) -> str:
     """One text of many.
 
     Raises:
-        Unfit: psycopg would refuse one.
+        NotCacheable: psycopg would refuse one.
     """
     joined = _SEPARATOR.join(texts)
     if joined.count(_SEPARATOR) != len(texts) - 1:
-        raise Unfit
+        raise NotCacheable
     return joined
 
 
@@ -172,13 +172,13 @@ def prepared(field: Any, values: list[Any], wrapper: Any) -> list[Any]:
     """The values as Django prepares them.
 
     Raises:
-        Unfit: one is an expression.
+        NotCacheable: one is an expression.
     """
     if any(hasattr(value, "resolve_expression") for value in values):
-        raise Unfit
+        raise NotCacheable
     made = [field.get_db_prep_save(value, connection=wrapper) for value in values]
     if any(hasattr(value, "as_sql") for value in made):
-        raise Unfit
+        raise NotCacheable
     return made
 
 
@@ -208,7 +208,7 @@ def array(field: Any, objs: list[Any], wrapper: Any, conn: Any) -> tuple[Any, in
     """The values of a field as a parameter, its type (0 is that of the column) and its format."""
     get = getter(field)
     if type(field) is models.DateTimeField:
-        with suppress(Unfit):
+        with suppress(NotCacheable):
             return _times(objs, get, conn), _TIMESTAMPTZ_ARRAY, Format.BINARY
     parts = []
     for some in slices(objs, conn.give_turn):
@@ -235,12 +235,12 @@ def _times(objs: list[Any], get: Callable[[Any], Any], conn: Any) -> bytes:
     for some in slices(objs, conn.give_turn):
         values = list(map(get, some))
         if set(map(type, values)) != {datetime}:
-            raise Unfit
+            raise NotCacheable
         items = [8] * (2 * len(values))  # each after its length
         try:
             items[1::2] = [(value - _EPOCH) // _MICROSECOND for value in values]
         except TypeError:  # a naive one
-            raise Unfit from None
+            raise NotCacheable from None
         parts.append(struct.pack(f">{'iq' * len(values)}", *items))
     return b"".join(parts)
 
@@ -249,7 +249,7 @@ def copy_lines(objs: list[Any], fields: list[Any], wrapper: Any, transformer: An
     """The rows of some objects in COPY's text format.
 
     Raises:
-        Unfit: a value is an expression, or psycopg would refuse it.
+        NotCacheable: a value is an expression, or psycopg would refuse it.
     """
     encoding = transformer.encoding
     columns = []

@@ -32,7 +32,7 @@ from psycopg.copy import Writer
 from . import bridge, columnar, sessions
 from .driver import Steps
 from .pages import see
-from .shapes import Unfit
+from .shapes import NotCacheable
 
 FORMATS = ("csv", "text", "binary")
 _PIECE = 64 * 1024  # bytes sent or written at a time
@@ -314,7 +314,7 @@ def _encoded(
     if fields and all(type(field).pre_save in _PRE_SAVES for field in fields):
         pieces = _Pieces()
         transformer = Transformer(wrapper.connection)
-        with suppress(Unfit):
+        with suppress(NotCacheable):
             for some in columnar.slices(objs, turn):
                 pieces.write(columnar.copy_lines(some, fields, wrapper, transformer))
             yield fields, objs, pieces.pieces

@@ -33,7 +33,7 @@ def tell(execute: Any, sql: Any, params: Sequence[Any], many: bool, context: dic
 def _served_by(conn: Any) -> int:
     if conn is None:
         return 0
-    if getattr(conn, "unsettled", False):  # not psycopg's own connection
+    if getattr(conn, "deferred", False):  # not psycopg's own connection
         return int(conn.served_by)
     return 0 if conn.closed else int(conn.pgconn.backend_pid)
 

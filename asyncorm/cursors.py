@@ -17,7 +17,7 @@ from . import _events, bridge, sessions
 from ._cache.awaited import Crowd, place_of
 from ._cache.execute import NotServed, direct, serves
 from ._wire.cursors import Answer
-from ._wire.lazy import LazyConnection, Start
+from ._wire.lazy import DeferredConnection, Start
 from ._wire.statement import Statement
 from ._wire.texts import is_single
 from .driver import Connection
@@ -112,7 +112,7 @@ class AsyncCursor:
         def make() -> Any:
             read = 0 if rows is None else answer.result.ntuples - length_hint(rows)
             return wrapper.make_cursor(
-                start.cursor_on(conn or LazyConnection(start)).show(answer, read)
+                start.cursor_on(conn or DeferredConnection(start)).show(answer, read)
             )
 
         self._rows, self._make = rows, make

@@ -62,15 +62,15 @@ class Connection(CancellableConnection):
         configured: whether Django has set time zone, role and so on.
         pooled: the pool's connection underneath, None when there is none.
         alone: the statement that runs, or the last one, is no part of a transaction, and was sent.
-        unsettled: it is a `LazyConnection` and has no server connection yet.
+        deferred: it is a `DeferredConnection` and has no server connection yet.
         wire: waits for the socket.
-        served_by: the server process that ran the last statement of an unsettled one.
+        served_by: the server process that ran the last statement of a deferred one.
         streamed: a cursor's `stream()` has asked libpq for single rows.
         has_pipelines: libpq has pipeline mode (from 14 on).
     """
 
     alone = False
-    unsettled = False
+    deferred = False
     streamed = False
     has_pipelines = psycopg.capabilities.has_pipeline()
     served_by = 0
@@ -118,7 +118,7 @@ class Connection(CancellableConnection):
         return (*reported(self.pgconn), standby, *kept(self), handlers)
 
     @property
-    def touched(self) -> bool:
+    def session_dirty(self) -> bool:
         """Whether something is left in the session that nobody else may see: by a statement, as far
         as its text tells or the server told, or in psycopg's connection; by a function, perhaps."""
         if self._touched or self.called:
@@ -127,8 +127,8 @@ class Connection(CancellableConnection):
             return False
         return self._settings() != self._start
 
-    @touched.setter
-    def touched(self, value: bool) -> None:
+    @session_dirty.setter
+    def session_dirty(self, value: bool) -> None:
         self._touched = value
 
     def note(self, traces: bool | frozenset[str]) -> None:
@@ -284,7 +284,7 @@ class Connection(CancellableConnection):
         if monotonic() - self.wire.yielded < _BUSY:
             return False
         runner = getcurrent()
-        if type(runner) is not Runner or runner.shields:
+        if type(runner) is not Runner or runner.shield_depth:
             return False
         runner.parent.switch(turn())  # type: ignore[union-attr]
         self.wire.yielded = monotonic()
@@ -315,8 +315,8 @@ class Connection(CancellableConnection):
             self.served_by = queue.served_by
             self.wire.yielded = monotonic()
             return value
-        if self.unsettled:
-            self.settle()  # type: ignore[attr-defined]
+        if self.deferred:
+            self.materialize()  # type: ignore[attr-defined]
         try:
             with self.lock:
                 result = self.wait(self._run(command.bind(self)))
@@ -479,7 +479,7 @@ class Connection(CancellableConnection):
                 raise self.given_up(gen)
             raise psycopg.errors._WaitTimeout("wait timeout expired")
         except CancelledError as exc:
-            if not runner.shields:
+            if not runner.shield_depth:
                 await self.give_up(gen)
                 raise
             # A COMMIT or the like: let it end, then deliver the cancellation (bridge.deliver).

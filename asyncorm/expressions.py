@@ -27,7 +27,7 @@ from django.db.models.sql.query import Query
 from psycopg.types.numeric import Int2, Int4, Int8
 
 
-class Unfit(Exception):
+class NotCacheable(Exception):
     """What is asked for is left to Django."""
 
 
@@ -57,7 +57,7 @@ def add_field(field: Field[Any, Any], key: list[Any], kept: list[Any]) -> None:
     elif type(field) in _FIELDS:
         key += (type(field), *map(state.get, _STATE))
     else:
-        raise Unfit
+        raise NotCacheable
 
 
 def add_structure(node: Any, key: list[Any], kept: list[Any]) -> None:
@@ -71,7 +71,7 @@ def add_structure(node: Any, key: list[Any], kept: list[Any]) -> None:
         key += (cls, tuple([col.possibly_multivalued for col in node.get_external_cols()]))
         return
     if not cls.__module__.startswith("django."):
-        raise Unfit
+        raise NotCacheable
     key += (cls, vars(node).get("tzinfo"))
     sources = node.get_source_expressions()
     key.append(len(sources))
@@ -96,7 +96,7 @@ def names_in(value: Any) -> list[str]:
 def pattern(params: tuple[Any, ...]) -> tuple[int, ...]:
     """Which parameters are equal: Django leaves out expressions that are."""
     if len(params) > _MAX_COMPARED or not _PLAIN.issuperset(map(type, params)):
-        raise Unfit
+        raise NotCacheable
     return tuple(map(params.index, params))
 
 
@@ -132,7 +132,7 @@ def add_unresolved(value: Any, key: list[Any]) -> None:
     elif cls in _EXPRESSIONS:
         args, named = value._constructor_args
         if any(isinstance(arg, Field) for arg in (*args, *named.values())):
-            raise Unfit
+            raise NotCacheable
         key.append(cls)
         for name, each in value.__dict__.items():
             if name not in _DERIVED:
@@ -141,4 +141,4 @@ def add_unresolved(value: Any, key: list[Any]) -> None:
     elif value is None or cls is bool or cls is str:
         key += (cls, value)
     else:
-        raise Unfit
+        raise NotCacheable

@@ -59,7 +59,7 @@ from django.db.models.sql import query as sql_query
 from django.db.models.sql.datastructures import Join
 from django.utils.tree import Node
 
-from .expressions import Unfit, names_in
+from .expressions import NotCacheable, names_in
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -431,7 +431,7 @@ def of_query(
         short: whether the lookups themselves are looked up no more.
 
     Raises:
-        Unfit: something of it is not Django's.
+        NotCacheable: something of it is not Django's.
     """
     compared, ops = tuple(compared), type(wrapper.ops)
     told = {f for each in kept for f in (each if isinstance(each, tuple) else (each,))}
@@ -446,7 +446,7 @@ def of_query(
         are_djangos(made, ops, *compared)
         and all(speaks_for_itself(f, short) for f in of_relations | columns)
     ):
-        raise Unfit
+        raise NotCacheable
     return Ground([made, ops, *compared, *map(type, of_relations), *more], models)
 
 

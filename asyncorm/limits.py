@@ -32,7 +32,7 @@ class Limit:
 
     Attributes:
         size: how many.
-        gathers: statements wait for the end of the loop's turn, to travel with others.
+        batching: statements wait for the end of the loop's turn, to travel with others.
         queue: statements that wait for a connection; set by crowding.queue_of().
     """
 
@@ -43,10 +43,10 @@ class Limit:
         """Whether who gives a connection back meets what he has set in its session again."""
         return self.parent.keeps_state
 
-    def __init__(self, parent: Source | Kept, size: int, gathers: bool = False) -> None:
+    def __init__(self, parent: Source | Kept, size: int, batching: bool = False) -> None:
         self.parent = parent
         self.size = size
-        self.gathers = gathers
+        self.batching = batching
         self.limits: WeakKeyDictionary[Parallelism, Limit] = WeakKeyDictionary()
         self.asking: set[Any] = set()
         self._turns = anyio.Semaphore(size, max_value=size, fast_acquire=True)
@@ -168,7 +168,7 @@ class Kept:
 
     size = 1
     waiting = 0
-    gathers = False
+    batching = False
     keeps_state = True
     queue: Any = None
 
@@ -227,7 +227,7 @@ class Parallelism(EitherWay[None]):
         self,
         size: int,
         using: str | None = None,
-        gathers: bool = False,
+        batching: bool = False,
         kept: Kept | None = None,
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int):
@@ -242,14 +242,14 @@ class Parallelism(EitherWay[None]):
             )
         self.size = size
         self.alias = using or DEFAULT_DB_ALIAS
-        self.gathers = gathers
+        self.batching = batching
         self.kept = kept
 
     def within(self, parent: Source) -> Limit:
         """The limit for the pool of one loop, or for a part of it."""
         limit: Limit | None = parent.limits.get(self)
         if limit is None:
-            limit = parent.limits[self] = Limit(self.kept or parent, self.size, self.gathers)
+            limit = parent.limits[self] = Limit(self.kept or parent, self.size, self.batching)
         return limit
 
     def __enter__(self) -> None:

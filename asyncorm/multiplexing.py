@@ -241,7 +241,9 @@ class Queue:
             with self._source.connection() as conn:
                 while requests := self._take(segment, first=requests is None):
                     self._send(runner, conn, requests)
-                    if self._source.size > 1 or (conn.touched and not self._source.keeps_state):
+                    if self._source.size > 1 or (
+                        conn.session_dirty and not self._source.keeps_state
+                    ):
                         break
             if segment.waiting and not segment.pipelines:
                 self._start(segment)

@@ -14,7 +14,7 @@ from django.db import NotSupportedError
 
 from . import bridge, generators
 from ._sessions.callsite import caller
-from ._sessions.leaving import can_wait, discard_all, later, let_go, run_in, start_task
+from ._sessions.leaving import can_wait, discard_all, later, run_in, start_task, unpin
 from ._sessions.scopes import Scope, current_scope, current_task_or_none
 from ._sessions.session import Session
 from .pages import see
@@ -23,7 +23,7 @@ from .sessions import require
 T = TypeVar("T")
 
 
-async def hold(using: str | None) -> tuple[Session, bool]:
+async def pin(using: str | None) -> tuple[Session, bool]:
     """A session that outlives operations, and whether it is new or that of what is around."""
 
     origin = caller()
@@ -52,14 +52,14 @@ class _Connection(AsyncContextDecorator):
         return _Connection(self.using)
 
     async def __aenter__(self) -> None:
-        session, new = await hold(self.using)
+        session, new = await pin(self.using)
         if not new:
             return
         try:
             if session.wrapper.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"):
                 await run_in(session, _refuse_pooler, session)
         except BaseException:
-            await let_go(session)
+            await unpin(session)
             raise
         self._scope = Scope(session.alias, session)
         self._scope.push()
@@ -76,9 +76,9 @@ class _Connection(AsyncContextDecorator):
         assert scope.session is not None
         scope.pop()
         if can_wait(exc):
-            await let_go(scope.session, discard_all)
+            await unpin(scope.session, discard_all)
         else:
-            later(scope.session, let_go(scope.session, discard_all))
+            later(scope.session, unpin(scope.session, discard_all))
 
 
 def _refuse_pooler(session: Session) -> None:

@@ -33,7 +33,7 @@ from ._pool.registry import (
     pool_stats,
     total_stats,
 )
-from ._wire.lazy import LazyConnection, Start
+from ._wire.lazy import DeferredConnection, Start
 from ._wire.locks import OwnLock
 from .driver import Connection
 from .growth import is_away
@@ -79,7 +79,7 @@ class Pool:
     """
 
     current = True
-    gathers = False  # statements do not wait for others when a connection is free
+    batching = False  # statements do not wait for others when a connection is free
     keeps_state = False  # what is set in the session of a connection is undone when it comes back
     queue: Any = None
     top: Any = None
@@ -173,9 +173,9 @@ class Pool:
         if self.start is None:
             self.start = Start.of(conn)
 
-    def take_lazy(self) -> LazyConnection | None:
+    def defer(self) -> DeferredConnection | None:
         """Something that stands for a connection; None if there was none yet."""
-        return None if self.start is None else LazyConnection(self.start)
+        return None if self.start is None else DeferredConnection(self.start)
 
     def stand_in(self) -> Any:
         """A wrapper for statements without a session: nothing runs on it.
@@ -198,7 +198,7 @@ class Pool:
         assert conn.pooled is not None
         if self.connections is None or self.loop.is_closed():
             conn.terminate()
-        elif conn.touched or conf.get("RESET_ALWAYS"):
+        elif conn.session_dirty or conf.get("RESET_ALWAYS"):
             self.loop.call_soon(self._reset, conn.pooled)
         else:
             self.connections.give(conn.pooled)
@@ -213,7 +213,7 @@ class Pool:
     def is_clean(self, conn: Connection) -> bool:
         """Whether the next operation may have a connection without its being given back."""
         return (
-            not conn.touched
+            not conn.session_dirty
             and self.connections is not None
             and self.connections.is_clean(conn.pooled)
             and not conf.get("RESET_ALWAYS")

@@ -133,7 +133,7 @@ def _is_free(session: Session) -> bool:
     wrapper = session.wrapper
     conn = wrapper.connection
     return (
-        (conn is None or (conn.autocommit and not conn.touched))
+        (conn is None or (conn.autocommit and not conn.session_dirty))
         and wrapper.plain
         and wrapper.execute_wrappers == sessions.everywhere
     )
@@ -218,7 +218,7 @@ class _Plan:
         self._first: dict[Any, str] = {}
         self._block = session.innermost() if session.root is not None else None
         if self._block is not None:
-            self._block.gathers += 1
+            self._block.batching += 1
 
     def follow(self, model: Any) -> None:
         """Note the relations that the lookups will follow from a model, in Django's order."""
@@ -344,7 +344,7 @@ class _Plan:
         self._ended = True
         self._waiting.clear()
         if self._block is not None:
-            self._block.gathers -= 1
+            self._block.batching -= 1
         workers = list(self._workers)
         if self._block is None or cancelled:  # or a cancelled statement would end the transaction
             for task in workers:

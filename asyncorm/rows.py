@@ -41,7 +41,7 @@ from psycopg.types.string import TextLoader
 
 from .driver import SLICE, Connection
 from .grounds import Last, is_anothers, of_class
-from .shapes import Unfit
+from .shapes import NotCacheable
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -275,7 +275,7 @@ def for_instances(compiler: SQLCompiler) -> RowMaker:
     """What `ModelIterable` does after `compiler` has compiled.
 
     Raises:
-        Unfit: not every model is plain.
+        NotCacheable: not every model is plain.
     """
     maker = _maker(compiler)
     info = compiler.klass_info
@@ -293,10 +293,10 @@ def for_instances(compiler: SQLCompiler) -> RowMaker:
 def _maker(compiler: SQLCompiler) -> RowMaker:
     expressions = [select[0] for select in compiler.select[: compiler.col_count]]
     if compiler.has_extra_select or any(isinstance(e, ColPairs) for e in expressions):
-        raise Unfit
+        raise NotCacheable
     ops = compiler.connection.ops
     if any(ops.get_db_converters(e) for e in expressions if e is not None):
-        raise Unfit  # a backend's converters may belong to one connection
+        raise NotCacheable  # a backend's converters may belong to one connection
     return RowMaker(len(expressions), compiler.get_converters(expressions))
 
 
@@ -311,7 +311,7 @@ def _instance(
     """Generate code for an instance and what is selected with it; the variable's name."""
     model = info["model"]
     if not is_plain(model):
-        raise Unfit
+        raise NotCacheable
     number = len(models)
     models.append(model)
     obj, state, pad = f"o{number}", f"s{number}", "    " * depth
@@ -324,7 +324,7 @@ def _instance(
             if type(of_class(model, field.attname)) is ForeignKeyDeferredAttribute:
                 foreign.append(f"c{column} is not None")
     if len(values) != len(columns):
-        raise Unfit
+        raise NotCacheable
     emit(f"{pad}{state} = {maker.name(ModelState)}()")
     if foreign:  # assigning one looks into the cache
         emit(f"{pad}if {' or '.join(foreign)}: {state}.fields_cache = {{}}")

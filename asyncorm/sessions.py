@@ -30,9 +30,9 @@ test_sessions: dict[str, Any] = {}
 
 def session_for(alias: str, runner: Runner) -> Session | None:
     """The session that `runner` uses for `alias`; None when the ENGINE is not ours."""
-    lead = runner.lead
-    if lead is not None and lead.alias == alias:
-        return cast(Session, lead)
+    override = runner.session_override
+    if override is not None and override.alias == alias:
+        return cast(Session, override)
     if (scope := find_scope(alias)) is not None:
         assert scope.session is not None
         if not scope.session.on_this_loop:

@@ -4,7 +4,7 @@ A query's SQL depends on its shape and hardly ever on its values. `Shape` reads 
 a key, equal only for queries with the same SQL, and the values as Django's own lookups and fields
 convert them. Of the simplest lookups the class and the column are in the key, of all other lookups
 and of expressions the SQL that their classes make, and of the expressions of annotations what the
-rest of the statement sees of them (expressions.py). What it does not know raises `Unfit`.
+rest of the statement sees of them (expressions.py). What it does not know raises `NotCacheable`.
 
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
@@ -35,7 +35,7 @@ from django.db.models.sql.where import AND, OR, WhereNode
 from ._cache.families import LITERALS, TEXT, family
 from ._cache.parts import LITERAL, PARTS, kind_of, ordering, unknown
 from .binding import has_placeholder
-from .expressions import Unfit as Unfit
+from .expressions import NotCacheable as NotCacheable
 from .expressions import add_field, add_structure, add_unresolved, pattern
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Shape:
 
     def __init__(self, query: Any, wrapper: Any, *kind: Any) -> None:
         if type(query) not in _QUERIES and query.__class__ not in _QUERIES:  # recorded: made now
-            raise Unfit
+            raise NotCacheable
         self.query = query
         self.wrapper = wrapper
         opts = query.model._meta
@@ -198,7 +198,7 @@ class Shape:
                     self.lengths += (count,)
                     sql = "(...)"
                 elif count > MAX_PARAMS:
-                    raise Unfit
+                    raise NotCacheable
                 key.append(tuple(sql) if type(sql) is list else sql)
                 self.params += params
                 self.leaves.append((child, len(params), child))
@@ -235,7 +235,7 @@ class Shape:
             self.leaves += kinds
             return
         if not self.having and (child.contains_aggregate or child.contains_over_clause):
-            raise Unfit
+            raise NotCacheable
         sql, params = self.compile(child)
         key += (cls, sql)
         if self.having:
@@ -250,7 +250,7 @@ class Shape:
     def subquery(self, query: Query) -> _Inner:
         """A query within this one, by its own shape."""
         if query.low_mark:
-            raise Unfit
+            raise NotCacheable
         inner = _Inner(query, self.wrapper)
         self.key += (len(inner.key), *inner.key)
         self.spare += inner.spare
@@ -281,7 +281,7 @@ class Shape:
             self.compiler = self.query.get_compiler(connection=self.wrapper)
         sql, params = self.compiler.compile(node)
         if len(params) > MAX_PARAMS:
-            raise Unfit
+            raise NotCacheable
         self.key.append(len(params))  # a __range of three values has the SQL of one of two
         return sql, params
 
@@ -322,15 +322,15 @@ class Shape:
             or has_placeholder(col.output_field)
             or len(lookup.rhs) > MAX_PARAMS
         ):
-            raise Unfit
+            raise NotCacheable
         params = []
         for (value,) in lookup.rhs:
             if hasattr(value, "as_sql"):
-                raise Unfit
+                raise NotCacheable
             if value is not None:
                 params.append(col.output_field.get_db_prep_value(value, connection=self.wrapper))
         if not params:
-            raise Unfit
+            raise NotCacheable
         self.key += (TupleIn, len(params), col.alias, id(col.target), id(col.output_field))
         self.kept += (col.target, col.output_field)
         self.params += params
@@ -418,7 +418,7 @@ def shape_of_aggregates(query: Any, wrapper: Any, kind: tuple[Any, ...], named: 
     key: list[Any] = []
     try:
         add_unresolved(named, key)
-    except Unfit:
+    except NotCacheable:
         # Annotations would be referred to, or be in a subquery with all that is slice and group.
         if query.annotations or query.group_by is not None or query.distinct or query.is_sliced:
             raise

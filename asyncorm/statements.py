@@ -23,7 +23,7 @@ from ._chains import nodes
 from .binding import writes_as_django
 from .grounds import Ground
 from .rows import RowMaker
-from .shapes import MAX_PARAMS, Shape, Unfit, shape_of_aggregates
+from .shapes import MAX_PARAMS, NotCacheable, Shape, shape_of_aggregates
 from .tracing import Mark, Trace
 
 plans = Store(4096)  # a plan, or None: not to be planned; and its ground
@@ -165,7 +165,7 @@ def plan_for(
         key, plan = of_any, recall(of_any)
         if plan is _BY_LENGTH:
             if max(shape.lengths) > MAX_PARAMS:
-                raise Unfit
+                raise NotCacheable
             key, plan = whole, recall(whole)
         elif plan is not None and plan is not UNPLANNED and shape.lengths:
             plan = plan.of_lists(shape.lists(skips_null=plan.skips_null))
@@ -243,7 +243,7 @@ def _plan(
     with trace.running(wrapper):
         sql, compiled, maker = compile(query, wrapper)
     if not all(map(grounds.is_as_made, trace.classes)):
-        raise Unfit
+        raise NotCacheable
     plain = [param for param in compiled if type(param) is not Mark]
     skips_null = len(plain) - len(trace.constants) != sum(node is None for _, _, node in places)
     picked: list[int] | None
@@ -251,7 +251,7 @@ def _plan(
     if shape.offset:
         end = f" OFFSET {shape.offset}"
         if not sql.endswith(end):
-            raise Unfit
+            raise NotCacheable
         sql = sql.removesuffix(end)
     families = shape.families(skips_null=skips_null)
     lists = shape.lists(skips_null=skips_null)
@@ -288,7 +288,7 @@ def _sources(
     """Which of the shape's parameters each of a statement's is, and which are constants.
 
     Raises:
-        Unfit: one has no source.
+        NotCacheable: one has no source.
     """
     places = shape.places(skips_null=skips_null)
     starts = [*accumulate((count for _, count, _ in places), initial=0)]
@@ -307,5 +307,5 @@ def _sources(
         elif len(picked) in written and verifying.equal(param, params[len(picked)]):
             picked.append(len(picked))
         else:
-            raise Unfit
+            raise NotCacheable
     return picked, constants

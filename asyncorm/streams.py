@@ -31,7 +31,7 @@ async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterat
         return pinned.db, pinned.iterator(chunk_size=chunk_size)
 
     using, rows = await bridge.run(begin)
-    session, new = await pinning.hold(using)
+    session, new = await pinning.pin(using)
     ahead: _Ahead | None = None
     if read_ahead and (new or session.root is not None):
         ahead = _Ahead(session, new, rows, chunk_size, read_ahead)
@@ -56,7 +56,7 @@ async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterat
                     await ahead.stop()
             finally:
                 if new:
-                    await leaving.let_go(session, lambda session: rows.close())
+                    await leaving.unpin(session, lambda session: rows.close())
                 else:
                     await leaving.clean_up(rows.close)
     except (Error, InvalidCursorName) as exc:

@@ -26,7 +26,7 @@ from django.db.models import Value
 from greenlet import getcurrent
 
 from . import binding
-from .expressions import Unfit
+from .expressions import NotCacheable
 from .verifying import equal
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Trace:
         finally:
             self._inside = False
         if not equal(list(params), list(expected)):
-            raise Unfit
+            raise NotCacheable
         marks = [Mark(place, number, value) for number, value in enumerate(params)]
         return sql, tuple(marks) if type(params) is tuple else marks
 

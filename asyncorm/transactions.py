@@ -101,7 +101,7 @@ async def _leave(block: Block, *exc: Any) -> None:
             if exc[0] is not GeneratorExit:  # else it says nothing new
                 raise
         finally:
-            runner.lead = None
+            runner.session_override = None
 
     await leaving.run_in(block.session, leave)
 

@@ -62,7 +62,7 @@ class Turns:
     def give(self) -> None:
         """Let them run if it is due: from native code."""
         runner = bridge.current()
-        if runner is not None and not runner.shields and monotonic() - self._began >= BUSY:
+        if runner is not None and not runner.shield_depth and monotonic() - self._began >= BUSY:
             bridge.wait_for(runner, turn())
             self._began = monotonic()
 

@@ -269,9 +269,9 @@ def place_of(alias: str, writes: bool = False) -> _Place | None:
     if not has_djangos_cursors(type(wrapper), pool.start.cursor_factory):  # type: ignore[arg-type]
         return None
     source = limits.source(pool)
-    if source.has_free and not source.gathers:
+    if source.has_free and not source.batching:
         return _Free(source, wrapper)
-    if is_crowded(source) and (source.gathers or not writes):
+    if is_crowded(source) and (source.batching or not writes):
         return Crowd(source, pool, wrapper)
     return None
 

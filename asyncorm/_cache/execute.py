@@ -39,7 +39,7 @@ def _connection(wrapper: Any) -> Connection | None:
 def serves(conn: Connection, wrapper: Any) -> bool:
     """Whether a statement means the same there as in a cursor of the wrapper."""
     return has_djangos_cursors(type(wrapper), conn.cursor_factory) and (  # type: ignore[arg-type]
-        conn.unsettled or _same_zone(conn, wrapper)  # the one that runs it is looked at, too
+        conn.deferred or _same_zone(conn, wrapper)  # the one that runs it is looked at, too
     )
 
 
@@ -161,7 +161,7 @@ def items(plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any = 
             if loaded.size <= SLICE:
                 return maker.make_part(loaded, next(loaded.parts), wrapper.alias, wrapper, mode)
             conn = wrapper.connection
-            alone = isinstance(conn, Connection) and not conn.unsettled
+            alone = isinstance(conn, Connection) and not conn.deferred
             turn = conn.give_turn if alone else Turns().give
             return maker.made(loaded, turn, wrapper.alias, wrapper, mode)
     made: list[Any] = []

@@ -17,7 +17,7 @@ from django.db.models.sql.query import Query
 from django.db.models.sql.where import AND, OR, WhereNode
 
 from ..binding import has_placeholder
-from ..expressions import Unfit, add_unresolved, names_in
+from ..expressions import NotCacheable, add_unresolved, names_in
 
 if TYPE_CHECKING:
     from ..shapes import Shape
@@ -30,7 +30,7 @@ LITERAL: Any = object()  # in the place of a lookup: parameters that may be sent
 
 
 def unknown(shape: Shape, value: Any) -> None:
-    raise Unfit
+    raise NotCacheable
 
 
 def _value(shape: Shape, value: Any) -> None:
@@ -39,7 +39,7 @@ def _value(shape: Shape, value: Any) -> None:
 
 def _absent(shape: Shape, value: Any) -> None:
     if value:
-        raise Unfit
+        raise NotCacheable
 
 
 def _aliases(shape: Shape, value: Any) -> None:
@@ -48,13 +48,13 @@ def _aliases(shape: Shape, value: Any) -> None:
 
 def _subquery(shape: Shape, value: Any) -> None:
     if value and not shape.is_inner:
-        raise Unfit
+        raise NotCacheable
     shape.key.append(value)
 
 
 def _locked(shape: Shape, value: Any) -> None:
     if value and shape.wrapper.get_autocommit():
-        raise Unfit  # Django refuses
+        raise NotCacheable  # Django refuses
     shape.key.append(value)
 
 
@@ -66,7 +66,7 @@ def _annotations(shape: Shape, value: Any) -> None:
     if not value:
         return
     if type(shape.query) is not Query:
-        raise Unfit
+        raise NotCacheable
     mask = shape.query.annotation_select_mask
     for name, each in value.items():
         shape.annotation(name, each, selected=mask is None or name in mask)
@@ -89,7 +89,7 @@ def _grouped(shape: Shape, value: Any) -> None:
 def _extra(shape: Shape, value: Any) -> None:
     for name, (sql, params) in value.items():
         if params or type(sql) is not str:
-            raise Unfit
+            raise NotCacheable
         shape.key += (name, sql)
     shape.key.append(len(value))
 
@@ -111,7 +111,7 @@ def _joins(shape: Shape, value: Any) -> None:
             if join.filtered_relation is not None:
                 _filtered(shape, join.filtered_relation)
         else:
-            raise Unfit
+            raise NotCacheable
 
 
 def _filtered(shape: Shape, value: Any) -> None:
@@ -121,7 +121,7 @@ def _filtered(shape: Shape, value: Any) -> None:
         or type(condition) is not WhereNode
         or (condition.connector != AND and condition.connector != OR)
     ):
-        raise Unfit
+        raise NotCacheable
     shape.key.append("filtered")
     shape.where(condition)
 
@@ -131,10 +131,10 @@ def _filtered_relations(shape: Shape, value: Any) -> None:
     for name, each in value.items():
         # One that is not joined yet may be while Django compiles.
         if getattr(joins.get(name), "filtered_relation", None) is None:
-            raise Unfit
+            raise NotCacheable
         shape.key += (name, each.alias, each.relation_name)
     if value and shape.query.select_related:  # it may be selected, and is set as it says
-        raise Unfit
+        raise NotCacheable
 
 
 def _combined(shape: Shape, value: Any) -> None:
@@ -169,13 +169,13 @@ def _tables(shape: Shape, value: Any) -> None:
 
 def _where(shape: Shape, value: Any) -> None:
     if type(value) is not WhereNode or (value.connector != AND and value.connector != OR):
-        raise Unfit
+        raise NotCacheable
     if shape.query.group_by is None:
         shape.where(value)
         return
     where, having, qualify = value.split_having_qualify(must_group_by=True)
     if qualify is not None:
-        raise Unfit
+        raise NotCacheable
     if where is not None:
         shape.where(where)
     if having is not None:
@@ -201,7 +201,7 @@ def _deferred(shape: Shape, value: Any) -> None:
 
 def _names(shape: Shape, value: Any) -> None:
     if not all(type(name) is str for name in value):
-        raise Unfit
+        raise NotCacheable
     shape.key.append(tuple(value))
 
 
@@ -230,7 +230,7 @@ def ordering(model: Any, items: tuple[Any, ...], annotations: Any = ()) -> tuple
         annotations: their names, which expressions may have.
 
     Raises:
-        Unfit: it is neither columns, nor relations, nor expressions without parameters.
+        NotCacheable: it is neither columns, nor relations, nor expressions without parameters.
     """
     if all(type(item) is str for item in items):
         known = plain_orders.get((model, items))
@@ -252,14 +252,14 @@ def _add_order(
     if type(item) is not str:
         add_unresolved(item, key)
         if not all(name in annotations or _is_column(model, name) for name in names_in(item)):
-            raise Unfit
+            raise NotCacheable
         return
     key.append(item)
     if item == "?" or _is_column(model, item):
         return
     related = _related_model(model, item)
     if related in seen:  # Django raises where it goes round
-        raise Unfit
+        raise NotCacheable
     nested = related._meta.ordering or ()
     key.append(len(nested))
     for each in nested:
@@ -270,23 +270,23 @@ def _end_of(model: Any, name: str) -> tuple[Any, str]:
     """The model that a path leads to, and the name that is looked for there.
 
     Raises:
-        Unfit: it is no path.
+        NotCacheable: it is no path.
     """
     *path, name = name.removeprefix("-").split("__")
     for step in path:
         try:
             model = model._meta.get_field(step).related_model
         except FieldDoesNotExist:
-            raise Unfit from None
+            raise NotCacheable from None
         if model is None:
-            raise Unfit
+            raise NotCacheable
     return model, name
 
 
 def _is_column(model: Any, name: str) -> bool:
     try:
         end, last = _end_of(model, name)
-    except Unfit:
+    except NotCacheable:
         return False
     fields = end._meta.pk_fields
     if last == "pk":  # at the end of a path Django takes one that is a relation for that
@@ -303,13 +303,13 @@ def _related_model(model: Any, name: str) -> Any:
     for field in end._meta.concrete_fields:
         if field.name == last and field.is_relation:
             return field.related_model
-    raise Unfit
+    raise NotCacheable
 
 
 def _selected(shape: Shape, value: Any) -> None:
     if value is not None:
         if not all(type(item) in (int, str) for item in value.values()):
-            raise Unfit
+            raise NotCacheable
         _items(shape, value)
 
 
@@ -327,13 +327,13 @@ def kind_of(sql: str) -> Any:
 
 def _updated(shape: Shape, value: Any) -> None:
     if shape.query.related_updates or shape.query.count_active_tables() > 1:
-        raise Unfit
+        raise NotCacheable
     for field, _, item in value:
         if has_placeholder(field):
-            raise Unfit
+            raise NotCacheable
         if hasattr(item, "resolve_expression"):
             if item.contains_aggregate or item.contains_over_clause or type(item) is ColPairs:
-                raise Unfit
+                raise NotCacheable
         elif field.remote_field and hasattr(item, "prepare_database_save"):
             item = item.prepare_database_save(field)
         item = field.get_db_prep_save(item, connection=shape.wrapper)

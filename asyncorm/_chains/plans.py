@@ -23,7 +23,7 @@ from .._cache.parts import ordering
 from .._cache.plan import Plan
 from ..expressions import add_unresolved
 from ..grounds import Ground
-from ..shapes import COMPARISONS, Shape, Unfit, shape_of_aggregates
+from ..shapes import COMPARISONS, NotCacheable, Shape, shape_of_aggregates
 from ..statements import UNPLANNED, Compiled, hit
 from . import nodes
 from .nodes import Node, made
@@ -123,7 +123,7 @@ def _key(node: Any, wrapper: Any, kind: tuple[Any, ...], expressions: Any) -> tu
     return tuple(key)
 
 
-class _Unknown(Unfit):
+class _Unknown(NotCacheable):
     """The statement cache does not keep a plan for now."""
 
 
@@ -161,22 +161,22 @@ def _learn(
     if found is None and tuple(shape.key) not in statements.plans:
         raise _Unknown
     if found is None or shape.mixed or shape.values or shape.selected or shape.spare:
-        raise Unfit
+        raise NotCacheable
     plan, params, offset = found
     places = {id(lookup): place for lookup, place in sources}
     parts: list[Any] = []
     for _, count, leaf in shape.leaves:
         if count != 1:
-            raise Unfit
+            raise NotCacheable
         place = places.pop(id(leaf))
         parts.append((place, _maker(leaf, values[place], shape.params[len(parts)])))
     if places or plan.shared or (node.offset_at is None) != (not offset):
-        raise Unfit
+        raise NotCacheable
     if plan.picked is not None:
         parts = [parts[i] for i in plan.picked]
     known = _Known(plan, parts, node.offset_at, shape.kept)
     if not verifying.equal(known.bind(values, wrapper), (params, offset)):
-        raise Unfit
+        raise NotCacheable
     ground = grounds.of_query(
         query, shape.kept, plan.maker, wrapper, [type(lookup) for lookup, _ in sources],
         *plan.classes, short=True,
@@ -191,7 +191,7 @@ def _maker(lookup: Any, value: Any, param: Any) -> Callable[[Any, Any], Any]:
     def prepared(value: Any, wrapper: Any) -> Any:
         sql, params = cls(lhs, value).process_rhs(None, wrapper)
         if sql != "%s" or len(params) != 1:
-            raise Unfit
+            raise NotCacheable
         return params[0]
 
     if cls not in COMPARISONS or not is_djangos(lhs.output_field):

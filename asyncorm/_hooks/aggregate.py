@@ -14,7 +14,7 @@ from .._cache.execute import count_of, items
 from .._cache.plan import Plan
 from .._chains.plans import plan_for
 from ..rows import RowMaker
-from ..shapes import Unfit
+from ..shapes import NotCacheable
 from ..statements import Compiled
 from ..tracing import Resolving
 from .switch import native_wrapper
@@ -95,7 +95,7 @@ def _compile_aggregates(exprs: Any, query: Any, wrapper: Any) -> Compiled:
     columns = list(seen.query.annotation_select.values())
     sql, params = seen.as_sql()
     if seen.has_composite_fields(columns) or wrapper.ops.get_db_converters(columns[0]):
-        raise Unfit
+        raise NotCacheable
     maker = RowMaker(len(columns), seen.get_converters(columns))
     maker.item = rows.tuple_of(len(columns))
     maker.names_of_columns = [*seen.query.annotation_select]
@@ -134,4 +134,4 @@ def _watched(function: Callable[[], Any]) -> Any:
         return seen.args[0]
     finally:
         _watching.discard(me)
-    raise Unfit
+    raise NotCacheable

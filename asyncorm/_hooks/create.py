@@ -24,7 +24,7 @@ from greenlet import getcurrent
 from ..bridge import Runner
 from ..columnar import PRE_SAVES
 from ..grounds import Ground, is_anothers
-from ..shapes import Unfit
+from ..shapes import NotCacheable
 from ..statements import UNPLANNED, learn, recall
 from .get import PLAIN_VALUES
 from .switch import native_wrapper
@@ -132,7 +132,7 @@ def _looked_at(model: Any) -> tuple[frozenset[str], Ground]:
         or any(not _CALLED.isdisjoint(vars(cls)) for cls in own)
         or not all(map(_is_djangos, fields))
     ):
-        raise Unfit
+        raise NotCacheable
     names = frozenset(name for field in fields for name in (field.name, field.attname))
     return names, Ground((), [model])
 

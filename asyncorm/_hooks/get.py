@@ -24,7 +24,7 @@ from .._chains.recorded import Recorded
 from .._chains.values import kind_of
 from ..bridge import Runner
 from ..grounds import Ground
-from ..shapes import Shape, Unfit
+from ..shapes import NotCacheable, Shape
 from ..statements import UNPLANNED, hit, learn, recall
 from .iterate import compile_instances, iterating_plan, mode_of, queryset_plan
 from .switch import native_wrapper
@@ -60,7 +60,7 @@ class _Get:
         for (cls, lhs), value in zip(self.lookups, values, strict=True):
             sql, more = cls(lhs, value).process_rhs(None, wrapper)
             if sql != "%s":
-                raise Unfit
+                raise NotCacheable
             params += more
         return params
 
@@ -271,10 +271,10 @@ def _plan_get(
         or len(lookups) != len(names)
         or base.params != shape.params[: len(base.params)]
     ):
-        raise Unfit
+        raise NotCacheable
     known = _Get(found[0], lookups, base.kept)
     if not verifying.equal(known.params(base.params, values, wrapper), found[1]):
-        raise Unfit
+        raise NotCacheable
     ground = grounds.of_query(
         filtered.query, shape.kept, known.plan.maker, wrapper,
         [cls for cls, _ in lookups], type(queryset), *known.plan.classes, short=True,

@@ -13,11 +13,11 @@ from .. import bulk, columnar, distributed, grounds
 from .._cache.execute import count_of, items
 from .._cache.families import family
 from .._cache.plan import Plan
-from .._wire.lazy import LazyConnection
+from .._wire.lazy import DeferredConnection
 from ..binding import writes_as_django
 from ..driver import Connection
 from ..grounds import Ground
-from ..shapes import Unfit
+from ..shapes import NotCacheable
 from ..statements import UNPLANNED, count, hit, learn, recall
 from . import switch
 from .switch import Asked, native_wrapper
@@ -149,7 +149,7 @@ def _plan_insert(
         hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
         for field in fields
     ):
-        raise Unfit
+        raise NotCacheable
     maker = bulk.maker_of_returned(compiler, wrapper, returning)
     kinds = [family(field, wrapper) for field in fields]
     plan = Plan(sql, kinds, maker, (fields, returning), by_server=writes_as_django(wrapper))
@@ -163,14 +163,14 @@ def prepare_for_bulk_create(original: Any) -> Any:
 
     def prepare(self: Any, objs: list[Any]) -> Any:
         if native_wrapper(self.db) is not None:
-            with suppress(Unfit):
+            with suppress(NotCacheable):
                 return bulk.prepare(self, objs)
         return original(self, objs)
 
     return prepare
 
 
-_OURS = {type(None), Connection, LazyConnection}
+_OURS = {type(None), Connection, DeferredConnection}
 
 
 def batched_insert(original: Any) -> Any:

@@ -16,7 +16,7 @@ from .. import columnar, elsewhere, grounds, rows, verifying
 from .._cache.execute import items
 from .._cache.plan import Plan
 from ..grounds import Ground
-from ..shapes import MAX_PARAMS, Shape, Unfit
+from ..shapes import MAX_PARAMS, NotCacheable, Shape
 from ..statements import UNPLANNED, hit, learn, plans, recall, remember
 from .iterate import compile_instances, mode_of, queryset_plan
 from .switch import native_wrapper
@@ -103,10 +103,10 @@ def _plan_keys(
         # Any other field is asked for each key.
         or not all(map(columnar.as_is, columns))
     ):
-        raise Unfit
+        raise NotCacheable
     (kind,) = kinds
     if kind not in _KEY_TYPES or not verifying.equal(found[1], [kind(value) for value in keys]):
-        raise Unfit
+        raise NotCacheable
     targets = [getattr(field, "target_field", field) for field in columns]
     ground = grounds.of_query(
         narrowed.query, [*shape.kept, *targets], found[0].maker, wrapper,

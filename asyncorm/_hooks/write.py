@@ -14,7 +14,7 @@ from .._cache.execute import count_of
 from .._cache.plan import Plan
 from .._chains.recorded import is_untouched
 from ..grounds import Ground
-from ..shapes import Unfit
+from ..shapes import NotCacheable
 from ..statements import UNPLANNED, Compiled, hit, learn, plan_for, recall
 from . import switch
 from .get import PLAIN_VALUES
@@ -60,7 +60,7 @@ class _ByKey:
         cls, lhs = self.lookup
         sql, params = cls(lhs, key).process_rhs(None, wrapper)
         if sql != self.sql:
-            raise Unfit
+            raise NotCacheable
         return list(params)
 
 
@@ -143,7 +143,7 @@ def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[_ByKey
     update = _update_of(base_qs, pk, values)
     found = plan_for(update, wrapper, compile_write)
     if found is None or len(update.where.children) != 1 or len(update.values) != len(values):
-        raise Unfit
+        raise NotCacheable
     kept = [field for field, _, _ in values]
     known = _ByKey(found[0], update.where.children[0], wrapper, kept)
     return known, _ground_by_key(update, known, wrapper)
@@ -200,8 +200,8 @@ def _plan_delete(model: Any, wrapper: Any, keys: list[Any]) -> tuple[_ByKey, Gro
     delete = _delete_of(model, keys)
     found = plan_for(delete, wrapper, compile_write)
     if found is None or found[0].picked is not None or len(delete.where.children) != 1:
-        raise Unfit
+        raise NotCacheable
     known = _ByKey(found[0], delete.where.children[0], wrapper)
     if not verifying.equal(known.params(keys, wrapper), found[1]):
-        raise Unfit
+        raise NotCacheable
     return known, _ground_by_key(delete, known, wrapper)

@@ -249,7 +249,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         reason for a reset."""
         twin = conn.twin
         called, twin.called = twin.called, frozenset()
-        if not called or twin.touched or conf.get("RESET_ALWAYS"):
+        if not called or twin.session_dirty or conf.get("RESET_ALWAYS"):
             return False
         rows = await (await conn.execute(_HARMFUL, [list(called - self.harmless)])).fetchall()
         if len(self.harmless) < _MOST_NAMES:
@@ -277,7 +277,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         changed = now.in_recovery or (contradicts(now, began, None) and not conn.twin.is_set)
         if not changed and (now.in_recovery is None or now.read_only is not began.read_only):
             if ask is None:
-                conn.wrote_in_vain = conn.twin.touched = True
+                conn.wrote_in_vain = conn.twin.session_dirty = True
             else:
                 changed = ask()
         if changed:

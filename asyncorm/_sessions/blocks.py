@@ -43,7 +43,7 @@ class Block:
         of_thread: synchronous code in another thread, which waits, is in it (callers.py).
         inner: the nested block that holds the lock now.
         queue: statements of child tasks that wait for the lock.
-        gathers: how many `batch()` have statements wait for the end of the loop's turn.
+        batching: how many `batch()` have statements wait for the end of the loop's turn.
         atomic, characteristics: Django's object for the block, and what `asyncorm.atomic()` set for
             it (_transactions/).
     """
@@ -88,7 +88,7 @@ class Block:
         self.characteristics: Any = None
         self.ended = False
         self.queue: Queue | None = None
-        self.gathers = 0
+        self.batching = 0
 
     @property
     def scope(self) -> Scope | None:
@@ -112,7 +112,7 @@ class Block:
 
     def queue_for(self, text: str) -> Queue | None:
         """Where a statement of a child task waits if the lock is taken, to go with others."""
-        waits = self.gathers or (not self.lock.value and conf.get("MULTIPLEXING"))
+        waits = self.batching or (not self.lock.value and conf.get("MULTIPLEXING"))
         if waits and is_single(text):
             if self.queue is None:
                 self.queue = Queue(self)
@@ -131,7 +131,7 @@ class Block:
         assert runner is not None
         if self.ended:
             raise self.outlived_error()
-        runner.lead = self.session
+        runner.session_override = self.session
         current_scope.set(self.scope)  # the pipeline's task belongs to the block
         with self.session:
             yield self.session.wrapper.connection

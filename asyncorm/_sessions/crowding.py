@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 def travels(source: limits.Source, text: str) -> bool:
     """Whether a statement may go with those of other operations, outside a block."""
-    alone = not is_single(text) if source.gathers else not is_read(text) or text in slow
+    alone = not is_single(text) if source.batching else not is_read(text) or text in slow
     return not alone and calls_known(text)
 
 
 def is_crowded(source: limits.Source) -> bool:
     """Whether single statements are to travel with others' there now."""
-    return source.gathers or (
+    return source.batching or (
         bool(conf.get("MULTIPLEXING")) and not source.has_free and not conf.get("RESET_ALWAYS")
     )
 

@@ -32,7 +32,7 @@ async def run_in(session: Session, func: Callable[..., T], /, *args: Any) -> T:
     def lead() -> T:
         runner = bridge.current()
         assert runner is not None
-        runner.lead = session
+        runner.session_override = session
         return func(*args)
 
     return await bridge.run(lead)
@@ -60,7 +60,7 @@ async def clean_up(func: Callable[[], Any], session: Session | None = None) -> N
     await (bridge.run(clean) if session is None else run_in(session, clean))
 
 
-async def let_go(session: Session, clean: Callable[[Session], None] | None = None) -> None:
+async def unpin(session: Session, clean: Callable[[Session], None] | None = None) -> None:
     """End what `hold()` began: clean the session and give its connection back, or close it."""
 
     def end() -> None:
@@ -81,7 +81,7 @@ async def let_go(session: Session, clean: Callable[[Session], None] | None = Non
             if session.streaming and conn is not None:
                 conn.terminate()
             session.cursors = None
-            runner.lead = None
+            runner.session_override = None
             session.release()
 
     await clean_up(end, session)

@@ -83,14 +83,14 @@ class StatementLock:
                 "A native connection was used outside native code." + see("debugging#it-raises")
             )
         if self.root is None:
-            if runner.resources.get(self.alias) is self or runner.lead is self:
+            if runner.resources.get(self.alias) is self or runner.session_override is self:
                 return None
             if self.pinned or self.streaming:
                 # A cursor goes on in another operation than it began in; look again when that one
                 # ends.
                 runner.resources[self.key] = self
                 return None
-        elif runner.lead is self:
+        elif runner.session_override is self:
             return self.innermost() or self.root
         elif (block := self.innermost()) is not None:
             return block

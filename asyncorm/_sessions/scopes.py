@@ -25,7 +25,7 @@ from ..bridge import Runner
 from ..generators import Place
 from ..pages import see
 from ..tasks import represented
-from .leaving import discard_all, later, let_go
+from .leaving import discard_all, later, unpin
 
 if TYPE_CHECKING:
     from .blocks import Block
@@ -145,7 +145,7 @@ class Scope:
         logger.warning("Nobody has left %s: its connection is given back.", self.session)
         self.ended = True
         generators.leave(self)
-        work = let_go(self.session, discard_all) if self.block is None else _roll_back(self.block)
+        work = unpin(self.session, discard_all) if self.block is None else _roll_back(self.block)
         later(self.session, work)
 
     def dropped(self, place: Place) -> None:

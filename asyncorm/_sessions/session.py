@@ -15,7 +15,7 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from .. import _events, bridge, limits, pools
-from .._wire.lazy import LazyConnection
+from .._wire.lazy import DeferredConnection
 from .._wire.locks import NO_LOCK
 from ..bridge import Runner
 from ..driver import Connection
@@ -69,7 +69,7 @@ class Session(StatementLock):
         self.origin = ""
         self.cursors: WeakSet[Any] | None = None
         self.opened: list[weakref.ref[Any]] = []
-        self.own: Any = UNKNOWN
+        self.django_wrapper: Any = UNKNOWN
         self.holder: Any = None
         self.acting: Block | None = None
         self.active = 0.0
@@ -127,11 +127,11 @@ class Session(StatementLock):
             self._follow()
         self.drop_taken()
         # No call between its leaving the pool and its being noted: an error would lose it.
-        self.taken = conn = None if self.source.gathers else self.source.take()
+        self.taken = conn = None if self.source.batching else self.source.take()
         if conn is None:
             self.taken = conn = self._lazy() or self._checkout()
         conn.lock = self
-        if _events.checkouts and not conn.unsettled:
+        if _events.checkouts and not conn.deferred:
             _events.checked_out(self.alias, conn, self)
         return conn
 
@@ -146,9 +146,9 @@ class Session(StatementLock):
             return False
         return is_crowded(self.source)
 
-    def _lazy(self) -> LazyConnection | None:
+    def _lazy(self) -> DeferredConnection | None:
         """What serves an operation of single statements while every connection is in use."""
-        return self.pool.take_lazy() if self._shares else None
+        return self.pool.defer() if self._shares else None
 
     def shared(self, text: str) -> Queue | None:
         """Where a statement waits for others' connection.
@@ -167,7 +167,7 @@ class Session(StatementLock):
         return queue_of(self.source, self.pool, Session)
 
     def _checkout(self) -> Connection:
-        if self.source.gathers and (conn := self.source.take()) is not None:
+        if self.source.batching and (conn := self.source.take()) is not None:
             return conn
         if not self.pipelining and (queue := self.source.queue) is not None:
             queue.seal()
@@ -194,14 +194,14 @@ class Session(StatementLock):
                 return self.fate  # type: ignore[no-any-return]
             return queue
         conn = self.wrapper.connection if self.wrapper is not None else None
-        if conn is None or not conn.unsettled:
+        if conn is None or not conn.deferred:
             return None
         if not travels(self.source, text):
             return None
         self._entitled(getcurrent())
         return queue_of(self.source, self.pool, Session)
 
-    def settle(self) -> Connection:
+    def materialize(self) -> Connection:
         """In place of a lazy connection, one of the operation's own."""
         lazy = self.wrapper.connection
         self.wrapper.connection = None
@@ -231,7 +231,7 @@ class Session(StatementLock):
         if self.is_needed:
             return False
         conn = self.wrapper.connection
-        if conn is not None and not conn.unsettled:
+        if conn is not None and not conn.deferred:
             if not conn.closed:
                 return False
             self.detach()
@@ -241,7 +241,7 @@ class Session(StatementLock):
     def is_needed(self) -> bool:
         """Whether the next statement may need this very session."""
         conn = self.wrapper.connection
-        return self.kept or (conn is not None and not conn.unsettled and self._has_state(conn))
+        return self.kept or (conn is not None and not conn.deferred and self._has_state(conn))
 
     def drop_taken(self) -> None:
         """Close and give back a connection that was checked out in vain."""
@@ -255,7 +255,7 @@ class Session(StatementLock):
         """Return `conn` to the pool in the state it came in, or closed."""
         conn.lock = NO_LOCK
         conn._pool = None
-        if conn.unsettled:
+        if conn.deferred:
             return
         if not conn._autocommit:
             if conn.pgconn.transaction_status != _IDLE:
@@ -322,7 +322,7 @@ class Session(StatementLock):
             return True
         if self.source.keeps_state:
             return False
-        return conn.touched or any(
+        return conn.session_dirty or any(
             (cursor := ref()) is not None and not cursor.closed for ref in self.opened
         )
 
@@ -356,7 +356,7 @@ class Session(StatementLock):
         if runner is None:
             return False
         held = runner.resources
-        if runner.lead is self or held.get(self.alias) is self or self.key in held:
+        if runner.session_override is self or held.get(self.alias) is self or self.key in held:
             return True
         try:
             return self.innermost() is not None
@@ -392,7 +392,7 @@ class Session(StatementLock):
             conn, wrapper.connection = wrapper.connection, None
             conn.lock = NO_LOCK
             conn._pool = None
-            if not conn.unsettled and not self.pool.loop.is_closed():
+            if not conn.deferred and not self.pool.loop.is_closed():
                 self.pool.loop.call_soon_threadsafe(self._drop, self.source, conn)
 
     @staticmethod

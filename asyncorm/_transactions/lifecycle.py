@@ -272,13 +272,13 @@ def reserved(session: Session, origin: str) -> Iterator[None]:
 def _by_django(runner: Runner, block: Block, method: Callable[..., Any], *args: Any) -> None:
     """What Django does of a block. It asks for its connection again and again: for a transaction,
     whose BEGIN and COMMIT nobody else's code sees, that is known."""
-    lead = runner.lead
-    if lead is None and block.outermost:
-        runner.lead = block.session
+    override = runner.session_override
+    if override is None and block.outermost:
+        runner.session_override = block.session
     try:
         method(*args)
     finally:
-        runner.lead = lead
+        runner.session_override = override
 
 
 def _exit_django_well(runner: Runner, block: Block, atomic: DjangoAtomic, *exc: Any) -> None:

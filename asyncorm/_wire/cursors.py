@@ -85,8 +85,8 @@ class _Cursor:
     def _watch(self: Any, text: str) -> None:
         """What follows needs the connection to itself."""
         conn = self._conn
-        if conn.unsettled:
-            conn.settle()
+        if conn.deferred:
+            conn.materialize()
         self._pgconn = conn.pgconn
         if left := traces(text):
             conn.note(left)

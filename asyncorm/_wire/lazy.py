@@ -58,7 +58,7 @@ class _NoWire:
 _OF_LAZY = ("lock", "_pool", "served_by")
 
 
-class LazyConnection(Connection):
+class DeferredConnection(Connection):
     """Stands for a connection of the pool until one is needed.
 
     Single statements go to a queue and travel with those of other operations (see multiplexing.py).
@@ -66,9 +66,9 @@ class LazyConnection(Connection):
     face of that one: they share all their attributes. Until then it has none of any connection.
     """
 
-    unsettled = True
+    deferred = True
     configured = True
-    touched = False
+    session_dirty = False
     closed = False
     _autocommit = True
     _closed = False
@@ -80,12 +80,12 @@ class LazyConnection(Connection):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        self.settle()
+        self.materialize()
         return getattr(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OF_LAZY:
-            self.settle()
+            self.materialize()
         object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
@@ -94,15 +94,15 @@ class LazyConnection(Connection):
     def __del__(self, *args: Any) -> None:
         """There is nothing to close."""
 
-    def settle(self) -> None:
+    def materialize(self) -> None:
         """Wait for a connection and be it."""
-        conn = self.lock.settle()
+        conn = self.lock.materialize()
         object.__setattr__(self, "__dict__", conn.__dict__)
         object.__setattr__(self, "__class__", Connection)
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """As Connection.wait(), on a connection of its own."""
-        self.settle()
+        self.materialize()
         return self.wait(gen, interval, timeout)
 
     @property
@@ -118,7 +118,7 @@ class LazyConnection(Connection):
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's; one that is not as usual needs a session."""
         if args or kwargs or not self._beginning.has_known_cursors:
-            self.settle()
+            self.materialize()
             return self.cursor(*args, **kwargs)
         return self._beginning.cursor_on(self)
 

@@ -23,7 +23,7 @@ class _NoLock:
     def queue_for(self, text: str) -> None:
         raise psycopg.InterfaceError(ENDED)
 
-    def settle(self) -> None:
+    def materialize(self) -> None:
         raise psycopg.InterfaceError(ENDED)
 
     def __exit__(self, *exc: object) -> None: ...

@@ -71,8 +71,8 @@ class _Noticing:
 
     def _notice(self: Any, query: Any) -> None:
         conn = self._conn
-        if not conn.touched and leaves_state(text_of(query)):
-            conn.touched = True
+        if not conn.session_dirty and leaves_state(text_of(query)):
+            conn.session_dirty = True
 
 
 @cache
@@ -158,8 +158,8 @@ def copy(wrapper: Any, statement: str, transfer: Callable[[Any, str], int]) -> i
     """
     wrapper.ensure_connection()
     with wrapper.wrap_database_errors:
-        if getattr(wrapper.connection, "unsettled", False):  # not psycopg's own, in a test
-            wrapper.connection.settle()
+        if getattr(wrapper.connection, "deferred", False):  # not psycopg's own, in a test
+            wrapper.connection.materialize()
         cursor = wrapper.create_cursor()
     with wrapper._prepare_cursor(_CopyCursor(cursor, transfer)) as copying:
         return copying.execute(statement)  # type: ignore[no-any-return]

@@ -121,7 +121,7 @@ class _Shared:
         if wrapper.unpooled:  # BaseDatabaseWrapper.__init__ among others
             wrapper.__dict__[self.name] = value
         elif wrapper.session is not None:
-            own = wrapper.session.own = _own(wrapper.alias)
+            own = wrapper.session.django_wrapper = _own(wrapper.alias)
             setattr(own, self.name, value)
 
 
@@ -145,9 +145,9 @@ def _known(wrapper: Any) -> Any:
     session = wrapper.session
     if session is None or session.kept:  # several tasks may share it
         return _djangos(wrapper.alias)
-    if session.own is UNKNOWN:
-        session.own = _djangos(wrapper.alias)
-    return session.own
+    if session.django_wrapper is UNKNOWN:
+        session.django_wrapper = _djangos(wrapper.alias)
+    return session.django_wrapper
 
 
 def _djangos(alias: str) -> Any:
@@ -312,14 +312,14 @@ class NativeWrapper:
     def create_cursor(self, name: str | None = None) -> Any:
         """Django's; the session keeps its connection while server-side cursors are open."""
         session = self.session
-        if session is not None and self.connection.unsettled:
+        if session is not None and self.connection.deferred:
             if not name and self.plain:
                 # What Django's would do beside that, bind() of the driver does with the connection
                 # that runs the statement.
                 cursor = self.connection.cursor()
                 session.note(cursor)
                 return cursor
-            self.connection.settle()
+            self.connection.materialize()
         cursor = super().create_cursor(name)  # type: ignore[misc]
         if session is not None:
             if not name:
@@ -336,7 +336,7 @@ class NativeWrapper:
             return super().execute_wrapper(wrapper)  # type: ignore[misc]
         own = _own(self.alias)
         if self.session is not None:
-            self.session.own = own
+            self.session.django_wrapper = own
         return observers.entering(own, wrapper)
 
     @cached_property
@@ -350,7 +350,7 @@ class NativeWrapper:
         if conns is None:
             return False
         conn = self.connection
-        if conn is None or conn.unsettled:  # it travelled, nobody knows on which
+        if conn is None or conn.deferred:  # it travelled, nobody knows on which
             return any(conns.refused_write(each, None) for each in list(conns.live))
         if conn.pooled is None:
             return False

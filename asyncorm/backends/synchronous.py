@@ -130,7 +130,7 @@ class SynchronousWrapper:
         if not isinstance(conn, Connection):
             between.note(self)
             if not hasattr(conn, "began_with"):  # Django's pool gives it out as it came back
-                conn.touched, conn.began_with = False, reported(conn.pgconn)
+                conn.session_dirty, conn.began_with = False, reported(conn.pgconn)
                 conn.alias = self.alias  # type: ignore[attr-defined]
                 conn.cursor_factory = noticing(conn.cursor_factory)
             if self.session is not None:
@@ -219,9 +219,9 @@ class SynchronousWrapper:
         pools.discard_pools(self.alias)  # type: ignore[attr-defined]
         conn: Any = self.connection
         begins = conn is not None and hasattr(conn, "began_with") and _is_as_begun(conn)
-        changed: bool = super().ensure_timezone()
+        changed: bool = super().ensure_timezone()  # type: ignore[misc]
         if begins:  # with what Django has set: nothing that native connections would not have
-            conn.touched, conn.began_with = False, reported(conn.pgconn)
+            conn.session_dirty, conn.began_with = False, reported(conn.pgconn)
         return changed
 
     def close_pool(self) -> None:
@@ -233,7 +233,7 @@ class SynchronousWrapper:
 
 def _is_as_begun(conn: Any) -> bool:
     """Whether statements have left the session of an open connection as Django made it."""
-    return not conn.closed and not conn.touched and reported(conn.pgconn) == conn.began_with
+    return not conn.closed and not conn.session_dirty and reported(conn.pgconn) == conn.began_with
 
 
 # What a class has whose body is empty.

@@ -131,7 +131,9 @@ def _is_free(alias: str) -> bool:
 def _is_free_synchronously(alias: str) -> bool:
     wrapper: Any = connections[alias]
     conn = wrapper.connection
-    if wrapper.in_atomic_block or (conn is not None and (conn.touched or not wrapper.autocommit)):
+    if wrapper.in_atomic_block or (
+        conn is not None and (conn.session_dirty or not wrapper.autocommit)
+    ):
         return False
     if conn is not None and conn.closed:
         wrapper.close()

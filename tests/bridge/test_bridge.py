@@ -866,13 +866,19 @@ async def test_a_reused_greenlet_is_clean() -> None:
     def fail() -> None:
         runner = bridge.current()
         assert runner is not None
-        runner.shields += 1
+        runner.shield_depth += 1
         failing()
 
     def state() -> Any:
         runner = bridge.current()
         assert runner is not None
-        return runner.shields, runner.cancelled, runner.lead, runner.resources, runner.failure
+        return (
+            runner.shield_depth,
+            runner.cancelled,
+            runner.session_override,
+            runner.resources,
+            runner.failure,
+        )
 
     with pytest.raises(Custom):
         await native(fail)()

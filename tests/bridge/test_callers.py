@@ -258,7 +258,7 @@ def test_session_state_that_a_function_hides() -> None:
         "CREATE FUNCTION pg_temp.hide() RETURNS void LANGUAGE plpgsql AS $$ BEGIN "
         "PERFORM set_config('TimeZone', 'Asia/Tokyo', false); END $$"
     )
-    connection.connection.touched = False  # as if the function had been there before
+    connection.connection.session_dirty = False  # as if the function had been there before
 
     async def zone() -> Any:
         async with asyncorm.cursor() as cursor:

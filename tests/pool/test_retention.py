@@ -11,7 +11,7 @@ from greenlet import greenlet
 
 import asyncorm
 from asyncorm import await_, bridge, native, pools
-from asyncorm._wire.lazy import LazyConnection
+from asyncorm._wire.lazy import DeferredConnection
 from asyncorm.bridge import Runner
 from asyncorm.driver import Connection
 from tests.project.shop.models import Book, Tag
@@ -124,7 +124,7 @@ async def test_wrappers_and_connections_of_a_burst_are_dropped() -> None:
             assert pool is not None
             assert len(pool.wrappers) <= 32
             gc.collect()
-            for kind in (type(pool.wrappers[0]), LazyConnection, Connection):
+            for kind in (type(pool.wrappers[0]), DeferredConnection, Connection):
                 left = sum(type(thing) is kind for thing in gc.get_objects())
                 assert left < 100, "those of other tests included"
         await asyncorm.close_pools(alias)
