@@ -88,6 +88,7 @@ def database(alias: str = "extra", **changes: Any) -> Iterator[str]:
     settings = copy.deepcopy(connections.settings["default"])
     options = {"application_name": alias, **settings["OPTIONS"], **changes.pop("OPTIONS", {})}
     connections.settings[alias] = {**settings, **changes, "OPTIONS": options}
+    _drop_djangos_pool(alias)  # a thread may have made one after the last that had the name
     try:
         yield alias
     finally:
@@ -95,9 +96,13 @@ def database(alias: str = "extra", **changes: Any) -> Iterator[str]:
             if connections[alias].connection is not None:
                 connections[alias].close()
             del connections[alias]
-        if sync_pool := BaseWrapper._connection_pools.pop(alias, None):
-            sync_pool.close()
+        _drop_djangos_pool(alias)
         del connections.settings[alias]
+
+
+def _drop_djangos_pool(alias: str) -> None:
+    if pool := BaseWrapper._connection_pools.pop(alias, None):
+        pool.close()
 
 
 def run_script(source: str, *flags: str, timeout: float = 60, **environment: str) -> Any:

@@ -164,7 +164,7 @@ class Filter:
             return
         lookups = of_values(add_watched(query, q), values)
         if lookups is None:
-            raise ValueError("A filter does not use its values one by one.")
+            raise ValueError  # it does not use its values one by one: there is no plan
         sources += [(lookup, place) for place, lookup in enumerate(lookups, start)]
 
 

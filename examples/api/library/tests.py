@@ -11,7 +11,7 @@ from asyncorm.testing import native_only
 from library.models import Author, Book, Loan
 
 # What keeps the processor busy, as hashing passwords does, asyncorm's handler sends to a thread.
-HASHING = "asyncorm."
+HASHING = "django.contrib.auth.hashers."
 # Django's AsyncClient has threads of its own: for signals, the log, closing. A server has not.
 CLIENT = ["django.dispatch.dispatcher", "django.utils.log", "django.http.response"]
 
