@@ -650,6 +650,12 @@ topic(
         "or": lambda: books(pk__lt=3) | books(pk__gt=28),
         "and": lambda: books(pk__lt=9) & books(in_print=True),
         "xor": lambda: books(pk__lt=9) ^ books(in_print=True),
+        "values of one, ordered by another column": lambda: (
+            Tag.objects.filter(pk__lt=3)
+            .union(Tag.objects.filter(pk=3))
+            .order_by("name")
+            .values_list("pk", flat=True)
+        ),
         "of combined ones": lambda: (
             Book.objects.filter(pk=1)
             .union(Book.objects.filter(pk=2).difference(Book.objects.filter(pages__lt=0)))

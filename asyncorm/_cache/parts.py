@@ -137,14 +137,6 @@ def _filtered_relations(shape: Shape, value: Any) -> None:
         raise NotCacheable
 
 
-def _combined(shape: Shape, value: Any) -> None:
-    shape.key.append(len(value))
-    for each in value:
-        params, kinds = shape.subquery(each).parameters()
-        shape.params += params
-        shape.leaves += kinds
-
-
 def _classes_of(join_field: Any) -> tuple[Any, Any]:
     return type(join_field), type(getattr(join_field, "field", None))
 
@@ -384,9 +376,9 @@ PARTS: dict[str, Callable[[Shape, Any], None] | None] = {
     "select_related": _related,
     "max_depth": _value,
     "group_by": _grouped,
-    "combinator": _value,
+    "combinator": _absent,  # Django selects more columns of such queries while it compiles them
     "combinator_all": _value,
-    "combined_queries": _combined,
+    "combined_queries": _absent,
     "select_for_update": _locked,
     "select_for_update_nowait": _value,
     "select_for_update_skip_locked": _value,

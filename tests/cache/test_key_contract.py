@@ -104,8 +104,6 @@ BASES: dict[str, Callable[[], Any]] = {
     "ordered by expressions": lambda: Book.objects.order_by(
         F("rating").desc(nulls_last=True), f.Length("title").asc(), F("pages").asc(nulls_first=True)
     ).query,
-    "union": lambda: books(pk=1).order_by().union(
-        Book.objects.filter(pages=2), all=True).order_by("pk").query,
     "filtered relation": lambda: Book.objects.annotate(
         good=FilteredRelation("reviews", condition=Q(reviews__stars__gt=1))
     ).filter(good__pk=1).order_by("pk").query,

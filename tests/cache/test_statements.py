@@ -138,41 +138,6 @@ HOT: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
         1,
         2,
     ),
-    "union": (
-        lambda v: list(
-            Book.objects.filter(pk=v).union(Book.objects.filter(pk=v + 3)).order_by("pk")
-        ),
-        1,
-        2,
-    ),
-    "union of values, of another model": (
-        lambda v: list(
-            Author.objects.filter(pk__gt=v)
-            .order_by()
-            .values_list("name")
-            .union(Tag.objects.filter(weight__gte=v).order_by().values_list("name"), all=True)
-            .order_by("name")[:5]
-        ),
-        1,
-        2,
-    ),
-    "count of a union": (
-        lambda v: Book.objects.filter(pk=v).union(Book.objects.filter(pages__gt=v)).count(),
-        1,
-        2,
-    ),
-    "exists in a union": (
-        lambda v: Book.objects.filter(pk=v).union(Book.objects.filter(pages__gt=v)).exists(),
-        1,
-        2,
-    ),
-    "difference": (
-        lambda v: list(
-            Book.objects.filter(pk__lt=v + 9).difference(Book.objects.filter(pk=v)).order_by("-pk")
-        ),
-        1,
-        2,
-    ),
     "filtered relation": (
         lambda v: list(
             Book.objects.annotate(
