@@ -216,6 +216,9 @@ async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
     """Call synchronous code as Django's own async methods do; leave no connection in the thread."""
 
     def call() -> Any:
+        for conn in connections.all(initialized_only=True):
+            if conn.settings_dict is not connections.settings.get(conn.alias):
+                del connections[conn.alias]  # of another database() that had the name
         try:
             return function(*args)
         finally:
