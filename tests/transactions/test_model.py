@@ -497,7 +497,9 @@ class Model:
 
     def usable(self, block: Block, outcome: str) -> bool:
         """Whether the step took place; its outcome is checked if not."""
-        if block.root.killed and outcome in ("lost", "stopped", "broken", "ended"):
+        # Who comes when the block is being left has killed nobody.
+        late = outcome == "ended" and block.leaving
+        if block.root.killed and not late and outcome in ("lost", "stopped", "broken", "ended"):
             block.poisoned = block.marked = True
         elif outcome == "stopped":
             block.poisoned = block.marked = True
