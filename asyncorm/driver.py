@@ -331,12 +331,13 @@ class Connection(CancellableConnection):
         """
         try:
             gen = self._run(command.bind(self))
-            result = await self._drive(gen)
+            result = await self.drive(gen)
             return command.read(self, result)
         except psycopg.errors._NO_TRACEBACK as exc:
             raise self.lost(exc, command.text).with_traceback(None)  # noqa: B904
 
-    async def _drive(self, gen: Any) -> Any:
+    async def drive(self, gen: Any) -> Any:
+        """Run one of psycopg's generators from a coroutine; cancelled, its statement is stopped."""
         try:
             state = self.wire.begin(gen)
         except StopIteration as stop:

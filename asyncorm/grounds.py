@@ -138,6 +138,11 @@ def are_djangos(*classes: type) -> bool:
     return all(is_djangos(each) for cls in classes for each in cls.__mro__[:-1])
 
 
+def inherits(cls: Any, base: Any, names: Iterable[str]) -> bool:
+    """Whether a class leaves these attributes to a base of its."""
+    return all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
+
+
 def clones_as_django() -> bool:
     """Whether a queryset that is made of another is as Django makes it."""
     return _clones_as_django(query.QuerySet._clone)  # type: ignore[attr-defined]

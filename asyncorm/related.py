@@ -65,7 +65,7 @@ def _is_djangos(cls: Any, base: Any, names: tuple[str, ...]) -> bool:
     return (
         grounds.is_djangos(base)
         and grounds.clones_as_django()
-        and all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
+        and grounds.inherits(cls, base, names)
     )
 
 

@@ -116,11 +116,26 @@ def count(what: str) -> None:
         _events.cached(_OUTCOMES[what])
 
 
-def hit(key: Any, plan: Plan, params: Any, offset: int, compile: Callable[[], Compiled]) -> bool:
+def _leave(again: bool) -> None:
+    """Count a statement that is left to Django, unless it is asked for again."""
+    if not again and bridge.in_native_code():
+        count("unfit")
+
+
+def hit(
+    key: Any,
+    plan: Plan,
+    params: Any,
+    offset: int,
+    compile: Callable[[], Compiled],
+    *,
+    again: bool = False,
+) -> bool:
     """Count a hit; where hits are verified, False if Django's SQL is another one each time.
 
     Args:
         compile: makes Django's statement, of copies of whatever that changes.
+        again: see `plan_for()`.
 
     Raises:
         StatementCacheError: Django's statement is another one.
@@ -132,8 +147,7 @@ def hit(key: Any, plan: Plan, params: Any, offset: int, compile: Callable[[], Co
             families.insert(place, _NO_KIND)
         if not verifying.holds(key, sent, families, compile):
             remember(key, None, Ground(()))
-            if bridge.in_native_code():  # else it is asked for again
-                count("unfit")
+            _leave(again)
             return False
         counts["verified"] += 1
     counts["hits"] += 1
@@ -151,10 +165,14 @@ def plan_for(
     compile: Callable[[Any, Any], Compiled],
     *kind: Any,
     expressions: Any = None,
+    again: bool = False,
 ) -> tuple[Plan, list[Any], int] | None:
     """A query's plan, its parameters and its offset; None: leave it to Django.
 
     Outside native code only what is known is found: to compile may need a connection.
+
+    Args:
+        again: it is asked for once more if there is none, and counted then.
     """
     try:
         if expressions is None:
@@ -170,8 +188,7 @@ def plan_for(
         elif plan is not None and plan is not UNPLANNED and shape.lengths:
             plan = plan.of_lists(shape.lists(skips_null=plan.skips_null))
     except Exception:  # whatever is wrong with the query, Django will say
-        if bridge.in_native_code():
-            count("unfit")
+        _leave(again)
         return None
     known = plan is not UNPLANNED and (plan is None or plan.holds(shape))
     if (plan is None or not known) and not bridge.in_native_code():
@@ -182,12 +199,13 @@ def plan_for(
         if shape.lengths and plan is not None and not plan.is_of_any_length:
             _by_length(of_any, whole, shape)
     if plan is None:
-        count("unfit")
+        _leave(again)
         return None
     params = shape.bind(skips_null=plan.skips_null)
     if plan.picked is not None:
         params = [params[i] for i in plan.picked]
-    if known and not hit(key, plan, params, shape.offset, lambda: compile(query.clone(), wrapper)):
+    again_by_django = lambda: compile(query.clone(), wrapper)  # noqa: E731
+    if known and not hit(key, plan, params, shape.offset, again_by_django, again=again):
         return None
     return plan, params, shape.offset
 

@@ -16,6 +16,7 @@ from django.db.models.sql.datastructures import BaseTable, Join
 from django.db.models.sql.query import Query
 from django.db.models.sql.where import AND, OR, WhereNode
 
+from .. import grounds
 from ..binding import has_placeholder
 from ..expressions import NotCacheable, add_unresolved, names_in
 
@@ -148,11 +149,8 @@ def _joins_plainly(cls: Any, behind: Any) -> bool:
     classes: list[tuple[Any, Any]] = [(cls, ForeignObject)]
     if issubclass(cls, ForeignObjectRel):
         classes = [(cls, ForeignObjectRel), (behind, ForeignObject)]
-    return all(
-        getattr(one, name, None) is getattr(base, name, None)
-        for one, base in classes
-        for name in ("get_extra_restriction", "get_joining_fields", "get_joining_columns")
-    )
+    names = ("get_extra_restriction", "get_joining_fields", "get_joining_columns")
+    return all(grounds.inherits(one, base, names) for one, base in classes)
 
 
 def _tables(shape: Shape, value: Any) -> None:

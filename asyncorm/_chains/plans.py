@@ -157,7 +157,7 @@ def _learn(
         shape = Shape(query, wrapper, *kind)
     else:
         shape = shape_of_aggregates(query, wrapper, kind, expressions)
-    found = statements.plan_for(query, wrapper, compile, *kind, expressions=expressions)
+    found = statements.plan_for(query, wrapper, compile, *kind, expressions=expressions, again=True)
     if found is None and tuple(shape.key) not in statements.plans:
         raise _Unknown
     if found is None or shape.mixed or shape.values or shape.selected or shape.spare:

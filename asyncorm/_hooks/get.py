@@ -67,13 +67,13 @@ class _Get:
 
 def _filters_as_django(cls: type) -> bool:
     """Whether a queryset class leaves to Django what `get()` is made of."""
-    return all(
-        getattr(cls, name) is getattr(query.QuerySet, name)
-        for name in (
-            "filter", "_filter_or_exclude", "_filter_or_exclude_inplace", "_chain", "_clone",
-            "order_by", "__len__", "_fetch_all", "db", "query", "using", "_add_hints",
-        )
-    )  # fmt: skip
+    return grounds.inherits(cls, query.QuerySet, _OF_GET)
+
+
+_OF_GET = (
+    "filter", "_filter_or_exclude", "_filter_or_exclude_inplace", "_chain", "_clone",
+    "order_by", "__len__", "_fetch_all", "db", "query", "using", "_add_hints",
+)  # fmt: skip
 
 
 def get(original: Callable[..., Any]) -> Any:

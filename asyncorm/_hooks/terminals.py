@@ -14,7 +14,7 @@ from django.db import OperationalError
 from django.db.models.query import QuerySet
 from django.db.models.sql.subqueries import UpdateQuery
 
-from .. import bridge, elsewhere
+from .. import bridge, elsewhere, grounds
 from .._cache.awaited import UNSERVED, Found, awaited
 from .._cache.plan import Plan
 from ..statements import plan_for
@@ -86,10 +86,7 @@ async def _awaited(terminal: _Terminal, queryset: Any, args: _Arguments, kwargs:
 def is_djangos(queryset: Any, *names: str) -> bool:
     """Whether the class of a queryset leaves these to Django's."""
     cls: Any = type(queryset)
-    return cls is QuerySet or (
-        issubclass(cls, QuerySet)
-        and all(getattr(cls, name) is getattr(QuerySet, name) for name in names)
-    )
+    return cls is QuerySet or (issubclass(cls, QuerySet) and grounds.inherits(cls, QuerySet, names))
 
 
 # What is executed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from asyncio import CancelledError
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -72,13 +71,7 @@ class PooledConnection(AsyncConnection[Any]):
 
     async def wait(self, gen: PQGen[Any], *args: Any, **kwargs: Any) -> Any:
         """psycopg's, as the twin waits: for the pool's own statements (check, rollback, reset)."""
-        try:
-            return await self.wire.drive(gen, self.wire.begin(gen))
-        except StopIteration as stop:
-            return stop.value
-        except CancelledError:
-            await self.twin.give_up(gen)
-            raise
+        return await self.twin.drive(gen)
 
     async def close(self) -> None:
         """As psycopg's."""

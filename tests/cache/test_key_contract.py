@@ -399,10 +399,8 @@ def changed(obj: Any, name: str, value: Any) -> Iterator[None]:
 
 
 async def test_a_change_is_in_the_key_or_makes_no_difference(
-    monkeypatch: pytest.MonkeyPatch, settings: Any
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Recorded queries are made anew when they are asked for, with or without shared parts.
-    settings.ASYNCORM = {"SWAP_MANAGERS": True, "RECORD_QUERYSETS": False}
     monkeypatch.setattr(verifying, "active", True)
     monkeypatch.setattr(verifying, "different", 0)
     async with asyncorm.atomic():  # without a transaction there are no locks
