@@ -108,6 +108,13 @@ def current() -> Runner | None:
     return runner if type(runner) is Runner else None
 
 
+def running() -> Runner:
+    """The runner of the operation that the caller is part of: for what only native code calls."""
+    runner = getcurrent()
+    assert type(runner) is Runner
+    return runner
+
+
 def in_native_code() -> bool:
     """Whether the caller runs inside `native()`, where synchronous ORM calls are allowed."""
     return type(getcurrent()) is Runner
@@ -332,5 +339,6 @@ __all__ = [
     "loop_runs",
     "native",
     "run",
+    "running",
     "shield",
 ]

@@ -105,9 +105,7 @@ def insert_batches(
                 if receive is not None:
                     rows += receive()
             except BaseException:  # one may be under way
-                runner = bridge.current()
-                assert runner is not None
-                bridge.wait_for(runner, conn.interrupt())
+                bridge.wait_for(bridge.running(), conn.interrupt())
                 raise
     if len(rows) != len(objs):
         return rows

@@ -429,9 +429,7 @@ class LentSession(SynchronousSession):
 
     def connect(self) -> None:
         """Have a connection, for native code: the waiting thread makes it."""
-        runner = bridge.current()
-        assert runner is not None
-        bridge.wait_for(runner, sync_to_async(self._connect)())
+        bridge.wait_for(bridge.running(), sync_to_async(self._connect)())
 
     def _connect(self) -> None:
         with scopes.unscoped():

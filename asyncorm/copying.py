@@ -190,8 +190,7 @@ def _copy_to(queryset: Any, write: Callable[[bytes], Any], format: str, header: 
                     _written(write(bytes(data)))
         except BaseException:
             if rows is None and not conn.closed:
-                runner = bridge.current()
-                assert runner is not None
+                runner = bridge.running()
                 with bridge.shield(runner):
                     bridge.wait_for(runner, session.interrupt())
             raise
@@ -359,8 +358,7 @@ def _rows(
 
 def _turns() -> Callable[[], None]:
     """A function that lets other tasks run if the caller has kept them waiting."""
-    runner = bridge.current()
-    assert runner is not None
+    runner = bridge.running()
     began = monotonic()
 
     def turn() -> None:

@@ -141,8 +141,7 @@ class Fate:
         Raises:
             psycopg.Error: what a cursor would raise.
         """
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         session = self._session
         with session:
             conn = session.wrapper.connection

@@ -93,8 +93,7 @@ class Limit:
         Raises:
             psycopg.OperationalError: none to be had; the message says why and what to do.
         """
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         try:
             self._turns.acquire_nowait()
         except anyio.WouldBlock:

@@ -165,8 +165,7 @@ class Queue:
 
     def run(self, command: Command) -> Any:
         """`submit()` for the running operation."""
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         bridge.deliver(runner)
         return bridge.wait_for(runner, self.submit(command))
 
@@ -233,8 +232,7 @@ class Queue:
             await finish(task, 2 * CANCEL_TIMEOUT)
 
     def _run_pipeline(self, segment: _Segment, started: float) -> None:
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         self.starting -= 1
         requests: list[_Request] | None = None
         try:

@@ -223,9 +223,7 @@ def in_its_thread(func: Callable[..., Any]) -> Callable[..., Any]:
     """An execute wrapper that native code calls, run in the thread that works for the task."""
 
     def wrapper(execute: Callable[..., Any], *args: Any) -> Any:
-        runner = bridge.current()
-        assert runner is not None
-        return _Call(runner, func, execute).run(*args)
+        return _Call(bridge.running(), func, execute).run(*args)
 
     return wrapper
 

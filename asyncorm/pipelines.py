@@ -69,8 +69,7 @@ class Pipeline:
         Raises:
             psycopg.Error: the connection broke; the answers that had come were given before.
         """
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         ready: Any = None
         while True:
             try:

@@ -137,9 +137,7 @@ class Pool:
         Raises:
             psycopg.OperationalError: none to be had; the message says why and what to do.
         """
-        runner = bridge.current()
-        assert runner is not None
-        return bridge.wait_for(runner, self._checkout(wrapper)).twin
+        return bridge.wait_for(bridge.running(), self._checkout(wrapper)).twin
 
     @property
     def is_open(self) -> bool:

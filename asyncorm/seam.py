@@ -187,11 +187,9 @@ class _ThreadedStorage:
             return value
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            runner = bridge.current()
-            assert runner is not None
             # Not await_(), which gives the connection back: before Django 6 the cursor of the
             # INSERT is open while pre_save() stores the file.
-            return bridge.wait_for(runner, sync_to_async(value)(*args, **kwargs))
+            return bridge.wait_for(bridge.running(), sync_to_async(value)(*args, **kwargs))
 
         return call
 

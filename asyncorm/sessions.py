@@ -65,9 +65,7 @@ def require(alias: str | None) -> Session:
     Raises:
         django.db.NotSupportedError: the alias has another engine.
     """
-    runner = bridge.current()
-    assert runner is not None
-    session = session_for(alias or DEFAULT_DB_ALIAS, runner)
+    session = session_for(alias or DEFAULT_DB_ALIAS, bridge.running())
     if session is None:
         raise refuse_foreign(alias or DEFAULT_DB_ALIAS)
     return session

@@ -44,15 +44,13 @@ class Atomic:
             raise
 
     def _enter(self, origin: str) -> None:
-        runner = bridge.current()
-        assert runner is not None
         session = sessions.require(self.using)
         options = dict(self.options)
         django = DjangoAtomic(session.alias, options.pop("savepoint"), options.pop("durable"))
         settle = options.pop("settle")
         characteristics = Characteristics(session, **options)
         characteristics.check(session.innermost())
-        block = enter_block(runner, session, django, origin, characteristics, settle)
+        block = enter_block(bridge.running(), session, django, origin, characteristics, settle)
         assert block.scope is not None
         self._entered.append((block, block.scope))
 
@@ -93,8 +91,7 @@ class Atomic:
 
 async def _leave(block: Block, *exc: Any) -> None:
     def leave() -> None:
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         try:
             leave_block(runner, block, block.atomic, *exc)
         except Exception:

@@ -127,8 +127,7 @@ class Block:
     @contextmanager
     def connection(self) -> Iterator[Connection]:
         """Keep the lock and the connection (multiplexing.Source)."""
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         if self.ended:
             raise self.outlived_error()
         runner.session_override = self.session
@@ -187,8 +186,7 @@ class Block:
         try:
             self.lock.acquire_nowait()
         except anyio.WouldBlock:
-            runner = bridge.current()
-            assert runner is not None
+            runner = bridge.running()
             if self.queue is not None:
                 self.queue.seal()
             since = monotonic()
@@ -331,8 +329,7 @@ class Loan(PlainBlock):
 
     def take_back(self, failure: BaseException | None) -> None:
         """What was awaited has ended; statements that it left running are waited for."""
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         try:
             cancelled = failure if isinstance(failure, CancelledError) else None
             self.acquire_to_leave(runner, cancelled)

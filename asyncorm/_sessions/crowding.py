@@ -61,8 +61,7 @@ class PoolSource:
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         session = self._session(self.pool.alias, self.pool, self.source)
         session.pipelining = True
         runner.resources[self.pool.alias] = session

@@ -30,8 +30,7 @@ async def run_in(session: Session, func: Callable[..., T], /, *args: Any) -> T:
     """Run `func` natively on `session`, before any session of the context."""
 
     def lead() -> T:
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         runner.session_override = session
         return func(*args)
 
@@ -47,8 +46,7 @@ async def clean_up(func: Callable[[], Any], session: Session | None = None) -> N
     ending = isinstance(sys.exc_info()[1], CancelledError | GeneratorExit)
 
     def clean() -> None:
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         if ending:
             runner.cleaning_until = monotonic() + CANCEL_TIMEOUT
         try:
@@ -64,8 +62,7 @@ async def unpin(session: Session, clean: Callable[[Session], None] | None = None
     """End what `hold()` began: clean the session and give its connection back, or close it."""
 
     def end() -> None:
-        runner = bridge.current()
-        assert runner is not None
+        runner = bridge.running()
         conn = session.wrapper.connection
         try:
             with bridge.shield(runner):

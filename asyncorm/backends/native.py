@@ -269,9 +269,7 @@ class NativeWrapper:
             since = since or monotonic()
             if not session.pool.bears(error, since):
                 raise error
-            runner = bridge.current()
-            assert runner is not None
-            bridge.wait_for(runner, sleep(_AGAIN))
+            bridge.wait_for(bridge.running(), sleep(_AGAIN))
 
     def _connect(self, session: Session) -> psycopg.OperationalError | None:
         """What it says if a new connection was made and lost again at once."""
