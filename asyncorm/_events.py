@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import monotonic
-from types import TracebackType
 from typing import Any
 from weakref import ref
 
@@ -80,12 +79,7 @@ class Statement:
             _tell(_begun_statement, self)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
         _running.set(self._outer)
         if exc is not None:
             if isinstance(exc, Unserved):

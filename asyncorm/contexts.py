@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from types import TracebackType
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,13 +12,11 @@ T = TypeVar("T")
 class EitherWay(AbstractContextManager[T, None], AbstractAsyncContextManager[T, None]):
     """Entering and leaving await nothing: subclasses define `__enter__` and `__exit__`."""
 
+    @abstractmethod
+    def __exit__(self, *exc: object) -> None: ...
+
     async def __aenter__(self) -> T:
         return self.__enter__()
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.__exit__(exc_type, exc, traceback)
+    async def __aexit__(self, *exc: object) -> None:
+        self.__exit__(*exc)

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from operator import length_hint
-from types import TracebackType
 from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError
@@ -183,12 +182,7 @@ class AsyncCursor:
     async def __aenter__(self) -> AsyncCursor:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         self._cursor = self._rows = self._make = None
 
 

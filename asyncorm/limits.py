@@ -6,7 +6,6 @@ A `Limit` stands between sessions and their pool, or between them and a wider li
 from __future__ import annotations
 
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
@@ -256,12 +255,7 @@ class Parallelism(EitherWay[None]):
         generators.enter(entered)
         _current.set(entered)
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         entered = _current.get()
         # Else it was entered in another context, or its generator was dropped.
         if entered is not None and entered.parallelism is self:

@@ -21,7 +21,7 @@ from django.db import DEFAULT_DB_ALIAS, NotSupportedError, connections
 from django.db.utils import DatabaseErrorWrapper
 from psycopg import sql
 
-from ._pool.connection import OF_CURSORS
+from ._pool.connection import connect_beside
 from .cursors import cursor
 from .pages import see
 
@@ -119,7 +119,7 @@ class _Hub:
     async def _serve(self) -> None:
         while self.inboxes:
             try:
-                conn = await self._connect()
+                conn = await connect_beside(self.alias)
                 try:
                     await self._listen(conn)
                 finally:
@@ -144,12 +144,6 @@ class _Hub:
             if not started.done():
                 self.inboxes.discard(inbox)
                 started.set_exception(exc)
-
-    async def _connect(self) -> psycopg.AsyncConnection[Any]:
-        params = connections.create_connection(self.alias).get_connection_params()
-        for name in OF_CURSORS:
-            params.pop(name, None)
-        return await psycopg.AsyncConnection.connect(**{**params, "autocommit": True})
 
     async def _listen(self, conn: psycopg.AsyncConnection[Any]) -> None:
         conn.add_notify_handler(self._arrived)

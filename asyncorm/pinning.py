@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import weakref
 from asyncio import Task
 from collections.abc import Coroutine
@@ -65,10 +64,7 @@ class _Connection(AsyncContextDecorator):
         self._scope.push()
 
     async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: types.TracebackType | None,
+        self, exc_type: object, exc: BaseException | None, traceback: object
     ) -> None:
         scope, self._scope = self._scope, None
         if scope is None:

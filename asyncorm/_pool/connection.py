@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from django.db import connections
 from psycopg import AsyncConnection
 
 from .._wire.locks import OwnLock
@@ -86,3 +87,11 @@ class PooledConnection(AsyncConnection[Any]):
     def alive(self) -> bool:
         """Whether it may be used and the server has kept it open, as far as one can see here."""
         return self.home is not None and self.wire.is_open()
+
+
+async def connect_beside(alias: str) -> AsyncConnection[Any]:
+    """A connection beside the pool of an alias, psycopg's own."""
+    params = connections.create_connection(alias).get_connection_params()
+    for name in OF_CURSORS:
+        params.pop(name, None)
+    return await AsyncConnection.connect(**{**params, "autocommit": True})

@@ -9,7 +9,8 @@ The view answers with DEBUG only: as a page that renews itself, or as JSON with 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from html import escape
 from threading import Lock
@@ -144,43 +145,39 @@ def _about(event: _events.CheckOut | _events.Statement, now: float) -> dict[str,
     }
 
 
+@contextmanager
+def _kept(request: HttpRequest) -> Iterator[None]:
+    """Keep the timeline of a request that is answered inside."""
+    if not settings.DEBUG:
+        yield
+        return
+    seen = Request(f"{request.method} {request.get_full_path()}")
+    _requests.append(seen)
+    _current.set(seen)
+    try:
+        yield
+    finally:
+        seen.seconds = seen.timeline.elapsed()
+        _current.set(None)
+
+
 @sync_and_async_middleware
-def requests_middleware(get_response: Callable[[HttpRequest], Any]) -> Any:
+def requests_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[..., Any]:
     """Middleware: keep the timelines of the last requests; with DEBUG only."""
     if settings.DEBUG:
         watch()
 
-    def begin(request: HttpRequest) -> Request:
-        seen = Request(f"{request.method} {request.get_full_path()}")
-        _requests.append(seen)
-        _current.set(seen)
-        return seen
-
-    def end(seen: Request) -> None:
-        seen.seconds = seen.timeline.elapsed()
-        _current.set(None)
-
     if iscoroutinefunction(get_response):
 
         async def serve(request: HttpRequest) -> HttpResponseBase:
-            if not settings.DEBUG:
+            with _kept(request):
                 return await get_response(request)  # type: ignore[no-any-return]
-            seen = begin(request)
-            try:
-                return await get_response(request)  # type: ignore[no-any-return]
-            finally:
-                end(seen)
 
         return serve
 
     def serve_synchronously(request: HttpRequest) -> HttpResponseBase:
-        if not settings.DEBUG:
+        with _kept(request):
             return get_response(request)  # type: ignore[no-any-return]
-        seen = begin(request)
-        try:
-            return get_response(request)  # type: ignore[no-any-return]
-        finally:
-            end(seen)
 
     return serve_synchronously
 
@@ -229,15 +226,10 @@ def _page(now: dict[str, Any]) -> str:
         for alias, stats in now["pools"].items()
     ]  # fmt: skip
     holder_rows = [
-        [
-            escape(h["alias"]),
-            h["connection"],
-            escape(h["holder"]),
-            escape(h["task"]),
-            ms(h["seconds"]),
-        ]
+        [escape(h["alias"]), h["connection"], escape(h["holder"]), escape(h["task"]),
+         ms(h["seconds"])]
         for h in now["holders"]
-    ]
+    ]  # fmt: skip
     statement_rows = [
         [escape(s["alias"]), s["connection"] or "waits", f"<code>{escape(s['sql'])}</code>",
          escape(s["task"]), ms(s["seconds"])]

@@ -20,10 +20,9 @@ from time import monotonic
 from typing import Any
 
 import psycopg
-from django.db import connections
 
 from .. import between
-from .._pool.connection import OF_CURSORS
+from .._pool.connection import connect_beside
 from .._sessions.leaving import start_task
 from .positions import ASK_PRIMARY, Need, Position
 
@@ -172,7 +171,7 @@ class Watcher:
         while True:
             conn = None
             try:
-                conn = await self._within(_CONNECT_TIMEOUT, alias, _connect(alias))
+                conn = await self._within(_CONNECT_TIMEOUT, alias, connect_beside(alias))
                 while True:
                     asked = monotonic()
                     row = await self._within(_ANSWER_TIMEOUT, alias, _ask(conn, question))
@@ -268,13 +267,6 @@ def _leave_to_parent() -> None:
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
-
-
-async def _connect(alias: str) -> psycopg.AsyncConnection[Any]:
-    params = connections.create_connection(alias).get_connection_params()
-    for name in OF_CURSORS:
-        params.pop(name, None)
-    return await psycopg.AsyncConnection.connect(**{**params, "autocommit": True})
 
 
 async def _ask(conn: psycopg.AsyncConnection[Any], question: str) -> Any:
