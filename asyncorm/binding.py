@@ -17,10 +17,11 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.base import DatabaseWrapper
-from django.db.models import aggregates, expressions, functions, lookups, query_utils
+from django.db.models import Field, aggregates, expressions, functions, lookups, query_utils
 from django.db.models.fields import related_lookups, tuple_lookups
 from django.db.models.sql import compiler
 from django.db.models.sql.datastructures import BaseTable, Join
@@ -28,11 +29,6 @@ from django.db.models.sql.query import Query
 from django.db.models.sql.where import WhereNode
 
 from .session_state import plain
-
-if TYPE_CHECKING:
-    from django.db.backends.base.base import BaseDatabaseWrapper
-    from django.db.models import Field
-
 
 _NAMES: dict[Any, str] = {
     expressions: (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from asyncio import CancelledError, get_running_loop
+from asyncio import get_running_loop
 from collections.abc import Awaitable, Callable, Coroutine
 from sys import getrecursionlimit, setrecursionlimit
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
@@ -327,18 +327,3 @@ def deliver(runner: Runner) -> None:
     if runner.cancelled is not None and not runner.shield_depth:
         exc, runner.cancelled = runner.cancelled, None
         raise exc
-
-
-__all__ = [
-    "CancelledError",
-    "Runner",
-    "await_",
-    "current",
-    "deliver",
-    "in_native_code",
-    "loop_runs",
-    "native",
-    "run",
-    "running",
-    "shield",
-]

@@ -20,11 +20,11 @@ import functools
 import inspect
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import psycopg
@@ -41,10 +41,6 @@ from ._sessions.blocks import Block, Loan, PlainBlock
 from ._sessions.session import Session
 from .bridge import Runner
 from .pages import see
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-
 
 _ACTIVE = TransactionStatus.ACTIVE
 _CANCEL_TIMEOUT = 2.0
@@ -257,7 +253,7 @@ class SynchronousSession(Session):
 
     def stop_statement(self) -> None:
         """Cancel a native statement whose loop does not run, and close the connection."""
-        if self._native is not None and self._native.waiting:
+        if self._native is not None and self._native.wire.waiting:
             with suppress(psycopg.Error):  # or the server would go on, and keep its locks
                 self._conn.cancel_safe(timeout=_CANCEL_TIMEOUT)
             self.terminate()
@@ -266,7 +262,7 @@ class SynchronousSession(Session):
     def waits_for_server(self) -> bool:
         conn = self._conn
         return conn is not None and (
-            self._native.waiting or conn.pgconn.transaction_status == _ACTIVE
+            self._native.wire.waiting or conn.pgconn.transaction_status == _ACTIVE
         )
 
     @property

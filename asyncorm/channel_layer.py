@@ -292,15 +292,12 @@ class _Box:
         self.returned: deque[Any] = deque()  # taken for somebody who was cancelled then
 
     def is_idle(self) -> bool:
+        """Whether nobody needs it; what has expired is dropped."""
         now = time()
-        while not self.queue.empty():
-            expires, message = self.queue.get_nowait()
-            if expires > now:
-                others = [self.queue.get_nowait() for _ in range(self.queue.qsize())]
-                for each in [(expires, message), *others]:
-                    self.queue.put_nowait(each)
-                return False
-        return not self.waiting and not self.returned
+        for each in [self.queue.get_nowait() for _ in range(self.queue.qsize())]:
+            if each[0] > now:
+                self.queue.put_nowait(each)
+        return self.queue.empty() and not self.waiting and not self.returned
 
 
 class _OfLoop:
@@ -333,7 +330,8 @@ class _OfLoop:
             self._reader = self._start(self._read())
         full = self.layer.name(kind, name)
         if (task := self._listening.get(full)) is None:
-            task = self._listening[full] = self._start(self._join(full))
+            listener = listening.Listener(_Inbox(full, self._notes), self.layer.listen_using)
+            task = self._listening[full] = self._start(listener.__aenter__())
         try:
             await asyncio.shield(task)
         except BaseException:
@@ -345,10 +343,6 @@ class _OfLoop:
     def _start(coroutine: Any) -> asyncio.Task[Any]:
         # In a context of its own: in a block of nobody's.
         return asyncio.get_running_loop().create_task(coroutine, context=Context())
-
-    async def _join(self, full: str) -> listening.Listener:
-        inbox = _Inbox(full, self._notes)
-        return await listening.Listener(inbox, self.layer.listen_using).__aenter__()
 
     async def _leave(self, full: str) -> None:
         if (task := self._listening.pop(full, None)) is not None:
@@ -364,20 +358,18 @@ class _OfLoop:
     # Members
 
     async def change(self, do: str, group: str, channel: str) -> None:
-        """`add()` or `discard()`, as a notification names them."""
-        await (self.add if do == "add" else self.discard)(group, channel)
+        """Make a channel a member ("add") or one no more ("discard"), as a notification says.
 
-    async def add(self, group: str, channel: str) -> None:
-        """Make a channel a member."""
-        self.groups.setdefault(group, {})[channel] = time()
-        await self.listen("g", group)
-
-    async def discard(self, group: str, channel: str) -> None:
-        """Make it a member no more, and listen no more for a group without any."""
-        members = self.groups.get(group, {})
-        members.pop(channel, None)
-        if not members and self.groups.pop(group, None) is not None:
-            await self._leave(self.layer.name("g", group))
+        Nothing is listened to for a group without members.
+        """
+        if do == "add":
+            self.groups.setdefault(group, {})[channel] = time()
+            await self.listen("g", group)
+        elif (members := self.groups.get(group)) is not None:
+            members.pop(channel, None)
+            if not members:
+                del self.groups[group]
+                await self._leave(self.layer.name("g", group))
 
     # What arrives
 
@@ -414,7 +406,7 @@ class _OfLoop:
         oldest = time() - self.layer.group_expiry
         for channel, since in list(self.groups.get(names[0], {}).items()):
             if since < oldest:
-                await self.discard(names[0], channel)
+                await self.change("discard", names[0], channel)
             elif "!" in channel:
                 self._give(channel, expires, deepcopy(message))
             else:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import _events, bridge, sessions
 from ._wire.statement import text_of
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def tell(execute: Any, sql: Any, params: Sequence[Any], many: bool, context: dict[str, Any]) -> Any:

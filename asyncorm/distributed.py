@@ -9,19 +9,16 @@ what is returned is told apart by them. What has no such keys is inserted one by
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.db import NotSupportedError, connections, transaction
 from django.db.models import AutoField
 from django.db.models.constants import OnConflict
+from django.db.models.query import QuerySet
 
 from . import conf
 from ._sessions import engines
 from .pages import see
-
-if TYPE_CHECKING:
-    from django.db.models.query import QuerySet
-
 
 # Others than PostgreSQL say so in their version, or call themselves by its name with a suffix.
 _ASK = r"""

@@ -31,7 +31,6 @@ from ._wire.settings import kept, reported
 from ._wire.statement import STALE, Command, Statement, Unanswered, checked, sent
 from .bridge import Runner, deliver
 from .pages import see
-from .session_state import leaves_state as leaves_state  # others look for it here
 from .turns import BUSY as _BUSY
 from .turns import turn
 from .wire import CLOSED, Wire, close_generator
@@ -58,6 +57,7 @@ class Connection(CancellableConnection):
 
     Attributes:
         lock: taken by psycopg around each statement; the session that holds the connection sets it.
+        touched: a statement may have set something in the session, as far as its text tells.
         called: functions that have been called, and that may have left something in the session.
         configured: whether Django has set time zone, role and so on.
         pooled: the pool's connection underneath, None when there is none.
@@ -82,7 +82,7 @@ class Connection(CancellableConnection):
         self.lock = NO_LOCK
         self.configured = False
         self.wire = Wire(pgconn)
-        self._touched = False
+        self.touched = False
         self.called: frozenset[str] = frozenset()
         self._start: tuple[Any, ...] | None = None
         self.pooled = None
@@ -107,7 +107,7 @@ class Connection(CancellableConnection):
     def begin(self) -> None:
         """Take the session as it is now for that of a new connection: Django has configured it."""
         self.configured = True
-        self._touched = False
+        self.touched = False
         self.called = frozenset()
         self._start = self._settings()
 
@@ -121,7 +121,7 @@ class Connection(CancellableConnection):
     def session_dirty(self) -> bool:
         """Whether something is left in the session that nobody else may see: by a statement, as far
         as its text tells or the server told, or in psycopg's connection; by a function, perhaps."""
-        if self._touched or self.called:
+        if self.touched or self.called:
             return True
         if self._start is None or self.pgconn.status != _OK:
             return False
@@ -129,25 +129,15 @@ class Connection(CancellableConnection):
 
     @session_dirty.setter
     def session_dirty(self, value: bool) -> None:
-        self._touched = value
+        self.touched = value
 
     def note(self, traces: bool | frozenset[str]) -> None:
         """A statement that leaves something is about to be sent."""
         if traces is True:
-            self._touched = True
+            self.touched = True
         elif traces:
             home = None if self.pooled is None else self.pooled.home
             self.called |= traces if home is None else traces - home.harmless
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a task waits for the server on this connection."""
-        return bool(self.wire.waiting)
-
-    @property
-    def is_set(self) -> bool:
-        """Whether a statement may have set something in the session, as far as its text tells."""
-        return self._touched
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's."""

@@ -22,36 +22,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from operator import attrgetter, itemgetter
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 from django.core.exceptions import FieldDoesNotExist
-from django.db.backends import utils
-from django.db.backends.postgresql import compiler as postgresql_compiler
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql import operations
-from django.db.models import (
-    Field,
-    Model,
-    aggregates,
-    expressions,
-    fields,
-    functions,
-    lookups,
-    query,
-)
+from django.db.models import Field, Model, expressions, fields, lookups, query
 from django.db.models.base import ModelBase
-from django.db.models.fields import (
-    files,
-    generated,
-    json,
-    mixins,
-    related,
-    related_lookups,
-    reverse_related,
-    tuple_lookups,
-)
 from django.db.models.manager import BaseManager
 from django.db.models.query_utils import RegisterLookupMixin
 from django.db.models.sql import compiler, datastructures, subqueries, where
@@ -60,10 +41,6 @@ from django.db.models.sql.datastructures import Join
 from django.utils.tree import Node
 
 from .expressions import NotCacheable, names_in
-
-if TYPE_CHECKING:
-    from django.db.backends.base.base import BaseDatabaseWrapper
-
 
 _OWNERS = {"django", "asyncorm", "builtins", "functools", "contextlib", "typing", "types", "abc"}
 # What every plan rests on.
@@ -110,6 +87,7 @@ def is_anothers(value: object) -> bool:
     return owner.partition(".")[0] not in _OWNERS or (inner is not None and is_anothers(inner))
 
 
+_MOST_UNFOUNDED = 16  # looks
 _WITHIN = ("__func__", "__wrapped__", "fget", "func")
 # What plans do not leave out, except those that make no clone of a queryset: see below.
 # strawberry-django replaces it, to have its own attribute in each clone.
@@ -167,9 +145,6 @@ class _Name(str):
         return str.__eq__(self, other)
 
     __hash__ = str.__hash__
-
-
-_MOST_UNFOUNDED = 16
 
 
 class _Look:
@@ -253,19 +228,24 @@ def _look_at(cls: type) -> _Look | None:
     return look
 
 
+# Modules whose classes make SQL, and items of rows.
+_MAKERS = """
+    models.query models.lookups models.expressions models.aggregates models.functions models.fields
+    models.fields.files models.fields.generated models.fields.json models.fields.mixins
+    models.fields.related models.fields.related_lookups models.fields.reverse_related
+    models.fields.tuple_lookups models.sql.compiler models.sql.datastructures models.sql.query
+    models.sql.subqueries models.sql.where backends.postgresql.operations
+    backends.postgresql.compiler backends.utils
+""".split()
 _ORM = {
     cls
-    for module in (
-        query, lookups, expressions, aggregates, functions, fields, files, generated, json, mixins,
-        related, related_lookups, reverse_related, tuple_lookups, compiler, datastructures,
-        sql_query, subqueries, where, operations, postgresql_compiler, utils,
-    )
-    for cls in vars(module).values()
+    for name in _MAKERS
+    for cls in vars(import_module(f"django.db.{name}")).values()
     if type(cls) in (type, fields.AutoFieldMeta)
     and cls.__module__.startswith("django.db.")
     and not issubclass(cls, BaseException | tuple | list | type)
     and "__slots__" not in vars(cls)
-} | {Node}  # fmt: skip
+} | {Node}
 _FIELDS = {cls for cls in _ORM if issubclass(cls, Field)}  # each new field changes a counter there
 _METAS: set[type] = {ModelBase}
 _orm, _of_fields, _metas = _Family(_ORM - _FIELDS), _Family(_FIELDS), _Family(_METAS)
@@ -367,8 +347,7 @@ def registered_lookups() -> Any:
     return _lookups_of(Field)
 
 
-# Django keeps what it gives for each class until a lookup of whichever class is registered or taken
-# out: then it is another dict.
+# Django makes other dicts of all classes' lookups when one is registered or taken out.
 _lookups_of = vars(RegisterLookupMixin)["get_class_lookups"].__func__
 _COLUMN = itemgetter("column")
 _TABLE = attrgetter("db_table", "concrete_fields", "managed")
@@ -402,8 +381,6 @@ class _Seen:
 
 
 _of_all_models = _Look(Model, _free.pop())
-
-
 _base = _Seen(_orm, set(_CLASSES))
 _sound = all(map(is_djangos, _CLASSES))
 
@@ -442,8 +419,10 @@ def of_query(
     told = {f for each in kept for f in (each if isinstance(each, tuple) else (each,))}
     joins: set[Any] = {join.join_field for join in asked.alias_map.values() if type(join) is Join}
     of_relations = {getattr(f, "field", f) for f in told | joins}
-    models = {m for m in (*map(_model, told | joins), *(f.related_model for f in joins)) if m}
+    models = {getattr(f, "model", None) for f in told | joins}  # an output field has none
+    models |= {f.related_model for f in joins}
     models |= {asked.model, *_ordered_by(asked), *(maker.models if maker is not None else ())}
+    models.discard(None)
     models |= {parent for model in models for parent in model._meta.all_parents}
     made = type(asked.get_compiler(connection=wrapper))
     columns = {f for model in models for f in model._meta.concrete_fields}
@@ -453,10 +432,6 @@ def of_query(
     ):
         raise NotCacheable
     return Ground([made, ops, *compared, *map(type, of_relations), *more], models)
-
-
-def _model(field: Field[Any, Any]) -> Any:
-    return getattr(field, "model", None)  # an output field has none
 
 
 def _ordered_by(asked: Any) -> Iterator[Any]:

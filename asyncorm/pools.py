@@ -11,11 +11,12 @@ from contextlib import contextmanager, nullcontext
 from contextvars import Context
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
+from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg_pool import PoolClosed, PoolTimeout
 
 from . import between, bridge, conf, elsewhere
@@ -39,21 +40,10 @@ from .driver import Connection
 from .growth import is_away
 from .pages import see
 
-if TYPE_CHECKING:
-    from django.db.backends.base.base import BaseDatabaseWrapper
-
 __all__ = [
-    "Pool",
-    "Retired",
-    "add",
-    "close_pools",
-    "discard_pools",
-    "everywhere",
-    "find",
-    "pool_options",
-    "pool_stats",
-    "total_stats",
-]
+    "Pool", "Retired", "add", "close_pools", "discard_pools", "everywhere", "find", "pool_options",
+    "pool_stats", "total_stats",
+]  # fmt: skip
 
 logger = logging.getLogger("asyncorm")
 

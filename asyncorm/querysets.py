@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
 
 from django.db import NotSupportedError
 from django.db.models import Manager, Model
@@ -17,10 +17,6 @@ from . import bridge, copying, patches, streams, swap
 from ._hooks import terminals
 from ._sessions import engines
 from .pages import see
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
 

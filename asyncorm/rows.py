@@ -25,8 +25,9 @@ import datetime
 import json
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.psycopg_any import BaseTzLoader
 from django.db.models import JSONField, Model
 from django.db.models.base import ModelState
@@ -36,18 +37,14 @@ from django.db.models.fields.mixins import FieldCacheMixin
 from django.db.models.fields.related_descriptors import ForeignKeyDeferredAttribute
 from django.db.models.query_utils import DeferredAttribute
 from django.db.models.signals import post_init, pre_init
+from django.db.models.sql.compiler import SQLCompiler
 from django.db.models.utils import AltersData
+from psycopg.pq.abc import PGresult
 from psycopg.types.string import TextLoader
 
 from .driver import SLICE, Connection
 from .grounds import Last, is_anothers, of_class
 from .shapes import NotCacheable
-
-if TYPE_CHECKING:
-    from django.db.backends.base.base import BaseDatabaseWrapper
-    from django.db.models.sql.compiler import SQLCompiler
-    from psycopg.pq.abc import PGresult
-
 
 _TIMESTAMPTZ, _JSONB = 1184, 3802
 _DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)

@@ -22,7 +22,8 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from django.db.models import lookups
 from django.db.models.expressions import Col, ColPairs, Exists, Subquery
@@ -37,10 +38,6 @@ from ._cache.parts import LITERAL, PARTS, kind_of, ordering, unknown
 from .binding import has_placeholder
 from .expressions import NotCacheable as NotCacheable
 from .expressions import add_field, add_structure, add_unresolved, pattern
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 
 MAX_PARAMS = 2000  # in a list that is no array; one for each object of a chunk is usual
 

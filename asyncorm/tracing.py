@@ -17,23 +17,19 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.db.models import Value
+from django.db.models.sql.compiler import SQLCompiler
+from django.db.models.sql.query import Query
 from greenlet import getcurrent
 
 from . import binding
 from .expressions import NotCacheable
 from .verifying import equal
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from django.db.models.sql.compiler import SQLCompiler
-    from django.db.models.sql.query import Query
 
 
 class Mark:

@@ -8,18 +8,14 @@ makes the items. It costs what the cache saves, and more.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import starmap, zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
 from .pages import see
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable
-
 
 active = False  # follows the setting (planned.py)
 different = 0  # statements; the errors may be caught by somebody

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.apps import apps
@@ -21,10 +21,6 @@ from django.db import DEFAULT_DB_ALIAS, connections, router
 from .. import pools
 from .._sessions import engines
 from ..pages import see
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable
-
 
 _MOST = 100  # rows, and gets at once
 _LEAST_ROUNDS = 5

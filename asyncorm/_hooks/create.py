@@ -9,13 +9,14 @@ or defaults that others have made.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from enum import EnumMeta
 from operator import itemgetter
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.db import IntegrityError, models, transaction
-from django.db.models import NOT_PROVIDED, Manager, QuerySet
+from django.db.models import NOT_PROVIDED, Field, Manager, Model, QuerySet
 from django.db.models.base import ModelBase
 from django.db.models.signals import post_init, post_save, pre_init, pre_save
 from django.db.models.utils import resolve_callables
@@ -28,12 +29,6 @@ from ..shapes import NotCacheable
 from ..statements import UNPLANNED, learn, recall
 from .get import PLAIN_VALUES
 from .switch import native_wrapper
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from django.db.models import Field, Model
-
 
 _SIGNALS = (pre_init, post_init, pre_save, post_save)
 _VALUES = PLAIN_VALUES | {type(None), bool, bytes, dict, list}

@@ -6,11 +6,13 @@ import datetime
 import decimal
 import functools
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from django.db import OperationalError
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Model, Q, query
-from django.db.models.query import MAX_GET_RESULTS
+from django.db.models.query import MAX_GET_RESULTS, QuerySet
 from django.db.models.sql.query import Query
 from greenlet import getcurrent
 
@@ -28,13 +30,6 @@ from ..shapes import NotCacheable, Shape
 from ..statements import UNPLANNED, hit, learn, recall
 from .iterate import compile_instances, iterating_plan, mode_of, queryset_plan
 from .switch import native_wrapper
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from django.db.backends.base.base import BaseDatabaseWrapper
-    from django.db.models.query import QuerySet
-
 
 # The types of values that a filter treats alike, whatever their value.
 PLAIN_VALUES = {

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import router
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Model
 from django.db.models.deletion import Collector
 from django.db.models.query import QuerySet
@@ -24,10 +25,6 @@ from .create import inserts_alone, saved_plainly
 from .iterate import mode_of
 from .switch import Asked
 from .write import delete_plan
-
-if TYPE_CHECKING:
-    from django.db.backends.base.base import BaseDatabaseWrapper
-
 
 _Arguments = tuple[Any, ...]
 _Keywords = dict[str, Any]

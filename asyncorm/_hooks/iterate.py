@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import django
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import query
+from django.db.models.query import QuerySet
 from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
+from django.db.models.sql.query import Query
 from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 
@@ -22,12 +25,6 @@ from ..driver import SLICE, Connection
 from ..rows import RowMaker
 from ..statements import Compiled
 from .switch import native_wrapper
-
-if TYPE_CHECKING:
-    from django.db.backends.base.base import BaseDatabaseWrapper
-    from django.db.models.query import QuerySet
-    from django.db.models.sql.query import Query
-
 
 _Iterate = Callable[[Any], Iterator[Any]]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.db import OperationalError
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import query
 from django.db.models.lookups import Lookup
+from django.db.models.query import QuerySet
 from psycopg.types.numeric import Int2, Int4, Int8
 
 from .. import columnar, elsewhere, grounds, rows, verifying
@@ -20,11 +22,6 @@ from ..shapes import MAX_PARAMS, NotCacheable, Shape
 from ..statements import UNPLANNED, hit, learn, plans, recall, remember
 from .iterate import compile_instances, mode_of, queryset_plan
 from .switch import native_wrapper
-
-if TYPE_CHECKING:
-    from django.db.backends.base.base import BaseDatabaseWrapper
-    from django.db.models.query import QuerySet
-
 
 _BY_LENGTH: Any = object()  # lists of each length have a plan of their own
 _KEY_TYPES = {int, str, uuid.UUID, Int2, Int4, Int8}  # Django wraps integers for psycopg

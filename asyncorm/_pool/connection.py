@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from django.db import connections
 from psycopg import AsyncConnection
+from psycopg.abc import PQGen
 
 from .._wire.locks import OwnLock
 from ..driver import Connection
@@ -15,8 +16,6 @@ from ..roles import Role
 from ..wire import Wire
 
 if TYPE_CHECKING:
-    from psycopg.abc import PQGen
-
     from .pool import ConnectionPool
 
 

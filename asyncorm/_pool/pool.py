@@ -274,7 +274,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         now, began = Role.of(conn.pgconn), conn.began
         if self.target in STANDBY_WANTED or (began.in_recovery and not self._had_primary):
             return False
-        changed = now.in_recovery or (contradicts(now, began, None) and not conn.twin.is_set)
+        changed = now.in_recovery or (contradicts(now, began, None) and not conn.twin.touched)
         if not changed and (now.in_recovery is None or now.read_only is not began.read_only):
             if ask is None:
                 conn.wrote_in_vain = conn.twin.session_dirty = True

@@ -6,10 +6,10 @@ They also tell, with the swap and Django's own handler, that there is another on
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.apps import apps
 from django.conf import settings
@@ -22,10 +22,6 @@ from django.utils.module_loading import import_string
 from .. import conf
 from . import middleware, names, views
 from .thread_locals import thread_local_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 
 logger = logging.getLogger("asyncorm")
 

@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.handlers import base
 from django.core.handlers.base import BaseHandler
 from django.db import connections
+from django.http import HttpRequest
 
 from .. import patches, swap
 from .._sessions import engines
 from . import flow
-
-if TYPE_CHECKING:
-    from django.http import HttpRequest
-
 
 _hinted = False
 

@@ -17,23 +17,20 @@ import warnings
 from asyncio import CancelledError, current_task
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.apps import apps
 from django.core.exceptions import ImproperlyConfigured, RequestAborted
 from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
 from django.core.handlers.base import BaseHandler
+from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.urls import set_script_prefix
 
 from .. import bridge, internals
 from ..pages import see
 from . import blocking, flow, middleware, names, signals, streaming, views, watchdog
-
-if TYPE_CHECKING:
-    from django.http import HttpRequest
-
 
 SENDER = ASGIHandler  # of the requests' signals: receivers are connected for Django's handler
 

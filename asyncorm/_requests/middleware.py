@@ -12,21 +12,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.core.handlers import base
 from django.core.handlers.exception import convert_exception_to_response
+from django.http import HttpRequest
 from django.utils.deprecation import MiddlewareMixin
 from django.utils.module_loading import import_string
 
 from .. import conf, patches
 from . import flow
 from .thread_locals import thread_local_of
-
-if TYPE_CHECKING:
-    from django.http import HttpRequest
-
 
 ALL = "__all__"
 _METHODS = ("process_view", "process_template_response", "process_exception")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from asyncio import CancelledError, sleep
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, OperationalError
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.transaction import Atomic as DjangoAtomic
 from django.db.transaction import TransactionManagementError, get_connection
 from psycopg import Error
@@ -26,12 +27,6 @@ from .._wire.cancelling import CANCEL_TIMEOUT
 from ..bridge import Runner
 from ..pages import see
 from .characteristics import Characteristics
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from django.db.backends.base.base import BaseDatabaseWrapper
-
 
 logger = logging.getLogger("asyncorm")
 

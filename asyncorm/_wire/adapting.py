@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import pq
 from psycopg.adapt import AdaptersMap, Transformer
+from psycopg.pq.abc import PGresult
 from psycopg.types import TypesRegistry
 from psycopg.types.string import TextLoader
 
 if TYPE_CHECKING:
-    from psycopg.pq.abc import PGresult
-
     from ..driver import Connection
 
 

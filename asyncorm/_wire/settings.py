@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from psycopg.pq.abc import PGconn
-
+from psycopg.pq.abc import PGconn
 
 # What the server tells of a session when it changes: the settings that change what statements mean,
 # and who executes them (SET ROLE is seen in is_superuser only, search_path from PostgreSQL 18 on).

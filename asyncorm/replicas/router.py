@@ -6,10 +6,11 @@ import random
 import sys
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections, router
+from django.db.models import Model
 
 from .. import bridge, conf, pools, sessions
 from .._sessions.scopes import find_scope
@@ -17,9 +18,6 @@ from ..pages import see
 from . import again, positions
 from .again import avoided, chosen
 from .watching import Replica, Watcher
-
-if TYPE_CHECKING:
-    from django.db.models import Model
 
 
 class ReplicaRouter:
