@@ -89,8 +89,7 @@ def is_anothers(value: object) -> bool:
 
 _MOST_UNFOUNDED = 16  # looks
 _WITHIN = ("__func__", "__wrapped__", "fget", "func")
-# What plans do not leave out, except those that make no clone of a queryset: see below.
-# strawberry-django replaces it, to have its own attribute in each clone.
+# Plans do not leave it out, or look at it (clones_as_django()); strawberry-django replaces it.
 _BESIDE: dict[type, set[str]] = {query.QuerySet: {"_clone"}}
 _looked_at: dict[type, tuple[Any, bool]] = {}
 
@@ -419,7 +418,7 @@ def of_query(
     told = {f for each in kept for f in (each if isinstance(each, tuple) else (each,))}
     joins: set[Any] = {join.join_field for join in asked.alias_map.values() if type(join) is Join}
     of_relations = {getattr(f, "field", f) for f in told | joins}
-    models = {getattr(f, "model", None) for f in told | joins}  # an output field has none
+    models: set[Any] = {getattr(f, "model", None) for f in told | joins}  # an output field has none
     models |= {f.related_model for f in joins}
     models |= {asked.model, *_ordered_by(asked), *(maker.models if maker is not None else ())}
     models.discard(None)
