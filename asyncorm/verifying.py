@@ -38,19 +38,43 @@ def holds(key: Hashable, sent: Compiled, families: Any, compile: Callable[[], Co
     Raises:
         StatementCacheError: it is another one.
     """
-    global different
     expected = compile()
     if not (found := _difference(expected, sent, families)):
         shapes.add(hash(key))
         return True
     if _difference(expected, compile(), families):
         return False
+    raise error(
+        f"The statement cache gave another statement than Django's compiler ({found})",
+        f"Django's: {_shown(expected)}\nthe cache's: {_shown(sent)}",
+    )
+
+
+def compare_queries(made: Any, djangos: Any) -> None:
+    """Compare the query that is made of what was recorded with the one that Django made.
+
+    Raises:
+        StatementCacheError: it is another one.
+    """
+    state, expected = vars(made), vars(djangos)
+    for name in (state.keys() | expected.keys()) - _OF_USE:
+        if state.get(name) != expected.get(name):
+            raise error(
+                f"A recorded query is another one than Django's (its {name})",
+                f"Django's: {expected.get(name)!r}\nthe recorded one: {state.get(name)!r}",
+            )
+
+
+_OF_USE = {"base_table", "_annotation_select_cache"}  # which queries keep once they are asked
+
+
+def error(what: str, details: str) -> StatementCacheError:
+    """What is to be raised for a difference; it is counted."""
+    global different
     different += 1
-    raise StatementCacheError(
-        f"The statement cache gave another statement than Django's compiler ({found}). Please "
-        "report this to asyncorm; ASYNCORM = {'STATEMENT_CACHE': False} avoids it.\n"
-        f"Django's: {_shown(expected)}\nthe cache's: {_shown(sent)}\n"
-        + see("speed#the-statement-cache")
+    return StatementCacheError(
+        f"{what}. Please report this to asyncorm; ASYNCORM = {{'STATEMENT_CACHE': False}} avoids "
+        f"it.\n{details}\n{see('speed#the-statement-cache')}"
     )
 
 

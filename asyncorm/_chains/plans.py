@@ -28,6 +28,7 @@ from ..statements import UNPLANNED, Compiled, hit
 from . import nodes
 from .nodes import Node, made
 from .recorded import Recorded, settle
+from .twins import djangos
 from .values import is_djangos
 
 Found = tuple[Plan, list[Any], int]
@@ -70,8 +71,9 @@ def plan_for(
     """`statements.plan_for()`, for recorded queries without making them."""
     if type(query) is Recorded:
         found = plan_of(
-            query.chain_node, query.chain_values, wrapper, compile, *kind, expressions=expressions
-        )
+            query.chain_node, query.chain_values, wrapper, compile, *kind,
+            expressions=expressions, djangos=lambda: djangos(query),
+        )  # fmt: skip
         if found is not None:
             return None if found is UNPLANNED else found
         settle(query)
@@ -79,9 +81,19 @@ def plan_for(
 
 
 def plan_of(
-    node: Node, values: Any, wrapper: Any, compile: Any, *kind: Any, expressions: Any = None
+    node: Node,
+    values: Any,
+    wrapper: Any,
+    compile: Any,
+    *kind: Any,
+    djangos: Callable[[], Any],
+    expressions: Any = None,
 ) -> Any:
-    """The same for what was recorded; UNPLANNED where an operation has to make the plan."""
+    """The same for what was recorded; UNPLANNED where an operation has to make the plan.
+
+    Args:
+        djangos: returns the query that Django makes, a copy.
+    """
     if not nodes.is_current(node) or not grounds.are_sound():
         return None
     try:
@@ -100,9 +112,9 @@ def plan_of(
         params, offset = known.bind(values, wrapper)
     except Exception:  # whatever is wrong with it, Django will say
         return None
-    again = lambda: compile(made(node, values), wrapper)  # noqa: E731
     if plan is None:
         return None
+    again = lambda: compile(djangos(), wrapper)  # noqa: E731
     if not is_new and not hit((node, key), plan, params, offset, again):
         node.plans[key] = None, Ground(())
         return None

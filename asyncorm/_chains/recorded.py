@@ -17,6 +17,7 @@ from typing import Any
 
 from django.db.models.sql.query import Query
 
+from .. import verifying
 from . import nodes
 from .nodes import Call, Filter, Limits, Node, Set
 from .values import add_watched, keys_of, of_values, read, snapshot
@@ -36,11 +37,13 @@ class Recorded(Query):
         chain_node: which calls, and with which types of values.
         chain_values: of all calls.
         chain_used: whether it was executed, which gives a query its first table.
+        chain_twin: the query that Django makes of the same calls, where hits are verified.
     """
 
     chain_node: Any
     chain_values: Any
     chain_used = False
+    chain_twin: Any = None
     combinator = None
     extra_order_by = ()
     group_by = None
@@ -197,6 +200,8 @@ def settle(query: Any) -> None:
     if type(query) is not Recorded:
         return
     made = nodes.made(query.chain_node, query.chain_values)
+    if query.chain_twin is not None:
+        verifying.compare_queries(made, query.chain_twin)
     if query.chain_used and not made.alias_map:
         made.unref_alias(made.get_initial_alias())
     with _settling:
@@ -204,7 +209,7 @@ def settle(query: Any) -> None:
             state = _state(query)
             state.update(made.__dict__)
             _set_class(query, Query)
-            for name in ("chain_node", "chain_values", "chain_used"):
+            for name in ("chain_node", "chain_values", "chain_used", "chain_twin"):
                 state.pop(name, None)
 
 
@@ -243,6 +248,8 @@ _METHODS = (
     "clear_ordering", "add_ordering", "add_select_related", "add_deferred_loading",
     "add_immediate_loading", "clear_deferred_loading", "set_values", "add_distinct_fields",
 )  # fmt: skip
+# What changes a recorded query, or gives another one.
+RECORDING = ("chain", "add_q", "set_limits", "__setattr__", *_METHODS)
 # These go through plans, which know recorded queries.
 _PLANNED = {"has_results", "get_count", "get_aggregation"}
 _OF_OBJECTS = {

@@ -15,9 +15,9 @@ from django.db import connections
 from django.db.models import QuerySet
 from django.db.models.signals import class_prepared
 
-from .. import conf, grounds, patches
+from .. import conf, grounds, patches, verifying
 from .._sessions import engines
-from . import nodes
+from . import nodes, twins
 from .recorded import new
 
 _is_on = False  # follows the settings (planned.py)
@@ -49,6 +49,7 @@ def follow_settings() -> None:
         and conf.get("STATEMENT_CACHE")
         and any(map(engines.native_class, connections.settings))
     )
+    twins.follow(verifying.active)
 
 
 def install() -> None:

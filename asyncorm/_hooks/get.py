@@ -23,6 +23,7 @@ from .._cache.plan import Plan
 from .._chains.nodes import MAX_CHILDREN, Node, is_current
 from .._chains.plans import plan_of
 from .._chains.recorded import Recorded
+from .._chains.twins import djangos
 from .._chains.values import kind_of
 from ..bridge import Runner
 from ..grounds import Ground
@@ -214,8 +215,11 @@ def _recorded_plan(queryset: Any, names: list[str], values: list[Any], wrapper: 
         if len(node.gets) >= MAX_CHILDREN:
             node.gets.clear()
         node.gets[form] = narrowed
-    values = [*base.chain_values, *values]
-    found = plan_of(narrowed, values, wrapper, compile_instances, query.ModelIterable, None)
+    django = lambda: djangos(_narrowed(queryset, names, values).query)  # noqa: E731
+    of_all = [*base.chain_values, *values]
+    found = plan_of(
+        narrowed, of_all, wrapper, compile_instances, query.ModelIterable, None, djangos=django
+    )
     if found is None or found is UNPLANNED:
         return found
     return None if rows.is_watched(found[0].maker.models) else found[:2]

@@ -3,6 +3,7 @@
 import datetime as dt
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -15,6 +16,7 @@ from psycopg.types.numeric import Int4, Int8
 
 import asyncorm
 from asyncorm import grounds, statements, verifying
+from asyncorm._chains import nodes
 from asyncorm.verifying import StatementCacheError, equal
 from tests.project.shop.models import Book, Customer, Publisher, Review, Tag
 
@@ -120,6 +122,42 @@ async def test_a_wrong_parameter_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     )
     with pytest.raises(StatementCacheError, match="parameters"):
         await Book.objects.filter(pages__gt=1).anative()
+
+
+def weighing(lookup: str) -> Any:
+    return Tag.objects.filter(**{lookup: 100})
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "list": list,
+    "count": lambda tags: tags.count(),
+    "get": lambda tags: tags.get(name="none"),
+    "made": lambda tags: tags.query.where,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+async def test_a_chain_that_is_taken_for_another_is_an_error(use: str) -> None:
+    """What was recorded is not what the program did: to repeat it proves nothing."""
+
+    def used(lookup: str) -> Any:
+        with suppress(Tag.DoesNotExist):
+            USES[use](weighing(lookup))
+
+    for _ in range(3):
+        await asyncorm.native(used)("weight__gt")
+        await asyncorm.native(used)("weight__lt")
+    node, other = (
+        vars(weighing(each))["_query"].chain_node for each in ("weight__gt", "weight__lt")
+    )
+    children = node.parent.children
+    (form,) = (form for form, child in children.items() if child is node)
+    children[form] = other
+    try:
+        with pytest.raises(StatementCacheError, match="Please report"):
+            await asyncorm.native(used)("weight__gt")
+    finally:
+        nodes.clear()
 
 
 async def test_an_error_does_not_stay_hidden() -> None:
