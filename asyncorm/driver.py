@@ -290,6 +290,16 @@ class Connection(CancellableConnection):
         with self.lock:
             return self.wait(self._exec_command(command.as_bytes(self)))
 
+    def close_cursor(self, name: str) -> None:
+        """Close a server-side cursor.
+
+        Raises:
+            psycopg.Error: what a cursor would raise.
+        """
+        command = sql.SQL("CLOSE {}").format(sql.Identifier(name))
+        with self.lock:
+            self.wait(self._exec_command(command.as_bytes(self)))
+
     def run(self, command: Command) -> Any:
         """Execute a command and return what it wants of its result.
 

@@ -286,6 +286,7 @@ def _held(scope: Scope) -> _Held | None:
         return None
     if block is None:
         free = session.pinned and session.root is None and session.holder is None
+        free = free and not session.abandoned  # which an operation closes
         return _Held(session, None) if free else None
     if type(block) is not Block or block.ended or block.needs_rollback:
         return None

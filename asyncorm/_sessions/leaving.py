@@ -14,6 +14,8 @@ from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from psycopg.pq import TransactionStatus
+
 from .. import bridge, generators
 from .._wire.cancelling import CANCEL_TIMEOUT
 from .._wire.locks import NO_LOCK
@@ -88,8 +90,13 @@ def discard_all(session: Session) -> None:
     """Reset the server session, and forget what Python has of it."""
     conn = session.wrapper.connection
     if conn is not None and conn.pooled is not None and not conn.closed:
-        with conn.cursor() as cursor:
+        if conn.pgconn.transaction_status != TransactionStatus.IDLE:
+            conn.terminate()  # what somebody began by himself and left: it is rolled back
+            return
+        conn._autocommit = True
+        with session.wrapper.wrap_database_errors, conn.cursor() as cursor:
             cursor.execute("DISCARD ALL")
+        session.abandoned = ()
         for stream in session.cursors or ():
             stream._closed = True  # on the server it is
         conn.lock = NO_LOCK

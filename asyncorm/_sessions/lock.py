@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from asyncio import CancelledError
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from django.db import InterfaceError
 from greenlet import getcurrent
+from psycopg import Error
 from psycopg.pq import TransactionStatus
 
 from ..bridge import Runner
@@ -28,6 +29,7 @@ class StatementLock:
         root: the outermost transaction block that is open, if any.
         pinned: kept by `asyncorm.connection()` or by a stream, whatever operations come and go.
         cursors: server-side cursors of the session; open ones keep the connection.
+        abandoned: the names of those that nobody can close any more but the next statement.
         holder: the greenlet whose statement runs.
         acting: the block that `holder` enters or leaves.
         active: when the last statement began or ended (time.monotonic()).
@@ -38,6 +40,7 @@ class StatementLock:
     root: Block | None
     pinned: bool
     cursors: WeakSet[Any] | None
+    abandoned: tuple[str, ...] = ()
     holder: Any
     acting: Block | None
     active: float
@@ -116,6 +119,22 @@ class StatementLock:
                 + see("debugging#it-raises")
             )
         self.hold(runner, block)
+        if self.abandoned and block is None:
+            self._close_abandoned()
+
+    def _close_abandoned(self) -> None:
+        """Close the cursors of streams that were left, before the statement of their task."""
+        conn = self.wrapper.connection
+        if conn.pgconn.transaction_status != TransactionStatus.IDLE or conn.pgconn.pipeline_status:
+            return
+        names, self.abandoned = self.abandoned, ()
+        try:
+            for name in names:
+                with suppress(Error):  # it is gone already, or the statement will say what is wrong
+                    conn.close_cursor(name)
+        except BaseException as exc:
+            self.__exit__(type(exc), exc, exc.__traceback__)
+            raise
 
     def hold(self, holder: Any, block: Block | None) -> None:
         """Have a statement of `holder` run from now on, which has the block's lock."""

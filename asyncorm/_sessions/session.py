@@ -11,7 +11,6 @@ from weakref import WeakSet
 
 from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
-from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from .. import _events, bridge, limits, pools
@@ -369,15 +368,16 @@ class Session(StatementLock):
 
     def abandon(self, name: str) -> None:
         """A server-side cursor was dropped outside native code: close it later."""
-        if self.root is None:
+        if self.pinned:  # its task may have a statement under way
+            self.abandoned = (*self.abandoned, name)
+        elif self.root is None:
             later(self, self._abandoned(name))
 
     async def _abandoned(self, name: str) -> None:
         def close() -> None:
             conn = self.wrapper.connection if self.wrapper is not None else None
             if conn is not None and self.root is None and not conn.closed:
-                with conn.cursor() as cursor:
-                    cursor.execute(sql.SQL("CLOSE {}").format(sql.Identifier(name)))
+                conn.close_cursor(name)
 
         try:
             await run_in(self, close)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from django.conf import settings
 from django.contrib.auth.models import Permission
-from django.db import OperationalError, connection, connections
+from django.db import DatabaseError, OperationalError, connection, connections
 from django.db.backends.signals import connection_created
 from django.db.models import Func, IntegerField
 from django.db.models.signals import post_init
@@ -422,6 +422,31 @@ async def test_mutual_exclusion_by_an_advisory_lock() -> None:
         execute("SELECT pg_advisory_unlock(4711)")
 
     await asyncio.gather(*(asyncorm.native(critical)() for _ in range(4)))
+
+
+@pytest.mark.parametrize("how", ["begin", "failed", "autocommit", "begun", "copy"])
+async def test_a_kept_connection_is_left_in_the_midst_of_something(how: str) -> None:
+    """As on Django's backend, where the connection is closed: what is not committed is undone."""
+
+    def leave() -> None:
+        if how in ("autocommit", "begun"):
+            connection.set_autocommit(False)
+        for sql in {
+            "begin": ["BEGIN", "SET LOCAL my.tenant = '9'"],
+            "failed": ["BEGIN", "SELECT 1 / 0"],
+            "begun": ["SELECT 1"],
+            "copy": ["COPY (SELECT 1) TO STDOUT"],
+        }.get(how, []):
+            with contextlib.suppress(DatabaseError):
+                execute(sql)
+
+    async with asyncorm.connection():
+        await value("SET my.tenant = '8'")
+        await asyncorm.native(leave)()
+    await settled()
+    assert not await value("SELECT current_setting('my.tenant', true)")
+    async with asyncorm.atomic():
+        await value("SELECT 1")
 
 
 async def test_an_open_cursor_and_autocommit_keep_the_connection() -> None:

@@ -603,6 +603,40 @@ async def test_two_that_hold_what_they_wait_for_are_told() -> None:
         await asyncorm.close_pools(alias)
 
 
+async def test_the_connection_goes_on_without_a_stream_that_is_left_in_it() -> None:
+    """Its cursor is closed before the next statement, not in the midst of it."""
+
+    async def left() -> None:
+        async for _ in Item.objects.order_by("pk").native_iterator(chunk_size=1):
+            break
+
+    async def block() -> None:
+        async with asyncorm.atomic():
+            await add("in a block")
+
+    async def nothing() -> None:
+        pass
+
+    nexts: list[Callable[[], Awaitable[Any]]] = [
+        Item.objects.native_count, lambda: add("next"), block, left, nothing, backend,
+        lambda: asyncorm.batch(Item.objects.count, Item.objects.count),
+    ]  # fmt: skip
+    await add("a")
+    await add("b")
+    for then in nexts:
+        async with asyncorm.connection():
+            before = await backend()
+            await left()
+            await then()
+            assert await backend() == before
+            async with asyncorm.cursor() as cursor:
+                await cursor.execute("SELECT count(*) FROM pg_cursors WHERE name <> ''")
+                assert await cursor.fetchone() == (0,)
+            await left()
+        assert await backend() == before
+    await all_given_back()
+
+
 @pytest.mark.parametrize("way", ["aiterator", "native_iterator"])
 async def test_closing_a_stream_gives_its_connection_back(way: str) -> None:
     await add("a")
