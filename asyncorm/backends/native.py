@@ -171,7 +171,7 @@ def _own(alias: str) -> Any:
     return own
 
 
-class NativeWrapper:
+class NativeWrapper(SynchronousWrapper):
     """The DatabaseWrapper of native code; used only as a base of `native_class`, before Django's.
 
     Attributes:
@@ -181,19 +181,10 @@ class NativeWrapper:
             by (a tenant's schema): no operation gets a wrapper that another one has used.
     """
 
-    hooks_due = False
     acts_in_cursors = False
     session: Session | None = None
     native_class = None
-    alias: str
-    settings_dict: dict[str, Any]
-    connection: Any
     run_on_commit: list[Any]
-    run_commit_hooks_on_set_autocommit_on: bool
-    in_atomic_block: bool
-    errors_occurred: bool
-    closed_in_transaction: bool
-    plain: bool
     _configure_connection: Callable[[Any], bool]
 
     queries_log = _Shared()
@@ -226,7 +217,7 @@ class NativeWrapper:
     def watched(self) -> bool:
         """The same, asking once for Django's own wrapper of the task."""
         if self.unpooled:
-            return super().watched  # type: ignore[misc, no-any-return]
+            return super().watched
         state = self.__dict__
         if settings.DEBUG or "cursor" in state or cursors_are_patched():
             return True
@@ -247,12 +238,12 @@ class NativeWrapper:
         """
         if self.session is not None and not bridge.in_native_code() and bridge.loop_runs():
             return
-        super(SynchronousWrapper, self).ensure_connection()  # type: ignore[misc]
+        super(SynchronousWrapper, self).ensure_connection()
 
     def close_if_unusable_or_obsolete(self) -> None:
         """Django's, as ensure_connection(), outside transaction blocks."""
         if self.session is None or self.session.root is None:
-            super(SynchronousWrapper, self).close_if_unusable_or_obsolete()  # type: ignore[misc]
+            super(SynchronousWrapper, self).close_if_unusable_or_obsolete()
 
     def connect(self) -> None:
         """Check out a connection; Django configures it and sends its signal if it is new."""
@@ -260,8 +251,8 @@ class NativeWrapper:
         if session is None:
             if not self.unpooled:
                 raise InterfaceError(ENDED)
-            self.Database = _unpooled
-            super().connect()  # type: ignore[misc]
+            self.Database = _unpooled  # type: ignore[assignment]
+            super().connect()
             return
         self._thread_ident = _thread.get_ident()
         since = 0.0
@@ -288,7 +279,7 @@ class NativeWrapper:
             conn._pool = self._native_pool  # type: ignore[assignment]
             try:
                 with conn.lock:
-                    super().connect()  # type: ignore[misc]
+                    super().connect()
             except psycopg.OperationalError as exc:
                 if not conn.closed:
                     raise
@@ -318,7 +309,7 @@ class NativeWrapper:
                 session.note(cursor)
                 return cursor
             self.connection.materialize()
-        cursor = super().create_cursor(name)  # type: ignore[misc]
+        cursor = super().create_cursor(name)
         if session is not None:
             if not name:
                 session.note(cursor)
@@ -331,7 +322,7 @@ class NativeWrapper:
     def execute_wrapper(self, wrapper: Callable[..., Any]) -> Any:
         """Django's, on Django's own wrapper of the task."""
         if self.unpooled:
-            return super().execute_wrapper(wrapper)  # type: ignore[misc]
+            return super().execute_wrapper(wrapper)
         own = _own(self.alias)
         if self.session is not None:
             self.session.django_wrapper = own
@@ -367,11 +358,11 @@ class NativeWrapper:
         session, conn = self.session, self.connection
         settles = None if session is None else session.fate
         if conn is None or conn.pgconn.status != ConnStatus.OK:  # nothing will be sent
-            super()._commit()  # type: ignore[misc]
+            super()._commit()
             return
         try:
             if settles is None:
-                super()._commit()  # type: ignore[misc]
+                super()._commit()
             else:
                 try:
                     with debug_transaction(self, "COMMIT"), self.wrap_database_errors:
@@ -406,7 +397,7 @@ class NativeWrapper:
         block = self.session.innermost() if self.session is not None else None
         if block is None or not callable(func):
             # Not that of SynchronousWrapper, which is for synchronous wrappers.
-            super(SynchronousWrapper, self).on_commit(  # type: ignore[misc]
+            super(SynchronousWrapper, self).on_commit(
                 _awaiting(func) if callable(func) and bridge.in_native_code() else func, robust
             )
         elif block.ended:
@@ -432,9 +423,7 @@ class NativeWrapper:
             else:
                 self.run_on_commit = []
         else:
-            super().set_autocommit(  # type: ignore[misc]
-                autocommit, force_begin_transaction_with_broken_autocommit
-            )
+            super().set_autocommit(autocommit, force_begin_transaction_with_broken_autocommit)
 
     def run_and_clear_commit_hooks(self) -> None:
         """Django's, later when a block is being left; what a callback returns is awaited."""
@@ -446,7 +435,7 @@ class NativeWrapper:
         self.run_on_commit = [
             (sids, _awaiting(func), robust) for sids, func, robust in self.run_on_commit
         ]
-        super().run_and_clear_commit_hooks()  # type: ignore[misc]
+        super().run_and_clear_commit_hooks()
 
     def forget(self) -> None:
         """Be as new: the session that used the wrapper is over."""

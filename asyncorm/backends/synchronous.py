@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
@@ -27,6 +27,11 @@ from .._wire.settings import reported
 from ..driver import Connection
 from ..observe.found import cursors_are_patched
 from .cursors import noticing, stream_class
+
+if TYPE_CHECKING:  # it is mixed into that
+    from django.db.backends.postgresql.base import DatabaseWrapper as _Django
+else:
+    _Django = object
 
 
 class _OfBlock:
@@ -55,14 +60,13 @@ class _OfBlock:
         return None if session is None or session.root is None else session.innermost()
 
 
-class SynchronousWrapper:
+class SynchronousWrapper(_Django):
     """What a DatabaseWrapper does for synchronous code; only as the base of NativeBackendMixin."""
 
     native_class: Any = None
     session: Any = None  # shared with native code (callers.py)
     hooks_due = False
     opened_in: int  # the thread that has connected it
-    connection: Any
     execute_wrappers: Any = observers.ExecuteWrappers()
     force_debug_cursor: Any = observers.ForceDebugCursor()
     needs_rollback = _OfBlock()
@@ -83,7 +87,7 @@ class SynchronousWrapper:
         # A cursor() put on the wrapper itself: tests that forbid queries, mocks.
         return bool(
             self.execute_wrappers
-            or self.queries_logged  # type: ignore[attr-defined]
+            or self.queries_logged
             or "cursor" in self.__dict__
             or cursors_are_patched()
         )
@@ -91,14 +95,14 @@ class SynchronousWrapper:
     @property
     def queries(self) -> list[dict[str, str]]:
         """Django's; in a thread that works for a coroutine, what that ran natively comes last."""
-        log = self.queries_log  # type: ignore[attr-defined]
+        log = self.queries_log
         if len(log) == log.maxlen:  # as Django, whose warning would name this file
             warnings.warn(
                 f"Limit for query logging exceeded, only the last {log.maxlen} queries will be "
                 "returned.",
                 stacklevel=2,
             )
-        return [*log, *observers.logged(self.alias, log)]  # type: ignore[attr-defined]
+        return [*log, *observers.logged(self.alias, log)]
 
     def ensure_connection(self) -> None:
         """Django's, except on a running loop's thread and beside a native transaction.
@@ -109,15 +113,15 @@ class SynchronousWrapper:
         if bridge.in_native_code():  # on a synchronous connection (callers.py)
             if self.connection is None and self.session is not None:
                 self.session.connect()
-            super().ensure_connection()  # type: ignore[misc]
+            super().ensure_connection()
         elif not bridge.loop_runs() or os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
-            scopes.refuse_beside_block(self.alias)  # type: ignore[attr-defined]
-            super().ensure_connection()  # type: ignore[misc]
+            scopes.refuse_beside_block(self.alias)
+            super().ensure_connection()
             observers.note_use(self)
 
     def create_cursor(self, name: str | None = None) -> Any:
         """Django's; one that native code in a test's transaction leaves open does no harm."""
-        cursor = super().create_cursor(name)  # type: ignore[misc]
+        cursor = super().create_cursor(name)
         native = self.session is not None and bridge.in_native_code()
         if name and native and isinstance(cursor, psycopg.Cursor):
             cursor.__class__ = stream_class(type(cursor))  # type: ignore[arg-type]
@@ -125,13 +129,13 @@ class SynchronousWrapper:
 
     def connect(self) -> None:
         """Django's; what statements leave in the session is noticed from now on."""
-        super().connect()  # type: ignore[misc]
+        super().connect()
         conn: Any = self.connection
         if not isinstance(conn, Connection):
             between.note(self)
             if not hasattr(conn, "began_with"):  # Django's pool gives it out as it came back
                 conn.session_dirty, conn.began_with = False, reported(conn.pgconn)
-                conn.alias = self.alias  # type: ignore[attr-defined]
+                conn.alias = self.alias
                 conn.cursor_factory = noticing(conn.cursor_factory)
             if self.session is not None:
                 self.session.bind()
@@ -157,11 +161,11 @@ class SynchronousWrapper:
         """The same, of what is on the server: an open transaction, the session's settings."""
         conn: Any = self.connection
         return bool(
-            self.in_atomic_block  # type: ignore[attr-defined]
+            self.in_atomic_block
             or (
                 conn is not None
                 and not conn.closed
-                and (not self.autocommit or not _is_as_begun(conn))  # type: ignore[attr-defined]
+                and (not self.autocommit or not _is_as_begun(conn))
             )
         )
 
@@ -171,7 +175,7 @@ class SynchronousWrapper:
             self.hooks_due = True
             return
         self.hooks_due = False
-        super().run_and_clear_commit_hooks()  # type: ignore[misc]
+        super().run_and_clear_commit_hooks()
 
     def _commit(self) -> None:
         """Django's; who wants to know of writes is told."""
@@ -179,29 +183,29 @@ class SynchronousWrapper:
             super()._commit()  # type: ignore[misc]
         finally:
             if written.listeners:
-                written.tell(self.alias)  # type: ignore[attr-defined]
+                written.tell(self.alias)
 
     def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
         """Django's; what a callback of native code returns is awaited in a test, too.
 
         In a coroutine, where this connection is not asked, it is asyncorm's.
         """
-        alias: str = self.alias  # type: ignore[attr-defined]
+        alias: str = self.alias
         if engines.refuses_synchronous_code(alias) and (
-            not self.in_atomic_block or scopes.block_of_coroutine(alias) is not None  # type: ignore[attr-defined]
+            not self.in_atomic_block or scopes.block_of_coroutine(alias) is not None
         ):
             on_commit(func, alias, robust)
             return
         native = bridge.in_native_code() or bridge.loop_runs()
         if callable(func) and native and self.session is not None:
             func = self.session.hook(func)
-        super().on_commit(func, robust)  # type: ignore[misc]
+        super().on_commit(func, robust)
 
     def close(self) -> None:
         """Django's, and what the thread keeps between loops that it waits for."""
-        super().close()  # type: ignore[misc]
+        super().close()
         if self.native_class is not None:  # else this wrapper is of a loop
-            between.close(self.alias)  # type: ignore[attr-defined]
+            between.close(self.alias)
 
     def close_if_unusable_or_obsolete(self) -> None:
         """Django's, but a request does not end the test that it belongs to.
@@ -210,25 +214,25 @@ class SynchronousWrapper:
         AsyncClient undo for each other; and threads of a test have its connection here. Nor does
         it end the transaction block of the coroutine that makes it.
         """
-        if self.session is None and scopes.block_of_coroutine(self.alias) is None:  # type: ignore[attr-defined]
-            super().close_if_unusable_or_obsolete()  # type: ignore[misc]
-            between.close(self.alias, only_old=True)  # type: ignore[attr-defined]
+        if self.session is None and scopes.block_of_coroutine(self.alias) is None:
+            super().close_if_unusable_or_obsolete()
+            between.close(self.alias, only_old=True)
 
     def ensure_timezone(self) -> bool:
         """Django's, and new native connections (the settings TIME_ZONE or USE_TZ changed)."""
-        pools.discard_pools(self.alias)  # type: ignore[attr-defined]
+        pools.discard_pools(self.alias)
         conn: Any = self.connection
         begins = conn is not None and hasattr(conn, "began_with") and _is_as_begun(conn)
-        changed: bool = super().ensure_timezone()  # type: ignore[misc]
+        changed: bool = super().ensure_timezone()
         if begins:  # with what Django has set: nothing that native connections would not have
             conn.session_dirty, conn.began_with = False, reported(conn.pgconn)
         return changed
 
     def close_pool(self) -> None:
         """Django's, and native connections: a test database is about to be dropped or cloned."""
-        pools.discard_pools(self.alias, now=True)  # type: ignore[attr-defined]
-        between.close(self.alias)  # type: ignore[attr-defined]
-        super().close_pool()  # type: ignore[misc]
+        pools.discard_pools(self.alias, now=True)
+        between.close(self.alias)
+        super().close_pool()
 
 
 def _is_as_begun(conn: Any) -> bool:
