@@ -13,6 +13,7 @@ import itertools
 import os
 import random
 import resource
+import secrets
 import statistics
 import sys
 import time
@@ -37,6 +38,7 @@ from django.test import override_settings
 import asyncorm
 from asyncorm._wire.cancelling import CANCEL_TIMEOUT
 from asyncorm.demo.postgres import Server, postgres_server
+from tests.project.rotating.base import DatabaseWrapper
 
 ACCOUNTS = 20
 BALANCE = 1000
@@ -204,7 +206,19 @@ class Bank:
         with psycopg.connect(
             **self.address, autocommit=True, application_name="observer"
         ) as connection:
-            return connection.execute(sql, parameters).fetchall()
+            cursor = connection.execute(sql, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    def rotate(self) -> datetime:
+        """Have the server take another password only, from now on; when that was."""
+        old, new = self.address["password"], secrets.token_hex()
+        self.ask(f"ALTER ROLE {self.address['user']} PASSWORD '{new}'")
+        DatabaseWrapper.tokens["bank"] = self.address["password"] = new
+        self.server.settings["PASSWORD"] = new
+        with suppress(psycopg.OperationalError):
+            psycopg.connect(**{**self.address, "password": old}).close()
+            raise AssertionError("the server takes the old password as well")
+        return self.ask("SELECT clock_timestamp()")[0][0]  # type: ignore[no-any-return]
 
     async def transfer(self, deadline: float = DEADLINE) -> None:
         """One transfer, until it succeeds, fails or its time is over; the fate is noted."""
@@ -374,6 +388,21 @@ async def zones(bank: Bank, seconds: float) -> None:
                 group.create_task(beside())
 
 
+async def rotate(bank: Bank, seconds: float) -> None:
+    """password rotated, the old one refused"""
+    until = time.monotonic() + seconds
+    renewed = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE application_name = 'bank' AND backend_start > %s"
+    )
+    while time.monotonic() < until:
+        rotated = await asyncio.to_thread(bank.rotate)
+        patience = time.monotonic() + 30.0
+        while (await asyncio.to_thread(bank.ask, renewed, rotated))[0][0] < 2:
+            assert time.monotonic() < patience, "no connection was made with the new password"
+            await asyncio.sleep(0.05)
+
+
 async def burst(bank: Bank, seconds: float) -> None:
     """bursts of 2,000 tasks"""
     after: list[int] = []
@@ -414,9 +443,10 @@ FAULTS: dict[str, Fault] = {
     "down": down,
     "large": large,
     "zones": zones,
+    "rotate": rotate,
     "burst": burst,
 }
-QUIET = {"exhaust", "large", "zones", "burst"}  # no transfer need fail
+QUIET = {"exhaust", "large", "zones", "rotate", "burst"}  # no transfer need fail
 SHORT = {
     "terminate": 2.0,
     "restart": 2.0,
@@ -426,6 +456,7 @@ SHORT = {
     "down": 3.0,
     "large": 2.0,
     "zones": 2.0,
+    "rotate": 1.0,
     "burst": 2.0,
 }
 LONG = {
@@ -437,6 +468,7 @@ LONG = {
     "down": 120.0,
     "large": 30.0,
     "zones": 30.0,
+    "rotate": 30.0,
     "burst": 30.0,
 }
 
@@ -466,8 +498,9 @@ async def bank_at(server: Server) -> AsyncIterator[Bank]:
         with psycopg.connect(**bank.address, autocommit=True) as connection:
             connection.execute("DROP TABLE IF EXISTS chaos_account, chaos_transfer")
             connection.execute(SCHEMA)
+        DatabaseWrapper.tokens["bank"] = server.settings["PASSWORD"]
         settings = {
-            "ENGINE": "asyncorm.backends.postgresql",
+            "ENGINE": "tests.project.rotating",
             **server.settings,
             "PORT": str(proxy.port),
             "OPTIONS": {
@@ -624,6 +657,7 @@ each, these hold, or the run fails:
   with other tasks (10,000 that time out at once, say) does not count;
 - values of 30 MB come back whole, a time zone that is set in a block moves no other task's times,
   and a burst of 2,000 tasks leaves no memory behind;
+- connections are made with the password of that time, after each rotation;
 - nothing is lent from the pool, no session is active or in a transaction on the server, and the
   pool has as many connections as the server.
 
