@@ -15,8 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
+
+if TYPE_CHECKING:
+    from .driver import Connection
+
 
 logger = logging.getLogger("asyncorm")
 
@@ -282,7 +286,7 @@ def _arrange() -> None:
 _failed: set[Any] = set()
 
 
-def _tell(told: _Told, event: Any) -> None:
+def _tell(told: _Told, event: object) -> None:
     for function in told:
         try:
             function(event)
@@ -370,7 +374,7 @@ def pipelined(commands: Iterable[Any]) -> None:
 
 
 @contextmanager
-def command(conn: Any, text: str) -> Iterator[None]:
+def command(conn: Connection, text: str) -> Iterator[None]:
     """A command is executed inside; told if that is for a session (driver.Connection.lock)."""
     session = conn.lock
     event = None
@@ -400,13 +404,13 @@ def waited(alias: str, what: str, began: float, ended: float | None = None) -> N
 _out: dict[int, CheckOut] = {}
 
 
-def checked_out(alias: str, conn: Any, holder: Any) -> None:
+def checked_out(alias: str, conn: Connection, holder: object) -> None:
     """A connection has left its pool."""
     event = _out[id(conn)] = CheckOut(alias, conn.pgconn.backend_pid, holder)
     _tell(_checked_out, event)
 
 
-def checked_in(conn: Any) -> None:
+def checked_in(conn: Connection) -> None:
     """It is back."""
     event = _out.pop(id(conn), None)
     if event is not None:

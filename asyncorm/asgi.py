@@ -7,7 +7,7 @@ import functools
 import logging
 import multiprocessing
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from time import monotonic
@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
 from django.db import OperationalError, connections, router
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
 
 from . import bridge, limits, patches, pools
 from ._pool.pool import ConnectionPool
@@ -103,7 +105,7 @@ def lifespan(
     """
     running = 0
 
-    async def application(scope: Any, receive: Receive, send: Send) -> None:
+    async def application(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         nonlocal running
         if scope["type"] != "lifespan":
             request = scope["type"] == "http"  # a websocket may be open, and idle, for ever
@@ -144,7 +146,7 @@ def limited(app: Application, parallelism: int, using: str | None = None) -> App
     """
     limits.parallelism(parallelism, using)  # a wrong number is an error now
 
-    async def application(scope: Any, receive: Receive, send: Send) -> None:
+    async def application(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await app(scope, receive, send)
         else:
@@ -332,7 +334,7 @@ class _Transactions(AsyncExitStack):
         for alias in self.aliases:
             await self.enter_async_context(atomic(using=alias))
 
-    def look_at(self, response: Any) -> None:
+    def look_at(self, response: HttpResponseBase) -> None:
         """Roll back for an error that Django REST framework made a response of.
 
         It tells Django's own connections to, which have no part in it.
@@ -398,7 +400,7 @@ class AtomicRequestsMiddleware:
     def __call__(self, request: Any) -> Any:
         return self._call(request) if self.asynchronous else self.get_response(request)
 
-    async def _call(self, request: Any) -> Any:
+    async def _call(self, request: HttpRequest) -> Any:
         try:
             response = await self.get_response(request)
         except BaseException as exc:  # the request was cancelled
@@ -409,7 +411,9 @@ class AtomicRequestsMiddleware:
         await self._leave(request, None)
         return response
 
-    async def _begin(self, request: Any, view: Any, args: Any, kwargs: Any) -> None:
+    async def _begin(
+        self, request: Any, view: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         ours = self._mark(view)
         if ours is None:
             return
@@ -417,22 +421,28 @@ class AtomicRequestsMiddleware:
         request.asyncorm_transactions = _Transactions()
         await request.asyncorm_transactions.begin(ours)
 
-    async def _roll_back(self, request: Any, exception: Exception) -> None:
+    async def _roll_back(self, request: HttpRequest, exception: Exception) -> None:
         await self._leave(request, exception)
 
-    async def _commit(self, request: Any, response: Any) -> Any:
+    async def _commit(self, request: HttpRequest, response: HttpResponseBase) -> Any:
         if (opened := request.__dict__.get("asyncorm_transactions")) is not None:
             opened.look_at(response)
         await self._leave(request, None)
         return response
 
     @staticmethod
-    async def _leave(request: Any, exc: BaseException | None) -> None:
+    async def _leave(request: HttpRequest, exc: BaseException | None) -> None:
         opened = request.__dict__.pop("asyncorm_transactions", None)
         if opened is not None:
             await opened.__aexit__(type(exc) if exc else None, exc, exc and exc.__traceback__)
 
-    def _run(self, request: Any, view: Any, args: Any, kwargs: Any) -> Any:
+    def _run(
+        self,
+        request: HttpRequest,
+        view: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         # Django's synchronous handler (WSGI, the test client) runs each coroutine on a loop of its
         # own: the transaction must be begun on the view's.
         ours = self._mark(view)

@@ -91,7 +91,7 @@ async def _batch(operations: tuple[Any, ...], alias: str) -> list[Any]:
             raise
 
 
-def _call(operation: Any) -> Callable[[], Coroutine[Any, Any, Any]]:
+def _call(operation: object) -> Callable[[], Coroutine[Any, Any, Any]]:
     if isinstance(operation, QuerySet | RawQuerySet):
         return lambda: bridge.run(list, operation)
     if isinstance(operation, BaseManager):

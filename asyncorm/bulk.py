@@ -17,19 +17,23 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from operator import attrgetter
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import django
 from django.db import models, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.compiler import SQLInsertCompiler
+from django.db.models import Field, Model
+from django.db.models.sql.compiler import SQLCompiler
 from django.db.models.sql.subqueries import InsertQuery
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
+from psycopg.pq.abc import PGresult
 
 from . import _events, bridge, columnar, grounds, verifying
 from ._cache.execute import direct, serves
@@ -41,6 +45,11 @@ from .grounds import Ground
 from .rows import RowMaker, tuple_of
 from .shapes import NotCacheable
 from .statements import UNPLANNED, Compiled, count, hit, learn, recall
+
+if TYPE_CHECKING:
+    from .backends.synchronous import SynchronousWrapper
+    from .driver import Connection
+
 
 BATCH = 1000  # objects in one INSERT, if the caller does not say
 
@@ -69,7 +78,7 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
 
 
 def insert_batches(
-    queryset: Any, objs: list[Any], fields: list[Any], size: int, wrapper: Any
+    queryset: Any, objs: list[Any], fields: list[Any], size: int, wrapper: SynchronousWrapper
 ) -> list[Any]:
     """INSERTs in one transaction, `size` objects each: the server executes one while the next is
     made. What they return, empty rows if the objects have it already.
@@ -116,7 +125,9 @@ def insert_batches(
     return [()] * len(objs)
 
 
-def _start(plan: Plan, statement: Statement, wrapper: Any, conn: Any) -> Callable[[], list[Any]]:
+def _start(
+    plan: Plan, statement: Statement, wrapper: BaseDatabaseWrapper, conn: Connection
+) -> Callable[[], list[Any]]:
     wrapper.validate_no_broken_transaction()
     started = monotonic()
     with wrapper.wrap_database_errors:
@@ -137,7 +148,7 @@ def _start(plan: Plan, statement: Statement, wrapper: Any, conn: Any) -> Callabl
     return receive
 
 
-def _told(statement: Statement, wrapper: Any) -> AbstractContextManager[Any]:
+def _told(statement: Statement, wrapper: BaseDatabaseWrapper) -> AbstractContextManager[Any]:
     """An INSERT for those who listen."""
     if not _events.statements:
         return nullcontext()
@@ -145,13 +156,15 @@ def _told(statement: Statement, wrapper: Any) -> AbstractContextManager[Any]:
     return _events.statement(wrapper.alias, text, params, wrapper.in_atomic_block, "hit")
 
 
-def _rows(plan: Plan, result: Any, wrapper: Any, conn: Any) -> list[Any]:
+def _rows(
+    plan: Plan, result: PGresult, wrapper: BaseDatabaseWrapper, conn: Connection
+) -> list[Any]:
     maker = plan.maker
     return [] if maker is None else maker.make(result, conn, wrapper.alias, wrapper, None)
 
 
 def _made(
-    compiler: Any, wrapper: Any, returning: tuple[Any, ...], conn: Any
+    compiler: Any, wrapper: SynchronousWrapper, returning: tuple[Any, ...], conn: Any
 ) -> tuple[Plan, Statement] | None:
     """The INSERT with its values, None if it is left to Django."""
     query = compiler.query
@@ -194,7 +207,11 @@ def _made(
 
 
 def compiled_again(
-    model: Any, fields: Any, objs: list[Any], returning: tuple[Any, ...], wrapper: Any
+    model: Any,
+    fields: Iterable[Field[Any, Any]],
+    objs: list[Any],
+    returning: tuple[Any, ...],
+    wrapper: SynchronousWrapper,
 ) -> Compiled:
     """Django's INSERT of objects that `pre_save()` has been called for: their values are there."""
     query = InsertQuery(model)
@@ -218,7 +235,9 @@ def _again(
     return _in_step(sql), _elements(fields, arrays, formats, conn), maker
 
 
-def _elements(fields: Any, arrays: Any, formats: Any, conn: Any) -> list[Any]:
+def _elements(
+    fields: Sequence[Field[Any, Any]], arrays: Any, formats: Sequence[int], conn: Connection
+) -> list[Any]:
     """What there is in the arrays: binary ones as they are, the texts of others."""
     read = conn.transformer.get_loader(columnar.TEXT_ARRAY, Format.TEXT).load
     found: list[Any] = []
@@ -274,7 +293,9 @@ def _in_step(sql: str) -> str:
     return _UNNEST.sub(each, sql)
 
 
-def maker_of_returned(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> RowMaker | None:
+def maker_of_returned(
+    compiler: SQLCompiler, wrapper: BaseDatabaseWrapper, returning: tuple[Any, ...]
+) -> RowMaker | None:
     """Makes tuples of the columns that an INSERT returns, None if there are none.
 
     Raises:
@@ -320,7 +341,7 @@ def prepare(queryset: Any, objs: list[Any]) -> Any:
     return ([], objs) if _TELLS_KEYS else None
 
 
-def _prepares_as_django(model: Any) -> bool:
+def _prepares_as_django(model: type[Model]) -> bool:
     names = ("pk", "_is_pk_set", "_get_pk_val", "_set_pk_val", "_prepare_related_fields_for_save")
     return all(
         getattr(model, name) is getattr(models.Model, name)

@@ -24,12 +24,13 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import psycopg
 from asgiref.sync import async_to_sync, sync_to_async
 from django.db import DatabaseError, InterfaceError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
 from psycopg import sql
@@ -41,6 +42,10 @@ from ._sessions.blocks import Block, Loan, PlainBlock
 from ._sessions.session import Session
 from .bridge import Runner
 from .pages import see
+
+if TYPE_CHECKING:
+    from .backends.synchronous import SynchronousWrapper
+
 
 _ACTIVE = TransactionStatus.ACTIVE
 _CANCEL_TIMEOUT = 2.0
@@ -349,12 +354,12 @@ async def _wait_for(awaitable: Any) -> None:
     await awaitable
 
 
-def are_sharing(wrapper: Any) -> bool:
+def are_sharing(wrapper: BaseDatabaseWrapper) -> bool:
     """Whether native code may be using a synchronous wrapper's connection, too."""
     return isinstance(getattr(wrapper, "session", None), SynchronousSession)
 
 
-def enter_thread(wrapper: Any) -> None:
+def enter_thread(wrapper: SynchronousWrapper) -> None:
     """Synchronous code is about to enter a `transaction.atomic()` on a connection that it shares
     with native code."""
     session: SynchronousSession = wrapper.session
@@ -366,7 +371,7 @@ def enter_thread(wrapper: Any) -> None:
     block.entered += 1
 
 
-def note_savepoints(wrapper: Any) -> None:
+def note_savepoints(wrapper: SynchronousWrapper) -> None:
     """Note what a callback registered in the thread's block depends on (`on_commit`)."""
     block = wrapper.session.thread_block()
     if block is not None:
@@ -380,7 +385,7 @@ def block_of_thread(alias: str) -> Block | None:
     return block if block is not None and not block.ended else None
 
 
-def leave_thread(wrapper: Any) -> None:
+def leave_thread(wrapper: SynchronousWrapper) -> None:
     """It was left, or could not be entered."""
     session: SynchronousSession = wrapper.session
     block = session.thread_block()

@@ -476,11 +476,11 @@ class _OfLoop:
                 box.queue.put_nowait((time() + self.layer.expiry, None))
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     return json.dumps(value, default=_bytes, separators=(",", ":"))
 
 
-def _bytes(value: Any) -> Any:
+def _bytes(value: object) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return {"\0bytes": base64.b64encode(value).decode()}
     raise TypeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from django.apps import apps
@@ -153,7 +154,7 @@ def _check_database(alias: str, database: dict[str, Any]) -> list[CheckMessage]:
     return found
 
 
-def check_server(databases: Any = None, **kwargs: Any) -> list[CheckMessage]:
+def check_server(databases: Sequence[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
     """asyncorm.W043: pools that the server has no room for (`manage.py check --database default`).
 
     Without `--database`, and before migrations, no check may connect.

@@ -17,14 +17,20 @@ from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from operator import attrgetter
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from django.db import models
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Field
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
 from .shapes import NotCacheable
+
+if TYPE_CHECKING:
+    from .backends.synchronous import SynchronousWrapper
+
 
 SLICE = 1000  # objects between two looks whether other tasks are to have a turn
 TEXT_ARRAY, _TIMESTAMPTZ, _TIMESTAMPTZ_ARRAY = 1009, 1184, 1185
@@ -56,7 +62,7 @@ class Ready(NamedTuple):
     fits: Callable[[Any], Any] | None = None
     bare: bool = True
 
-    def takes(self, value: Any) -> bool:
+    def takes(self, value: object) -> bool:
         """Whether a value is one of those; None is not."""
         return type(value) in self.types and (self.fits is None or bool(self.fits(value)))
 
@@ -99,13 +105,13 @@ def ready_of(field: Any) -> Ready | None:
     return _READY.get(type(field))
 
 
-def as_is(field: Any) -> Ready | None:
+def as_is(field: Field[Any, Any]) -> Ready | None:
     """Which values of a field psycopg takes as they are, None: all have to be prepared."""
     ready = ready_of(field)
     return None if ready is _JSON else ready
 
 
-def _texts(field: Any, values: list[Any], style: Style) -> list[str] | None:
+def _texts(field: Field[Any, Any], values: list[Any], style: Style) -> list[str] | None:
     """The values as PostgreSQL reads them; None if each has to be prepared first."""
     ready = ready_of(field)
     types = set(map(type, values))
@@ -168,7 +174,7 @@ def escaped(joined: str, style: Style) -> list[str]:
     return joined.split(_SEPARATOR)
 
 
-def prepared(field: Any, values: list[Any], wrapper: Any) -> list[Any]:
+def prepared(field: Field[Any, Any], values: list[Any], wrapper: BaseDatabaseWrapper) -> list[Any]:
     """The values as Django prepares them.
 
     Raises:
@@ -188,7 +194,7 @@ PRE_SAVES = {
 }
 
 
-def getter(field: Any) -> Callable[[Any], Any]:
+def getter(field: Field[Any, Any]) -> Callable[[Any], Any]:
     """What gives an object's value to be saved."""
     if type(field).pre_save in PRE_SAVES and not (
         getattr(field, "auto_now", False) or getattr(field, "auto_now_add", False)
@@ -204,7 +210,9 @@ def slices(objs: list[Any], turn: Callable[[], None]) -> Iterator[list[Any]]:
         turn()
 
 
-def array(field: Any, objs: list[Any], wrapper: Any, conn: Any) -> tuple[Any, int, int]:
+def array(
+    field: Any, objs: list[Any], wrapper: SynchronousWrapper, conn: Any
+) -> tuple[Any, int, int]:
     """The values of a field as a parameter, its type (0 is that of the column) and its format."""
     get = getter(field)
     if type(field) is models.DateTimeField:

@@ -12,7 +12,7 @@ from ._wire.statement import text_of
 _exec_command: Any = psycopg.Connection._exec_command
 
 
-def _telling(self: Any, command: Any, *args: Any, **kwargs: Any) -> Any:
+def _telling(self: Any, command: object, *args: Any, **kwargs: Any) -> Any:
     """`_exec_command()`, with listeners told of the commands of sessions."""
     with _events.command(self, text_of(command)):
         return (yield from _exec_command(self, command, *args, **kwargs))

@@ -17,12 +17,13 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from time import monotonic
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import anyio.to_thread
 import psycopg
 from django.db import NotSupportedError, connections, models, transaction
-from django.db.models import QuerySet
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Field, QuerySet
 from django.db.models.expressions import DatabaseDefault
 from django.db.models.manager import BaseManager
 from psycopg import generators
@@ -33,6 +34,10 @@ from . import bridge, columnar, sessions
 from .driver import Steps
 from .pages import see
 from .shapes import NotCacheable
+
+if TYPE_CHECKING:
+    from .backends.synchronous import SynchronousWrapper
+
 
 FORMATS = ("csv", "text", "binary")
 _PIECE = 64 * 1024  # bytes sent or written at a time
@@ -101,7 +106,7 @@ async def copy_to(
     return await bridge.run(_copy_to, queryset, _writer(destination), format, header)
 
 
-def _takes_text(destination: Any) -> bool:
+def _takes_text(destination: object) -> bool:
     return isinstance(destination, io.TextIOBase) or hasattr(destination, "encoding")
 
 
@@ -114,7 +119,7 @@ def _writer(destination: Any) -> Callable[[bytes], Any]:
     return lambda data: destination.write(decoder.decode(data))
 
 
-async def _to_path(queryset: Any, path: str, format: str, header: bool) -> int:
+async def _to_path(queryset: QuerySet[Any], path: str, format: str, header: bool) -> int:
     """Write beside the path and rename: a file there is whole, or the one from before."""
     part = _Part(await anyio.to_thread.run_sync(os.path.realpath, path))
     try:
@@ -167,11 +172,13 @@ class _Part:
             os.unlink(self.file.name)
 
 
-def _threaded(file: Any) -> Callable[[bytes], Any]:
+def _threaded(file: IO[bytes]) -> Callable[[bytes], Any]:
     return lambda data: anyio.to_thread.run_sync(file.write, data)
 
 
-def _copy_to(queryset: Any, write: Callable[[bytes], Any], format: str, header: bool) -> int:
+def _copy_to(
+    queryset: QuerySet[Any], write: Callable[[bytes], Any], format: str, header: bool
+) -> int:
     session = sessions.require(queryset.db)
     query, names = _compile(queryset, session.wrapper)
     options = [f"FORMAT {format}", *(["ENCODING 'UTF8'"] if format != "binary" else [])]
@@ -204,7 +211,7 @@ def _written(result: Any) -> None:
         bridge.await_(result)
 
 
-def _compile(queryset: Any, wrapper: Any) -> tuple[str, list[str]]:
+def _compile(queryset: Any, wrapper: SynchronousWrapper) -> tuple[str, list[str]]:
     """The queryset's SQL, its parameters bound, and the names of its columns."""
     query = queryset.query.clone()
     query.select_related = False
@@ -261,7 +268,11 @@ def bulk_create(queryset: Any, objs: Iterable[Any], batch_size: int | None) -> l
 
 
 def _insert(
-    queryset: Any, objs: list[Any], fields: list[Any], batch_size: int | None, **options: Any
+    queryset: QuerySet[Any],
+    objs: list[Any],
+    fields: list[Any],
+    batch_size: int | None,
+    **options: Any,
 ) -> list[tuple[()]]:
     """In place of QuerySet._batched_insert(); for each object it returns no columns."""
     for field in fields:
@@ -288,7 +299,7 @@ def _transfer(data: list[bytes], cursor: Any, statement: str) -> int:
     return int(cursor.connection.wait(_sending(cursor, statement, data)))
 
 
-def _check_field(field: Any) -> None:
+def _check_field(field: Field[Any, Any]) -> None:
     """Refuse a field that is inserted as more than a value, with perhaps a cast to its type."""
     for name in ("get_placeholder", "get_placeholder_sql"):  # before Django 6.1, since
         method = getattr(field, name, None)
@@ -306,7 +317,7 @@ _PRE_SAVES = {*columnar.PRE_SAVES, models.FileField.pre_save}
 
 
 def _encoded(
-    wrapper: Any, objs: list[Any], fields: list[Any]
+    wrapper: BaseDatabaseWrapper, objs: list[Any], fields: list[Any]
 ) -> Iterator[tuple[list[Any], list[Any], list[bytes]]]:
     """For each run of objects with the same columns: the columns, the objects, their data."""
     turn = _turns()
@@ -331,7 +342,7 @@ def _encoded(
 
 
 def _rows(
-    wrapper: Any, objs: list[Any], fields: list[Any], turn: Callable[[], None]
+    wrapper: BaseDatabaseWrapper, objs: list[Any], fields: list[Any], turn: Callable[[], None]
 ) -> Iterator[tuple[list[Any], Any, list[Any]]]:
     """For each object: the columns that it gives values for, it, the values."""
     for number, obj in enumerate(objs):
@@ -394,12 +405,12 @@ def _sending(cursor: Any, statement: str, data: Iterable[bytes]) -> Steps:
     return result.command_tuples
 
 
-def _beginning(cursor: Any, statement: str) -> Steps:
+def _beginning(cursor: psycopg.Cursor[Any], statement: str) -> Steps:
     """A generator for `wait()`: begin a COPY ... TO STDOUT."""
     yield from cursor._start_copy_gen(statement)
 
 
-def _reading(cursor: Any, size: int) -> Steps:
+def _reading(cursor: psycopg.Cursor[Any], size: int) -> Steps:
     """A generator for `wait()`: return at least `size` bytes, and the row count at the end."""
     data = bytearray()
     while len(data) < size:

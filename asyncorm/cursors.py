@@ -6,10 +6,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from operator import length_hint
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError
+from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg.pq import ExecStatus
+from psycopg.pq.abc import PGresult
 from psycopg.rows import tuple_row
 
 from . import _events, bridge, sessions
@@ -22,13 +24,17 @@ from ._wire.texts import is_single
 from .driver import Connection
 from .pages import see
 
+if TYPE_CHECKING:
+    from .backends.synchronous import SynchronousWrapper
+
+
 TUPLES_OK = ExecStatus.TUPLES_OK
 
 
 class _Raw:
     """SQL and parameters as a cursor takes them (a `Command`)."""
 
-    def __init__(self, text: str, params: Any, wrapper: Any) -> None:
+    def __init__(self, text: str, params: object, wrapper: SynchronousWrapper) -> None:
         self.text = text
         self.params = params
         self.wrapper = wrapper
@@ -38,11 +44,13 @@ class _Raw:
             raise NotServed
         return conn.bound(self.text, self.params)
 
-    def read(self, conn: Connection, result: Any) -> Answer:
+    def read(self, conn: Connection, result: PGresult) -> Answer:
         return conn.answer(result, conn.transformer)
 
 
-def _told(text: str, params: Any, wrapper: Any) -> AbstractContextManager[Any]:
+def _told(
+    text: str, params: Sequence[Any], wrapper: BaseDatabaseWrapper
+) -> AbstractContextManager[Any]:
     """The statement for those who listen."""
     if not _events.statements:
         return nullcontext()

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from typing import Any
 
+from django.db.models.query import QuerySet
+
 # Aliases for which others stand in: a pool of theirs does not wait for a server that is away.
 stood_in: Container[str] = frozenset()
 
 
-def _none(queryset: Any, exc: Exception) -> bool:
+def _none(queryset: QuerySet[Any], exc: Exception) -> bool:
     return False
 
 
-def _nobody(original: Any, by: Any) -> None:
+def _nobody(original: Callable[..., Any], by: Callable[..., Any]) -> None:
     pass
 
 
-def _raise(queryset: Any, exc: Exception, read: Callable[[], Any]) -> Any:
+def _raise(queryset: QuerySet[Any], exc: Exception, read: Callable[[], Any]) -> Any:
     raise exc
 
 

@@ -61,7 +61,7 @@ class Place:
             return frame.f_code is self._code
         return generator.ag_frame is frame
 
-    def _dropped(self, _: Any) -> None:
+    def _dropped(self, _: object) -> None:
         for entry in list(self.entries):
             entry.dropped(self)
 

@@ -21,7 +21,7 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from operator import attrgetter, itemgetter
 from types import FunctionType
@@ -115,7 +115,7 @@ def are_djangos(*classes: type) -> bool:
     return all(is_djangos(each) for cls in classes for each in cls.__mro__[:-1])
 
 
-def inherits(cls: Any, base: Any, names: Iterable[str]) -> bool:
+def inherits(cls: type, base: type, names: Iterable[str]) -> bool:
     """Whether a class leaves these attributes to a base of its."""
     return all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
 
@@ -126,7 +126,7 @@ def clones_as_django() -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _clones_as_django(function: Any) -> bool:
+def _clones_as_django(function: Callable[..., Any]) -> bool:
     return not is_anothers(function)
 
 

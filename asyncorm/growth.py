@@ -114,7 +114,7 @@ class GrowingPool(UpkeptPool[C]):
             self._away_since = monotonic()
         return self.several_hosts or (self._had_one and monotonic() < self._away_since + RESTART)
 
-    async def _add_connection(self, attempt: Any, growing: bool = False) -> None:
+    async def _add_connection(self, attempt: object, growing: bool = False) -> None:
         try:
             conn = await self._connect()
         except Exception as exc:

@@ -451,7 +451,7 @@ def _absent(entry: Names) -> Iterator[str]:
             yield name
 
 
-def _assigns(owner: Any, name: str) -> bool:
+def _assigns(owner: object, name: str) -> bool:
     if inspect.ismodule(owner):
         return False
     cls = owner if inspect.isclass(owner) else type(owner)

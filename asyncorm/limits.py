@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import anyio
 import psycopg
 from django.db import DEFAULT_DB_ALIAS
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 from . import bridge, conf, generators
 from ._pool.refusals import Asking, PoolDeadlock, deadlocked, holders
@@ -86,7 +87,7 @@ class Limit:
                 self._turns.release()
         return conn
 
-    def get(self, wrapper: Any) -> Connection:
+    def get(self, wrapper: BaseDatabaseWrapper) -> Connection:
         """A connection, waited for if need be.
 
         Raises:
@@ -194,7 +195,7 @@ class Kept:
         self._lent = True
         return cast("Connection", conn)
 
-    def get(self, wrapper: Any) -> Connection:
+    def get(self, wrapper: BaseDatabaseWrapper) -> Connection:
         """The same.
 
         Raises:

@@ -25,13 +25,17 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from itertools import chain
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 from . import bridge
 from .bridge import Runner
+
+if TYPE_CHECKING:
+    from .backends.synchronous import SynchronousWrapper
 
 
 class Handed(NamedTuple):
@@ -80,7 +84,7 @@ def serves_a_loop() -> bool:
 _used: ContextVar[dict[str, weakref.ref[Any]]] = ContextVar("asyncorm_used", default={})  # noqa: B039
 
 
-def note_use(wrapper: Any) -> None:
+def note_use(wrapper: BaseDatabaseWrapper) -> None:
     """Synchronous code of this thread uses its connection; a task may come after it."""
     if serves_a_loop():
         used = _used.get()
@@ -145,7 +149,7 @@ class Wrappers(list[Any]):
         for wrapper in wrappers:
             self.append(wrapper)
 
-    def pop(self, index: Any = -1) -> Any:
+    def pop(self, index: SupportsIndex = -1) -> Any:
         wrapper = super().pop(index)
         self._removed(wrapper)
         return wrapper
@@ -178,10 +182,10 @@ class Wrappers(list[Any]):
 class ExecuteWrappers:
     """The attribute `execute_wrappers` of synchronous DatabaseWrappers."""
 
-    def __get__(self, wrapper: Any, owner: Any) -> Any:
+    def __get__(self, wrapper: BaseDatabaseWrapper, owner: object) -> Any:
         return self if wrapper is None else wrapper.__dict__["execute_wrappers"]
 
-    def __set__(self, wrapper: Any, value: Any) -> None:
+    def __set__(self, wrapper: SynchronousWrapper, value: Any) -> None:
         before = wrapper.__dict__.get("execute_wrappers")
         if before:
             before.clear()
@@ -192,13 +196,13 @@ class ExecuteWrappers:
 _logs: ContextVar[dict[str, Any]] = ContextVar("asyncorm_logs", default={})  # noqa: B039
 
 
-def note_log(alias: str, log: Any) -> None:
+def note_log(alias: str, log: object) -> None:
     """Native code of the current task logs a query there; its threads may want to read it."""
     if (logs := _logs.get()).get(alias) is not log:
         _logs.set({**logs, alias: log})
 
 
-def logged(alias: str, own: Any) -> Iterable[Any]:
+def logged(alias: str, own: object) -> Iterable[Any]:
     """What the coroutine that this thread works for has logged natively, elsewhere than in the
     thread's own log."""
     log = _logs.get().get(alias) if serves_a_loop() else None
@@ -208,10 +212,10 @@ def logged(alias: str, own: Any) -> Iterable[Any]:
 class ForceDebugCursor:
     """The attribute `force_debug_cursor` of synchronous DatabaseWrappers."""
 
-    def __get__(self, wrapper: Any, owner: Any) -> Any:
+    def __get__(self, wrapper: BaseDatabaseWrapper, owner: object) -> Any:
         return self if wrapper is None else wrapper.__dict__["force_debug_cursor"]
 
-    def __set__(self, wrapper: Any, value: Any) -> None:
+    def __set__(self, wrapper: SynchronousWrapper, value: Any) -> None:
         wrapper.__dict__["force_debug_cursor"] = value
         if value and serves_a_loop():
             _hand(wrapper.alias, capturing=wrapper)
@@ -329,7 +333,7 @@ _entered: ContextVar[tuple[tuple[str, Any], ...]] = ContextVar("asyncorm_entered
 
 
 @contextmanager
-def entering(own: Any, wrapper: Callable[..., Any]) -> Iterator[None]:
+def entering(own: SynchronousWrapper, wrapper: Callable[..., Any]) -> Iterator[None]:
     """Have an execute wrapper of native code on Django's own DatabaseWrapper of the task."""
     before = _entered.get()
     with own.execute_wrapper(wrapper):

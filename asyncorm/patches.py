@@ -76,7 +76,7 @@ def _label(owner: Any) -> str:
     return f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__
 
 
-def replaced_by_us(owner: Any, name: str) -> bool:
+def replaced_by_us(owner: object, name: str) -> bool:
     """Whether `replace()` was called for an attribute and is not undone."""
     return any(patch.owner is owner and patch.name == name for patch in _patches)
 
@@ -86,7 +86,7 @@ def all_patches() -> list[Patch]:
     return list(_patches)
 
 
-def undo(owner: Any, name: str) -> None:
+def undo(owner: object, name: str) -> None:
     """Put back what was there before the last replacement, unless somebody replaced it since."""
     patch = next(p for p in reversed(_patches) if p.owner is owner and p.name == name)
     _patches.remove(patch)
@@ -99,7 +99,7 @@ def undo(owner: Any, name: str) -> None:
 
 
 @contextmanager
-def replaced(owner: Any, name: str, by: Any, why: str) -> Iterator[None]:
+def replaced(owner: object, name: str, by: Any, why: str) -> Iterator[None]:
     """Replace an attribute for the duration of a block."""
     replace(owner, name, by, why)
     try:

@@ -17,7 +17,7 @@ from operator import is_
 from typing import Any
 
 from django.core.exceptions import ObjectDoesNotExist
-from django.db.models import Prefetch, QuerySet, query
+from django.db.models import Lookup, Model, Prefetch, QuerySet, query
 from django.db.models.constants import LOOKUP_SEP
 from django.db.models.fields.related_descriptors import ReverseManyToOneDescriptor
 
@@ -103,7 +103,7 @@ def _one_level(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Any:
     return _assign(fetch, instances, lookup, level)
 
 
-def _assign(fetch: _Fetch, instances: Any, lookup: Any, level: int) -> Any:
+def _assign(fetch: _Fetch, instances: Iterable[Any], lookup: Any, level: int) -> Any:
     """Put what was fetched where it belongs, as Django's prefetch_one_level() does."""
     if fetch.along is not None and fetch.error is None:
         done = related.assign(fetch.along, instances, fetch.result)
@@ -112,7 +112,7 @@ def _assign(fetch: _Fetch, instances: Any, lookup: Any, level: int) -> Any:
     return _prefetch_one_level(instances, fetch, lookup, level)
 
 
-def _session(instance: Any, runner: Runner) -> Session | None:
+def _session(instance: Model, runner: Runner) -> Session | None:
     """The session of the operation if queries may run beside it."""
     alias = getattr(getattr(instance, "_state", None), "db", None)
     if alias is None or scopes.keeps_connection():
@@ -188,7 +188,7 @@ class _Fetch:
             if not self.future.done():
                 self.future.set_result(None)
 
-    def get_prefetch_querysets(self, instances: Any, querysets: Any = None) -> Any:
+    def get_prefetch_querysets(self, instances: list[Any], querysets: Any = None) -> Any:
         if self.error is not None:
             raise self.error
         return self.result
@@ -241,7 +241,7 @@ class _Plan:
         self.known.update(map(id, lookups))
 
     def look_ahead(
-        self, prefix: str, objs: Any, lookups: list[Any], nested: Iterable[Any] = ()
+        self, prefix: str, objs: list[Any], lookups: list[Any], nested: Iterable[Any] = ()
     ) -> None:
         """Foresee what follows the objects that `prefix` led to, and have it fetched."""
         before = len(self._waiting)
@@ -256,7 +256,7 @@ class _Plan:
         if len(self._waiting) > before:
             self._hire()
 
-    def _descend(self, prefix: str, objs: Any, lookups: list[Any]) -> None:
+    def _descend(self, prefix: str, objs: list[Any], lookups: list[Any]) -> None:
         level = prefix.count(LOOKUP_SEP) + 1 if prefix else 0
         below: dict[str, list[Any]] = {}
         for lookup in lookups:
@@ -280,7 +280,7 @@ class _Plan:
             elif found is not None:
                 self._descend(to, found, group)
 
-    def take(self, instances: list[Any], lookup: Any, level: int) -> _Fetch | None:
+    def take(self, instances: list[Any], lookup: Lookup[Any], level: int) -> _Fetch | None:
         """What was fetched, or is being fetched, for this very level of these very objects."""
         if not self.sound:
             self._waiting.clear()
@@ -364,7 +364,7 @@ async def _all_ended(tasks: list[Task[None]]) -> None:
         raise
 
 
-def _related(model: Any, name: str) -> Any:
+def _related(model: type[Model], name: str) -> Any:
     """The model that an attribute of a model leads to, None if that cannot be told."""
     for field in model._meta.get_fields():
         accessor = getattr(field, "get_accessor_name", None)  # of relations to the model

@@ -21,14 +21,14 @@ from .pages import see
 _NOT_DATABASE = {"acheck_password"}  # hashes in a thread
 
 
-def _check(method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if swap.has_foreign():
         alias = swap.alias_of(method, args, kwargs)
         if alias is not None and engines.native_class(alias) is None:
             raise engines.refuse_foreign(alias)
 
 
-def _is_plain(cls: Any, name: str) -> bool:
+def _is_plain(cls: type, name: str) -> bool:
     """Whether a method of a manager's class does nothing but call that of its querysets."""
     own = getattr(Manager, name, None)
     return (

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from inspect import getattr_static
 from operator import attrgetter
 from typing import Any
@@ -61,7 +61,7 @@ _QUERYSET = (
 _MANAGER = ("__new__", "__init__", "__setattr__", "__getattribute__", "get_queryset")
 
 
-def _is_djangos(cls: Any, base: Any, names: tuple[str, ...]) -> bool:
+def _is_djangos(cls: type, base: type, names: tuple[str, ...]) -> bool:
     return (
         grounds.is_djangos(base)
         and grounds.clones_as_django()
@@ -268,7 +268,9 @@ def assign(along: Relation, instances: Any, fetched: Any) -> Any:
     return objs, []
 
 
-def _assign_one(rows: Any, of_row: Any, of_instance: Any, cache_name: str, instances: Any) -> Any:
+def _assign_one(
+    rows: Iterable[Any], of_row: Any, of_instance: Any, cache_name: str, instances: list[Any]
+) -> Any:
     objs = list(rows)
     found: dict[Any, Any] = {}
     for part in _parts(objs, instances):
@@ -350,12 +352,12 @@ def _compiled(code: str) -> Any:
     return compile(code, __name__, "exec")
 
 
-def _is_shared(value: Any) -> bool:
+def _is_shared(value: object) -> bool:
     """Whether copies may have the same object."""
     return value is None or value == () or isinstance(value, bool | type)
 
 
-def _copier(query: Any) -> Callable[[], Any] | None:
+def _copier(query: Query) -> Callable[[], Any] | None:
     """A function that copies a query that nothing was done to yet."""
     settle(query)
     if type(query) is not Query or type(query.where) is not WhereNode or query.where.children:
@@ -408,7 +410,7 @@ class _Query:
         return state["_query"]
 
 
-def _with_query(original: Any) -> Any:
+def _with_query(original: Callable[..., Any]) -> Any:
     """A method of QuerySet that goes through the attributes."""
 
     @functools.wraps(original)

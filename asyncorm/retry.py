@@ -97,7 +97,7 @@ def retrying(
     return decorate
 
 
-def _matches(exc: BaseException, on: Any) -> bool:
+def _matches(exc: BaseException, on: type[BaseException] | tuple[type[BaseException], ...]) -> bool:
     cause: BaseException | None = exc
     while cause is not None:
         if isinstance(cause, on):
@@ -108,7 +108,11 @@ def _matches(exc: BaseException, on: Any) -> bool:
     return False
 
 
-def _is_unknown(exc: BaseException, on: Any, around: BaseException | None) -> bool:
+def _is_unknown(
+    exc: BaseException,
+    on: type[BaseException] | tuple[type[BaseException], ...],
+    around: BaseException | None,
+) -> bool:
     """Whether what failed may have been done nevertheless, and is not named for that.
 
     Args:

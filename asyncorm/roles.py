@@ -6,7 +6,9 @@ pooler that does not pass that on, and where it is too late, a refused write doe
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from psycopg.pq.abc import PGconn
 
 # Not what the session, its startup options, its role or its database set.
 ASK = """
@@ -25,7 +27,7 @@ class Role(NamedTuple):
     read_only: bool | None
 
     @classmethod
-    def of(cls, pgconn: Any) -> Role:
+    def of(cls, pgconn: PGconn) -> Role:
         """That of the server at the other end of a libpq connection, as it last told."""
         return cls(
             *(

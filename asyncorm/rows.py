@@ -258,7 +258,7 @@ def _in_utc(conn: Connection) -> bool:
     )
 
 
-def _is_standard_json(converter: Any, expression: Any) -> bool:
+def _is_standard_json(converter: Any, expression: object) -> bool:
     field = getattr(converter, "__self__", None)
     return (
         type(expression) is Col

@@ -39,6 +39,7 @@ import django.utils.asyncio
 from asgiref.sync import AsyncToSync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.dummy.base import DatabaseWrapper as _NoDatabase
 from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
@@ -85,7 +86,7 @@ class _Storage:
             return block.session.wrapper
         return getattr(self.local, alias)
 
-    def __setattr__(self, alias: str, wrapper: Any) -> None:
+    def __setattr__(self, alias: str, wrapper: BaseDatabaseWrapper) -> None:
         setattr(self.local, alias, wrapper)
 
     def __delattr__(self, alias: str) -> None:
@@ -128,7 +129,7 @@ def _advise(frame: Any) -> None:
         raise SynchronousOnlyOperation(advice.synchronous_only(frame))
 
 
-def _refuse_foreign(args: Any) -> None:
+def _refuse_foreign(args: tuple[Any, ...]) -> None:
     # Called by async_unsafe's wrapper, whose first argument is the DatabaseWrapper.
     wrapper: Any = args[0] if args else None
     alias = getattr(wrapper, "alias", None)

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from itertools import accumulate, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models.lookups import Lookup
+from django.db.models.sql.query import Query
 from greenlet import getcurrent
 
 from . import _events, bridge, grounds, verifying
@@ -25,6 +27,10 @@ from .grounds import Ground
 from .rows import RowMaker
 from .shapes import MAX_PARAMS, NotCacheable, Shape, shape_of_aggregates
 from .tracing import Mark, Trace
+
+if TYPE_CHECKING:
+    from .backends.synchronous import SynchronousWrapper
+
 
 plans = Store(4096)  # a plan, or None: not to be planned; and its ground
 UNPLANNED: Any = object()  # of a shape that is new
@@ -161,7 +167,7 @@ Compiled = tuple[str, Any, RowMaker | None]  # SQL, parameters, maker
 
 def plan_for(
     query: Any,
-    wrapper: Any,
+    wrapper: SynchronousWrapper,
     compile: Callable[[Any, Any], Compiled],
     *kind: Any,
     expressions: Any = None,
@@ -213,7 +219,7 @@ def plan_for(
 _BY_LENGTH: Any = object()  # in the place of a plan: lists of each length have their own
 
 
-def _by_length(of_any: Any, key: Any, shape: Shape) -> None:
+def _by_length(of_any: Any, key: tuple[Any, ...], shape: Shape) -> None:
     if (found := plans.get(of_any)) is not None:
         remember(of_any, _BY_LENGTH, found[1])
         if max(shape.lengths) <= MAX_PARAMS:
@@ -247,8 +253,8 @@ _NO_KIND: dict[type, int] = {}
 def _plan(
     shape: Shape,
     compile: Callable[[Any, Any], Compiled],
-    query: Any,
-    wrapper: Any,
+    query: Query,
+    wrapper: BaseDatabaseWrapper,
     trace: Trace,
 ) -> Plan:
     places = shape.places(skips_null=False)

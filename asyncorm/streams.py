@@ -12,6 +12,7 @@ from typing import Any
 
 import anyio
 from django.db import Error, OperationalError
+from django.db.models.query import QuerySet
 from django.db.transaction import TransactionManagementError
 from psycopg.errors import InvalidCursorName
 
@@ -22,7 +23,7 @@ from ._transactions.lifecycle import reserved
 from .pages import see
 
 
-async def stream(queryset: Any, chunk_size: int, read_ahead: int) -> AsyncIterator[Any]:
+async def stream(queryset: QuerySet[Any], chunk_size: int, read_ahead: int) -> AsyncIterator[Any]:
     """The rows of a queryset: see `native_iterator()`."""
 
     def begin() -> Any:

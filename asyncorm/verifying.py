@@ -8,14 +8,18 @@ makes the items. It costs what the cache saves, and more.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from itertools import starmap, zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
 from .pages import see
+
+if TYPE_CHECKING:
+    from .rows import RowMaker
+
 
 active = False  # follows the setting (planned.py)
 different = 0  # statements; the errors may be caught by somebody
@@ -28,7 +32,9 @@ class StatementCacheError(AssertionError):
     """The statement cache gave something else than Django's compiler: a fault of asyncorm."""
 
 
-def holds(key: Hashable, sent: Compiled, families: Any, compile: Callable[[], Compiled]) -> bool:
+def holds(
+    key: Hashable, sent: Compiled, families: Sequence[Any], compile: Callable[[], Compiled]
+) -> bool:
     """Whether Django makes this statement; False if it makes another one each time.
 
     Args:
@@ -82,7 +88,7 @@ def _shown(statement: Compiled) -> str:
     return f"{statement[0]}\n    with {list(statement[1])!r}"
 
 
-def _difference(expected: Compiled, sent: Compiled, families: Any) -> str:
+def _difference(expected: Compiled, sent: Compiled, families: Sequence[Any]) -> str:
     """What differs, in words; nothing if the statements are equal."""
     if expected[0] != sent[0]:
         return "its SQL"
@@ -129,7 +135,7 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b) and (kind.__module__ not in ("decimal", "datetime") or repr(a) == repr(b))
 
 
-def _described(maker: Any) -> Any:
+def _described(maker: RowMaker) -> Any:
     """How a maker makes its items, as far as that can be compared."""
     return maker and (
         maker.item,

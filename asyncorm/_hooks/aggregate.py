@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models.sql.query import Query
 from greenlet import getcurrent
 
 from .. import rows
@@ -20,7 +22,7 @@ from ..tracing import Resolving
 from .switch import native_wrapper
 
 
-def has_results(original: Any) -> Any:
+def has_results(original: Callable[..., Any]) -> Any:
     def has_results(self: Any, using: str) -> bool:
         wrapper = native_wrapper(using)
         if wrapper is None or not (found := exists_plan(self, wrapper)):
@@ -30,17 +32,17 @@ def has_results(original: Any) -> Any:
     return has_results
 
 
-def exists_plan(query: Any, wrapper: Any) -> Found | None:
+def exists_plan(query: Query, wrapper: BaseDatabaseWrapper) -> Found | None:
     """What `exists()` executes: it has a row, or none."""
     return plan_for(query, wrapper, _compile_exists, "exists")
 
 
-def _compile_exists(query: Any, wrapper: Any) -> Compiled:
+def _compile_exists(query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
     sql, params = query.exists().get_compiler(using=wrapper.alias).as_sql()
     return sql, params, None
 
 
-def get_count(original: Any) -> Any:
+def get_count(original: Callable[..., Any]) -> Any:
     def get_count(self: Any, using: str) -> int:
         wrapper = native_wrapper(using)
         if wrapper is None or _is_watched() or not (found := count_plan(self, wrapper)):
@@ -50,12 +52,12 @@ def get_count(original: Any) -> Any:
     return get_count
 
 
-def count_plan(query: Any, wrapper: Any) -> Found | None:
+def count_plan(query: Query, wrapper: BaseDatabaseWrapper) -> Found | None:
     """What `count()` executes: the number is its one item."""
     return plan_for(query, wrapper, _compile_count, "count")
 
 
-def _compile_count(query: Any, wrapper: Any) -> Compiled:
+def _compile_count(query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
     # What get_aggregation() does with the query is best seen from its statement.
     sql, params = _watched(lambda: query.get_count(wrapper.alias)).as_sql()
     maker = RowMaker(1, {})
@@ -63,7 +65,7 @@ def _compile_count(query: Any, wrapper: Any) -> Compiled:
     return sql, params, maker
 
 
-def get_aggregation(original: Any) -> Any:
+def get_aggregation(original: Callable[..., Any]) -> Any:
     """`aggregate()`: the names and the row of values."""
 
     def get_aggregation(self: Any, using: str, aggregate_exprs: Any) -> Any:
@@ -77,7 +79,9 @@ def get_aggregation(original: Any) -> Any:
     return get_aggregation
 
 
-def aggregate_plan(query: Any, exprs: Any, wrapper: Any) -> Found | None:
+def aggregate_plan(
+    query: Query, exprs: Iterable[Any], wrapper: BaseDatabaseWrapper
+) -> Found | None:
     """What `aggregate()` executes, for expressions by name."""
     compile = functools.partial(_compile_aggregates, exprs)
     return plan_for(query, wrapper, compile, "aggregate", expressions=exprs)
@@ -89,7 +93,7 @@ def named_values(plan: Plan, made: list[Any]) -> dict[str, Any]:
     return dict(zip(plan.maker.names_of_columns, row, strict=True))  # type: ignore[union-attr]
 
 
-def _compile_aggregates(exprs: Any, query: Any, wrapper: Any) -> Compiled:
+def _compile_aggregates(exprs: Any, query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
     named = {name: Resolving(name, expression) for name, expression in exprs.items()}
     seen = _watched(lambda: query.clone().get_aggregation(wrapper.alias, named))
     columns = list(seen.query.annotation_select.values())
@@ -113,7 +117,7 @@ def _is_watched() -> bool:
     return bool(_watching) and getcurrent() in _watching
 
 
-def execute_select(original: Any) -> Any:
+def execute_select(original: Callable[..., Any]) -> Any:
     """`SQLCompiler.execute_sql()`: Django's, unless only the statement is asked for."""
 
     def execute_sql(self: Any, *args: Any, **kwargs: Any) -> Any:

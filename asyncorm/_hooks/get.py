@@ -7,7 +7,7 @@ import decimal
 import functools
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.db import OperationalError
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -31,6 +31,10 @@ from ..shapes import NotCacheable, Shape
 from ..statements import UNPLANNED, hit, learn, recall
 from .iterate import compile_instances, iterating_plan, mode_of, queryset_plan
 from .switch import native_wrapper
+
+if TYPE_CHECKING:
+    from ..backends.synchronous import SynchronousWrapper
+
 
 # The types of values that a filter treats alike, whatever their value.
 PLAIN_VALUES = {
@@ -93,7 +97,7 @@ def get(original: Callable[..., Any]) -> Any:
 _own_get: Any = object()
 
 
-def only(queryset: Any, found: list[Any]) -> Any:
+def only(queryset: QuerySet[Any], found: list[Any]) -> Any:
     """The only item; otherwise what Django's `get()` raises."""
     return found[0] if len(found) == 1 else _own_get.__wrapped__(_Found(queryset.model, found))
 
@@ -178,7 +182,9 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Any:
     return (plan, params) if hit(key, plan, params, 0, compile) else None
 
 
-def awaited_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Found | None:
+def awaited_plan(
+    queryset: QuerySet[Any], kwargs: dict[str, Any], wrapper: SynchronousWrapper
+) -> Found | None:
     """What `get()` by keywords would execute; none where that is not known yet."""
     if kwargs and (found := _get_plan(queryset, kwargs, wrapper)) is not None:
         return None if found is UNPLANNED else (*found, 0)
@@ -193,14 +199,16 @@ def awaited_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Found |
     return iterating_plan(narrowed, wrapper)
 
 
-def _stays(value: Any) -> bool:
+def _stays(value: object) -> bool:
     return type(value) in _STAYING or isinstance(value, Model)
 
 
 _STAYING = {*PLAIN_VALUES, bool, type(None), list, tuple, set, frozenset}
 
 
-def _recorded_plan(queryset: Any, names: list[str], values: list[Any], wrapper: Any) -> Any:
+def _recorded_plan(
+    queryset: Any, names: list[str], values: list[Any], wrapper: BaseDatabaseWrapper
+) -> Any:
     """The plan of a recorded queryset: what `get()` does is done to a copy of its query."""
     cls = type(queryset)
     if not ((cls is query.QuerySet or _filters_as_django(cls)) and grounds.clones_as_django()):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from django.db.models import Manager, query
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Field, Manager, Model, query
+from django.db.models.sql.compiler import SQLInsertCompiler
 from django.db.models.sql.subqueries import InsertQuery
 
 from .. import bulk, columnar, distributed, grounds
@@ -22,8 +25,11 @@ from ..statements import UNPLANNED, count, hit, learn, recall
 from . import switch
 from .switch import Asked, native_wrapper
 
+if TYPE_CHECKING:
+    from ..backends.synchronous import SynchronousWrapper
 
-def execute_insert(original: Any) -> Any:
+
+def execute_insert(original: Callable[..., Any]) -> Any:
     """`execute_sql()` of the compiler of INSERT."""
 
     def execute_sql(self: Any, returning_fields: Any = None) -> Any:
@@ -48,7 +54,12 @@ def do_insert(original: Any) -> Any:
     """`Model._do_insert()`: the INSERT without a query and a compiler, after the first time."""
 
     def do_insert(
-        self: Any, manager: Any, using: str, fields: Any, returning_fields: Any, raw: bool
+        self: Any,
+        manager: Any,
+        using: str,
+        fields: Iterable[Field[Any, Any]],
+        returning_fields: Any,
+        raw: bool,
     ) -> Any:
         asked = switch.asking.get(id(self)) if switch.asking else None
         wrapper = asked or native_wrapper(using)
@@ -74,7 +85,11 @@ def do_insert(original: Any) -> Any:
 
 
 def _insert_key(
-    wrapper: Any, model: Any, raw: bool, fields: tuple[Any, ...], returning: tuple[Any, ...]
+    wrapper: SynchronousWrapper,
+    model: Any,
+    raw: bool,
+    fields: tuple[Any, ...],
+    returning: tuple[Any, ...],
 ) -> tuple[Any, ...]:
     return (
         wrapper.alias, InsertQuery, model, model._meta.db_table, raw,
@@ -83,7 +98,7 @@ def _insert_key(
 
 
 def _insert_params(
-    fields: tuple[Any, ...], obj: Any, raw: bool, wrapper: Any, ready: Any
+    fields: tuple[Any, ...], obj: Model, raw: bool, wrapper: BaseDatabaseWrapper, ready: Any
 ) -> list[Any] | None:
     """The values of an object as Django prepares them, None if that is to be left to it."""
     params = []
@@ -104,7 +119,7 @@ def _insert_params(
     return params
 
 
-def _inserted(plan: Plan, params: list[Any], wrapper: Any) -> list[Any]:
+def _inserted(plan: Plan, params: list[Any], wrapper: BaseDatabaseWrapper) -> list[Any]:
     if plan.maker is None:
         count_of(plan, params, 0, wrapper)
         return []
@@ -112,7 +127,7 @@ def _inserted(plan: Plan, params: list[Any], wrapper: Any) -> list[Any]:
 
 
 def _insert_plan(
-    compiler: Any, wrapper: Any, returning: tuple[Any, ...]
+    compiler: SQLInsertCompiler, wrapper: Any, returning: tuple[Any, ...]
 ) -> tuple[Plan, list[Any]] | None:
     query = compiler.query
     if type(query) is not InsertQuery or query.on_conflict or not query.fields:  # type: ignore[attr-defined]
@@ -158,7 +173,7 @@ def _plan_insert(
     return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())
 
 
-def prepare_for_bulk_create(original: Any) -> Any:
+def prepare_for_bulk_create(original: Callable[..., Any]) -> Any:
     """What `bulk_create()` does with each object at first."""
 
     def prepare(self: Any, objs: list[Any]) -> Any:

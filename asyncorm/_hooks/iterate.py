@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import django
@@ -161,7 +161,7 @@ ITERABLES: dict[Any, Callable[[Any], Any]] = {
 }
 
 
-def compile_of(queryset: QuerySet[Any], iterable: Any) -> Callable[[Any, Any], Compiled]:
+def compile_of(queryset: QuerySet[Any], iterable: Iterable[Any]) -> Callable[[Any, Any], Compiled]:
     """What compiles the query of a queryset that is iterated by a class of Django's."""
     return ITERABLES[iterable](queryset)  # type: ignore[no-any-return]
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from django.db.models import query
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Model, query
+from django.db.models.query import QuerySet
 from django.db.models.sql.constants import ROW_COUNT
+from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
 
 from .. import bridge, columnar, grounds, verifying
@@ -20,13 +24,16 @@ from . import switch
 from .get import PLAIN_VALUES
 from .switch import Asked, native_wrapper
 
+if TYPE_CHECKING:
+    from ..backends.synchronous import SynchronousWrapper
 
-def compile_write(query: Any, wrapper: Any) -> Compiled:
+
+def compile_write(query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
     sql, params = query.get_compiler(using=wrapper.alias).as_sql()
     return sql, params, None
 
 
-def execute_write(original: Any) -> Any:
+def execute_write(original: Callable[..., Any]) -> Any:
     """`execute_sql()` of the compilers of UPDATE and DELETE."""
 
     def execute_sql(self: Any, result_type: Any) -> Any:
@@ -49,13 +56,13 @@ class _ByKey:
         sql: of its right side.
     """
 
-    def __init__(self, plan: Plan, leaf: Any, wrapper: Any, kept: Any = ()) -> None:
+    def __init__(self, plan: Plan, leaf: Any, wrapper: SynchronousWrapper, kept: Any = ()) -> None:
         self.plan = plan
         self.lookup = type(leaf), leaf.lhs
         self.sql = leaf.process_rhs(None, wrapper)[0]
         self.kept = kept
 
-    def params(self, key: Any, wrapper: Any) -> list[Any]:
+    def params(self, key: Any, wrapper: SynchronousWrapper) -> list[Any]:
         """The parameters for a key, or for a list of one."""
         cls, lhs = self.lookup
         sql, params = cls(lhs, key).process_rhs(None, wrapper)
@@ -64,12 +71,12 @@ class _ByKey:
         return list(params)
 
 
-def do_update(original: Any) -> Any:
+def do_update(original: Callable[..., Any]) -> Any:
     """`Model._do_update()`: the UPDATE without a queryset, after the first time."""
 
     def do_update(
-        self: Any, base_qs: Any, using: str, pk_val: Any, values: Any, update_fields: Any,
-        forced_update: Any, *returning: Any, **named: Any,
+        self: Any, base_qs: QuerySet[Any], using: str, pk_val: Any, values: list[Any],
+        update_fields: Any, forced_update: Any, *returning: Any, **named: Any,
     ) -> Any:  # fmt: skip
         asked = switch.asking.get(id(self)) if switch.asking else None
         if (
@@ -95,7 +102,9 @@ def do_update(original: Any) -> Any:
     return do_update
 
 
-def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, list[Any]] | None:
+def _save_plan(
+    base_qs: Any, wrapper: BaseDatabaseWrapper, pk: Any, values: list[Any]
+) -> tuple[Plan, list[Any]] | None:
     if type(pk) not in PLAIN_VALUES or not is_untouched(base_qs._query):
         return None
     params: list[Any] = []
@@ -132,14 +141,16 @@ def _save_plan(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[Plan, 
     return (plan, params) if hit(whole, plan, params, 0, compile) else None
 
 
-def _update_of(base_qs: Any, pk: Any, values: Any) -> Any:
+def _update_of(base_qs: QuerySet[Any], pk: object, values: list[Any]) -> Any:
     """What `QuerySet._update()` would execute."""
     update: Any = base_qs.filter(pk=pk).query.chain(UpdateQuery)
     update.add_update_fields(values)
     return update
 
 
-def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[_ByKey, Ground]:
+def _plan_save(
+    base_qs: QuerySet[Any], wrapper: Any, pk: object, values: list[Any]
+) -> tuple[_ByKey, Ground]:
     update = _update_of(base_qs, pk, values)
     found = plan_for(update, wrapper, compile_write)
     if found is None or len(update.where.children) != 1 or len(update.values) != len(values):
@@ -149,13 +160,13 @@ def _plan_save(base_qs: Any, wrapper: Any, pk: Any, values: Any) -> tuple[_ByKey
     return known, _ground_by_key(update, known, wrapper)
 
 
-def _ground_by_key(written: Any, known: _ByKey, wrapper: Any) -> Ground:
+def _ground_by_key(written: Any, known: _ByKey, wrapper: SynchronousWrapper) -> Ground:
     cls, lhs = known.lookup
     kept = [*known.kept, lhs.target, lhs.output_field]
     return grounds.of_query(written, kept, None, wrapper, [cls], *known.plan.classes, short=True)
 
 
-def delete_batch(original: Any) -> Any:
+def delete_batch(original: Callable[..., Any]) -> Any:
     """`DeleteQuery.delete_batch()`: one row without a filter, after the first time."""
 
     def delete_batch(self: Any, pk_list: Any, using: str) -> Any:
@@ -168,7 +179,9 @@ def delete_batch(original: Any) -> Any:
     return delete_batch
 
 
-def delete_plan(model: Any, wrapper: Any, keys: list[Any]) -> tuple[Plan, list[Any]] | None:
+def delete_plan(
+    model: Any, wrapper: SynchronousWrapper, keys: list[Any]
+) -> tuple[Plan, list[Any]] | None:
     if type(keys[0]) not in PLAIN_VALUES:
         return None
     try:
@@ -189,7 +202,7 @@ def delete_plan(model: Any, wrapper: Any, keys: list[Any]) -> tuple[Plan, list[A
     return (plan, params) if hit(whole, plan, params, 0, compile) else None
 
 
-def _delete_of(model: Any, keys: list[Any]) -> Any:
+def _delete_of(model: type[Model], keys: list[Any]) -> Any:
     """What `DeleteQuery.delete_batch()` would execute."""
     delete: Any = DeleteQuery(model)
     delete.add_filter(f"{model._meta.pk.attname}__in", keys)

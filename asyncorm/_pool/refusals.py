@@ -6,13 +6,17 @@ import asyncio
 from asyncio import Task
 from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Iterable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psycopg
 
 from ..growth import is_full
 from ..pages import see
 from ..tasks import current_and_represented
+
+if TYPE_CHECKING:
+    from ..pools import Pool
+
 
 _FULL = (
     "The server refuses more connections: give it a larger max_connections, or the pools of all "
@@ -109,7 +113,7 @@ class PoolDeadlock(PoolRefusal):
     """Every connection is held by a task that waits for another one."""
 
 
-def deadlock_of(pool: Any) -> PoolDeadlock | None:
+def deadlock_of(pool: Pool) -> PoolDeadlock | None:
     """The error of a task that asks for a connection while all who have one ask, too."""
     if not deadlocked(pool.sessions(), pool.size, pool.asking):
         return None
@@ -121,7 +125,7 @@ def deadlock_of(pool: Any) -> PoolDeadlock | None:
     )
 
 
-def full_of(pool: Any, most: int) -> PoolRefusal:
+def full_of(pool: Pool, most: int) -> PoolRefusal:
     """The error of a task that may not even wait."""
     return PoolRefusal(
         f"The native pool of database {pool.alias!r} is exhausted: all {pool.size} "
@@ -130,7 +134,7 @@ def full_of(pool: Any, most: int) -> PoolRefusal:
     )
 
 
-def exhausted(pool: Any, conns: Any) -> psycopg.OperationalError:
+def exhausted(pool: Pool, conns: Any) -> psycopg.OperationalError:
     """The error of a task that has waited as long as it may."""
     seconds = pool.options["timeout"]
     reason = conns.connect_error

@@ -6,7 +6,7 @@ They also tell, with the swap and Django's own handler, that there is another on
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ def _entries() -> Iterator[tuple[str, str, bool]]:
                     yield f"A view of {module}", module, native
 
 
-def _views(patterns: Any) -> Iterator[Any]:
+def _views(patterns: Iterable[Any]) -> Iterator[Any]:
     for pattern in patterns:
         if isinstance(pattern, URLPattern):
             yield pattern.callback

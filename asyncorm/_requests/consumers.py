@@ -39,7 +39,7 @@ def _dispatch(func: Callable[..., Any], **options: Any) -> Any:
     return sync_to_async(func, **options)
 
 
-def _is_no_op(func: Any) -> bool:
+def _is_no_op(func: Callable[..., Any]) -> bool:
     """Whether it is what Channels' test clients put in the place of close_old_connections()."""
     return getattr(func, "__module__", "") == "channels.testing.application"
 
@@ -58,7 +58,7 @@ def _does_nothing() -> bool:
 
 
 @functools.cache
-def _closes_as_django(cls: Any) -> bool:
+def _closes_as_django(cls: type) -> bool:
     return all(
         base.__module__.startswith(("django.", "asyncorm."))
         for base in cls.__mro__

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from asyncio import CancelledError, current_task
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -82,7 +82,7 @@ class Chain(BaseHandler):
         return response
 
 
-def _runs_natively(view: Any) -> bool:
+def _runs_natively(view: Callable[..., Any]) -> bool:
     # What hooks of middleware have left in the request's thread, the view must find.
     return views.is_native(view) and not flow.goes_to_thread()
 
@@ -114,7 +114,9 @@ class NativeHandler(ASGIHandler):
         chain.load_middleware()
         self._middleware_chain = chain.respond
 
-    async def handle(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def handle(
+        self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
+    ) -> None:
         if self._watches:
             watchdog.watch()
         try:
@@ -125,7 +127,9 @@ class NativeHandler(ASGIHandler):
         task = asyncio.create_task(self._serve(running, scope, body_file, send))
         await self._watch(running, task, receive)
 
-    async def _watch(self, running: flow.Running, task: asyncio.Task[None], receive: Any) -> None:
+    async def _watch(
+        self, running: flow.Running, task: asyncio.Task[None], receive: Callable[..., Any]
+    ) -> None:
         """Wait for the request, and tell it when the client goes away or it is to be cancelled.
 
         The request has a task of its own: a cancellation must not reach native code.
@@ -135,7 +139,7 @@ class NativeHandler(ASGIHandler):
         cancelling = watching.cancelling()
         listens, woken = True, False
 
-        def wake(_: Any) -> None:
+        def wake(_: object) -> None:
             nonlocal woken
             if listens:
                 woken = watching.cancel()
@@ -166,7 +170,7 @@ class NativeHandler(ASGIHandler):
         raise failure
 
     async def _serve(
-        self, running: flow.Running, scope: dict[str, Any], body_file: Any, send: Any
+        self, running: flow.Running, scope: dict[str, Any], body_file: Any, send: Callable[..., Any]
     ) -> None:
         flow.begin(running)
         with closing(body_file):
@@ -220,7 +224,7 @@ class NativeHandler(ASGIHandler):
             for chunk, _ in self.chunk_bytes(part):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
-        async def send_content_first(message: Any) -> None:
+        async def send_content_first(message: Mapping[str, Any]) -> None:
             if message["type"] == "http.response.body":
                 await (streaming.from_thread if in_thread else streaming.natively)(
                     content, send_part

@@ -136,7 +136,7 @@ class StatementLock:
             self.__exit__(type(exc), exc, exc.__traceback__)
             raise
 
-    def hold(self, holder: Any, block: Block | None) -> None:
+    def hold(self, holder: object, block: Block | None) -> None:
         """Have a statement of `holder` run from now on, which has the block's lock."""
         self._held = block
         self.holder = holder

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any, cast
 from weakref import WeakSet
 
+import psycopg
 from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
 from psycopg.pq import TransactionStatus
@@ -325,7 +326,7 @@ class Session(StatementLock):
             (cursor := ref()) is not None and not cursor.closed for ref in self.opened
         )
 
-    def note(self, cursor: Any) -> None:
+    def note(self, cursor: psycopg.Cursor[Any]) -> None:
         """Remember a cursor that is being opened."""
         if len(self.opened) >= _MANY_CURSORS:
             self.opened = [

@@ -46,7 +46,7 @@ class Adapters(AdaptersMap):
         self.version += 1
 
 
-def has_own(adapters: Any) -> bool:
+def has_own(adapters: AdaptersMap) -> bool:
     """Whether something was registered in an adapters map since it was copied from another."""
     return bool(
         any(adapters._own_loaders)

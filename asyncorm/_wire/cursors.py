@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import pq
 from psycopg.adapt import Transformer
+from psycopg.pq.abc import PGresult
 
 from .. import _events
 from .adapting import AdaptersContext, has_own
@@ -93,7 +95,7 @@ class _Cursor:
 
 
 @functools.cache
-def native_cursor(cls: Any) -> Any:
+def native_cursor(cls: type) -> Any:
     """The class, with what native code needs."""
     return type(cls.__name__, (_Cursor, cls), {"__slots__": (), "__module__": cls.__module__})
 
@@ -109,7 +111,7 @@ class InTurn:
 
 
 @functools.cache
-def in_turn(cls: Any) -> Any:
+def in_turn(cls: type) -> Any:
     """The class of a server-side cursor, to take turns."""
     return type(cls.__name__, (InTurn, cls), {"__slots__": (), "__module__": cls.__module__})
 
@@ -117,7 +119,7 @@ def in_turn(cls: Any) -> Any:
 class _Executing:
     """A cursor's statement on the connection of others (a `Command`)."""
 
-    def __init__(self, cursor: Any, query: Any, params: Any, text: str) -> None:
+    def __init__(self, cursor: Any, query: Any, params: object, text: str) -> None:
         self.cursor = cursor
         self.query = query
         self.params = params
@@ -131,7 +133,7 @@ class _Executing:
         query.convert(self.query, self.params)
         return sent(query, self.text)
 
-    def read(self, conn: Connection, result: Any) -> Answer:
+    def read(self, conn: Connection, result: PGresult) -> Answer:
         return conn.answer(result, self.transformer)
 
 
@@ -146,14 +148,14 @@ class Answer:
         self.rows = rows
         self.encoding = encoding
 
-    def set_pgresult(self, result: Any, **kwargs: Any) -> None:
+    def set_pgresult(self, result: PGresult, **kwargs: Any) -> None:
         """It has it already."""
 
-    def load_row(self, row: int, make_row: Any) -> Any:
+    def load_row(self, row: int, make_row: Callable[..., Any]) -> Any:
         """As psycopg's."""
         return make_row(self.rows[row]) if row < len(self.rows) else None
 
-    def load_rows(self, row0: int, row1: int, make_row: Any) -> list[Any]:
+    def load_rows(self, row0: int, row1: int, make_row: Callable[..., Any]) -> list[Any]:
         """As psycopg's."""
         rows = self.rows[row0:row1]
         return rows if make_row is tuple else list(map(make_row, rows))

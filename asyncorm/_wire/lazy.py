@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ class DeferredConnection(Connection):
         self.materialize()
         return getattr(self, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name not in _OF_LAZY:
             self.materialize()
         object.__setattr__(self, name, value)
@@ -100,7 +101,9 @@ class DeferredConnection(Connection):
         object.__setattr__(self, "__dict__", conn.__dict__)
         object.__setattr__(self, "__class__", Connection)
 
-    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+    def wait(
+        self, gen: Generator[Any, Any, Any], interval: float = 0.1, timeout: float | None = None
+    ) -> Any:
         """As Connection.wait(), on a connection of its own."""
         self.materialize()
         return self.wait(gen, interval, timeout)

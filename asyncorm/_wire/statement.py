@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import psycopg
 from psycopg import pq
+from psycopg.pq.abc import PGconn, PGresult
 
 from .texts import traces
 
@@ -70,7 +71,7 @@ class Command(Protocol):
     def bind(self, conn: Connection) -> Statement:
         """The statement with its values, as it has to be for a connection's settings now."""
 
-    def read(self, conn: Connection, result: Any) -> Any:
+    def read(self, conn: Connection, result: PGresult) -> Any:
         """What is wanted of its result, which the connection has just given.
 
         Nobody has used the connection since, and nothing is read from it later.
@@ -123,21 +124,21 @@ class Statement:
         """It is bound."""
         return self
 
-    def read(self, conn: Connection, result: Any) -> Any:
+    def read(self, conn: Connection, result: PGresult) -> Any:
         """The result as it is."""
         return result
 
-    def send(self, pgconn: Any) -> None:
+    def send(self, pgconn: PGconn) -> None:
         """Have libpq send it, unprepared."""
         pgconn.send_query_params(
             self.query, self.params, self.types, self.formats, self.result_format
         )
 
-    def send_prepare(self, pgconn: Any, name: bytes) -> None:
+    def send_prepare(self, pgconn: PGconn, name: bytes) -> None:
         """Have libpq send the order to prepare it under a name."""
         pgconn.send_prepare(name, self.query, self.types)
 
-    def send_prepared(self, pgconn: Any, name: bytes) -> None:
+    def send_prepared(self, pgconn: PGconn, name: bytes) -> None:
         """Have libpq send the order to execute it, prepared before."""
         pgconn.send_query_prepared(name, self.params, self.formats, self.result_format)
 
@@ -169,7 +170,7 @@ class Reading:
         """It is bound."""
         return self.statement
 
-    def read(self, conn: Connection, result: Any) -> Any:
+    def read(self, conn: Connection, result: PGresult) -> Any:
         """What `load` makes of the result."""
         return self.load(result, conn)
 

@@ -76,14 +76,14 @@ class _Noticing:
 
 
 @cache
-def noticing(cls: Any) -> Any:
+def noticing(cls: type) -> Any:
     if issubclass(cls, _Noticing):
         return cls
     return type(cls.__name__, (_Noticing, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
 @cache
-def stream_class(cls: Any) -> Any:
+def stream_class(cls: type) -> Any:
     return type(cls.__name__, (_Stream, cls), {"__slots__": (), "__module__": cls.__module__})
 
 

@@ -50,7 +50,7 @@ class _Errors(fate.Errors):
 
     wrapper: Any
 
-    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+    def __exit__(self, exc_type: Any, exc: BaseException | None, traceback: Any) -> None:
         if exc_type is None:
             return
         wrapper = self.wrapper
@@ -98,10 +98,10 @@ class _Shared:
     def __init__(self, default: Any = None) -> None:
         self.default = default
 
-    def __set_name__(self, owner: Any, name: str) -> None:
+    def __set_name__(self, owner: object, name: str) -> None:
         self.name = name
 
-    def __get__(self, wrapper: Any, owner: Any) -> Any:
+    def __get__(self, wrapper: NativeWrapper, owner: object) -> Any:
         if wrapper.unpooled:
             return wrapper.__dict__[self.name]
         own = _known(wrapper)
@@ -117,7 +117,7 @@ class _Shared:
             observers.note_log(wrapper.alias, value)
         return value
 
-    def __set__(self, wrapper: Any, value: Any) -> None:
+    def __set__(self, wrapper: Any, value: object) -> None:
         if wrapper.unpooled:  # BaseDatabaseWrapper.__init__ among others
             wrapper.__dict__[self.name] = value
         elif wrapper.session is not None:
@@ -128,7 +128,7 @@ class _Shared:
 class _Wrappers(_Shared):
     """`execute_wrappers`: those of the task's wrapper, after any that were put on this very one."""
 
-    def __get__(self, wrapper: Any, owner: Any) -> Any:
+    def __get__(self, wrapper: NativeWrapper, owner: object) -> Any:
         mine = wrapper.__dict__.setdefault(self.name, [])  # a connection_created receiver may
         if wrapper.unpooled:
             return mine
@@ -140,7 +140,7 @@ class _Wrappers(_Shared):
         return [*sessions.everywhere, *mine] if sessions.everywhere else mine
 
 
-def _known(wrapper: Any) -> Any:
+def _known(wrapper: SynchronousWrapper) -> Any:
     """Django's own wrapper of the task, if there is one; looked up once for each operation."""
     session = wrapper.session
     if session is None or session.kept:  # several tasks may share it

@@ -37,7 +37,7 @@ else:
 class _OfBlock:
     """An attribute that each block has for itself: tasks share the wrapper but not the block."""
 
-    def __set_name__(self, owner: Any, name: str) -> None:
+    def __set_name__(self, owner: object, name: str) -> None:
         self.name = name
         self.plain = f"_plain_{name}"
 
@@ -47,7 +47,7 @@ class _OfBlock:
         block = self._block(wrapper.session)
         return wrapper.__dict__.get(self.plain) if block is None else getattr(block, self.name)
 
-    def __set__(self, wrapper: Any, value: Any) -> None:
+    def __set__(self, wrapper: Any, value: object) -> None:
         block = self._block(wrapper.session)
         if block is None:
             wrapper.__dict__[self.plain] = value
@@ -247,7 +247,7 @@ _EMPTY = frozenset(
 
 
 @cache
-def _is_plain(cls: Any) -> bool:
+def _is_plain(cls: type) -> bool:
     return all(
         f"{base.__module__}.".startswith(_KNOWN) or vars(base).keys() <= _EMPTY
         for base in cls.__mro__[:-1]

@@ -59,7 +59,7 @@ def _repeated(original: Callable[..., Any]) -> Callable[..., Any]:
     return read
 
 
-def again(queryset: Any, exc: Exception, read: Callable[[], Any]) -> Any:
+def again(queryset: QuerySet[Any], exc: Exception, read: Callable[[], Any]) -> Any:
     """`elsewhere.again`."""
     before = avoided.get()
     try:

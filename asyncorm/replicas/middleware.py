@@ -8,6 +8,8 @@ from typing import Any
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.conf import settings
 from django.core.exceptions import MiddlewareNotUsed
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
 
 from .. import bridge, conf
 from ..pages import see
@@ -86,14 +88,14 @@ def _end(before: positions.Need, response: Any) -> None:
         positions.enter(before)
 
 
-def _cookie(request: Any) -> str | None:
+def _cookie(request: HttpRequest) -> str | None:
     kept: str | None = request.get_signed_cookie(
         COOKIE, default=None, salt=_SALT, max_age=int(positions.MAX_AGE)
     )
     return kept
 
 
-def _set_cookie(response: Any, position: str) -> None:
+def _set_cookie(response: HttpResponseBase, position: str) -> None:
     response.set_signed_cookie(
         COOKIE,
         position,

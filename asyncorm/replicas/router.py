@@ -72,7 +72,7 @@ class ReplicaRouter:
         chosen.set(alias)
         return alias
 
-    def _db_for_read(self, model: Any, hints: dict[str, Any]) -> str | None:
+    def _db_for_read(self, model: type[Model], hints: dict[str, Any]) -> str | None:
         instance = hints.get("instance")
         stands = None if instance is None else instance._state.db
         if stands is not None and stands not in self._ours:

@@ -198,7 +198,7 @@ class Watcher:
 
     # What it sees
 
-    def _see_primary(self, alias: str, asked: float, row: Any) -> None:
+    def _see_primary(self, alias: str, asked: float, row: Sequence[Any]) -> None:
         standby, server, written, flushed = row
         if standby:
             raise psycopg.OperationalError(f"database {alias!r} is a standby")
@@ -220,7 +220,7 @@ class Watcher:
             keep = bisect_right(self._times, asked - 2 * self.max_lag)
             self._positions, self._times = self._positions[keep:], self._times[keep:]
 
-    def _see_replica(self, alias: str, asked: float, row: Any) -> None:
+    def _see_replica(self, alias: str, asked: float, row: Sequence[Any]) -> None:
         standby, server, replayed = row
         replica = self.replicas[alias]
         if asked < replica.left:
