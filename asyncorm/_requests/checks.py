@@ -100,11 +100,16 @@ def check_handler() -> list[CheckMessage]:
     if what:
         djangos = type(projects_handler()) is ASGIHandler
     else:
-        what = f"{settings.ROOT_URLCONF.rpartition('.')[0]}.asgi"
+        what = f"{str(_urls()).rpartition('.')[0]}.asgi"
         djangos = _imports_djangos_handler(what)
     if not djangos:
         return []
     return [Info(f"{what} is served by Django's own handler.", hint=HINT, id="asyncorm.I001")]
+
+
+def _urls() -> Any:
+    """The root URLconf; a program that serves no requests may have none."""
+    return getattr(settings, "ROOT_URLCONF", None)
 
 
 def _imports_djangos_handler(module: str) -> bool:
@@ -207,7 +212,7 @@ def _entries() -> Iterator[tuple[str, str, bool]]:
             if native or conf.get("NATIVE_MIDDLEWARE") == middleware.ALL:
                 yield path, import_string(path).__module__, native
     told = set()
-    for view in _views(get_resolver().url_patterns):
+    for view in _views(get_resolver().url_patterns if _urls() else ()):
         native = views.is_native(view)
         if native or conf.get("NATIVE_VIEWS") is True:
             for module in views.modules(view):

@@ -35,6 +35,8 @@ def test_the_example_project_is_fine() -> None:
         ASYNCORM={"SWAP_MANAGERS": True}, ASGI_APPLICATION=None, ROOT_URLCONF=__name__
     ):
         assert found() == []
+        del settings.ROOT_URLCONF  # a program that serves no requests
+        assert found() == []
 
 
 @pytest.mark.parametrize(
