@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from django.conf import settings as django_settings
@@ -57,9 +58,43 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-_SWITCHES = [key for key, value in DEFAULTS.items() if isinstance(value, bool)]
-_WORDS = {"STATEMENT_CACHE": "verify"}  # what a switch may be beside True and False
+def _is_switch(value: object) -> bool:
+    return isinstance(value, bool)
 
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_no_other(value: object) -> bool:
+    return False
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+# What a value must be: in words, how to tell, and what else it may be.
+_SECONDS = "a positive number of seconds"
+_MUST_BE: dict[str, tuple[str, Callable[[object], bool], tuple[object, ...]]] = {
+    "STATEMENT_CACHE": ('True, False or "verify"', _is_switch, ("verify",)),
+    "LOCK_TIMEOUT": (_SECONDS, _is_seconds, ()),
+    "FILL_DELAY": (_SECONDS, _is_seconds, ()),
+    "SLOW_CHECKOUT": (f"{_SECONDS}, or None", _is_seconds, (None,)),
+    "SLOW_STEP": (f"{_SECONDS}, None, or False (never)", _is_seconds, (None, False)),
+    "PARALLELISM": ("a positive number of connections, or None", _is_count, (None,)),
+    "STATEMENT_CACHE_SIZE": ("a positive number of statements", _is_count, ()),
+    "NATIVE_MIDDLEWARE": ("a list of dotted names, or '__all__'", _is_names, ("__all__",)),
+    "NATIVE_VIEWS": ("a list of dotted names, or True", _is_names, (True,)),
+    "NATIVE_HANDLER": ("True, False or None", _is_switch, (None, 0, 1)),
+    "DISTRIBUTED": ("True, False or None", _is_switch, (None, 0, 1)),
+    "REPLICA_POSITION": ('"cookie" or "session"', _is_no_other, ("cookie", "session")),
+}
+_SWITCH = ("True or False", _is_switch, ())
 
 _values: dict[str, Any] | None = None
 
@@ -97,45 +132,10 @@ def problems() -> list[str]:
         for key in value
         if key not in DEFAULTS
     ]
-    for key in _SWITCHES:
-        word, switch = _WORDS.get(key), value.get(key, False)
-        if not isinstance(switch, bool) and (word is None or switch != word):
-            choices = f'True, False or "{word}"' if word else "True or False"
-            found.append(f'ASYNCORM["{key}"] must be {choices}.')
-    for key in ("LOCK_TIMEOUT", "FILL_DELAY"):
-        seconds = value.get(key, DEFAULTS[key])
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0:
-            found.append(f'ASYNCORM["{key}"] must be a positive number of seconds.')
-    seconds = value.get("SLOW_CHECKOUT")
-    if seconds is not None and (
-        isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0
-    ):
-        found.append('ASYNCORM["SLOW_CHECKOUT"] must be a positive number of seconds, or None.')
-    for key, what, unset in (
-        ("PARALLELISM", "connections, or None", None),
-        ("STATEMENT_CACHE_SIZE", "statements", 1),
-    ):
-        most = value.get(key, unset)
-        if most is not unset and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-            found.append(f'ASYNCORM["{key}"] must be a positive number of {what}.')
-    for key, everything in (("NATIVE_MIDDLEWARE", "__all__"), ("NATIVE_VIEWS", True)):
-        names = value.get(key, [])
-        if names != everything and not (
-            isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-        ):
-            found.append(f'ASYNCORM["{key}"] must be a list of dotted names, or {everything!r}.')
-    for key in ("NATIVE_HANDLER", "DISTRIBUTED"):
-        if value.get(key) not in (None, True, False):
-            found.append(f'ASYNCORM["{key}"] must be True, False or None.')
-    if value.get("REPLICA_POSITION", "cookie") not in ("cookie", "session"):
-        found.append('ASYNCORM["REPLICA_POSITION"] must be "cookie" or "session".')
-    seconds = value.get("SLOW_STEP")
-    if seconds not in (None, False) and (
-        isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds <= 0
-    ):
-        found.append(
-            'ASYNCORM["SLOW_STEP"] must be a positive number of seconds, None, or False (never).'
-        )
+    for key in filter(value.__contains__, DEFAULTS):
+        words, fits, others = _MUST_BE.get(key, _SWITCH)
+        if not fits(value[key]) and value[key] not in others:
+            found.append(f'ASYNCORM["{key}"] must be {words}.')
     return found
 
 
