@@ -78,9 +78,9 @@ class Statement:
         if (outer := _running.get()) is not None:
             self._outer = outer
         _running.set(ref(self))
-        if _begun_statement and not self.known:
+        if _heard["statement_begun"] and not self.known:
             self.known = True
-            _tell(_begun_statement, self)
+            _tell("statement_begun", self)
         return self
 
     def __exit__(self, exc_type: object, exc: BaseException | None, traceback: object) -> None:
@@ -91,7 +91,7 @@ class Statement:
                 return
             self.error = exc
         self.ended = monotonic()
-        _tell(_ended_statement, self)
+        _tell("statement_ended", self)
 
     @property
     def seconds(self) -> float:
@@ -118,7 +118,7 @@ class Command:
         self.task = _task()
         self.began = monotonic()
         self.ended = 0.0
-        _tell(_begun_command, self)
+        _tell("command_begun", self)
 
     def end(self) -> None:
         """It has been answered, possibly in another task, if this one was cancelled; or, a BEGIN
@@ -127,7 +127,7 @@ class Command:
         self.ended = monotonic()
         if self._statement is not None and self.text.startswith("BEGIN"):
             self._statement.sent = self.ended
-        _tell(_ended_command, self)
+        _tell("command_ended", self)
 
 
 class Wait:
@@ -178,14 +178,14 @@ class Block:
         self.task = _task()
         self.began = monotonic()
         self.ended = 0.0
-        _tell(_begun_block, self)
+        _tell("block_begun", self)
 
     def end(self, rolled_back: bool) -> None:
         """It was left; told once."""
         if not self.ended:
             self.ended = monotonic()
             self.rolled_back = rolled_back
-            _tell(_ended_block, self)
+            _tell("block_ended", self)
 
 
 class Listener:
@@ -225,18 +225,11 @@ class Listener:
         """It was committed, released or rolled back."""
 
 
-_Told = tuple[Callable[[Any], None], ...]
 _listeners: list[Listener] = []
-_begun_statement: _Told = ()
-_ended_statement: _Told = ()
-_begun_command: _Told = ()
-_ended_command: _Told = ()
-_waited: _Told = ()
-_checked_out: _Told = ()
-_checked_in: _Told = ()
-_cached: _Told = ()
-_begun_block: _Told = ()
-_ended_block: _Told = ()
+# The methods of listeners that hear of something, by their name.
+_heard: dict[str, list[Callable[[Any], None]]] = {
+    name: [] for name in vars(Listener) if not name.startswith("_")
+}
 
 # Called when somebody begins or ceases to listen: who has something to put in place for that.
 changed: list[Callable[[], None]] = []
@@ -257,26 +250,17 @@ def unlisten(listener: Listener) -> None:
 
 
 def _arrange() -> None:
-    global _begun_statement, _ended_statement, _begun_command, _ended_command, _waited
-    global _checked_out, _checked_in, _cached, _begun_block, _ended_block
     global statements, commands, waits, checkouts, cache, blocks
-
-    def of(name: str) -> _Told:
+    for name in _heard:
         nothing = getattr(Listener, name)
         heard = [each for each in _listeners if getattr(type(each), name) is not nothing]
-        return tuple(getattr(each, name) for each in heard)
-
-    _begun_statement, _ended_statement = of("statement_begun"), of("statement_ended")
-    _begun_command, _ended_command = of("command_begun"), of("command_ended")
-    _checked_out, _checked_in = of("checked_out"), of("checked_in")
-    _begun_block, _ended_block = of("block_begun"), of("block_ended")
-    _waited, _cached = of("waited"), of("cached")
-    statements = bool(_begun_statement or _ended_statement)
-    commands = bool(_begun_command or _ended_command)
-    waits = statements or bool(_waited)
-    checkouts = bool(_checked_out or _checked_in)
-    cache = statements or bool(_cached)
-    blocks = bool(_begun_block or _ended_block)
+        _heard[name] = [getattr(each, name) for each in heard]
+    statements = bool(_heard["statement_begun"] or _heard["statement_ended"])
+    commands = bool(_heard["command_begun"] or _heard["command_ended"])
+    waits = statements or bool(_heard["waited"])
+    checkouts = bool(_heard["checked_out"] or _heard["checked_in"])
+    cache = statements or bool(_heard["cached"])
+    blocks = bool(_heard["block_begun"] or _heard["block_ended"])
     if not checkouts:
         _out.clear()
     for tell in changed:
@@ -286,8 +270,8 @@ def _arrange() -> None:
 _failed: set[Any] = set()
 
 
-def _tell(told: _Told, event: object) -> None:
-    for function in told:
+def _tell(what: str, event: object) -> None:
+    for function in _heard[what]:
         try:
             function(event)
         except Exception:
@@ -397,8 +381,8 @@ def waited(alias: str, what: str, began: float, ended: float | None = None) -> N
     if (statement := _under_way()) is not None:
         statement.waited += ended - began
         statement.sent = ended
-    if _waited:
-        _tell(_waited, Wait(alias, what, began, ended))
+    if _heard["waited"]:
+        _tell("waited", Wait(alias, what, began, ended))
 
 
 _out: dict[int, CheckOut] = {}
@@ -407,7 +391,7 @@ _out: dict[int, CheckOut] = {}
 def checked_out(alias: str, conn: Connection, holder: object) -> None:
     """A connection has left its pool."""
     event = _out[id(conn)] = CheckOut(alias, conn.pgconn.backend_pid, holder)
-    _tell(_checked_out, event)
+    _tell("checked_out", event)
 
 
 def checked_in(conn: Connection) -> None:
@@ -415,7 +399,7 @@ def checked_in(conn: Connection) -> None:
     event = _out.pop(id(conn), None)
     if event is not None:
         event.ended = monotonic()
-        _tell(_checked_in, event)
+        _tell("checked_in", event)
 
 
 def cached(outcome: str) -> None:
@@ -425,5 +409,5 @@ def cached(outcome: str) -> None:
     """
     if outcome != "hit":
         _outcome.set(outcome)
-    if _cached:
-        _tell(_cached, outcome)
+    if _heard["cached"]:
+        _tell("cached", outcome)
