@@ -21,7 +21,6 @@ class AsyncormConfig(AppConfig):
         """Install the replacements and the native_* methods; the rest is up to the swap."""
         from . import (
             checks,
-            command_events,
             cursor_events,
             planned,
             querysets,
@@ -32,7 +31,6 @@ class AsyncormConfig(AppConfig):
         from ._requests import consumers, djangos
         from .observe import found
 
-        command_events.install()
         cursor_events.install()
         seam.install()
         querysets.install()

@@ -1,4 +1,6 @@
-"""Statements of Django's cursors as events: an execute wrapper, in place while somebody listens."""
+"""In place while somebody listens: an execute wrapper that tells of the statements of Django's
+cursors, and a method of psycopg's that tells of what is executed without one, BEGIN and the like.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from . import _events, bridge, sessions
+import psycopg
+
+from . import _events, bridge, patches, sessions
 from ._wire.statement import text_of
 
 
@@ -36,7 +40,21 @@ def _served_by(conn: Any) -> int:
     return 0 if conn.closed else int(conn.pgconn.backend_pid)
 
 
+_exec_command: Any = psycopg.Connection._exec_command
+
+
+def _telling(self: Any, command: object, *args: Any, **kwargs: Any) -> Any:
+    """`_exec_command()`, with listeners told of the commands of sessions."""
+    with _events.command(self, text_of(command)):
+        return (yield from _exec_command(self, command, *args, **kwargs))
+
+
 def _arrange() -> None:
+    if _events.commands:
+        why = "somebody listens to commands"
+        patches.replace(psycopg.Connection, "_exec_command", _telling, why)
+    elif patches.replaced_by_us(psycopg.Connection, "_exec_command"):
+        patches.undo(psycopg.Connection, "_exec_command")
     if _events.statements == (tell in sessions.everywhere):
         return
     lists = [sessions.everywhere]
