@@ -19,15 +19,7 @@ class AsyncormConfig(AppConfig):
 
     def ready(self) -> None:
         """Install the replacements and the native_* methods; the rest is up to the swap."""
-        from . import (
-            checks,
-            cursor_events,
-            planned,
-            querysets,
-            related,
-            seam,
-            swap,
-        )
+        from . import checks, cursor_events, planned, querysets, related, seam, swap
         from ._requests import consumers, djangos
         from .observe import found
 

@@ -77,11 +77,7 @@ def get_asgi_application() -> Application:
 
 
 def lifespan(
-    app: Application,
-    *,
-    using: Iterable[str] | None = None,
-    wait: float = 30.0,
-    drain: float = 10.0,
+    app: Application, *, using: Iterable[str] | None = None, wait: float = 30.0, drain: float = 10.0
 ) -> Application:
     """Wrap an ASGI application: pools open when the server starts and close when it stops.
 

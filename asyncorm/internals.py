@@ -29,11 +29,7 @@ PREFETCH = "PARALLEL_PREFETCH"
 RECORDING = "RECORD_QUERYSETS"
 
 # What each release was tested with; the same bounds stand in pyproject.toml.
-TESTED = {
-    "Django": ">=5.2,<6.2",
-    "psycopg": ">=3.3.6,<3.4",
-    "psycopg-pool": ">=3.3.2,<3.4",
-}
+TESTED = {"Django": ">=5.2,<6.2", "psycopg": ">=3.3.6,<3.4", "psycopg-pool": ">=3.3.2,<3.4"}
 
 
 @dataclass(frozen=True)
@@ -270,12 +266,7 @@ DJANGO = (
         "_constructor_args get_source_expressions",
         "what an expression was made with",
     ),
-    Names(
-        "django.db.models.options:Options",
-        "all_parents",
-        "what tables a plan rests on",
-        CACHE,
-    ),
+    Names("django.db.models.options:Options", "all_parents", "what tables a plan rests on", CACHE),
     Names("django.db.models.expressions:Col", "possibly_multivalued", "what is grouped by", CACHE),
 )
 
@@ -307,12 +298,7 @@ UNVERIFIED = {
     "_record": "django-debug-toolbar: what its SQL panel does with a query",
 }
 
-REGISTRY = {
-    "Django": DJANGO,
-    "psycopg": PSYCOPG,
-    "psycopg-pool": PSYCOPG_POOL,
-    "asgiref": ASGIREF,
-}
+REGISTRY = {"Django": DJANGO, "psycopg": PSYCOPG, "psycopg-pool": PSYCOPG_POOL, "asgiref": ASGIREF}
 
 # What asyncorm.asgi.get_asgi_application() needs besides; verified when it is called.
 REQUESTS = {

@@ -223,11 +223,7 @@ class Parallelism(EitherWay[None]):
     """
 
     def __init__(
-        self,
-        size: int,
-        using: str | None = None,
-        batching: bool = False,
-        kept: Kept | None = None,
+        self, size: int, using: str | None = None, batching: bool = False, kept: Kept | None = None
     ) -> None:
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(

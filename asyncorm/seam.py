@@ -45,16 +45,7 @@ from django.db.models.fields.files import FieldFile
 from django.db.transaction import Atomic
 from django.dispatch import dispatcher
 
-from . import (
-    advice,
-    bridge,
-    callers,
-    internals,
-    observers,
-    patches,
-    prefetching,
-    sessions,
-)
+from . import advice, bridge, callers, internals, observers, patches, prefetching, sessions
 from ._sessions import scopes
 from ._transactions import lifecycle
 from .pages import see

@@ -227,10 +227,7 @@ def _by_length(of_any: Any, key: tuple[Any, ...], shape: Shape) -> None:
 
 
 def _made(
-    key: tuple[Any, ...],
-    query: Any,
-    shape: Shape,
-    compile: Callable[[Any, Any], Compiled],
+    key: tuple[Any, ...], query: Any, shape: Shape, compile: Callable[[Any, Any], Compiled]
 ) -> Plan | None:
     """A new plan, remembered; None if there is to be none."""
     wrapper = shape.wrapper

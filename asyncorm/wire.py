@@ -18,13 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import select
-from asyncio import (
-    AbstractEventLoop,
-    CancelledError,
-    SelectorEventLoop,
-    get_running_loop,
-    sleep,
-)
+from asyncio import AbstractEventLoop, CancelledError, SelectorEventLoop, get_running_loop, sleep
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from contextvars import Context

@@ -118,11 +118,7 @@ def stats() -> dict[str, Any]:
     for each in routers():
         watcher = each.watcher
         replicas = {
-            alias: {
-                "reads": replica.reads,
-                "lag": watcher.lag(replica),
-                "problem": replica.problem,
-            }
+            alias: {"reads": replica.reads, "lag": watcher.lag(replica), "problem": replica.problem}
             for alias, replica in watcher.replicas.items()
         }
         found[each.primary] = {"reads": watcher.reads, "away": watcher.away, "replicas": replicas}

@@ -32,10 +32,7 @@ class ReplicaRouter:
     """
 
     def __init__(
-        self,
-        primary: str = DEFAULT_DB_ALIAS,
-        replicas: Iterable[str] = (),
-        max_lag: float = 5.0,
+        self, primary: str = DEFAULT_DB_ALIAS, replicas: Iterable[str] = (), max_lag: float = 5.0
     ) -> None:
         """Say which aliases these are.
 
