@@ -14,11 +14,11 @@ from time import monotonic
 from typing import Any, TypeVar, cast
 
 from asgiref.sync import async_to_sync, iscoroutinefunction, markcoroutinefunction
-from django.db import OperationalError, connections, router
+from django.db import OperationalError, connections
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
-from . import bridge, limits, patches, pools
+from . import bridge, elsewhere, limits, patches, pools
 from ._pool.pool import ConnectionPool
 from ._requests.health import health, health_view
 from ._requests.views import native_view
@@ -172,7 +172,7 @@ async def open_pools(
         django.db.NotSupportedError: an alias of `using` has another engine.
     """
     aliases = [*connections.settings] if using is None else list(using)
-    replicas = {alias for each in _routers() for alias in each.replicas}
+    replicas = {alias for each in elsewhere.routers() for alias in each.replicas}
     try:
         for alias in aliases:
             if alias in replicas:
@@ -181,7 +181,7 @@ async def open_pools(
                 await _open(alias, wait)
             elif using is not None:
                 raise engines.refuse_foreign(alias)
-        for each in _routers():
+        for each in elsewhere.routers():
             each.watch()
         yield
     finally:
@@ -212,14 +212,6 @@ async def _open(alias: str, wait: float) -> None:
     if pool is None or pool.connections is None:  # in a test's transaction
         return
     await _fill(pool.connections, alias, pool.options["min_size"])
-
-
-def _routers() -> list[Any]:
-    """Those of asyncorm.replicas, if the project has any."""
-    if not router.routers:  # these may import it
-        return []
-    replicas = sys.modules.get("asyncorm.replicas.router")
-    return [] if replicas is None else list(replicas.routers())
 
 
 async def _try(alias: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from django.apps import apps
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Warning
 from django.db import connections
+from django.db.models import Model
 
 from . import conf, internals, pools, sizing
 from ._cache.parts import unknown_attributes
@@ -49,29 +50,27 @@ _DEADLINES = ("tcp_user_timeout", "keepalives_idle", "keepalives_interval", "kee
 
 def check_deadlines(**kwargs: Any) -> list[CheckMessage]:
     """asyncorm.W030: several hosts, and nothing that ends the wait for one that hangs."""
-    found: list[CheckMessage] = []
-    for alias in connections:
-        database = connections.settings[alias]
-        options = database["OPTIONS"]
-        host = str(database["HOST"] or options.get("host") or "")
-        if engines.native_class(alias) is None or "," not in host:
-            continue
-        missing = [] if "connect_timeout" in options else ["connect_timeout"]
-        if not any(name in options for name in _DEADLINES):
-            missing.append("tcp_user_timeout")
-        if missing:
-            found.append(
-                Warning(
-                    f"DATABASES[{alias!r}] names several hosts, but not how long one that does "
-                    f"not answer is waited for: OPTIONS has no {' and no '.join(missing)}.",
-                    hint=(
-                        'For instance "connect_timeout": 3 (seconds for each host, 2 at least) and '
-                        '"tcp_user_timeout": 5000 (milliseconds); see docs/distributed.md.'
-                    ),
-                    id="asyncorm.W030",
-                )
-            )
-    return found
+    return [
+        Warning(
+            f"DATABASES[{alias!r}] names several hosts, but not how long one that does "
+            f"not answer is waited for: OPTIONS has no {' and no '.join(missing)}.",
+            hint='For instance "connect_timeout": 3 (seconds for each host, 2 at least) and '
+            '"tcp_user_timeout": 5000 (milliseconds); see docs/distributed.md.',
+            id="asyncorm.W030",
+        )
+        for alias in connections
+        if engines.native_class(alias) is not None and (missing := _without_deadline(alias))
+    ]
+
+
+def _without_deadline(alias: str) -> list[str]:
+    """What an alias of several hosts has no limit for."""
+    database = connections.settings[alias]
+    options = database["OPTIONS"]
+    if "," not in str(database["HOST"] or options.get("host") or ""):
+        return []
+    missing = [] if "connect_timeout" in options else ["connect_timeout"]
+    return missing if any(map(options.__contains__, _DEADLINES)) else [*missing, "tcp_user_timeout"]
 
 
 def check_installed(**kwargs: Any) -> list[CheckMessage]:
@@ -90,68 +89,47 @@ def check_installed(**kwargs: Any) -> list[CheckMessage]:
 
 def check_databases(**kwargs: Any) -> list[CheckMessage]:
     """asyncorm.E002 to E004, W001 and W002: DATABASES."""
-    found: list[CheckMessage] = []
     ours = [alias for alias in connections if engines.native_class(alias) is not None]
-    if not ours:
-        found.append(
-            Warning(
-                "asyncorm is installed, but no database can run natively.",
-                hint=(
-                    "Set ENGINE to 'asyncorm.backends.postgresql' for a PostgreSQL database in "
-                    "DATABASES."
-                ),
-                id="asyncorm.W001",
-            )
+    if ours:
+        return [each for alias in ours for each in _check_database(alias)]
+    return [
+        Warning(
+            "asyncorm is installed, but no database can run natively.",
+            hint="Set ENGINE to 'asyncorm.backends.postgresql' for a PostgreSQL database in "
+            "DATABASES.",
+            id="asyncorm.W001",
         )
-    for alias in ours:
-        found += _check_database(alias, connections.settings[alias])
-    return found
+    ]
 
 
-def _check_database(alias: str, database: dict[str, Any]) -> list[CheckMessage]:
-    found: list[CheckMessage] = []
+def _check_database(alias: str) -> Iterator[CheckMessage]:
+    database, name = connections.settings[alias], f"DATABASES[{alias!r}]"
     if not database["AUTOCOMMIT"]:
-        found.append(
-            Error(
-                f"DATABASES[{alias!r}]['AUTOCOMMIT'] is False, which native code does not support.",
-                hint="Remove it and use asyncorm.atomic() for transactions.",
-                id="asyncorm.E002",
-            )
+        yield Error(
+            f"{name}['AUTOCOMMIT'] is False, which native code does not support.",
+            hint="Remove it and use asyncorm.atomic() for transactions.",
+            id="asyncorm.E002",
         )
     option = database["OPTIONS"].get("pool")
     if option not in (None, True, False) and not isinstance(option, dict):
-        return [
-            *found,
-            Error(
-                f"DATABASES[{alias!r}]['OPTIONS']['pool'] must be True or a dict.",
-                id="asyncorm.E003",
-            ),
-        ]
+        yield Error(f"{name}['OPTIONS']['pool'] must be True or a dict.", id="asyncorm.E003")
+        return
     options = pools.pool_options(database)
-    if not 0 <= options["min_size"] <= options["max_size"] or options["max_size"] < 1:
-        found.append(
-            Error(
-                f"DATABASES[{alias!r}]['OPTIONS']['pool'] has min_size {options['min_size']} and "
-                f"max_size {options['max_size']}.",
-                hint=(
-                    "min_size must not be negative nor above max_size; max_size must be at least 1."
-                ),
-                id="asyncorm.E004",
-            )
+    least, most = options["min_size"], options["max_size"]
+    if not 0 <= least <= most or most < 1:
+        yield Error(
+            f"{name}['OPTIONS']['pool'] has min_size {least} and max_size {most}.",
+            hint="min_size must not be negative nor above max_size; max_size must be at least 1.",
+            id="asyncorm.E004",
         )
-    elif option and 2 * options["max_size"] > MANY_CONNECTIONS:
-        found.append(
-            Warning(
-                f"DATABASES[{alias!r}] may open {options['max_size']} native connections and as "
-                "many synchronous ones in each process.",
-                hint=(
-                    "The two pools are separate; make sure that all processes together stay "
-                    "below the server's max_connections."
-                ),
-                id="asyncorm.W002",
-            )
+    elif option and 2 * most > MANY_CONNECTIONS:
+        yield Warning(
+            f"{name} may open {most} native connections and as many synchronous ones in each "
+            "process.",
+            hint="The two pools are separate; make sure that all processes together stay below the "
+            "server's max_connections.",
+            id="asyncorm.W002",
         )
-    return found
 
 
 def check_server(databases: Sequence[str] | None = None, **kwargs: Any) -> list[CheckMessage]:
@@ -185,8 +163,23 @@ def check_swap(**kwargs: Any) -> list[CheckMessage]:
     """asyncorm.W003: a* methods that the swap cannot make native."""
     if conf.problems() or not conf.get("SWAP_MANAGERS"):
         return []
-    found: list[CheckMessage] = []
-    seen: set[Any] = set()
+    return [
+        Warning(
+            f"{cls.__module__}.{cls.__qualname__}.{name}() uses sync_to_async, so it stays in a "
+            "thread although ASYNCORM['SWAP_MANAGERS'] is on.",
+            hint="Use asyncorm.native() in it, or await Django's a* methods.",
+            obj=model,
+            id="asyncorm.W003",
+        )
+        for cls, model in _classes_of_projects().items()
+        for name, method in vars(cls).items()
+        if inspect.iscoroutinefunction(method) and "sync_to_async" in method.__code__.co_names
+    ]
+
+
+def _classes_of_projects() -> dict[type, type[Model]]:
+    """The classes of models, managers and querysets that are not Django's, each with a model."""
+    found: dict[type, type[Model]] = {}
     for model in apps.get_models():
         classes: list[type] = list(model.__mro__)
         for manager in model._meta.managers:
@@ -194,24 +187,8 @@ def check_swap(**kwargs: Any) -> list[CheckMessage]:
             queryset: Any = getattr(manager, "_queryset_class", object)
             classes += [*type(manager).__mro__, *queryset.__mro__]
         for cls in classes:
-            if cls in seen or cls.__module__.startswith(("django.", "asyncorm.", "builtins")):
-                continue
-            seen.add(cls)
-            for name, method in vars(cls).items():
-                if (
-                    inspect.iscoroutinefunction(method)
-                    and "sync_to_async" in method.__code__.co_names
-                ):
-                    found.append(
-                        Warning(
-                            f"{cls.__module__}.{cls.__qualname__}.{name}() uses sync_to_async, "
-                            "so it stays in a thread although "
-                            "ASYNCORM['SWAP_MANAGERS'] is on.",
-                            hint="Use asyncorm.native() in it, or await Django's a* methods.",
-                            obj=model,
-                            id="asyncorm.W003",
-                        )
-                    )
+            if not cls.__module__.startswith(("django.", "asyncorm.", "builtins")):
+                found.setdefault(cls, model)
     return found
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container
 from typing import Any
 
+from django.db import router
 from django.db.models.query import QuerySet
 
 # Aliases for which others stand in: a pool of theirs does not wait for a server that is away.
 stood_in: Container[str] = frozenset()
+
+
+def routers() -> list[Any]:
+    """The ReplicaRouters of the project; asyncorm.replicas is not imported for who has none."""
+    if not router.routers:  # these may import it
+        return []
+    module = sys.modules.get("asyncorm.replicas.router")
+    return [] if module is None else list(module.routers())
 
 
 def _none(queryset: QuerySet[Any], exc: Exception) -> bool:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
-from django.db import Error, connections, router
+from django.db import Error, connections
 from psycopg.rows import tuple_row
 
-from . import bridge, pools
+from . import bridge, elsewhere, pools
 from ._sessions import engines
 from .pages import see
 
@@ -171,14 +170,8 @@ def _demand(alias: str, threads: int) -> Demand:
 
 def _watchers() -> list[str]:
     """The aliases that watchers of replicas ask, once for each."""
-    routers: list[Any] = router.routers  # it may be the first who loads them
-    known = sys.modules.get("asyncorm.replicas.router")
-    if known is None:
-        return []
-    routers = [each for each in routers if isinstance(each, known.ReplicaRouter)]
-    return [
-        alias for each in routers if not each.mirrors for alias in (each.primary, *each.replicas)
-    ]
+    watching = [each for each in elsewhere.routers() if not each.mirrors]
+    return [alias for each in watching for alias in (each.primary, *each.replicas)]
 
 
 def _ask(demand: Demand, servers: dict[str, Server]) -> None:

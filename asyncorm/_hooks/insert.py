@@ -17,7 +17,7 @@ from .._cache.execute import count_of, items
 from .._cache.families import family
 from .._cache.plan import Plan
 from .._wire.lazy import DeferredConnection
-from ..binding import writes_as_django
+from ..binding import has_placeholder, writes_as_django
 from ..driver import Connection
 from ..grounds import Ground
 from ..shapes import NotCacheable
@@ -160,10 +160,7 @@ def _plan_insert(
     compiler.returning_fields = list(returning)
     ((sql, found),) = compiler.as_sql()
     # A time of pre_save() is another one by now, and the object has that.
-    if [type(value) for value in found] != [type(value) for value in params] or any(
-        hasattr(field, "get_placeholder") or hasattr(field, "get_placeholder_sql")
-        for field in fields
-    ):
+    if list(map(type, found)) != list(map(type, params)) or any(map(has_placeholder, fields)):
         raise NotCacheable
     maker = bulk.maker_of_returned(compiler, wrapper, returning)
     kinds = [family(field, wrapper) for field in fields]

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 from django.db.transaction import TransactionManagementError
-from psycopg import IsolationLevel
 
 from .._sessions.blocks import Block
 from .._sessions.session import Session
@@ -14,22 +13,18 @@ from ..pages import see
 
 
 class Characteristics:
-    """The isolation level and the like of one block; what it changes it puts back."""
+    """What is set for one block.
+
+    Args:
+        statement_timeout: in seconds.
+        options: psycopg's attributes of a transaction, by their names; those that are None are left
+            as they are.
+    """
 
     def __init__(
-        self,
-        session: Session,
-        isolation_level: IsolationLevel | None,
-        read_only: bool | None,
-        deferrable: bool | None,
-        statement_timeout: float | None,
+        self, session: Session, statement_timeout: float | None, **options: object
     ) -> None:
         self.session = session
-        options = {
-            "isolation_level": isolation_level,
-            "read_only": read_only,
-            "deferrable": deferrable,
-        }
         self.transaction = {name: value for name, value in options.items() if value is not None}
         self.statement_timeout = statement_timeout
         self.saved: dict[str, Any] = {}
