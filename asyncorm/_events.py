@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
     from .driver import Connection
 
 
@@ -152,7 +154,7 @@ class CheckOut:
         holder: says by `str()` who has it now.
     """
 
-    def __init__(self, alias: str, connection: int, holder: Any) -> None:
+    def __init__(self, alias: str, connection: int, holder: object) -> None:
         self.alias = alias
         self.connection = connection
         self.holder = holder
@@ -331,14 +333,14 @@ class _Followed:
         self.statement = statement
         self.text = command.text
 
-    def bind(self, conn: Any) -> Any:
+    def bind(self, conn: Connection) -> Any:
         bound = self._command.bind(conn)
         statement = self.statement
         statement.connection = conn.pgconn.backend_pid
         statement.sent = monotonic()
         return bound
 
-    def read(self, conn: Any, result: Any) -> Any:
+    def read(self, conn: Connection, result: PGresult) -> Any:
         self.statement.rows = result.ntuples or int(result.command_tuples or 0)
         return self._command.read(conn, result)
 

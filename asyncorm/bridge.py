@@ -197,7 +197,7 @@ def release(resource: Any) -> None:
             setrecursionlimit(limit)
 
 
-def _unwind(runner: Runner, out: Any) -> Any:
+def _unwind(runner: Runner, out: object) -> Any:
     """The coroutine is being closed and cannot await any more: refuse until `func` ends."""
     while out is not _FINISHED:
         if inspect.iscoroutine(out):

@@ -236,7 +236,10 @@ def _again(
 
 
 def _elements(
-    fields: Sequence[Field[Any, Any]], arrays: Any, formats: Sequence[int], conn: Connection
+    fields: Sequence[Field[Any, Any]],
+    arrays: Sequence[Any],
+    formats: Sequence[int],
+    conn: Connection,
 ) -> list[Any]:
     """What there is in the arrays: binary ones as they are, the texts of others."""
     read = conn.transformer.get_loader(columnar.TEXT_ARRAY, Format.TEXT).load

@@ -180,7 +180,7 @@ class SynchronousSession(Session):
 
     synchronous = True
 
-    def __init__(self, wrapper: Any, origin: str) -> None:
+    def __init__(self, wrapper: SynchronousWrapper, origin: str) -> None:
         self.alias = wrapper.alias
         self.wrapper = wrapper
         self.pinned = True
@@ -402,7 +402,7 @@ def leave_thread(wrapper: SynchronousWrapper) -> None:
 class LentSession(SynchronousSession):
     """The connection of synchronous code that waits for a coroutine, lent to that."""
 
-    def __init__(self, wrapper: Any) -> None:
+    def __init__(self, wrapper: SynchronousWrapper) -> None:
         super().__init__(wrapper, "")
         self.root = self._loan = loan = Loan(self, callsite.caller())
         loan.lock = self.case_lock  # type: ignore[assignment]

@@ -17,7 +17,7 @@ import json
 import logging
 import secrets
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
 from copy import deepcopy
@@ -201,7 +201,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
 
     # The database
 
-    async def _notify(self, kind: str, name: str, what: list[str], message: Any) -> None:
+    async def _notify(self, kind: str, name: str, what: list[str], message: object) -> None:
         """Send a notification; a message that it cannot hold is stored beside."""
         number = self._here().next_id()  # equal ones of a transaction would arrive once
         note = [number, time() + self.expiry, what, message]
@@ -246,7 +246,7 @@ class PostgresChannelLayer(BaseChannelLayer):  # type: ignore[misc]
     def _stored(self) -> str:
         return f"{self.prefix}:!"  # no channel has this name
 
-    async def _execute(self, sql: str, params: Any) -> list[Any]:
+    async def _execute(self, sql: str, params: Sequence[Any] | dict[str, Any] | None) -> list[Any]:
         await self._make_table()
         async with cursor(self.using) as cur:
             await cur.execute(sql, params)
@@ -412,7 +412,7 @@ class _OfLoop:
             else:
                 await self.layer.put(channel, number, _written(message))
 
-    def _give(self, channel: str, expires: float, message: Any) -> None:
+    def _give(self, channel: str, expires: float, message: object) -> None:
         box = self._box(channel)
         if box.queue.full():
             box.is_idle()  # drops what has expired

@@ -211,7 +211,7 @@ def slices(objs: list[Any], turn: Callable[[], None]) -> Iterator[list[Any]]:
 
 
 def array(
-    field: Any, objs: list[Any], wrapper: SynchronousWrapper, conn: Any
+    field: Field[Any, Any], objs: list[Any], wrapper: SynchronousWrapper, conn: Any
 ) -> tuple[Any, int, int]:
     """The values of a field as a parameter, its type (0 is that of the column) and its format."""
     get = getter(field)

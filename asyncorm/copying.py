@@ -48,7 +48,11 @@ _TURN = 0.005  # seconds of work without input or output before other tasks get 
 
 
 async def copy_to(
-    queryset: Any, destination: Any, format: str = "csv", *, header: bool = False
+    queryset: QuerySet[Any] | BaseManager[Any],
+    destination: Any,
+    format: str = "csv",
+    *,
+    header: bool = False,
 ) -> int:
     """Write what a queryset selects to a file, by COPY (query) TO STDOUT; return how many rows.
 
@@ -206,7 +210,7 @@ def _copy_to(
     return _copy(session.wrapper, statement, transfer)
 
 
-def _written(result: Any) -> None:
+def _written(result: object) -> None:
     if inspect.isawaitable(result):
         bridge.await_(result)
 
@@ -392,7 +396,7 @@ class _Pieces(Writer):
         self.pieces += (bytes(view[n : n + _PIECE]) for n in range(0, len(view), _PIECE))
 
 
-def _sending(cursor: Any, statement: str, data: Iterable[bytes]) -> Steps:
+def _sending(cursor: psycopg.Cursor[Any], statement: str, data: Iterable[bytes]) -> Steps:
     """A generator for `wait()`: run COPY ... FROM STDIN, send the data, return the row count.
 
     Pieces of more than some 100 KB slow libpq down.

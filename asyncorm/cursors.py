@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError
 from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg.abc import Query
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 from psycopg.rows import tuple_row
@@ -113,7 +114,13 @@ class AsyncCursor:
         self._keep(answer, wrapper, start)
         return True
 
-    def _keep(self, answer: Answer, wrapper: Any, start: Start, conn: Any = None) -> None:
+    def _keep(
+        self,
+        answer: Answer,
+        wrapper: SynchronousWrapper,
+        start: Start,
+        conn: Connection | None = None,
+    ) -> None:
         rows = iter(answer.rows) if answer.result.status == TUPLES_OK else None
 
         def make() -> Any:
@@ -130,7 +137,7 @@ class AsyncCursor:
         self._cursor = self._rows = self._make = None
 
     async def execute(
-        self, sql: Any, params: Sequence[Any] | Mapping[str, Any] | None = None
+        self, sql: Query, params: Sequence[Any] | Mapping[str, Any] | None = None
     ) -> AsyncCursor:
         """Execute a statement; parameters as psycopg takes them (%s or %(name)s).
 
@@ -141,7 +148,7 @@ class AsyncCursor:
             await bridge.run(self._execute, sql, params)
         return self
 
-    async def executemany(self, sql: Any, param_list: Sequence[Any]) -> AsyncCursor:
+    async def executemany(self, sql: Query, param_list: Sequence[Any]) -> AsyncCursor:
         """Execute a statement once for each set of parameters, in one pipeline."""
         await bridge.run(self._run, "executemany", (sql, param_list))
         return self

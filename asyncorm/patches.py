@@ -55,7 +55,7 @@ class Patch:
 _patches: list[Patch] = []
 
 
-def replace(owner: Any, name: str, by: Any, why: str, label: str | None = None) -> None:
+def replace(owner: object, name: str, by: object, why: str, label: str | None = None) -> None:
     """Replace an attribute.
 
     Args:
@@ -99,7 +99,7 @@ def undo(owner: object, name: str) -> None:
 
 
 @contextmanager
-def replaced(owner: object, name: str, by: Any, why: str) -> Iterator[None]:
+def replaced(owner: object, name: str, by: object, why: str) -> Iterator[None]:
     """Replace an attribute for the duration of a block."""
     replace(owner, name, by, why)
     try:

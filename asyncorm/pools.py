@@ -473,7 +473,7 @@ class Pool:
         }
 
 
-def _natively(callback: Any) -> Any:
+def _natively(callback: Callable[..., Any] | None) -> Any:
     """Django's pool callbacks take a synchronous connection: run them natively on the twin."""
     if callback is None:
         return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import CancelledError, Future, Task, get_running_loop
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from operator import is_
 from typing import Any
@@ -188,7 +188,9 @@ class _Fetch:
             if not self.future.done():
                 self.future.set_result(None)
 
-    def get_prefetch_querysets(self, instances: list[Any], querysets: Any = None) -> Any:
+    def get_prefetch_querysets(
+        self, instances: list[Any], querysets: Sequence[Any] | None = None
+    ) -> Any:
         if self.error is not None:
             raise self.error
         return self.result

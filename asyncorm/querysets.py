@@ -86,7 +86,7 @@ def add_twins(target: type, source: type | None = None) -> type:
     return target
 
 
-async def _anative(self: Any) -> list[Any]:
+async def _anative(self: QuerySet[Any] | RawQuerySet[Any]) -> list[Any]:
     """Evaluate natively; the list of instances, or of rows of values() and values_list()."""
     _check(self.__iter__, (), {})
     if isinstance(self, QuerySet):
@@ -94,7 +94,7 @@ async def _anative(self: Any) -> list[Any]:
     return await bridge.run(list, self)
 
 
-async def _anative_of_manager(self: Any) -> list[Any]:
+async def _anative_of_manager(self: BaseManager[Any]) -> list[Any]:
     """Evaluate all() natively and return the list of instances."""
     return await _anative(self.all())
 
@@ -144,7 +144,7 @@ native_bulk_create.__signature__ = inspect.Signature([*_parameters, _method])  #
 
 
 def native_iterator(
-    self: Any, chunk_size: int = 2000, *, read_ahead: int = 0
+    self: QuerySet[Any], chunk_size: int = 2000, *, read_ahead: int = 0
 ) -> AsyncIterator[Any]:
     """Iterate natively in chunks from a server-side cursor, without filling the queryset's cache.
 
@@ -175,7 +175,7 @@ def native_iterator(
 
 
 def _iterator_of_manager(
-    self: Any, chunk_size: int = 2000, *, read_ahead: int = 0
+    self: BaseManager[Any], chunk_size: int = 2000, *, read_ahead: int = 0
 ) -> AsyncIterator[Any]:
     """Iterate over all() natively, in chunks from a server-side cursor."""
     return native_iterator(self.all(), chunk_size, read_ahead=read_ahead)
@@ -197,7 +197,7 @@ _FACTORIES = (
 )
 
 
-def _patch_factories(factories: Any) -> None:
+def _patch_factories(factories: Iterable[tuple[Any, str]]) -> None:
     for module, name in factories:
         if not patches.replaced_by_us(module, name):
             twins = _adding_twins(getattr(module, name))

@@ -32,12 +32,14 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import django.db.models.query
 import django.utils.asyncio
 from asgiref.sync import AsyncToSync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
+from django.core.files.storage import Storage
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.dummy.base import DatabaseWrapper as _NoDatabase
@@ -58,7 +60,7 @@ class _Storage:
         local: Django's own storage.
     """
 
-    def __init__(self, local: Any) -> None:
+    def __init__(self, local: object) -> None:
         object.__setattr__(self, "local", local)
 
     def __getattr__(self, alias: str) -> Any:
@@ -109,7 +111,7 @@ def _get_running_loop() -> Any:
     return loop
 
 
-def _advise(frame: Any) -> None:
+def _advise(frame: FrameType) -> None:
     """Raise what async_unsafe's wrapper is about to raise, with advice, for a wrapper of ours."""
     args = frame.f_locals.get("args")
     if (
@@ -170,7 +172,7 @@ def _in_own_scopes(original: Callable[..., Any]) -> Callable[..., Any]:
 class _ThreadedStorage:
     """A storage whose methods run in Django's thread while native code waits."""
 
-    def __init__(self, storage: Any) -> None:
+    def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
     def __getattr__(self, name: str) -> Any:

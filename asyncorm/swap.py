@@ -17,6 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 from typing import Any
 
 from asgiref.sync import sync_to_async
@@ -192,7 +193,7 @@ def _replacement(module: str) -> Callable[..., Any]:
 _WHY = "a* methods run natively with SWAP_MANAGERS"
 
 
-def _replace_in(module: Any) -> None:
+def _replace_in(module: ModuleType) -> None:
     patches.replace(module, "sync_to_async", _replacement(module.__name__), _WHY)
 
 

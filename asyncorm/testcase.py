@@ -13,7 +13,7 @@ block; tests that need real parallelism use TransactionTestCase, or `transaction
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from django.db import connections
@@ -22,6 +22,9 @@ from . import sessions
 from ._sessions import engines
 from ._sessions.blocks import Block, PlainBlock
 from .callers import SynchronousSession, ThreadBlock
+
+if TYPE_CHECKING:
+    from .backends.synchronous import SynchronousWrapper
 
 
 class _CaseBlock(PlainBlock):
@@ -37,7 +40,7 @@ class _CaseBlock(PlainBlock):
 class TestSession(SynchronousSession):
     """The session of a test case: Django's own wrapper, shared by all tasks and threads."""
 
-    def __init__(self, wrapper: Any) -> None:
+    def __init__(self, wrapper: SynchronousWrapper) -> None:
         self._base: Block | None = None
         self._loop: Any = None
         super().__init__(wrapper, "the test case")
@@ -87,7 +90,7 @@ class TestSession(SynchronousSession):
 
 def begin(alias: str) -> None:
     """A test case's transaction was entered: native code runs in the outermost one from now on."""
-    wrapper = connections[alias]
+    wrapper: Any = connections[alias]
     if (
         alias not in sessions.test_sessions
         and engines.native_class(alias) is not None

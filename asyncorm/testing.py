@@ -71,13 +71,13 @@ def native_only(allow: Iterable[str] = ()) -> Iterator[None]:
 
         return replacement
 
-    def hop(self: Any, *args: Any) -> Any:
+    def hop(self: SyncToAsync[..., Any], *args: Any) -> Any:
         return self.func
 
-    def submitted(self: Any, func: Callable[..., Any], *args: Any) -> Any:
+    def submitted(self: object, func: Callable[..., Any], *args: Any) -> Any:
         return func
 
-    def query(self: Any, *args: Any) -> Any:
+    def query(self: BaseDatabaseWrapper, *args: Any) -> Any:
         return socket.getaddrinfo if bridge.in_native_code() else self
 
     with ExitStack() as stack:

@@ -17,7 +17,7 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -82,7 +82,7 @@ class Trace:
         vars(node)[self.name] = place, params
         self.marked.append(node)
 
-    def compile(self, compile: Any, compiler: SQLCompiler, node: object) -> Any:
+    def compile(self, compile: Callable[..., Any], compiler: SQLCompiler, node: object) -> Any:
         """`SQLCompiler.compile()`, with marks for the parameters of the outermost marked node."""
         self.classes.add(type(node))
         self.is_djangos = self.is_djangos and binding.is_djangos(node)
@@ -139,7 +139,7 @@ def _is_of_exists(query: Query, node: object) -> bool:
 def _tracing(cls: type) -> Any:
     """A class of compilers, those that trace."""
 
-    def compile(self: Any, node: object) -> Any:
+    def compile(self: SQLCompiler, node: object) -> Any:
         own = super(tracing, self).compile
         trace = _traces.get(getcurrent())
         return own(node) if trace is None else trace.compile(own, self, node)

@@ -121,7 +121,7 @@ def atomic(
     settle: bool | float = False,
 ) -> Atomic: ...
 def atomic(
-    using: Any = None,
+    using: F | str | None = None,
     savepoint: bool = True,
     durable: bool = False,
     *,

@@ -8,7 +8,7 @@ makes the items. It costs what the cache saves, and more.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import starmap, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +103,7 @@ def _difference(expected: Compiled, sent: Compiled, families: Sequence[Any]) -> 
 _INTEGERS = {int, Int2, Int4, Int8}
 
 
-def _sent_alike(a: Any, b: Any, family: Any) -> bool:
+def _sent_alike(a: Any, b: Any, family: Mapping[type, object]) -> bool:
     """Whether two parameters are equal; of integers, whether they are sent with the same type.
 
     Django marks an integer for psycopg with its column's type; as literals they are the same.

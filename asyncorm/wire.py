@@ -27,6 +27,7 @@ from typing import Any
 
 import psycopg
 from psycopg import pq, waiting
+from psycopg.pq.abc import PGresult
 
 from .turns import BUSY
 
@@ -95,7 +96,7 @@ class _Wakeup:
             raise self._exc
         return self._ready
 
-    def cancel(self, msg: Any = None) -> bool:
+    def cancel(self, msg: object = None) -> bool:
         return self.fail(CancelledError() if msg is None else CancelledError(msg))
 
     def wake(self, ready: int) -> None:
@@ -281,7 +282,7 @@ class Wire:
         handler = pgconn.notice_handler
         last = False
 
-        def hear(notice: Any) -> None:
+        def hear(notice: PGresult) -> None:
             nonlocal last
             last = last or _is_last(notice)
             if handler is not None:
@@ -339,7 +340,7 @@ class Wire:
         return found[0][1] if found else 0
 
 
-def _is_last(notice: Any) -> bool:
+def _is_last(notice: PGresult) -> bool:
     """Whether the server says goodbye: between statements its errors come as notices, too."""
     severity = notice.error_field(_SEVERITY)
     return severity in (b"FATAL", b"PANIC") or (notice.error_field(_SQLSTATE) or b"")[:4] == b"57P0"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models.sql.compiler import SQLCompiler
 from django.db.models.sql.query import Query
 from greenlet import getcurrent
 
@@ -23,7 +24,7 @@ from .switch import native_wrapper
 
 
 def has_results(original: Callable[..., Any]) -> Any:
-    def has_results(self: Any, using: str) -> bool:
+    def has_results(self: Query, using: str) -> bool:
         wrapper = native_wrapper(using)
         if wrapper is None or not (found := exists_plan(self, wrapper)):
             return bool(original(self, using))
@@ -43,7 +44,7 @@ def _compile_exists(query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
 
 
 def get_count(original: Callable[..., Any]) -> Any:
-    def get_count(self: Any, using: str) -> int:
+    def get_count(self: Query, using: str) -> int:
         wrapper = native_wrapper(using)
         if wrapper is None or _is_watched() or not (found := count_plan(self, wrapper)):
             return int(original(self, using))
@@ -68,7 +69,7 @@ def _compile_count(query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
 def get_aggregation(original: Callable[..., Any]) -> Any:
     """`aggregate()`: the names and the row of values."""
 
-    def get_aggregation(self: Any, using: str, aggregate_exprs: Any) -> Any:
+    def get_aggregation(self: Query, using: str, aggregate_exprs: dict[str, Any]) -> Any:
         wrapper = native_wrapper(using)
         if wrapper is not None and aggregate_exprs and not _is_watched():
             found = aggregate_plan(self, aggregate_exprs, wrapper)
@@ -120,7 +121,7 @@ def _is_watched() -> bool:
 def execute_select(original: Callable[..., Any]) -> Any:
     """`SQLCompiler.execute_sql()`: Django's, unless only the statement is asked for."""
 
-    def execute_sql(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def execute_sql(self: SQLCompiler, *args: Any, **kwargs: Any) -> Any:
         if _is_watched():
             raise _Seen(self)
         return original(self, *args, **kwargs)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Field, Manager, Model, query
+from django.db.models.query import QuerySet
 from django.db.models.sql.compiler import SQLInsertCompiler
 from django.db.models.sql.subqueries import InsertQuery
 
@@ -98,7 +99,11 @@ def _insert_key(
 
 
 def _insert_params(
-    fields: tuple[Any, ...], obj: Model, raw: bool, wrapper: BaseDatabaseWrapper, ready: Any
+    fields: tuple[Any, ...],
+    obj: Model,
+    raw: bool,
+    wrapper: BaseDatabaseWrapper,
+    ready: Sequence[Any],
 ) -> list[Any] | None:
     """The values of an object as Django prepares them, None if that is to be left to it."""
     params = []
@@ -154,7 +159,11 @@ def _insert_plan(
 
 
 def _plan_insert(
-    compiler: Any, wrapper: Any, fields: Any, returning: tuple[Any, ...], params: list[Any]
+    compiler: SQLInsertCompiler,
+    wrapper: SynchronousWrapper,
+    fields: tuple[Any, ...],
+    returning: tuple[Any, ...],
+    params: list[Any],
 ) -> tuple[Plan, Ground]:
     """The plan of an INSERT; `params` become those of its first statement."""
     compiler.returning_fields = list(returning)
@@ -173,7 +182,7 @@ def _plan_insert(
 def prepare_for_bulk_create(original: Callable[..., Any]) -> Any:
     """What `bulk_create()` does with each object at first."""
 
-    def prepare(self: Any, objs: list[Any]) -> Any:
+    def prepare(self: QuerySet[Any], objs: list[Any]) -> Any:
         if native_wrapper(self.db) is not None:
             with suppress(NotCacheable):
                 return bulk.prepare(self, objs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import django
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -26,10 +26,14 @@ from ..rows import RowMaker
 from ..statements import Compiled
 from .switch import native_wrapper
 
+if TYPE_CHECKING:
+    from ..backends.synchronous import SynchronousWrapper
+
+
 _Iterate = Callable[[Any], Iterator[Any]]
 
 
-def planned(cls: Any) -> _Iterate:
+def planned(cls: type[Any]) -> _Iterate:
     """`__iter__` of an iterable class of querysets: from a plan if possible."""
     original: _Iterate = cls.__iter__
 
@@ -57,7 +61,7 @@ def planned(cls: Any) -> _Iterate:
 _ours: dict[Any, _Iterate] = {}
 
 
-def _in_turns(made: Any, wrapper: BaseDatabaseWrapper) -> Iterator[Any]:
+def _in_turns(made: Iterable[Any], wrapper: BaseDatabaseWrapper) -> Iterator[Any]:
     """What Django makes, with turns for other tasks."""
     try:
         for number, item in enumerate(made, 1):
@@ -95,7 +99,7 @@ def _each(parts: Any, queryset: QuerySet[Any], plan: Plan) -> Iterator[Any]:
         parts.close()  # the cursor, now
 
 
-def iterating_plan(queryset: Any, wrapper: Any) -> Found | None:
+def iterating_plan(queryset: Any, wrapper: SynchronousWrapper) -> Found | None:
     """What iterating over a queryset would execute, if nothing is done but make its items."""
     iterable = queryset._iterable_class
     if iterable.__iter__ is not _ours.get(iterable) or queryset._prefetch_related_lookups:

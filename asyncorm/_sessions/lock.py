@@ -79,7 +79,7 @@ class StatementLock:
             return scope.block
         return None
 
-    def _entitled(self, runner: Any) -> Block | None:
+    def _entitled(self, runner: object) -> Block | None:
         """The block whose lock a statement takes; an error if the session is not `runner`'s."""
         if type(runner) is not Runner:
             raise InterfaceError(

@@ -47,7 +47,7 @@ def cursors_are_patched() -> bool:
     return _patched
 
 
-def _is_known(function: Any) -> str | None:
+def _is_known(function: object) -> str | None:
     """Whose function it is, "django" or "sentry" around Django's; None if that is not known."""
     owner = "django"
     while type(function) is FunctionType:

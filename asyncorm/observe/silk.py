@@ -10,6 +10,7 @@ ASYNCORM["NATIVE_MIDDLEWARE"] must not name it.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from time import monotonic, time
@@ -54,7 +55,7 @@ _queries = _Queries()
 class SilkyMiddleware(middleware.SilkyMiddleware):  # type: ignore[misc]
     """silk's, with native queries."""
 
-    def __init__(self, get_response: Any) -> None:
+    def __init__(self, get_response: Callable[..., Any]) -> None:
         super().__init__(get_response)
         _events.listen(_queries)
 

@@ -48,7 +48,7 @@ def follow(watcher: Watcher) -> None:
 
 def _repeated(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def read(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def read(self: QuerySet[Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return original(self, *args, **kwargs)
         except (OperationalError, InterfaceError) as exc:

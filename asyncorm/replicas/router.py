@@ -99,7 +99,7 @@ class ReplicaRouter:
         stands = None if instance is None else instance._state.db
         return self.primary if stands is None or stands in self._ours else None
 
-    def allow_relation(self, obj1: Any, obj2: Any, **hints: Any) -> bool | None:
+    def allow_relation(self, obj1: Model, obj2: Model, **hints: Any) -> bool | None:
         """Between all objects of the primary and of its replicas."""
         ours = obj1._state.db in self._ours and obj2._state.db in self._ours
         return True if ours else None
