@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 import django
 from django.db import models, transaction
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.compiler import SQLInsertCompiler
 from django.db.models import Field, Model
 from django.db.models.sql.compiler import SQLCompiler
@@ -45,9 +44,9 @@ from .grounds import Ground
 from .rows import RowMaker, tuple_of
 from .shapes import NotCacheable
 from .statements import UNPLANNED, Compiled, count, hit, learn, recall
+from .wrappers import Wrapper
 
 if TYPE_CHECKING:
-    from .backends.synchronous import SynchronousWrapper
     from .driver import Connection
 
 
@@ -78,7 +77,7 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
 
 
 def insert_batches(
-    queryset: Any, objs: list[Any], fields: list[Any], size: int, wrapper: SynchronousWrapper
+    queryset: Any, objs: list[Any], fields: list[Any], size: int, wrapper: Wrapper
 ) -> list[Any]:
     """INSERTs in one transaction, `size` objects each: the server executes one while the next is
     made. What they return, empty rows if the objects have it already.
@@ -126,7 +125,7 @@ def insert_batches(
 
 
 def _start(
-    plan: Plan, statement: Statement, wrapper: BaseDatabaseWrapper, conn: Connection
+    plan: Plan, statement: Statement, wrapper: Wrapper, conn: Connection
 ) -> Callable[[], list[Any]]:
     wrapper.validate_no_broken_transaction()
     started = monotonic()
@@ -148,7 +147,7 @@ def _start(
     return receive
 
 
-def _told(statement: Statement, wrapper: BaseDatabaseWrapper) -> AbstractContextManager[Any]:
+def _told(statement: Statement, wrapper: Wrapper) -> AbstractContextManager[Any]:
     """An INSERT for those who listen."""
     if not _events.statements:
         return nullcontext()
@@ -156,15 +155,13 @@ def _told(statement: Statement, wrapper: BaseDatabaseWrapper) -> AbstractContext
     return _events.statement(wrapper.alias, text, params, wrapper.in_atomic_block, "hit")
 
 
-def _rows(
-    plan: Plan, result: PGresult, wrapper: BaseDatabaseWrapper, conn: Connection
-) -> list[Any]:
+def _rows(plan: Plan, result: PGresult, wrapper: Wrapper, conn: Connection) -> list[Any]:
     maker = plan.maker
     return [] if maker is None else maker.make(result, conn, wrapper.alias, wrapper, None)
 
 
 def _made(
-    compiler: Any, wrapper: SynchronousWrapper, returning: tuple[Any, ...], conn: Any
+    compiler: Any, wrapper: Wrapper, returning: tuple[Any, ...], conn: Any
 ) -> tuple[Plan, Statement] | None:
     """The INSERT with its values, None if it is left to Django."""
     query = compiler.query
@@ -211,7 +208,7 @@ def compiled_again(
     fields: Iterable[Field[Any, Any]],
     objs: list[Any],
     returning: tuple[Any, ...],
-    wrapper: SynchronousWrapper,
+    wrapper: Wrapper,
 ) -> Compiled:
     """Django's INSERT of objects that `pre_save()` has been called for: their values are there."""
     query = InsertQuery(model)
@@ -297,7 +294,7 @@ def _in_step(sql: str) -> str:
 
 
 def maker_of_returned(
-    compiler: SQLCompiler, wrapper: BaseDatabaseWrapper, returning: tuple[Any, ...]
+    compiler: SQLCompiler, wrapper: Wrapper, returning: tuple[Any, ...]
 ) -> RowMaker | None:
     """Makes tuples of the columns that an INSERT returns, None if there are none.
 

@@ -24,13 +24,12 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import psycopg
 from asgiref.sync import async_to_sync, sync_to_async
 from django.db import DatabaseError, InterfaceError, connections
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
 from psycopg import sql
@@ -42,10 +41,7 @@ from ._sessions.blocks import Block, Loan, PlainBlock
 from ._sessions.session import Session
 from .bridge import Runner
 from .pages import see
-
-if TYPE_CHECKING:
-    from .backends.synchronous import SynchronousWrapper
-
+from .wrappers import Wrapper
 
 _ACTIVE = TransactionStatus.ACTIVE
 _CANCEL_TIMEOUT = 2.0
@@ -180,7 +176,7 @@ class SynchronousSession(Session):
 
     synchronous = True
 
-    def __init__(self, wrapper: SynchronousWrapper, origin: str) -> None:
+    def __init__(self, wrapper: Wrapper, origin: str) -> None:
         self.alias = wrapper.alias
         self.wrapper = wrapper
         self.pinned = True
@@ -354,12 +350,12 @@ async def _wait_for(awaitable: Any) -> None:
     await awaitable
 
 
-def are_sharing(wrapper: BaseDatabaseWrapper) -> bool:
+def are_sharing(wrapper: Wrapper) -> bool:
     """Whether native code may be using a synchronous wrapper's connection, too."""
     return isinstance(getattr(wrapper, "session", None), SynchronousSession)
 
 
-def enter_thread(wrapper: SynchronousWrapper) -> None:
+def enter_thread(wrapper: Wrapper) -> None:
     """Synchronous code is about to enter a `transaction.atomic()` on a connection that it shares
     with native code."""
     session: SynchronousSession = wrapper.session
@@ -371,7 +367,7 @@ def enter_thread(wrapper: SynchronousWrapper) -> None:
     block.entered += 1
 
 
-def note_savepoints(wrapper: SynchronousWrapper) -> None:
+def note_savepoints(wrapper: Wrapper) -> None:
     """Note what a callback registered in the thread's block depends on (`on_commit`)."""
     block = wrapper.session.thread_block()
     if block is not None:
@@ -385,7 +381,7 @@ def block_of_thread(alias: str) -> Block | None:
     return block if block is not None and not block.ended else None
 
 
-def leave_thread(wrapper: SynchronousWrapper) -> None:
+def leave_thread(wrapper: Wrapper) -> None:
     """It was left, or could not be entered."""
     session: SynchronousSession = wrapper.session
     block = session.thread_block()
@@ -402,7 +398,7 @@ def leave_thread(wrapper: SynchronousWrapper) -> None:
 class LentSession(SynchronousSession):
     """The connection of synchronous code that waits for a coroutine, lent to that."""
 
-    def __init__(self, wrapper: SynchronousWrapper) -> None:
+    def __init__(self, wrapper: Wrapper) -> None:
         super().__init__(wrapper, "")
         self.root = self._loan = loan = Loan(self, callsite.caller())
         loan.lock = self.case_lock  # type: ignore[assignment]

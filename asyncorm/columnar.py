@@ -17,20 +17,16 @@ from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from operator import attrgetter
 from types import NoneType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from django.db import models
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Field
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
 
 from .shapes import NotCacheable
-
-if TYPE_CHECKING:
-    from .backends.synchronous import SynchronousWrapper
-
+from .wrappers import Wrapper
 
 SLICE = 1000  # objects between two looks whether other tasks are to have a turn
 TEXT_ARRAY, _TIMESTAMPTZ, _TIMESTAMPTZ_ARRAY = 1009, 1184, 1185
@@ -174,7 +170,7 @@ def escaped(joined: str, style: Style) -> list[str]:
     return joined.split(_SEPARATOR)
 
 
-def prepared(field: Field[Any, Any], values: list[Any], wrapper: BaseDatabaseWrapper) -> list[Any]:
+def prepared(field: Field[Any, Any], values: list[Any], wrapper: Wrapper) -> list[Any]:
     """The values as Django prepares them.
 
     Raises:
@@ -211,7 +207,7 @@ def slices(objs: list[Any], turn: Callable[[], None]) -> Iterator[list[Any]]:
 
 
 def array(
-    field: Field[Any, Any], objs: list[Any], wrapper: SynchronousWrapper, conn: Any
+    field: Field[Any, Any], objs: list[Any], wrapper: Wrapper, conn: Any
 ) -> tuple[Any, int, int]:
     """The values of a field as a parameter, its type (0 is that of the column) and its format."""
     get = getter(field)

@@ -17,12 +17,11 @@ from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from time import monotonic
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import anyio.to_thread
 import psycopg
 from django.db import NotSupportedError, connections, models, transaction
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Field, QuerySet
 from django.db.models.expressions import DatabaseDefault
 from django.db.models.manager import BaseManager
@@ -34,10 +33,7 @@ from . import bridge, columnar, sessions
 from .driver import Steps
 from .pages import see
 from .shapes import NotCacheable
-
-if TYPE_CHECKING:
-    from .backends.synchronous import SynchronousWrapper
-
+from .wrappers import Wrapper
 
 FORMATS = ("csv", "text", "binary")
 _PIECE = 64 * 1024  # bytes sent or written at a time
@@ -215,7 +211,7 @@ def _written(result: object) -> None:
         bridge.await_(result)
 
 
-def _compile(queryset: Any, wrapper: SynchronousWrapper) -> tuple[str, list[str]]:
+def _compile(queryset: Any, wrapper: Wrapper) -> tuple[str, list[str]]:
     """The queryset's SQL, its parameters bound, and the names of its columns."""
     query = queryset.query.clone()
     query.select_related = False
@@ -281,7 +277,7 @@ def _insert(
     """In place of QuerySet._batched_insert(); for each object it returns no columns."""
     for field in fields:
         _check_field(field)
-    wrapper = connections[queryset.db]
+    wrapper: Any = connections[queryset.db]
     quote = wrapper.ops.quote_name
     table = quote(queryset.model._meta.db_table)
     size = batch_size or len(objs)
@@ -321,7 +317,7 @@ _PRE_SAVES = {*columnar.PRE_SAVES, models.FileField.pre_save}
 
 
 def _encoded(
-    wrapper: BaseDatabaseWrapper, objs: list[Any], fields: list[Any]
+    wrapper: Wrapper, objs: list[Any], fields: list[Any]
 ) -> Iterator[tuple[list[Any], list[Any], list[bytes]]]:
     """For each run of objects with the same columns: the columns, the objects, their data."""
     turn = _turns()
@@ -346,7 +342,7 @@ def _encoded(
 
 
 def _rows(
-    wrapper: BaseDatabaseWrapper, objs: list[Any], fields: list[Any], turn: Callable[[], None]
+    wrapper: Wrapper, objs: list[Any], fields: list[Any], turn: Callable[[], None]
 ) -> Iterator[tuple[list[Any], Any, list[Any]]]:
     """For each object: the columns that it gives values for, it, the values."""
     for number, obj in enumerate(objs):

@@ -6,10 +6,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from operator import length_hint
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, InterfaceError
-from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg.abc import Query
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
@@ -24,10 +23,7 @@ from ._wire.statement import Statement
 from ._wire.texts import is_single
 from .driver import Connection
 from .pages import see
-
-if TYPE_CHECKING:
-    from .backends.synchronous import SynchronousWrapper
-
+from .wrappers import Wrapper
 
 TUPLES_OK = ExecStatus.TUPLES_OK
 
@@ -35,7 +31,7 @@ TUPLES_OK = ExecStatus.TUPLES_OK
 class _Raw:
     """SQL and parameters as a cursor takes them (a `Command`)."""
 
-    def __init__(self, text: str, params: object, wrapper: SynchronousWrapper) -> None:
+    def __init__(self, text: str, params: object, wrapper: Wrapper) -> None:
         self.text = text
         self.params = params
         self.wrapper = wrapper
@@ -49,9 +45,7 @@ class _Raw:
         return conn.answer(result, conn.transformer)
 
 
-def _told(
-    text: str, params: Sequence[Any], wrapper: BaseDatabaseWrapper
-) -> AbstractContextManager[Any]:
+def _told(text: str, params: Sequence[Any], wrapper: Wrapper) -> AbstractContextManager[Any]:
     """The statement for those who listen."""
     if not _events.statements:
         return nullcontext()
@@ -115,11 +109,7 @@ class AsyncCursor:
         return True
 
     def _keep(
-        self,
-        answer: Answer,
-        wrapper: SynchronousWrapper,
-        start: Start,
-        conn: Connection | None = None,
+        self, answer: Answer, wrapper: Wrapper, start: Start, conn: Connection | None = None
     ) -> None:
         rows = iter(answer.rows) if answer.result.status == TUPLES_OK else None
 

@@ -13,7 +13,7 @@ block; tests that need real parallelism use TransactionTestCase, or `transaction
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psycopg
 from django.db import connections
@@ -22,9 +22,7 @@ from . import sessions
 from ._sessions import engines
 from ._sessions.blocks import Block, PlainBlock
 from .callers import SynchronousSession, ThreadBlock
-
-if TYPE_CHECKING:
-    from .backends.synchronous import SynchronousWrapper
+from .wrappers import Wrapper
 
 
 class _CaseBlock(PlainBlock):
@@ -40,7 +38,7 @@ class _CaseBlock(PlainBlock):
 class TestSession(SynchronousSession):
     """The session of a test case: Django's own wrapper, shared by all tasks and threads."""
 
-    def __init__(self, wrapper: SynchronousWrapper) -> None:
+    def __init__(self, wrapper: Wrapper) -> None:
         self._base: Block | None = None
         self._loop: Any = None
         super().__init__(wrapper, "the test case")

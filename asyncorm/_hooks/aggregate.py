@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models.sql.compiler import SQLCompiler
 from django.db.models.sql.query import Query
 from greenlet import getcurrent
@@ -20,6 +19,7 @@ from ..rows import RowMaker
 from ..shapes import NotCacheable
 from ..statements import Compiled
 from ..tracing import Resolving
+from ..wrappers import Wrapper
 from .switch import native_wrapper
 
 
@@ -33,12 +33,12 @@ def has_results(original: Callable[..., Any]) -> Any:
     return has_results
 
 
-def exists_plan(query: Query, wrapper: BaseDatabaseWrapper) -> Found | None:
+def exists_plan(query: Query, wrapper: Wrapper) -> Found | None:
     """What `exists()` executes: it has a row, or none."""
     return plan_for(query, wrapper, _compile_exists, "exists")
 
 
-def _compile_exists(query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
+def _compile_exists(query: Query, wrapper: Wrapper) -> Compiled:
     sql, params = query.exists().get_compiler(using=wrapper.alias).as_sql()
     return sql, params, None
 
@@ -53,12 +53,12 @@ def get_count(original: Callable[..., Any]) -> Any:
     return get_count
 
 
-def count_plan(query: Query, wrapper: BaseDatabaseWrapper) -> Found | None:
+def count_plan(query: Query, wrapper: Wrapper) -> Found | None:
     """What `count()` executes: the number is its one item."""
     return plan_for(query, wrapper, _compile_count, "count")
 
 
-def _compile_count(query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
+def _compile_count(query: Query, wrapper: Wrapper) -> Compiled:
     # What get_aggregation() does with the query is best seen from its statement.
     sql, params = _watched(lambda: query.get_count(wrapper.alias)).as_sql()
     maker = RowMaker(1, {})
@@ -80,9 +80,7 @@ def get_aggregation(original: Callable[..., Any]) -> Any:
     return get_aggregation
 
 
-def aggregate_plan(
-    query: Query, exprs: Iterable[Any], wrapper: BaseDatabaseWrapper
-) -> Found | None:
+def aggregate_plan(query: Query, exprs: Iterable[Any], wrapper: Wrapper) -> Found | None:
     """What `aggregate()` executes, for expressions by name."""
     compile = functools.partial(_compile_aggregates, exprs)
     return plan_for(query, wrapper, compile, "aggregate", expressions=exprs)
@@ -94,7 +92,7 @@ def named_values(plan: Plan, made: list[Any]) -> dict[str, Any]:
     return dict(zip(plan.maker.names_of_columns, row, strict=True))  # type: ignore[union-attr]
 
 
-def _compile_aggregates(exprs: Any, query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
+def _compile_aggregates(exprs: Any, query: Query, wrapper: Wrapper) -> Compiled:
     named = {name: Resolving(name, expression) for name, expression in exprs.items()}
     seen = _watched(lambda: query.clone().get_aggregation(wrapper.alias, named))
     columns = list(seen.query.annotation_select.values())

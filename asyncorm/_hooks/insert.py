@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Field, Manager, Model, query
 from django.db.models.query import QuerySet
 from django.db.models.sql.compiler import SQLInsertCompiler
@@ -23,11 +22,9 @@ from ..driver import Connection
 from ..grounds import Ground
 from ..shapes import NotCacheable
 from ..statements import UNPLANNED, count, hit, learn, recall
+from ..wrappers import Wrapper
 from . import switch
 from .switch import Asked, native_wrapper
-
-if TYPE_CHECKING:
-    from ..backends.synchronous import SynchronousWrapper
 
 
 def execute_insert(original: Callable[..., Any]) -> Any:
@@ -86,11 +83,7 @@ def do_insert(original: Any) -> Any:
 
 
 def _insert_key(
-    wrapper: SynchronousWrapper,
-    model: Any,
-    raw: bool,
-    fields: tuple[Any, ...],
-    returning: tuple[Any, ...],
+    wrapper: Wrapper, model: Any, raw: bool, fields: tuple[Any, ...], returning: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     return (
         wrapper.alias, InsertQuery, model, model._meta.db_table, raw,
@@ -99,11 +92,7 @@ def _insert_key(
 
 
 def _insert_params(
-    fields: tuple[Any, ...],
-    obj: Model,
-    raw: bool,
-    wrapper: BaseDatabaseWrapper,
-    ready: Sequence[Any],
+    fields: tuple[Any, ...], obj: Model, raw: bool, wrapper: Wrapper, ready: Sequence[Any]
 ) -> list[Any] | None:
     """The values of an object as Django prepares them, None if that is to be left to it."""
     params = []
@@ -124,7 +113,7 @@ def _insert_params(
     return params
 
 
-def _inserted(plan: Plan, params: list[Any], wrapper: BaseDatabaseWrapper) -> list[Any]:
+def _inserted(plan: Plan, params: list[Any], wrapper: Wrapper) -> list[Any]:
     if plan.maker is None:
         count_of(plan, params, 0, wrapper)
         return []
@@ -160,7 +149,7 @@ def _insert_plan(
 
 def _plan_insert(
     compiler: SQLInsertCompiler,
-    wrapper: SynchronousWrapper,
+    wrapper: Wrapper,
     fields: tuple[Any, ...],
     returning: tuple[Any, ...],
     params: list[Any],

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import django
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import query
 from django.db.models.query import QuerySet
 from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
@@ -24,11 +23,8 @@ from ..bridge import Runner
 from ..driver import SLICE, Connection
 from ..rows import RowMaker
 from ..statements import Compiled
+from ..wrappers import Wrapper
 from .switch import native_wrapper
-
-if TYPE_CHECKING:
-    from ..backends.synchronous import SynchronousWrapper
-
 
 _Iterate = Callable[[Any], Iterator[Any]]
 
@@ -61,7 +57,7 @@ def planned(cls: type[Any]) -> _Iterate:
 _ours: dict[Any, _Iterate] = {}
 
 
-def _in_turns(made: Iterable[Any], wrapper: BaseDatabaseWrapper) -> Iterator[Any]:
+def _in_turns(made: Iterable[Any], wrapper: Wrapper) -> Iterator[Any]:
     """What Django makes, with turns for other tasks."""
     try:
         for number, item in enumerate(made, 1):
@@ -73,7 +69,7 @@ def _in_turns(made: Iterable[Any], wrapper: BaseDatabaseWrapper) -> Iterator[Any
             made.close()
 
 
-def give_turn(wrapper: BaseDatabaseWrapper) -> None:
+def give_turn(wrapper: Wrapper) -> None:
     """Let other tasks run if this one has kept them waiting."""
     conn = wrapper.connection
     if isinstance(conn, Connection):
@@ -99,7 +95,7 @@ def _each(parts: Any, queryset: QuerySet[Any], plan: Plan) -> Iterator[Any]:
         parts.close()  # the cursor, now
 
 
-def iterating_plan(queryset: Any, wrapper: SynchronousWrapper) -> Found | None:
+def iterating_plan(queryset: Any, wrapper: Wrapper) -> Found | None:
     """What iterating over a queryset would execute, if nothing is done but make its items."""
     iterable = queryset._iterable_class
     if iterable.__iter__ is not _ours.get(iterable) or queryset._prefetch_related_lookups:
@@ -130,7 +126,7 @@ def queryset_plan(queryset: Any, wrapper: Any, iterable: Any) -> Found | None:
 
 
 def _compiling(make: Callable[[Any], RowMaker]) -> Callable[[Any, Any], Compiled]:
-    def compile(query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
+    def compile(query: Query, wrapper: Wrapper) -> Compiled:
         compiler = query.get_compiler(using=wrapper.alias)
         sql, params = compiler.as_sql()
         return sql, params, make(compiler)

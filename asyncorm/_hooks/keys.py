@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from django.db import OperationalError
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import query
 from django.db.models.lookups import Lookup
 from django.db.models.query import QuerySet
@@ -20,6 +19,7 @@ from .._cache.plan import Plan
 from ..grounds import Ground
 from ..shapes import MAX_PARAMS, NotCacheable, Shape
 from ..statements import UNPLANNED, hit, learn, plans, recall, remember
+from ..wrappers import Wrapper
 from .iterate import compile_instances, mode_of, queryset_plan
 from .switch import native_wrapper
 
@@ -82,10 +82,7 @@ def by_keys(
 
 
 def _plan_keys(
-    queryset: QuerySet[Any],
-    narrow: Callable[[], Any],
-    wrapper: BaseDatabaseWrapper,
-    keys: list[Any],
+    queryset: QuerySet[Any], narrow: Callable[[], Any], wrapper: Wrapper, keys: list[Any]
 ) -> tuple[tuple[Plan, type], Ground]:
     """The plan of a narrowed queryset, and the type that its field gives the keys."""
     narrowed = narrow()
