@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from psycopg import pq
 from psycopg.adapt import Transformer
 from psycopg.pq.abc import PGresult
 
-from .. import _events
+from .. import _events, written
 from .adapting import AdaptersContext, has_own
 from .statement import Statement, sent, text_of
 from .texts import is_single, traces
@@ -74,15 +75,26 @@ class _Cursor:
         with self._conn.sending(text):
             return super().executemany(query, *args, **kwargs)  # type: ignore[misc]
 
-    def copy(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        self._watch(text_of(statement))
-        return super().copy(statement, *args, **kwargs)  # type: ignore[misc]
+    @contextmanager
+    def copy(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with self._alone(statement), super().copy(statement, *args, **kwargs) as copy:  # type: ignore[misc]
+            yield copy
 
     def stream(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
-        self._watch(text_of(query))
-        with self._conn.lock:  # or psycopg may see that others' statements are in a pipeline now
+        # The lock, or psycopg may see that others' statements are in a pipeline now.
+        with self._alone(query), self._conn.lock:
             self._conn.streamed = True
             yield from super().stream(query, *args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _alone(self: Any, query: Any) -> Iterator[None]:
+        """No event tells of what is executed inside."""
+        self._watch(text := text_of(query))
+        try:
+            yield
+        finally:
+            if written.listeners and (alias := getattr(self._conn.lock, "alias", None)) is not None:
+                written.tell(alias, text)
 
     def _watch(self: Any, text: str) -> None:
         """What follows needs the connection to itself."""

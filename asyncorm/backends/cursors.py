@@ -60,6 +60,14 @@ class _Noticing:
             if written.listeners:
                 written.tell(self._conn.alias, text_of(query))
 
+    def stream(self: Any, query: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        self._notice(query)
+        try:
+            yield from super().stream(query, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if written.listeners:
+                written.tell(self._conn.alias, text_of(query))
+
     @contextmanager
     def copy(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
         try:

@@ -92,11 +92,21 @@ def gone(queryset: Any, exc: Exception) -> bool:
     is_lost = not is_cancelled and (_is_lost if native else _is_lost_synchronously)(alias, exc)
     if not (is_cancelled or is_lost):
         return False
-    if not (_is_free if native else _is_free_synchronously)(alias):
+    if not (_is_free if native else _is_free_synchronously)(alias) or not _is_ours(queryset):
         return False
     if is_lost:
         watcher.leave(alias, str(exc).strip())
     return True
+
+
+def _is_ours(queryset: Any) -> bool:
+    """Whether ours chose for this queryset: no router of others was asked before it."""
+    before = chosen.get()
+    chosen.set(None)
+    queryset.db  # noqa: B018
+    ours = chosen.get() is not None
+    chosen.set(before)
+    return ours
 
 
 def _is_lost(alias: str, exc: BaseException | None) -> bool:

@@ -89,9 +89,8 @@ def _end(before: positions.Need, response: Any) -> None:
 
 
 def _cookie(request: HttpRequest) -> str | None:
-    kept: str | None = request.get_signed_cookie(
-        COOKIE, default=None, salt=_SALT, max_age=int(positions.MAX_AGE)
-    )
+    # Its age is the browser's affair: the clock of the machine that has signed it may be wrong.
+    kept: str | None = request.get_signed_cookie(COOKIE, default=None, salt=_SALT)
     return kept
 
 
@@ -100,7 +99,7 @@ def _set_cookie(response: HttpResponseBase, position: str) -> None:
         COOKIE,
         position,
         salt=_SALT,
-        max_age=int(positions.MAX_AGE),
+        max_age=int(positions.max_age()),
         path=settings.SESSION_COOKIE_PATH,
         domain=settings.SESSION_COOKIE_DOMAIN,
         secure=settings.SESSION_COOKIE_SECURE,

@@ -7,7 +7,6 @@ serves its reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
@@ -16,7 +15,7 @@ from typing import NamedTuple, Self
 from .. import _events, written
 from .._wire.texts import only_reads
 
-# Seconds for which a position is asked for. What is older every replica has that may be used.
+# Seconds for which a position is asked for, at least.
 MAX_AGE = 60.0
 
 # One row: whether the server is a standby, its cluster and timeline, up to where its log is written
@@ -108,7 +107,7 @@ class Need:
             and old.position.lsn > position.lsn
         ):
             position = old.position
-        self.kept[alias] = Kept(position, covers, monotonic() + MAX_AGE)
+        self.kept[alias] = Kept(position, covers, monotonic() + max_age())
         return position
 
     def current(self, alias: str) -> Position | None:
@@ -156,6 +155,12 @@ def inner(positions: dict[str, Position]) -> Need:
 
 
 _primaries: set[str] = set()
+_most_lag = 0.0
+
+
+def max_age() -> float:
+    """Seconds for which a position is asked for; what is older every replica has that is read."""
+    return max(MAX_AGE, 2 * _most_lag)
 
 
 def _executed(alias: str, text: str | None) -> None:
@@ -176,9 +181,11 @@ class _Writes(_events.Listener):
 _writes = _Writes()
 
 
-def follow(primaries: Iterable[str]) -> None:
-    """Notice from now on what is written through these aliases."""
-    _primaries.update(primaries)
+def follow(primary: str, max_lag: float) -> None:
+    """Notice from now on what is written through an alias, whose replicas may lag so long."""
+    global _most_lag
+    _primaries.add(primary)
+    _most_lag = max(_most_lag, max_lag)
     _events.listen(_writes)
     if _executed not in written.listeners:
         written.listeners.append(_executed)

@@ -11,6 +11,7 @@ from typing import Any
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DEFAULT_DB_ALIAS, connections, router
 from django.db.models import Model
+from psycopg import pq
 
 from .. import bridge, conf, pools, sessions
 from .._sessions.scopes import find_scope
@@ -18,6 +19,9 @@ from ..pages import see
 from . import again, positions
 from .again import avoided, chosen
 from .watching import Replica, Watcher
+
+
+_OPEN = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 
 
 class ReplicaRouter:
@@ -58,7 +62,7 @@ class ReplicaRouter:
         self.replicas = replicas
         self.watcher = Watcher(primary, replicas, max_lag)
         self._ours = {primary, *replicas}
-        positions.follow([primary])
+        positions.follow(primary, max_lag)
         again.follow(self.watcher)
 
     # What Django asks
@@ -132,8 +136,14 @@ class ReplicaRouter:
             if alias in sessions.test_sessions:
                 return True
             scope = find_scope(alias)
-            return scope is not None and scope.block is not None and scope.block.is_transaction
-        return bool(connections[alias].in_atomic_block)
+            if scope is not None and scope.block is not None:
+                return scope.block.is_transaction
+            runner = bridge.current()
+            held = {} if runner is None else runner.resources
+            session = held.get(alias) if scope is None else scope.session
+            return session is not None and _in_transaction(session.wrapper)
+        wrapper = connections[alias]
+        return wrapper.in_atomic_block or _in_transaction(wrapper)
 
     def _choose(self, need: positions.Need, stands: str | None) -> Replica | None:
         watcher = self.watcher
@@ -155,6 +165,15 @@ class ReplicaRouter:
             if not _refuses(replica.alias):
                 return replica
         return None
+
+
+def _in_transaction(wrapper: Any) -> bool:
+    """Whether one is open that is no block: without autocommit, or by BEGIN."""
+    conn = None if wrapper is None else wrapper.connection
+    if conn is None or conn.closed:
+        return False
+    deferred = getattr(conn, "deferred", False)
+    return not wrapper.autocommit or (not deferred and conn.pgconn.transaction_status in _OPEN)
 
 
 def _refuses(alias: str) -> bool:

@@ -152,6 +152,18 @@ async def test_a_forged_cookie_counts_as_none(router: ReplicaRouter) -> None:
     assert (await browser.open(f"/look/{number}")).split()[1] in REPLICAS
 
 
+async def test_clocks_of_two_machines_are_not_compared(
+    router: ReplicaRouter, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await read_by(router, *REPLICAS)
+    await asyncio.to_thread(servers.delay, 5000)
+    browser, number, clock = Browser(ours()), next(ids), time.time
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("django.core.signing.time.time", lambda: clock() - 600)
+        await browser.open(f"/add/{number}")
+    assert await browser.open(f"/look/{number}") == "True primary"
+
+
 async def test_an_old_server_is_the_primarys_affair(router: ReplicaRouter) -> None:
     """After a failover a position says nothing: the primary serves until it is forgotten."""
     await read_by(router, *REPLICAS)

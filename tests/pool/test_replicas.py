@@ -4,17 +4,20 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
+from django.db import OperationalError, connections, transaction
 
 import asyncorm
 from asyncorm.asgi import open_pools
-from asyncorm.replicas import ReplicaRouter
+from asyncorm.replicas import ReplicaRouter, positions
 from tests.pool.test_standby import ask
 from tests.project.myapp.models import Item
 from tests.standbys import (
+    POOL,
     REPLICAS,
     Servers,
     ids,
@@ -25,7 +28,7 @@ from tests.standbys import (
     routed,
     trio,
 )
-from tests.support import eventually
+from tests.support import database, eventually, in_thread
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +199,132 @@ async def test_relations_stay(router: ReplicaRouter) -> None:
 def test_wrong_arguments(wrong: dict[str, Any]) -> None:
     with pytest.raises(ImproperlyConfigured):
         ReplicaRouter(**{"replicas": ["r1"], **wrong})
+
+
+def threaded(function: Any) -> Any:
+    return partial(in_thread, function)
+
+
+INSERT = "INSERT INTO myapp_item (remote_id) VALUES (%s)"
+COPY = "COPY myapp_item (remote_id) FROM STDIN"
+
+
+def copy(number: int) -> None:
+    with connections["primary"].cursor() as cursor, cursor.copy(COPY) as lines:
+        lines.write_row([number])
+
+
+def stream(number: int) -> None:
+    with connections["primary"].cursor() as cursor:
+        list(cursor.cursor.stream(f"{INSERT} RETURNING id", [number]))
+
+
+def sql(text: str) -> Any:
+    def execute(number: int) -> None:
+        with connections["primary"].cursor() as cursor:
+            cursor.execute(text, [number])
+
+    return execute
+
+
+WRITES = {
+    "create": lambda number: Item.objects.create(remote_id=number),
+    "bulk": lambda number: Item.objects.bulk_create([Item(remote_id=number)]),
+    "copy": copy,
+    "stream": stream,
+    "raw": lambda number: list(Item.objects.using("primary").raw("SELECT add(%s) id", [number])),
+    "with": sql(f"WITH made AS ({INSERT} RETURNING 1) SELECT * FROM made"),
+    **{
+        text: sql(text)
+        for text in (
+            'SELECT "add"(%s)',
+            "SELECT public.add(%s)",
+            "SELECT add/**/(%s)",
+            'SELECT U&"\\0061dd"(%s)',
+            "SELECT E'\\'' || add(%s) || ''",
+            "SELECT 'lower(' || add(%s) || ')'",
+            "VALUES (add(%s))",
+            "SELECT count(*) FROM add(%s) AS lower(x)",
+            "TABLE myapp_item LIMIT add(%s) * 0",
+            "EXPLAIN ANALYZE SELECT add(%s)",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("call", [asyncorm.native, threaded], ids=["native", "synchronous"])
+async def test_each_way_to_write_is_noticed(
+    router: ReplicaRouter, servers: Servers, call: Any
+) -> None:
+    for name, write in WRITES.items():
+        number = next(ids)
+        with request() as need:
+            await call(write)(number)
+        there = ask(servers.primary, f"SELECT count(*) FROM myapp_item WHERE remote_id = {number}")
+        assert there == 1, name
+        assert need.wrote, name
+
+
+@pytest.mark.parametrize("call", [asyncorm.native, threaded], ids=["native", "synchronous"])
+async def test_a_transaction_that_is_no_block(router: ReplicaRouter, call: Any) -> None:
+    """Its rows are read in it, whoever else has the log written to disk meanwhile."""
+    await read_by(router, *REPLICAS)
+
+    def by_autocommit() -> list[str]:
+        transaction.set_autocommit(False, using="primary")
+        try:
+            found = [Item.objects.all().db]
+            Item.objects.create(remote_id=next(ids))
+            found.append(Item.objects.all().db)
+            transaction.rollback(using="primary")
+        finally:
+            transaction.set_autocommit(True, using="primary")
+        return found
+
+    def by_statement() -> list[str]:
+        with connections["primary"].cursor() as cursor:
+            cursor.execute("BEGIN")
+            found = [Item.objects.all().db]
+            cursor.execute("ROLLBACK")
+        return found
+
+    with request():
+        assert await call(by_autocommit)() == ["primary", "primary"]
+        assert await call(by_statement)() == ["primary"]
+    with request():
+        assert Item.objects.all().db != "primary"
+
+
+async def test_a_position_outlasts_the_lag(
+    router: ReplicaRouter, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(positions, "MAX_AGE", 0.0)
+    await read_by(router, *REPLICAS)
+    now = await position_now()
+    with request(primary=now._replace(lsn=now.lsn + 2**40)):
+        assert Item.objects.all().db == "primary", "replicas that lag may not have it yet"
+
+
+class Elsewhere:
+    """Somebody else's router, asked before ours."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return "another"
+
+
+async def test_what_another_router_chose(router: ReplicaRouter, settings: Any) -> None:
+    """Its server is gone: that says nothing of the replica that was read before."""
+    await read_by(router, *REPLICAS)
+    reads: Any = (
+        Item.objects.native_count,
+        Item.objects.native_first,
+        lambda: Item.objects.native_get(remote_id=1),
+        asyncorm.native(lambda: list(Item.objects.all())),
+    )
+    with database("another", HOST="/nowhere", OPTIONS=POOL), request():
+        await Item.objects.native_count()
+        settings.DATABASE_ROUTERS = [Elsewhere(), router]
+        for read in reads:
+            with pytest.raises(OperationalError, match="'another'"):
+                await read()
+    assert not any(each.problem for each in router.watcher.replicas.values())
