@@ -1,5 +1,7 @@
 """Sphinx's settings: `make docs` builds the site into build/docs."""
 
+from importlib.util import find_spec
+
 import django
 from django.conf import settings
 
@@ -14,6 +16,8 @@ project = "asyncorm"
 version = release = __version__
 copyright = "the authors of asyncorm"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+if find_spec("sphinx_copybutton"):  # an older environment lacks it
+    extensions.append("sphinx_copybutton")
 default_role = "code"
 html_theme = "furo"
 html_title = "asyncorm"
