@@ -20,7 +20,6 @@ from . import again, positions
 from .again import avoided, chosen
 from .watching import Replica, Watcher
 
-
 _OPEN = (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
 
 
