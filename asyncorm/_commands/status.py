@@ -13,14 +13,12 @@ from typing import Any
 import psycopg
 from django.conf import settings
 from django.core import checks
-from django.core.handlers.asgi import ASGIHandler
 from django.db import connections
 
 from .. import __version__, conf, internals, patches, pools
 from .._cache.parts import unknown_attributes
 from .._requests import checks as request_checks
 from .._requests import middleware
-from .._requests.handler import NativeHandler
 from .._sessions import engines
 from ..observe import found
 
@@ -82,12 +80,13 @@ def _databases() -> Iterator[str]:
 
 
 def _requests() -> Iterator[str]:
-    handler = request_checks.projects_handler()
-    path = getattr(settings, "ASGI_APPLICATION", None)
-    if not isinstance(handler, NativeHandler):
-        if path:
-            kind = "Django's own handler" if type(handler) is ASGIHandler else "an unknown handler"
-            yield f"{path}: {kind}; synchronous middleware and views hop to threads"
+    path, whose = request_checks.served_by()
+    if whose != request_checks.OURS:
+        if whose:
+            kind = "Django's own handler; synchronous middleware and views hop to threads"
+        else:
+            kind = "no handler is found there: name the application in ASGI_APPLICATION"
+        yield f"{path}: {kind}"
         return
     yield f"{path}: asyncorm's handler"
     for each in settings.MIDDLEWARE:

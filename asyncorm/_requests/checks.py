@@ -6,6 +6,7 @@ They also tell, with the swap and Django's own handler, that there is another on
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,8 @@ HINT = (
     "loop then, without threads."
 )
 _TOOLBAR = "debug_toolbar.panels.sql.SQLPanel"
+DJANGOS, OURS = "django.core", "asyncorm"
+_IMPORTS = re.compile(r"^from (django\.core|asyncorm)\.asgi import .*get_asgi_application", re.M)
 # Where applications around others keep them.
 _INNER = ("app", "application", "inner", "application_mapping")
 
@@ -96,13 +99,8 @@ def check_handler() -> list[CheckMessage]:
     """asyncorm.I001: the swap is on, and requests are served by Django's own handler."""
     if not conf.get("SWAP_MANAGERS"):
         return []
-    what = getattr(settings, "ASGI_APPLICATION", None)
-    if what:
-        djangos = type(projects_handler()) is ASGIHandler
-    else:
-        what = f"{str(_urls()).rpartition('.')[0]}.asgi"
-        djangos = _imports_djangos_handler(what)
-    if not djangos:
+    what, whose = served_by()
+    if whose != DJANGOS:
         return []
     return [Info(f"{what} is served by Django's own handler.", hint=HINT, id="asyncorm.I001")]
 
@@ -112,14 +110,29 @@ def _urls() -> Any:
     return getattr(settings, "ROOT_URLCONF", None)
 
 
-def _imports_djangos_handler(module: str) -> bool:
-    """Whether a module, as startproject makes one, uses Django's handler; it is not imported."""
+def served_by() -> tuple[str, str]:
+    """The project's ASGI application, and whose handler serves it: DJANGOS, OURS, or "" for one
+    that is not known.
+
+    Without ASGI_APPLICATION it is what startproject makes, which is read and not imported.
+    """
+    if what := getattr(settings, "ASGI_APPLICATION", None):
+        handler = projects_handler()
+        if handler is not None and _is_ours(handler):
+            return what, OURS
+        return what, DJANGOS if type(handler) is ASGIHandler else ""
+    module = f"{str(_urls()).rpartition('.')[0]}.asgi"
     try:
         spec = find_spec(module)
         source = Path(spec.origin or "").read_text() if spec is not None else ""
     except (ImportError, ValueError, OSError):
-        return False
-    return "from django.core.asgi import get_asgi_application" in source
+        source = ""
+    imported = set(_IMPORTS.findall(source))
+    return module, imported.pop() if len(imported) == 1 else ""
+
+
+def _is_ours(handler: ASGIHandler) -> bool:
+    return any(cls.__module__.startswith("asyncorm.") for cls in type(handler).__mro__)
 
 
 def check_middleware() -> list[CheckMessage]:

@@ -41,7 +41,7 @@ def section(text: str, title: str) -> list[str]:
 
 
 def test_without_a_subcommand_it_says_which_there_are() -> None:
-    with pytest.raises(CommandError, match="SUBCOMMAND"):
+    with pytest.raises(CommandError, match=r"(?s)SUBCOMMAND.*status.*hops.*sizing.*bench"):
         shown()
 
 
@@ -112,7 +112,8 @@ def test_status_prints_what_others_replaced_since(monkeypatch: pytest.MonkeyPatc
     [
         ("tests.project.asgi.application", "Django's own handler"),
         ("tests.tools.test_command.native_application", "asyncorm's handler"),
-        (None, "nothing"),
+        (None, "tests.project.asgi: Django's own handler"),
+        ("tests.support.free_port", "no handler is found"),
     ],
 )
 def test_status_prints_the_handler(settings: Any, application: Any, expected: str) -> None:
@@ -126,6 +127,21 @@ def test_status_prints_the_handler(settings: Any, application: Any, expected: st
     if "asyncorm" in expected:
         common, slow = lines[1:]
         assert common.endswith("on the event loop") and slow.endswith("in a thread")
+
+
+def test_status_reads_the_asgi_module_that_nobody_names(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """startproject sets no ASGI_APPLICATION."""
+    settings.ASGI_APPLICATION, settings.ROOT_URLCONF = None, "fresh.urls"
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "fresh" / "asgi.py"
+    module.parent.mkdir()
+    (module.parent / "__init__.py").touch()
+    (module.parent / "urls.py").write_text("urlpatterns = []")
+    for factory, expected in (("asyncorm", "asyncorm's handler"), ("django.core", "Django's own")):
+        module.write_text(f"from {factory}.asgi import get_asgi_application\n")
+        assert expected in section(shown("status"), "Requests")[0]
 
 
 class Slow:

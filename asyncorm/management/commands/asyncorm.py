@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandParser
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from ..._commands import SUBCOMMANDS
 
@@ -22,10 +22,13 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """A parser for each subcommand."""
-        subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
+        subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND")
         for name, text in SUBCOMMANDS.items():
             _module(name).add_arguments(subparsers.add_parser(name, help=text, description=text))
 
-    def handle(self, *args: Any, subcommand: str, **options: Any) -> None:
+    def handle(self, *args: Any, subcommand: str | None, **options: Any) -> None:
         """Run the subcommand."""
+        if subcommand is None:
+            names = "".join(f"\n  {name}: {text}" for name, text in SUBCOMMANDS.items())
+            raise CommandError(f"SUBCOMMAND is one of these:{names}", returncode=2)
         _module(subcommand).run(options, self.stdout.write)
