@@ -334,7 +334,7 @@ def write(rows: list[Seen], skipped: list[str], path: Path) -> None:
 async def main() -> int:
     rows: list[Seen] = []
     failures = 0
-    slack = 1.0 if os.getloadavg()[0] > (os.cpu_count() or 1) else 0.0
+    slack = 2.0 if os.getloadavg()[0] > (os.cpu_count() or 1) else 0.0
     skipped = Counter(name for setup in SETUPS if (name := missing(setup)))
     for setup in SETUPS:
         for fault in FAULTS if missing(setup) is None else ():
