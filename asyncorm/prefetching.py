@@ -131,6 +131,8 @@ def _is_free(session: Session) -> bool:
     if session.root is not None:
         return True
     wrapper = session.wrapper
+    if wrapper is None:  # its block has ended meanwhile: Django's own query will be told
+        return False
     conn = wrapper.connection
     return (
         (conn is None or (conn.autocommit and not conn.session_dirty))

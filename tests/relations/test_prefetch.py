@@ -24,6 +24,7 @@ from django.db.models import (
 )
 from django.db.models.sql import Query
 from django.db.models.sql.where import WhereNode
+from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 from hypothesis import HealthCheck, given, settings
@@ -625,3 +626,24 @@ async def test_instances_that_are_no_list() -> None:
         return [len(found), len(queries)]
 
     assert await native(fetch)() == [3, 0]
+
+
+async def test_a_block_that_ends_while_a_lookup_is_fetched() -> None:
+    """A task that outlives it is told so, whatever it waited for."""
+    fetching, ended = asyncio.Event(), asyncio.Event()
+
+    class Waiting(models.QuerySet[Any]):
+        def _fetch_all(self) -> None:
+            if self._result_cache is None:
+                fetching.set()
+                asyncorm.await_(ended.wait())
+            super()._fetch_all()
+
+    reviews = Prefetch("reviews", Waiting(Review))
+    async with asyncorm.atomic():
+        books = Book.objects.prefetch_related("authors", "tags", reviews)
+        task = asyncio.create_task(native(list)(books))
+        await fetching.wait()
+    ended.set()
+    with pytest.raises(TransactionManagementError, match="has ended"):
+        await task
