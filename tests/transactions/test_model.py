@@ -134,12 +134,10 @@ class Child:
 pauses = st.integers(0, 3)
 STEPS = (
     "add add add add look look stream violate boom hook hook rollback detached alter apart large "
-    "leave apart_left"
+    "leave apart_left prefetch apart_prefetch"
 )
 if PROFILE == "soak":
-    # Not in each run: what is answered last, when a block ends as its connection is lost, depends
-    # on the moment, and the model does not know all of these moments yet.
-    STEPS += " prefetch apart_prefetch kill apart_killed"
+    STEPS += " kill apart_killed"
 leaf = st.builds(Do, st.sampled_from(STEPS.split()), pauses)
 cancels = (
     st.just(()) | st.tuples(st.integers(0, 40)) | st.tuples(st.integers(0, 40), st.integers(0, 2))
@@ -176,8 +174,9 @@ class Block:
     parent: "Block | None"
     savepoint: bool = True
     over: bool = False
-    killed: bool = False  # or it may have been: of a whole transaction
     # The model's part.
+    killing: int = 0  # of a whole transaction: kills that may have reached the server, or will
+    lost: bool = False  # of a whole transaction: its connection is, with all it did
     rows: list[int] = field(default_factory=list)
     hooks: list[int] = field(default_factory=list)
     poisoned: bool = False
@@ -397,12 +396,13 @@ class Run:
                         break
                     value = await Item.objects.filter(remote_id=number).native_count()
             elif what == "prefetch":
-                value = await asyncorm.native(prefetched)()
+                self.log.append(("asking", block, number, "ok"))
+                value = number, await asyncorm.native(prefetched)()
             elif what == "apart_prefetch":
                 async with asyncorm.detached():
                     value = (await asyncorm.native(prefetched)())[:2]
             elif what == "kill":
-                block.root.killed = True
+                self.log.append(("killing", block, None, "ok"))
                 await asyncorm.native(executed)(KILL)
             elif what == "apart_killed":
                 async with asyncorm.detached():
@@ -492,6 +492,8 @@ class Model:
         self.rows: list[int] = []
         self.called: dict[int, list[int]] = defaultdict(list)
         self.either: list[Block] = []  # transactions that were committed as a whole, or not at all
+        self.committed: list[Block] = []
+        self.asked: set[int] = set()  # prefetches that began when statements were possible
         self.perhaps: set[int] = set()  # rows that were committed or not
         self.stopped: list[Block] = []  # their statements were refused, to roll a block back
         self.open: dict[int, list[Block]] = defaultdict(list)  # by transaction, innermost last
@@ -501,9 +503,8 @@ class Model:
 
     def usable(self, block: Block, outcome: str) -> bool:
         """Whether the step took place; its outcome is checked if not."""
-        # Who comes when the block is being left has killed nobody.
-        late = outcome == "ended" and block.leaving
-        if block.root.killed and not late and outcome in ("lost", "stopped", "broken", "ended"):
+        if self.is_lost(block, outcome):
+            assert outcome in ("lost", "stopped", "broken", "ended")
             block.poisoned = block.marked = True
         elif outcome == "stopped":
             block.poisoned = block.marked = True
@@ -514,7 +515,7 @@ class Model:
             refused = block.rolled_back and conf.get("MULTIPLEXING")
             assert outcome == "ended" or (refused and outcome == "broken")
         elif outcome == "ended":
-            assert block.leaving
+            self.is_ended(block)
         elif block.poisoned and not (block.marked and outcome != "broken"):
             assert outcome == "broken"
         elif outcome == "broken":
@@ -529,9 +530,24 @@ class Model:
             return True
         return False
 
+    def is_lost(self, block: Block, outcome: str) -> bool:
+        """Whether the connection of a block is lost; who is told so shows it."""
+        root = block.root
+        if outcome == "lost":
+            assert root.killing or root.lost
+            root.lost = True
+        return root.lost
+
+    def is_ended(self, block: Block) -> None:
+        """A block whose end is told before it is left has lost its connection."""
+        if not block.leaving:
+            assert block.root.killing
+            self.stopped.append(block)
+
     def enter(self, block: Block, value: Any, outcome: str) -> None:
         parent = block.parent
-        if block.root.killed and outcome != "ok":
+        if self.is_lost(block, outcome) and outcome != "ok":
+            assert outcome in ("lost", "stopped", "broken", "ended")
             block.ended = True
             return
         if outcome == "stopped":
@@ -541,7 +557,7 @@ class Model:
             return
         if parent is not None and (parent.ended or outcome == "ended"):
             assert outcome == "ended"
-            assert parent.leaving
+            self.is_ended(parent)
             block.ended = True
             return
         assert outcome == "ok"
@@ -588,18 +604,31 @@ class Model:
     def apart_left(self, block: Block, value: Any, outcome: str) -> None:
         assert (value, outcome) == (0, "ok")
 
+    def asking(self, block: Block, value: Any, outcome: str) -> None:
+        usable = not block.ended and (block.marked or not block.poisoned)
+        if usable and not block.root.lost:
+            self.asked.add(value)
+
     def prefetch(self, block: Block, value: Any, outcome: str) -> None:
-        # Several statements: its block may have been left, and rolled back, between them.
-        if outcome == "broken" and block.ended and block.rolled_back:
-            return
-        if self.usable(block, outcome):
-            assert (value, outcome) == ((2, 3, True), "ok")
+        # Several statements of several tasks, written down when all are done. Its block may have
+        # been left since the last one, and rolled back between them.
+        if outcome == "ok":
+            number, found = value
+            assert number in self.asked
+            assert found == (2, 3, True)
+        elif not (outcome == "broken" and block.ended and block.rolled_back):
+            assert not self.usable(block, outcome)
 
     def apart_prefetch(self, block: Block, value: Any, outcome: str) -> None:
         assert (value, outcome) == ((2, 3), "ok")
 
+    def killing(self, block: Block, value: Any, outcome: str) -> None:
+        block.root.killing += 1
+
     def kill(self, block: Block, value: Any, outcome: str) -> None:
         assert not self.usable(block, outcome)
+        if outcome in ("broken", "ended"):  # it was not even sent
+            block.root.killing -= 1
 
     def apart_killed(self, block: Block, value: Any, outcome: str) -> None:
         assert (value, outcome) == (("lost", 0), "ok")
@@ -641,8 +670,13 @@ class Model:
         block.leaving = True
 
     def exit(self, block: Block, well: bool, outcome: str) -> None:
-        if outcome in ("lost", "stopped") and block.root.killed:
-            outcome, well = "rolled back", False
+        root = block.root
+        if self.is_lost(block, outcome) or (root.killing and outcome == "stopped"):
+            # Who caught the error inside is told now, at the latest.
+            assert not (well and block is root and outcome == "ok")
+            if outcome in ("lost", "stopped"):
+                self.stopped.append(block)
+                outcome, well = "rolled back", False
         assert outcome in ("ok", "cancelled", "rolled back", "broken")
         assert self.open[block.root.number].pop() is block
         block.ended = True
@@ -656,11 +690,12 @@ class Model:
             if not (block.poisoned and conf.get("MULTIPLEXING")):
                 self.stopped.append(block)
             block.poisoned = True
-        kept = well and not block.poisoned
+        kept = well and not block.poisoned and not (root.lost and block is root)
         if kept or not block.real:
             if parent is None and outcome == "cancelled":
                 self.either.append(block)
             elif parent is None:
+                self.committed.append(block)
                 self.rows += block.rows
                 self.called[block.number] += block.hooks
             else:
@@ -672,9 +707,10 @@ class Model:
             parent.rolled_back |= block.rolled_back
 
     def end(self) -> None:
-        """Statements are stopped only when a block around them is rolled back."""
+        """Statements are stopped only when a block around them is rolled back, or lost."""
+        assert not any(block.lost for block in self.committed)
         for block in self.stopped:
-            if block.root.killed:
+            if block.root.lost or block.root.killing:
                 continue
             around: Block | None = block
             while around is not None and not around.rolled_back:
@@ -753,7 +789,7 @@ async def check(run: Run, model: Model) -> None:
     for root, number in run.called:
         called[root].append(number)
     for block in model.either:
-        if set(block.rows) & set(rows) or called[block.number]:
+        if not block.lost and (set(block.rows) & set(rows) or called[block.number]):
             model.rows += block.rows
             model.called[block.number] += block.hooks
     assert sorted(set(rows) - model.perhaps) == sorted(model.rows)
