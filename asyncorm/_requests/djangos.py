@@ -4,6 +4,8 @@
   wrappers, so that the tasks that the request starts find them, and log their queries there:
   `connection.queries` is the whole request's then. With the swap, the first request says that there
   is a handler without threads.
+- `BaseHandler.make_view_atomic`: where middleware has left something on the connection of the
+  request's thread, that waits for an asynchronous view, which gets its connection.
 - `BaseHandler.load_middleware`: that of an AsyncClient makes a native chain where that is asked
   for.
 - `sync_to_async` in django.core.handlers.base: logging a response of our handler needs no thread.
@@ -15,14 +17,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
 from django.conf import settings
 from django.core.handlers import base
 from django.core.handlers.base import BaseHandler
 from django.db import connections
 from django.http import HttpRequest
 
-from .. import patches, swap
+from .. import observers, patches, swap
 from .._sessions import engines
 from . import flow
 
@@ -35,6 +37,7 @@ def install() -> None:
     for name, wrap, why in (
         ("get_response_async", _get_response_async, "a request's tasks log queries in one place"),
         ("load_middleware", _load_middleware, "AsyncClient goes through our handler"),
+        ("make_view_atomic", _make_view_atomic, "a view is in what middleware has begun"),
     ):
         patches.replace(BaseHandler, name, wrap(getattr(BaseHandler, name)), why)
     patches.replace(base, "sync_to_async", _dispatch, "logging a response needs no thread")
@@ -75,6 +78,19 @@ def _dispatch(func: Callable[..., Any], **options: Any) -> Any:
     if logs and flow.current() is not None:
         return functools.partial(flow.natively, func)
     return sync_to_async(func, **options)
+
+
+def _make_view_atomic(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def make_view_atomic(self: Any, view: Callable[..., Any]) -> Any:
+        atomic = original(self, view)
+        if not (iscoroutinefunction(atomic) and observers.left_behind()):
+            return atomic
+        if flow.current() is None and not swap.active():
+            return atomic
+        return sync_to_async(async_to_sync(atomic))
+
+    return make_view_atomic
 
 
 def _load_middleware(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -116,6 +116,17 @@ async def natively(func: Callable[..., Any], /, *args: Any, **kwargs: Any) -> An
     return await wait(bridge.run, func, *args, **kwargs)
 
 
+def after_others(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a hook of native middleware that works in the request's thread where others have left
+    something for it there."""
+    threaded = in_thread(func)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (threaded if goes_to_thread() else func)(*args, **kwargs)
+
+    return _method_like(func, call)
+
+
 def on_the_loop(func: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
     """Make a coroutine function of a native step."""
 

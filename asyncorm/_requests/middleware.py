@@ -136,7 +136,12 @@ class _Native:
         self._factory = factory
 
     def __call__(self, get_response: Callable[..., Any]) -> Any:
-        return self._factory(get_response)
+        middleware = self._factory(get_response)
+        for name in (*_METHODS, "process_request", "process_response"):
+            method = getattr(middleware, name, None)
+            if method is not None and not iscoroutinefunction(method):
+                setattr(middleware, name, flow.after_others(method))
+        return middleware
 
 
 class _Foreign:

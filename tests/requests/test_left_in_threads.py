@@ -140,6 +140,18 @@ async def refuses(request: Any) -> HttpResponse:
     return HttpResponse(f"{await Item.objects.acount()}", status=409)
 
 
+async def natively(request: Any) -> HttpResponse:
+    """What `writes()` does, by asyncorm's own names."""
+    async with asyncorm.atomic():
+        await Item.objects.native_create(remote_id=1)
+    names = await Item.objects.annotate(t=SEEN).values_list("t", flat=True).anative()
+    assert names == [t async for t in Item.objects.values_list(SEEN, flat=True).native_iterator()]
+    async with asyncorm.cursor() as cursor:
+        await cursor.execute("SELECT count(*) FROM myapp_item")
+        assert await cursor.fetchone() == (await Item.objects.native_count(),)
+    return HttpResponse(f"{await asyncorm.native(Item.objects.count)()} {names}")
+
+
 def synchronously(request: Any) -> HttpResponse:
     Item.objects.create(remote_id=1)
     return HttpResponse(str([*Item.objects.annotate(t=SEEN).values_list("t", flat=True)]))
@@ -154,7 +166,7 @@ def renders(request: Any) -> TemplateResponse:
     return TemplateResponse(request, template, {"items": Item.objects.annotate(t=SEEN)})
 
 
-VIEWS: list[Any] = [writes, fails, refuses, synchronously, streams, renders]
+VIEWS: list[Any] = [writes, natively, fails, refuses, synchronously, streams, renders]
 urlpatterns = [path(f"{view.__name__}/", view) for view in VIEWS]
 
 
@@ -179,7 +191,7 @@ async def test_the_rest_of_the_request_finds_it(settings: Any, kind: Any, inside
     for view in VIEWS:
         url = f"/{view.__name__}/"
         settings.ASYNCORM = {}
-        expected = await outcome(djangos(), url)
+        expected = await outcome(djangos(), "/writes/" if view is natively else url)
         settings.ASYNCORM = {"SWAP_MANAGERS": True}
         ways = {"Django's handler": djangos(), "ours": get_asgi_application()}
         if not iscoroutinefunction(view):
@@ -209,7 +221,7 @@ urlpatterns += [path("logs/in/", logs_in), path("sets/in/session/", sets_in_sess
 
 
 @pytest.mark.parametrize("url", ["/logs/in/", "/sets/in/session/"])
-@pytest.mark.parametrize("kind", [Begins, Hops], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [Begins, BeginsInView, Hops], ids=lambda kind: kind.__name__)
 async def test_sessions_are_in_its_transaction(settings: Any, kind: Any, url: str) -> None:
     """A session that is saved there is found when the middleware of sessions saves it again."""
     settings.ROOT_URLCONF = __name__
