@@ -204,8 +204,12 @@ def note_log(alias: str, log: object) -> None:
 
 def logged(alias: str, own: object) -> Iterable[Any]:
     """What the coroutine that this thread works for has logged natively, elsewhere than in the
-    thread's own log."""
-    log = _logs.get().get(alias) if serves_a_loop() else None
+    thread's own log; in native code, what the task has logged in its thread."""
+    log: Any = None
+    if serves_a_loop():
+        log = _logs.get().get(alias)
+    elif bridge.in_native_code() and (used := _used.get().get(alias)) is not None:
+        log = getattr(used(), "queries_log", None)
     return () if log is None or log is own else list(log)
 
 

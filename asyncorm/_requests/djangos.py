@@ -47,7 +47,7 @@ def _keep_logs() -> None:
     """Have Django's own wrappers in this context, which keep the queries of a request's tasks."""
     for alias in connections:
         if engines.native_class(alias) is not None:
-            connections[alias]
+            observers.note_log(alias, connections[alias].queries_log)
 
 
 def _get_response_async(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -94,7 +94,7 @@ class SynchronousWrapper(_Django):
 
     @property
     def queries(self) -> list[dict[str, str]]:
-        """Django's; in a thread that works for a coroutine, what that ran natively comes last."""
+        """Django's; what native code and the thread of the same task have logged comes last."""
         log = self.queries_log
         if len(log) == log.maxlen:  # as Django, whose warning would name this file
             warnings.warn(

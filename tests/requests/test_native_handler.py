@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.contrib.auth import login
 from django.contrib.auth.middleware import RemoteUserMiddleware
 from django.contrib.auth.models import User
@@ -888,7 +889,16 @@ def logged_natively(request: Any) -> HttpResponse:
     return HttpResponse(str(len(connection.queries)))
 
 
-urlpatterns += [path("logged/", logged), path("logged/natively/", logged_natively)]
+async def hops(request: Any) -> HttpResponse:
+    await sync_to_async(Item.objects.count)()
+    return HttpResponse(str(await Item.objects.acount()))
+
+
+urlpatterns += [
+    path("hops/", hops),
+    path("logged/", logged),
+    path("logged/natively/", logged_natively),
+]
 
 
 async def test_in_debug_mode(settings: Any) -> None:
@@ -905,6 +915,28 @@ async def test_in_debug_mode(settings: Any) -> None:
         answer = await ask(app, "/nothing/")
         assert answer.status == 404 and "URLconf" in answer.body
     assert threads == []
+
+
+def counting(get_response: Any) -> Any:
+    def middleware(request: Any) -> Any:
+        Item.objects.count()
+        response = get_response(request)
+        response["x-queries"] = str(len(connection.queries))
+        return response
+
+    return middleware
+
+
+@pytest.mark.parametrize("url", ["/logged/", "/logged/natively/", "/threaded/", "/hops/"])
+async def test_middleware_finds_the_queries_of_the_request(settings: Any, url: str) -> None:
+    """Wherever they were made, as where all of a request is done in one thread."""
+    settings.DEBUG = True
+    settings.MIDDLEWARE = [f"{__name__}.counting"]
+    for names in [], settings.MIDDLEWARE:
+        settings.ASYNCORM = {"SWAP_MANAGERS": True, "SLOW_STEP": False, "NATIVE_MIDDLEWARE": names}
+        answer = await ask(get_asgi_application(), url)
+        made = 2 if url == "/threaded/" else 3
+        assert (b"x-queries", str(made).encode()) in answer.headers
 
 
 # Django REST framework
