@@ -13,7 +13,7 @@ import sys
 from asyncio import CancelledError, Task, current_task, sleep
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, wraps
 from typing import Any, cast
 
 from asgiref.sync import async_to_sync, sync_to_async
@@ -121,6 +121,7 @@ def after_others(func: Callable[..., Any]) -> Callable[..., Any]:
     something for it there."""
     threaded = in_thread(func)
 
+    @wraps(func)  # tools name it
     def call(*args: Any, **kwargs: Any) -> Any:
         return (threaded if goes_to_thread() else func)(*args, **kwargs)
 
