@@ -395,13 +395,13 @@ class NativeWrapper(SynchronousWrapper):
     def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
         """Django's, with the savepoints of the caller's own block."""
         block = self.session.innermost() if self.session is not None else None
-        if block is None or not callable(func):
+        if block is not None and block.ended:
+            raise block.outlived_error()
+        if block is None or not callable(func) or not self.in_atomic_block:
             # Not that of SynchronousWrapper, which is for synchronous wrappers.
             super(SynchronousWrapper, self).on_commit(
                 _awaiting(func) if callable(func) and bridge.in_native_code() else func, robust
             )
-        elif block.ended:
-            raise block.outlived_error()
         else:
             self.run_on_commit.append((set(block.sids), func, robust))
 

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import psycopg
 import pytest
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import (
     DatabaseError,
@@ -33,7 +33,7 @@ from psycopg.errors import DeadlockDetected, SerializationFailure
 
 import asyncorm
 from tests.project.myapp.models import Item
-from tests.support import all_given_back, database, eventually
+from tests.support import all_given_back, database, eventually, value
 
 ids = count(1)
 
@@ -45,6 +45,10 @@ def clean(django_db_setup: Any, django_db_blocker: Any) -> Iterator[None]:
         with connection.cursor() as cursor:
             cursor.execute("TRUNCATE myapp_item")
         connection.close()
+
+
+def setting() -> str:
+    return str(value("SELECT current_setting('app.tenant', true)"))
 
 
 async def add(name: str, remote_id: int | None = None) -> Item:
@@ -684,6 +688,34 @@ async def test_callbacks_run_in_order_after_the_outermost_commit() -> None:
         ("plain", None),
         ("last", both),
     ]
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("by", [asyncorm.on_commit, transaction.on_commit])
+async def test_on_commit_where_a_session_is_shared_without_a_transaction(
+    by: Any, threaded: bool
+) -> None:
+    """Synchronous code has set something and awaits: its connection serves what it awaits."""
+    called: list[str] = []
+
+    def inside() -> None:
+        assert setting() == "acme"
+        by(lambda: called.append("native"))
+
+    async def awaited() -> None:
+        by(lambda: called.append("coroutine"))
+        await asyncorm.native(inside)()
+
+    def outside() -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SET app.tenant = 'acme'")
+        try:
+            async_to_sync(awaited)()
+        finally:
+            connection.close()
+
+    await (sync_to_async if threaded else asyncorm.native)(outside)()
+    assert called == ["coroutine", "native"]
 
 
 async def test_callbacks_do_not_run_after_a_rollback() -> None:
