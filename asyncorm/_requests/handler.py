@@ -16,7 +16,7 @@ import asyncio
 import warnings
 from asyncio import CancelledError, current_task
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
@@ -181,7 +181,8 @@ class NativeHandler(ASGIHandler):
                 if request is not None:
                     response = await self.run_get_response(request)
                 if not running.gone:
-                    await flow.cancellable(self.send_response, response, send)
+                    with suppress(CancelledError):  # as Django: a stream may cancel itself
+                        await flow.cancellable(self.send_response, response, send)
             except CancelledError:
                 if not running.gone:
                     raise

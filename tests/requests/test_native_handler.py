@@ -693,6 +693,21 @@ async def test_a_client_that_goes_away_ends_an_endless_stream(native: bool) -> N
     assert seen[-1] == f"closed ({'loop' if native else 'thread'})"
 
 
+async def test_a_stream_that_cancels_itself_ends_as_on_djangos_handler() -> None:
+    async def view(request: Any) -> StreamingHttpResponse:
+        async def content() -> Any:
+            yield b"part"
+            raise asyncio.CancelledError
+
+        return StreamingHttpResponse(content())
+
+    urlpatterns.append(path("cancels/", view))
+    clear_url_caches()
+    expected = await ask(djangos(), "/cancels/")
+    assert await ask(get_asgi_application(), "/cancels/") == expected
+    assert expected.parts == [b"part"]
+
+
 @pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
 async def test_files() -> None:
     answer = await ask(get_asgi_application(), "/file/")
