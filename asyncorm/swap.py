@@ -17,6 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -80,17 +81,18 @@ def dispatch(func: Callable[..., Any] | None = None, **options: Any) -> Any:
 def _dispatch_own(func: Callable[..., Any], **options: Any) -> Any:
     """As `dispatch`, but the methods of other people's subclasses stay in threads."""
     own = _djangos(getattr(func, "__self__", None))
-    return (dispatch if own else sync_to_async)(func, **options)
+    return (dispatch if own else _dispatch_others)(func, **options)
 
 
-def _dispatch_receivers(func: Callable[..., Any], **options: Any) -> Any:
-    """Signal.asend(): synchronous receivers stay in a thread, except in a transaction block.
+def _dispatch_others(func: Callable[..., Any], **options: Any) -> Any:
+    """Other people's synchronous code (receivers that Signal.asend() calls, authentication
+    backends) stays in a thread, except in a transaction block.
 
-    A thread could not take part in the transaction (update_last_login() after alogin()). They run
+    A thread could not take part in the transaction (update_last_login() after alogin()). It runs
     natively then, as receivers of a native save() do.
     """
     if active() and scopes.in_block():
-        return lambda *args: bridge.run(func, *args)
+        return partial(bridge.run, func)
     return sync_to_async(func, **options)
 
 
@@ -186,7 +188,7 @@ _django_aiterator: Any = None
 
 def _replacement(module: str) -> Callable[..., Any]:
     if module == "django.dispatch.dispatcher":
-        return _dispatch_receivers
+        return _dispatch_others
     return _dispatch_own if module in _BASES else dispatch
 
 

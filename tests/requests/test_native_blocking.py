@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from django.contrib import auth, messages
-from django.contrib.auth.backends import ModelBackend
+from django.contrib.auth.backends import BaseBackend, ModelBackend
 from django.contrib.auth.hashers import PBKDF2PasswordHasher, make_password
 from django.contrib.auth.models import User
 from django.contrib.messages.storage.base import BaseStorage
@@ -304,6 +304,27 @@ async def test_in_a_transaction_what_uses_the_orm_takes_part_in_it() -> None:
 
     assert (await asyncorm.native(work)()).username == "someone"
     assert seen == ["authenticate, 1 users (loop)"]
+
+
+class Directory(BaseBackend):
+    def authenticate(self, request: Any, **credentials: Any) -> Any:
+        note(f"authenticate, {User.objects.count()} users")
+        return User.objects.filter(**credentials).first()
+
+    def get_user(self, user_id: Any) -> Any:
+        return User.objects.filter(pk=user_id).first()
+
+
+async def test_so_does_a_backend_of_other_people_by_its_asynchronous_methods(settings: Any) -> None:
+    settings.AUTHENTICATION_BACKENDS = [f"{HERE}.Directory"]
+    settings.ASYNCORM = {"SWAP_MANAGERS": True}
+    async with asyncorm.atomic():
+        user = await User.objects.acreate(username="someone")
+        assert await auth.aauthenticate(None, username="someone") == user
+        assert await Directory().aget_user(user.pk) == user
+    assert seen == ["authenticate, 1 users (loop)"]
+    assert await auth.aauthenticate(None, username="someone") == user
+    assert seen[1:] == ["authenticate, 1 users (thread)"]
 
 
 async def test_views_of_the_project_that_django_calls() -> None:
