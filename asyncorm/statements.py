@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 plans = Store(4096)  # a plan, or None: not to be planned; and its ground
 UNPLANNED: Any = object()  # of a shape that is new
-counts = {"hits": 0, "misses": 0, "unfit": 0, "verified": 0}
+counts = {"hits": 0, "recorded": 0, "misses": 0, "unfit": 0, "verified": 0}
 
 
 def statement_cache_stats() -> dict[str, int]:
@@ -42,6 +42,7 @@ def statement_cache_stats() -> dict[str, int]:
 
     `hits` and `misses` count the statements whose SQL was there and those that were compiled for
     it, `unfit` those that were left to Django's compiler; `size` is the number of shapes known.
+    `recorded` counts the hits for which not even the query was made (`RECORD_QUERYSETS`).
     With "verify" for the setting, `verified` counts the hits that Django's compiler confirmed,
     `verified_shapes` how many shapes they were of, `different` those that it did not confirm.
     """

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 from . import report, suite
@@ -62,9 +63,14 @@ APPS = {
 
 
 class AppsRun(Run):
-    """A comparison in which each job is one app."""
+    """A comparison in which each job is one app.
+
+    Attributes:
+        count: whether it is counted what recordings catch, and why not the rest.
+    """
 
     worker = "compat.apps_worker"
+    count = False
 
     def order(self, number: int, mode: str, labels: list[str]) -> dict[str, Any]:
         (name,) = labels
@@ -73,8 +79,30 @@ class AppsRun(Run):
         return {
             **super().order(number, mode, labels),
             "app": name,
+            "count": self.count,
             "tests": str(folder / app.folder),
         }
+
+    def text_of_counts(self) -> str:
+        """What was counted of each app and in all, and the reasons, the most frequent first."""
+        lines = [f"{'':24}{'querysets':>12}{'recorded':>12}{'by a plan':>12}{'Django':>12}"]
+        ranked: Counter[str] = Counter()
+        for name, (cache, reasons) in sorted(self.counted.items()):
+            lines.append(_counted(name, cache, reasons))
+            ranked += reasons
+        caches = sum((cache for cache, _ in self.counted.values()), Counter())
+        lines += [_counted("all", caches, ranked), "", "Not recorded:"]
+        return "\n".join([*lines, *(f"{n:10,}  {why}" for why, n in ranked.most_common(30))])
+
+
+def _counted(name: str, cache: Counter[str], reasons: Counter[str]) -> str:
+    """A line about the statements of querysets whose shape was not new."""
+    ways = Counter(recorded=cache["recorded"])
+    for reason, number in reasons.items():
+        ways[reason.partition(":")[0]] += number
+    each = [ways[way] for way in ("recorded", "a plan", "Django")]
+    shares = "".join(f"{number / max(sum(each), 1):12.0%}" for number in each)
+    return f"{name:24}{sum(each):12,}{shares}"
 
 
 def main() -> int:
@@ -86,6 +114,11 @@ def main() -> int:
         "--verify",
         action="store_true",
         help="compare each statement of the statement cache with Django's own",
+    )
+    parser.add_argument(
+        "--count",
+        action="store_true",
+        help="natively alone: count what recorded querysets catch, and why not the rest",
     )
     options = parser.parse_args()
     if unknown := [name for name in options.apps if name not in APPS]:
@@ -103,7 +136,12 @@ def main() -> int:
         return 2
     with server() as (database, bindir):
         run = AppsRun(database, suite.CACHE, options.workers, options.verify)
-        run.do([(mode, [name]) for name in reversed(names) for mode in ("baseline", "native")])
+        run.count = options.count
+        modes = ("native",) if options.count else ("baseline", "native")
+        run.do([(mode, [name]) for name in reversed(names) for mode in modes])
+    if options.count:
+        print(run.text_of_counts(), *run.broken, sep="\n")
+        return bool(run.broken)
     seconds = time.monotonic() - began
     outcome = report.Outcome(
         run.results["baseline"], run.results["native"], run.broken, "apps", when

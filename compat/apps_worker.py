@@ -126,6 +126,10 @@ def main() -> None:
     else:
         from . import natively
 
+        if order["count"]:
+            from . import counting
+
+            counting.install()
         bridge.set_guard(None)  # pytest-django sets Django up, natively as all the rest
         natively.install(record, order["tests"])
         status = natively.run(run)

@@ -97,6 +97,7 @@ class Run:
         broken: worker processes that did not finish, in words.
         verify: whether each hit of the statement cache is verified.
         cache: what the workers' statement caches did, in all.
+        counted: by the first label, what a worker's statement cache did, and why not more of it.
     """
 
     worker = "compat.worker"
@@ -106,6 +107,7 @@ class Run:
     ) -> None:
         self.verify = verify
         self.cache: Counter[str] = Counter()
+        self.counted: dict[str, tuple[Counter[str], Counter[str]]] = {}
         self.database = database
         self.tests = tests
         self.workers = workers
@@ -169,6 +171,8 @@ class Run:
         answer = json.loads(output.read_text())
         self.results[mode].update(answer["tests"])
         self.cache.update(answer.get("cache", {}))
+        if "reasons" in answer:
+            self.counted[labels[0]] = Counter(answer["cache"]), Counter(answer["reasons"])
         tests = sum("seconds" in entry for entry in answer["tests"].values())
         print(
             f"  {mode}: {tests} tests of {len(labels)} modules in "

@@ -67,6 +67,10 @@ class Record:
         answer = {"tests": self.tests, "seconds": round(time.monotonic() - began, 1)}
         if order["mode"] != "baseline":
             answer["cache"] = statement_cache_stats()
+        if order.get("count"):
+            from . import counting
+
+            answer["reasons"] = counting.reasons
         Path(order["output"]).write_text(json.dumps(answer))
 
 

@@ -118,6 +118,7 @@ def plan_of(
     if not is_new and not hit((node, key), plan, params, offset, again):
         node.plans[key] = None, Ground(())
         return None
+    statements.counts["recorded"] += not is_new
     return plan, params, offset
 
 
