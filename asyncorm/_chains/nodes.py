@@ -35,6 +35,7 @@ class Node:
     Attributes:
         call: what was done to the parent's last.
         start, stop: the places of the values of that call.
+        lists: the places of those that are lists of more than one.
         is_untouched: whether its queries select all rows, as new ones do.
         offset_at: the place of the value that LIMIT begins at.
         chained: what `copies()` gives, once it was asked for.
@@ -46,7 +47,7 @@ class Node:
     """
 
     __slots__ = (
-        "call", "chained", "children", "era", "gets", "is_untouched", "model", "offset_at",
+        "call", "chained", "children", "era", "gets", "is_untouched", "lists", "model", "offset_at",
         "parent", "plans", "start", "stop", "was_used", *FACTS,
     )  # fmt: skip
 
@@ -56,6 +57,9 @@ class Node:
         self.model = query.model
         self.start: int = 0 if parent is None else parent.stop
         self.stop: int = self.start + count
+        self.lists: list[int] = [] if parent is None else parent.lists
+        if type(call) is Filter and call.lists:
+            self.lists = [*self.lists, *(self.start + place for place in call.lists)]
         self.is_untouched: bool = parent is None or (call is None and parent.is_untouched)
         self.offset_at: int | None = None if parent is None else parent.offset_at
         self.chained: Node | None = None
@@ -151,11 +155,13 @@ class Filter:
 
     Attributes:
         keys: of the instances among the values.
+        lists: the places of lists of more than one.
     """
 
-    def __init__(self, form: Form, keys: list[Key]) -> None:
+    def __init__(self, form: Form, keys: list[Key], lists: list[int]) -> None:
         self.form = form
         self.keys = keys
+        self.lists = lists
 
     def repeat(self, query: Any, values: Any, sources: Any, start: int) -> None:
         q = write(self.form, iter(values))

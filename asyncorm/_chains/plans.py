@@ -32,6 +32,7 @@ from .twins import djangos
 from .values import is_djangos
 
 Found = tuple[Plan, list[Any], int]
+_Part = tuple[int, Callable[[Any, Any], Any], int | None]
 _MOST = {Int2: 1 << 15, Int4: 1 << 31, Int8: 1 << 63}
 
 
@@ -39,13 +40,15 @@ class _Known:
     """The plan of a node's queries, as long as the statement cache has it.
 
     Attributes:
-        parts: for each parameter the place of its value, and what makes it of that.
+        parts: for each value its place, what makes its parameter of it, and 0; for each list how
+            many parameters are made of it, or None: any number.
         offset_at: the place of the offset.
     """
 
-    def __init__(self, plan: Plan, parts: Any, offset_at: int | None, kept: Any) -> None:
+    def __init__(self, plan: Plan, parts: list[_Part], offset_at: int | None, kept: Any) -> None:
         self._plan = ref(plan)
         self.parts = parts
+        self.has_lists = any(count != 0 for *_, count in parts)
         self.offset_at = offset_at
         self.kept = kept
 
@@ -55,10 +58,29 @@ class _Known:
         plan = self._plan()
         return plan if plan is not None and plan.is_current else None
 
-    def bind(self, values: Any, wrapper: Any) -> tuple[list[Any], int]:
-        """The parameters and the offset."""
-        params = [make(values[place], wrapper) for place, make in self.parts]
-        return params, 0 if self.offset_at is None else values[self.offset_at]
+    @property
+    def is_of_any_length(self) -> bool:
+        """Whether it serves lists of all lengths, beside those of one value."""
+        return all(count is None or count < 2 for *_, count in self.parts)
+
+    def bind(self, plan: Plan, values: Any, wrapper: Any) -> tuple[Plan, list[Any], int]:
+        """The plan for lists as long as these, the parameters and the offset."""
+        offset = 0 if self.offset_at is None else values[self.offset_at]
+        if not self.has_lists:
+            return plan, [make(values[place], wrapper) for place, make, _ in self.parts], offset
+        params: list[Any] = []
+        lists = []
+        for place, make, count in self.parts:
+            made = make(values[place], wrapper)
+            if count == 0:
+                params.append(made)
+                continue
+            if count is None:
+                lists.append((len(params), len(made)))
+            if len(made) != (count or max(2, len(made))):  # of equal ones Django takes one
+                raise NotCacheable
+            params += made
+        return plan.of_lists(lists) if lists else plan, params, offset
 
 
 def plan_for(
@@ -97,22 +119,25 @@ def plan_of(
     if not nodes.is_current(node) or not grounds.are_sound():
         return None
     try:
-        key = _key(node, wrapper, kind, expressions)
+        base = key = _key(node, wrapper, kind, expressions)
         known, ground = node.plans.get(key, _UNKNOWN)
+        if known is _BY_LENGTH:
+            key = (*base, *_lengths(node, values))
+            known, ground = node.plans.get(key, _UNKNOWN)
         if known is None and ground.holds():
             return None
         plan = known.plan if type(known) is _Known and ground.holds() else None
         is_new = plan is None
         if is_new:
             make = functools.partial(_learn, node, values, wrapper, compile, kind, expressions)
-            known = _learnt(node, key, make)
+            known = _learnt(node, base, values, make)
             if known is None or known is UNPLANNED:
                 return known
             plan = known.plan
-        params, offset = known.bind(values, wrapper)
+        if plan is None:
+            return None
+        plan, params, offset = known.bind(plan, values, wrapper)
     except Exception:  # whatever is wrong with it, Django will say
-        return None
-    if plan is None:
         return None
     again = lambda: compile(djangos(), wrapper)  # noqa: E731
     if not is_new and not hit((node, key), plan, params, offset, again):
@@ -123,7 +148,16 @@ def plan_of(
 
 
 _UNKNOWN = UNPLANNED, None
+_BY_LENGTH: Any = object()  # in the place of a plan: lists of each length have their own
 _MAX_KINDS = 64
+_MAX_LENGTH = 16  # of lists that have a plan for each length
+
+
+def _lengths(node: Node, values: Any) -> tuple[int, ...]:
+    lengths = tuple([len(values[place]) for place in node.lists])
+    if max(lengths) > _MAX_LENGTH:
+        raise NotCacheable
+    return lengths
 
 
 def _key(node: Any, wrapper: Any, kind: tuple[Any, ...], expressions: Any) -> tuple[Any, ...]:
@@ -140,7 +174,7 @@ class _Unknown(NotCacheable):
     """The statement cache does not keep a plan for now."""
 
 
-def _learnt(node: Any, key: Any, make: Callable[[], tuple[_Known, Ground]]) -> Any:
+def _learnt(node: Any, key: Any, values: Any, make: Callable[[], tuple[_Known, Ground]]) -> Any:
     """What a node's statement is, kept from now on; None if there is to be none.
 
     UNPLANNED, too, where only what is known already may be used: to compile may need a connection.
@@ -156,6 +190,10 @@ def _learnt(node: Any, key: Any, make: Callable[[], tuple[_Known, Ground]]) -> A
             return None
     if len(node.plans) >= _MAX_KINDS:
         node.plans.clear()
+    by_length = node.plans.get(key, _UNKNOWN)[0] is _BY_LENGTH
+    if by_length or (known is not None and not known.is_of_any_length):
+        node.plans[key] = _BY_LENGTH, None
+        key = (*key, *_lengths(node, values))
     node.plans[key] = known, ground or Ground((), [node.model])
     return known
 
@@ -171,30 +209,80 @@ def _learn(
     else:
         shape = shape_of_aggregates(query, wrapper, kind, expressions)
     found = statements.plan_for(query, wrapper, compile, *kind, expressions=expressions, again=True)
-    if found is None and tuple(shape.key) not in statements.plans:
+    keys = shape.key_of_lengths()
+    if found is None and statements.plans.keys().isdisjoint(keys):
         raise _Unknown
     if found is None or shape.mixed or shape.values or shape.selected or shape.spare:
         raise NotCacheable
-    plan, params, offset = found
-    places = {id(lookup): place for lookup, place in sources}
-    parts: list[Any] = []
-    for _, count, leaf in shape.leaves:
-        if count != 1:
-            raise NotCacheable
-        place = places.pop(id(leaf))
-        parts.append((place, _maker(leaf, values[place], shape.params[len(parts)])))
-    if places or plan.shared or (node.offset_at is None) != (not offset):
+    asked, params, offset = found
+    # That may be one for lists of this length, of the one that is kept.
+    plan = next((kept for kept in map(statements.recall, keys[::-1]) if type(kept) is Plan), asked)
+    parts = _parts(shape, plan, {id(lookup): place for lookup, place in sources}, values)
+    if plan.shared or (node.offset_at is None) != (not offset):
         raise NotCacheable
-    if plan.picked is not None:
-        parts = [parts[i] for i in plan.picked]
     known = _Known(plan, parts, node.offset_at, shape.kept)
-    if not verifying.equal(known.bind(values, wrapper), (params, offset)):
+    bound, *rest = known.bind(plan, values, wrapper)
+    if bound.sql != asked.sql or not verifying.equal(rest, [params, offset]):
         raise NotCacheable
     ground = grounds.of_query(
         query, shape.kept, plan.maker, wrapper, [type(lookup) for lookup, _ in sources],
         *plan.classes, short=True,
     )  # fmt: skip
     return known, ground
+
+
+def _parts(shape: Shape, plan: Plan, places: dict[int, int], values: Any) -> list[_Part]:
+    """Where the parameters of a plan come from.
+
+    Args:
+        places: by the identity of each value's lookup.
+    """
+    arrays = {start for start, _ in plan.lists} if plan.is_of_any_length else ()
+    parts: list[_Part] = []
+    start = 0
+    for _, count, leaf in shape.leaves:
+        place = places.pop(id(leaf))
+        value, own = values[place], shape.params[start : start + count]
+        if type(value) is tuple:
+            if count != len(value):
+                raise _Unknown  # of equal ones Django takes one: wait for others
+            parts.append((place, _maker_of_list(leaf, own), None if start in arrays else count))
+        elif count == 1:
+            parts.append((place, _maker(leaf, value, own[0]), 0))
+        else:
+            raise NotCacheable
+        start += count
+    if places:
+        raise NotCacheable
+    if plan.picked is not None:
+        if any(type(value) is tuple for value in values):
+            raise NotCacheable
+        parts = [parts[i] for i in plan.picked]
+    return parts
+
+
+def _maker_of_list(lookup: Any, params: Any) -> Callable[[Any, Any], Any]:
+    """What makes the parameters of a list of values of one type, as the lookup does."""
+    cls, lhs = type(lookup), lookup.lhs
+
+    def prepared(values: Any, wrapper: Any) -> Any:
+        sql, params = cls(lhs, values).process_rhs(None, wrapper)
+        if sql != f"({', '.join(['%s'] * len(params))})":
+            raise NotCacheable
+        return list(params)
+
+    kinds = set(map(type, params))
+    kind = kinds.pop()
+    if kinds or kind not in _MOST or not is_djangos(lhs.output_field):
+        return prepared
+    most = _MOST[kind]
+
+    def numbered(values: Any, wrapper: Any) -> Any:
+        if type(values[0]) is not int or min(values) < 0 or max(values) >= most:
+            return prepared(values, wrapper)
+        return [*map(kind, dict.fromkeys(values))]
+
+    return numbered
 
 
 def _maker(lookup: Any, value: Any, param: Any) -> Callable[[Any, Any], Any]:

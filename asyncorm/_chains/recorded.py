@@ -82,7 +82,8 @@ class Recorded(Query):
             return
         lookups = of_values(add_watched(self, q_object), values)
         keys = None if lookups is None else keys_of(lookups, values)
-        call = None if keys is None else Filter(form, keys)
+        lists = [i for i, value in enumerate(values) if type(value) is tuple and len(value) > 1]
+        call = None if keys is None else Filter(form, keys, lists)
         _learn(node, form, call, self, len(values))
 
     def set_limits(self, low: Any = None, high: Any = None) -> None:

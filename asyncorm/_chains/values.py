@@ -19,13 +19,15 @@ import enum
 import functools
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 from django.conf import settings
 from django.db import models
 from django.db.models import Model, Q, lookups
 from django.db.models.expressions import Col
 from django.db.models.fields.related_lookups import RelatedExact, RelatedIn
+from django.utils.functional import SimpleLazyObject
 
 from ..shapes import LOOKUPS
 
@@ -44,7 +46,8 @@ _FIELDS: dict[type, set[Any]] = {
     datetime.date: {models.DateField},
     uuid.UUID: {models.UUIDField},
 }  # fmt: skip
-_LOOKUPS = LOOKUPS - {lookups.In, lookups.Range, RelatedIn}
+_OF_LISTS = {lookups.In, RelatedIn}
+_LOOKUPS = LOOKUPS - {*_OF_LISTS, lookups.Range}
 _TO_ONE: Any = (models.ForeignKey, models.OneToOneField)
 
 
@@ -57,6 +60,22 @@ class Digits(str):
 _ALL_FIELDS: set[Any] = set().union(*_FIELDS.values())
 _FIELDS[Digits] = _FIELDS[int] | _FIELDS[str]
 _MOST_DIGITS = 18
+_HUGE = 1 << 1024  # Python refuses to write out some that are larger
+_AS_TEXT = {int, uuid.UUID}  # what fields of strings take, too
+_LISTS = {list, tuple, set, frozenset}
+
+
+class Many(NamedTuple):
+    """Stands for lists, tuples and sets of values of one type.
+
+    Attributes:
+        kind: of the values.
+        is_one: there is just one.
+    """
+
+    kind: Any
+    is_one: bool
+
 
 Form = tuple[Any, ...]
 
@@ -65,29 +84,66 @@ class Key:
     """Where the key of an instance is that was given to a filter.
 
     Attributes:
-        place: of the value.
+        place: of the value, or of the list of them.
         name: the instance's attribute.
         kind: the key's type.
+        is_list: whether it is a list.
     """
 
-    def __init__(self, place: int, name: str, kind: type) -> None:
+    def __init__(self, place: int, name: str, kind: type, is_list: bool) -> None:
         self.place = place
         self.name = name
         self.kind = kind
+        self.is_list = is_list
+
+    def of(self, value: Any) -> Any:
+        """The key of an instance, or the keys of many; None if one is of another type."""
+        if not self.is_list:
+            key = value.__dict__.get(self.name)
+            return key if type(key) is self.kind else None
+        keys = tuple([each.__dict__.get(self.name) for each in value])
+        return keys if set(map(type, keys)) == {self.kind} else None
 
 
 def kind_of(value: Any) -> Any:
     """The type of a value, or what stands for it; None if it cannot be recorded."""
     kind = type(value)
+    if kind in _LISTS:
+        each = _kind_of_each(value)
+        return None if each is None else Many(each, len(value) == 1)
     if kind is str:
         return Digits if _is_number(value) else str
     if kind in _FIELDS:
+        if kind is int and not -_HUGE < value < _HUGE:
+            return None
         if kind is datetime.datetime and (value.tzinfo is None) is settings.USE_TZ:
             return None  # Django warns, or refuses
         return None if kind is decimal.Decimal and not value.is_finite() else kind
     if isinstance(value, Model) or (isinstance(value, enum.Enum) and isinstance(value, int | str)):
         return kind
     return None
+
+
+def _kind_of_each(values: Any) -> Any:
+    """What all values of a list are; None if there are none, or of different types."""
+    kinds: set[Any] = set(map(type, values))
+    if kinds == {str}:
+        return Digits if all(map(_is_number, values)) else str
+    if len(kinds) != 1:
+        return None
+    if kinds == {int}:
+        return int if min(values) > -_HUGE and max(values) < _HUGE else None
+    kinds = set(map(kind_of, values))
+    kind = kinds.pop()
+    return None if kinds or type(kind) is Many else kind
+
+
+def _plain(value: Any) -> Any:
+    """A value as it is recorded: what is lazy made, of a list all that is in it now."""
+    kind = type(value)
+    if kind is SimpleLazyObject:
+        return value.__reduce__()[1][0]
+    return tuple(value) if kind in _LISTS else value
 
 
 def read(q: Any, values: list[Any]) -> Form | None:
@@ -108,6 +164,7 @@ def read(q: Any, values: list[Any]) -> Form | None:
         if value is None or type(value) is bool:
             form += (name, value)
             continue
+        value = _plain(value)
         if (kind := kind_of(value)) is None:
             return None
         values.append(value)
@@ -129,7 +186,7 @@ def write(form: Form, values: Iterator[Any]) -> Q:
             children.append(write(part, values))
         else:
             kind = next(parts)
-            is_value = isinstance(kind, type)
+            is_value = isinstance(kind, type | Many)
             children.append((part, next(values) if is_value else kind))
     return Q(*children, _connector=connector, _negated=negated)
 
@@ -155,11 +212,17 @@ def add_watched(query: Any, q: Any) -> list[tuple[Any, Any]]:
 def of_values(seen: list[tuple[Any, Any]], values: list[Any]) -> list[Any] | None:
     """The lookup of each value that is no constant; None if it is not one for each."""
     found = [(rhs, lookup) for rhs, lookup in seen if rhs is not None and type(rhs) is not bool]
-    if len(found) != len(values) or any(
-        rhs is not value for (rhs, _), value in zip(found, values, strict=True)
+    if len(found) != len(values) or not all(
+        _is_same(_plain(rhs), value) for (rhs, _), value in zip(found, values, strict=True)
     ):
         return None
     return [lookup for _, lookup in found]
+
+
+def _is_same(rhs: Any, value: Any) -> bool:
+    if type(value) is tuple:
+        return type(rhs) is tuple and len(rhs) == len(value) and all(map(is_, rhs, value))
+    return rhs is value
 
 
 def keys_of(found: list[Any], values: list[Any]) -> list[Key] | None:
@@ -171,24 +234,41 @@ def keys_of(found: list[Any], values: list[Any]) -> list[Key] | None:
     for place, (lookup, value) in enumerate(zip(found, values, strict=True)):
         if type(lookup.lhs) is not Col or lookup.bilateral_transforms:
             return None
-        field: Any = lookup.lhs.output_field
-        if isinstance(value, Model):
-            if type(lookup) is not RelatedExact or type(field) not in _TO_ONE:
+        is_list = type(value) is tuple
+        if isinstance(value[0] if is_list else value, Model):
+            key = _key_of(lookup, value, place, is_list)
+            if key is None:
                 return None
-            target = field.target_field
-            key = value.__dict__.get(target.attname)
-            if not (
-                target.primary_key
-                and isinstance(value, target.model)
-                and type(key) is type(lookup.rhs)
-                and key == lookup.rhs
-                and takes(target, type(key))
-            ):
-                return None
-            keys.append(Key(place, target.attname, type(key)))
-        elif type(lookup) not in _LOOKUPS or not takes(field, kind_of(value)):
+            keys.append(key)
+            continue
+        kind = kind_of(value)
+        if (
+            type(lookup) not in (_OF_LISTS if is_list else _LOOKUPS)
+            or kind is None
+            or not takes(lookup.lhs.output_field, kind.kind if is_list else kind)
+        ):
             return None
     return keys
+
+
+def _key_of(lookup: Any, value: Any, place: int, is_list: bool) -> Key | None:
+    """The key of an instance, or those of many; None if its lookup has taken something else."""
+    field: Any = lookup.lhs.output_field
+    if type(lookup) is not (RelatedIn if is_list else RelatedExact) or type(field) not in _TO_ONE:
+        return None
+    target = field.target_field
+    for each, rhs in zip(value, lookup.rhs, strict=True) if is_list else [(value, lookup.rhs)]:
+        key = each.__dict__.get(target.attname)
+        if not (
+            target.primary_key
+            and isinstance(each, target.model)
+            and type(key) is type(rhs)
+            and key == rhs
+            and takes(target, type(key))
+        ):
+            return None
+    made = Key(place, target.attname, type(key), is_list)
+    return None if made.of(value) is None else made
 
 
 def takes(field: Any, kind: Any) -> bool:
@@ -212,21 +292,21 @@ def _of_values(field: Any) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _takes(cls: Any, kind: Any) -> bool:
+    bases = _FIELDS.get(kind, set()) | (_FIELDS[str] if kind in _AS_TEXT else set())
     if issubclass(kind, enum.Enum):
-        kind = int if issubclass(kind, int) else str
+        bases = _FIELDS[int if issubclass(kind, int) else str]
     return any(
         issubclass(cls, base)
         and cls.get_prep_value is base.get_prep_value
         and cls.to_python is base.to_python
-        for base in _FIELDS.get(kind, ())
+        for base in bases
     )
 
 
 def snapshot(keys: list[Key], values: list[Any]) -> bool:
     """Put the instances' keys into their places; False if one has none of the kind."""
     for key in keys:
-        value = values[key.place].__dict__.get(key.name)
-        if type(value) is not key.kind:
+        if (found := key.of(values[key.place])) is None:
             return False
-        values[key.place] = value
+        values[key.place] = found
     return True

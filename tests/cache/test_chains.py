@@ -22,6 +22,7 @@ from django.db.models.query import EmptyQuerySet
 from django.db.models.sql.query import Query
 from django.test import override_settings
 from django.test.utils import register_lookup
+from django.utils.functional import SimpleLazyObject
 
 import asyncorm
 from asyncorm import statements
@@ -54,6 +55,11 @@ ANY = [
     *INTEGERS, *TEXTS, None, True, False, 1.5, float("nan"), Decimal("3.50"), Decimal("NaN"),
     dt.date(2024, 5, 1), dt.datetime(2024, 5, 1, tzinfo=UTC), uid(1), b"x", [1, 2], (), F("pk"),
 ]  # fmt: skip
+LISTS = [
+    [1, 2], [3], [1, 1], [], (4, 5, 1), {2, 3}, frozenset({7, 8}), [2**70, 1], [-1, 0, 1], [1, "2"],
+    ["1", "2"], ["1", "01"], ["a", "5"], [1, None], [True, 1], [None], [1.5, 2.5], [[1], [2]],
+    [uid(1), uid(2)], "12", [F("pk"), 1], range(3), [*range(40)], [10**5000, 1], [1, 2, 3, 3],
+]  # fmt: skip
 
 
 def pick(found: list[Any], v: int) -> Any:
@@ -84,6 +90,19 @@ FILTERS: dict[Any, list[Callable[[int], dict[str, Any]]]] = {
         lambda v: {"tags__name": pick(TEXTS, v)},
         lambda v: {"reviews__stars__gte": v % 5},
         lambda v: {"pk__in": [1, 2, v]},
+        lambda v: {"pk__in": pick(LISTS, v)},
+        lambda v: {"pk__in": pick(INTEGERS, v), "title__in": {"a", pick(TEXTS, v)}},
+        lambda v: {"title__in": pick(LISTS, v)},
+        lambda v: {"title__in": TEXTS[: v % 5 + 1], "publisher__in": [v, *range(v % 3)]},
+        lambda v: {"publisher__in": [Publisher(pk=1), Publisher(pk=pick([1, 2, None], v))]},
+        lambda v: {"publisher__in": pick([(Publisher(pk=1), Tag(pk=1)), (Publisher(pk=v),)], v)},
+        lambda v: {"publisher": SimpleLazyObject(lambda: pick([Publisher(pk=2), Tag(pk=1)], v))},
+        lambda v: {"tags__in": (Tag(pk=v), Tag(pk=2)), "authors__in": {v, 3}},
+        lambda v: {"title": pick([5, v, uid(v), 10**5000, Book.Language.GERMAN], v)},
+        lambda v: {"title__contains": v},
+        lambda v: {"price__in": [Decimal(v) / 4, pick([Decimal(1), Decimal("NaN")], v)]},
+        lambda v: {"published__in": [dt.date(2024, 5, 1 + v % 28), dt.date(2024, 1, 1)]},
+        lambda v: {"language__in": [Book.Language.GERMAN, *Book.Language][: v % 3]},
         lambda v: {"created__year": 2020 + v % 5},
         lambda v: {"data__format": "x"},
         lambda v: {"language": Book.Language.GERMAN},
@@ -105,6 +124,7 @@ FILTERS: dict[Any, list[Callable[[int], dict[str, Any]]]] = {
     Event: [
         lambda v: {"pk": uid(v)},
         lambda v: {"pk": pick([uid(1), str(uid(1)), "x"], v)},
+        lambda v: {"pk__in": pick([[uid(1), uid(v)], (uid(1),), {uid(v)}, [str(uid(1)), "x"]], v)},
         lambda v: {"name__lt": pick(TEXTS, v)},
         lambda v: {"host": pick(INTEGERS, v)},
     ],
@@ -280,6 +300,10 @@ def was_recorded(build: Callable[[int], Any]) -> bool:
     return type(vars(queryset)["_query"]) is recorded.Recorded
 
 
+def range_of(v: int) -> list[int]:
+    return [*range(1, v + 3)]
+
+
 BUILDS: dict[str, Callable[[Publisher, int], Any]] = {
     "all": lambda _, v: Book.objects.all(),
     "page": lambda _, v: Book.objects.filter(pk__gt=v, title__contains=str(v)).order_by("-pk")[
@@ -296,6 +320,13 @@ BUILDS: dict[str, Callable[[Publisher, int], Any]] = {
     "instance": lambda one, v: Book.objects.filter(publisher=one),
     "default filter": lambda _, v: PrintedBook.objects.filter(pk=v),
     "subclass": lambda _, v: Document.objects.alive().filter(key="x"),
+    "list of any length": lambda _, v: Book.objects.filter(pk__in=range_of(v)),
+    "list of texts": lambda _, v: Book.objects.exclude(title__in={"a", str(v)}),
+    "list of instances": lambda one, v: Book.objects.filter(publisher__in=[one, Publisher(pk=v)]),
+    "lazy": lambda one, v: Book.objects.filter(publisher=SimpleLazyObject(lambda: one)),
+    "number for a text": lambda _, v: Book.objects.filter(title=v),
+    "many-to-many": lambda _, v: Book(pk=v + 1).tags.filter(name__gt=str(v)),
+    "many-to-many, whole": lambda _, v: Tag(pk=v + 1).books.all(),
     "enum": lambda _, v: Order.objects.filter(status=Order.Status(v % 3 + 1)),
     "uuid": lambda _, v: Event.objects.using("default").filter(pk=uid(v)),
 }
@@ -334,6 +365,16 @@ async def test_a_chain_is_recorded_whole_and_needs_no_query(name: str) -> None:
         ({"publisher": Publisher(pk=1)}, {"publisher": Tag(pk=1)}),
         ({"title__gt": "x"}, {"title__gt": None}),
         ({"in_print": True}, {"in_print": "x"}),
+        ({"pk__in": [1, 2]}, {"pk__in": [1, "x"]}),
+        ({"pk__in": ["1", "2"]}, {"pk__in": ["1", "x"]}),
+        ({"title": 1}, {"title": 10**5000}),
+        ({"title__in": [1, 2]}, {"title__in": [1, 10**5000]}),
+        ({"publisher__in": [Publisher(pk=1)]}, {"publisher__in": [Tag(pk=1)]}),
+        ({"publisher__in": [Publisher(pk=1)] * 2}, {"publisher__in": [Publisher(pk=1), Tag(pk=1)]}),
+        (
+            {"publisher": SimpleLazyObject(lambda: Publisher(pk=1))},
+            {"publisher": SimpleLazyObject(lambda: Tag(pk=1))},
+        ),
     ],
 )
 async def test_what_django_refuses_is_refused_by_the_same_call(
@@ -368,16 +409,30 @@ async def test_calls_after_a_slice_are_refused() -> None:
 
 
 async def test_values_are_those_of_the_call() -> None:
-    keys = [1]
+    keys = [1, 5]
     publisher = Publisher(pk=1)
+    lazy = SimpleLazyObject(lambda: publisher)
     found = []
     for _ in range(WARM):
         publisher.pk = keys[0] = 1
-        found.append((Book.objects.filter(pk__in=keys), Book.objects.filter(publisher=publisher)))
+        found.append(
+            (
+                Book.objects.filter(pk__in=keys),
+                Book.objects.filter(publisher=publisher),
+                Book.objects.filter(publisher=lazy),
+                Book.objects.filter(publisher__in=[publisher, lazy]),
+                Book.objects.filter(publisher__in=(publisher, publisher)),
+            )
+        )
         keys[0] = publisher.pk = 2
-    for by_keys, by_publisher in found:
-        assert str(by_keys.query).endswith("IN (1)")
-        assert str(by_publisher.query).endswith('"publisher_id" = 1')
+    assert [*map(is_recorded, found[-1])] == [True, True, True, False, True]
+    for querysets in found:
+        wheres = [str(each.query).rpartition("WHERE ")[2] for each in querysets]
+        assert wheres == [
+            '"shop_book"."id" IN (1, 5)',
+            *['"shop_book"."publisher_id" = 1'] * 2,
+            *['"shop_book"."publisher_id" IN (1)'] * 2,
+        ]
 
 
 async def test_whoever_asks_finds_a_query() -> None:
