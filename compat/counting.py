@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from traceback import walk_tb
 from typing import Any
 
 from django.db.models import Model, QuerySet
@@ -34,6 +35,7 @@ def install() -> None:
     recorded._step = _noting(recorded._step, "step")
     made = recorded._Made
     made.__get__ = _noting(made.__get__, "made")  # type: ignore[method-assign]
+    plans._learn = _noting_failure(plans._learn)
     original = statements.plan_for
     for module in (statements, write, terminals):
         module.plan_for = _counting(original)  # type: ignore[attr-defined]
@@ -113,11 +115,35 @@ def _lookups(q: Any) -> str:
 def _settling(settle: Callable[[Any], None]) -> Callable[[Any], None]:
     def settling(query: Any) -> None:
         if type(query) is recorded.Recorded:
-            reason = _why[-1] if _why else "no plan for what is recorded"
+            reason = _why[-1] if _why else f"no plan: {_unplanned.get(query.chain_node)}"
             settle(query)
             vars(query).setdefault(_REASON, reason)
 
     return settling
+
+
+def _noting_failure(learn: Any) -> Any:
+    """What learns a recorded plan; where it gives up is known of the node from then on."""
+
+    def noting(node: Any, *args: Any) -> Any:
+        try:
+            return learn(node, *args)
+        except Exception as exc:
+            *_, (frame, line) = walk_tb(exc.__traceback__)
+            where = f"{frame.f_code.co_name}, line {line}"
+            _unplanned[node] = f"{type(exc).__name__} in {where}, {_words_of(node)}"
+            raise
+
+    return noting
+
+
+_unplanned: dict[Any, str] = {}
+
+
+def _words_of(node: Any) -> str:
+    while node.call is None and node.parent is not None:
+        node = node.parent
+    return f"{node.model.__name__}: {getattr(node.call, 'form', None) or vars(node.call)}"
 
 
 def _counting(plan_for: Any) -> Any:

@@ -66,7 +66,10 @@ class Recorded(Query):
     def add_q(self, q_object: Any, reuse_all: bool = False) -> None:
         node = self.chain_node
         values: list[Any] = []
-        form = None if reuse_all else read(q_object, values)
+        try:
+            form = None if reuse_all else read(q_object, values)
+        except Exception:  # of what is lazy: Django asks for it if it comes to that
+            form = None
         child = _MISSING if form is None else node.children.get(form, _MISSING)
         if (
             child is not _MISSING

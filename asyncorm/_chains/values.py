@@ -142,7 +142,8 @@ def _plain(value: Any) -> Any:
     """A value as it is recorded: what is lazy made, of a list all that is in it now."""
     kind = type(value)
     if kind is SimpleLazyObject:
-        return value.__reduce__()[1][0]
+        made = value.__reduce__()[1][0]
+        return made if isinstance(made, Model) else value
     return tuple(value) if kind in _LISTS else value
 
 

@@ -61,6 +61,8 @@ LISTS = [
     [uid(1), uid(2)], "12", [F("pk"), 1], range(3), [*range(40)], [10**5000, 1], [1, 2, 3, 3],
 ]  # fmt: skip
 
+WITHIN = [Publisher(pk=2), Tag(pk=1), 1, None, "a", True, Publisher(pk=3), Publisher()]
+
 
 def pick(found: list[Any], v: int) -> Any:
     return found[v % len(found)]
@@ -96,7 +98,8 @@ FILTERS: dict[Any, list[Callable[[int], dict[str, Any]]]] = {
         lambda v: {"title__in": TEXTS[: v % 5 + 1], "publisher__in": [v, *range(v % 3)]},
         lambda v: {"publisher__in": [Publisher(pk=1), Publisher(pk=pick([1, 2, None], v))]},
         lambda v: {"publisher__in": pick([(Publisher(pk=1), Tag(pk=1)), (Publisher(pk=v),)], v)},
-        lambda v: {"publisher": SimpleLazyObject(lambda: pick([Publisher(pk=2), Tag(pk=1)], v))},
+        lambda v: {"publisher": SimpleLazyObject(lambda: pick(WITHIN, v))},
+        lambda v: {"title": SimpleLazyObject(lambda: pick(WITHIN, v)), "pages": v},
         lambda v: {"tags__in": (Tag(pk=v), Tag(pk=2)), "authors__in": {v, 3}},
         lambda v: {"title": pick([5, v, uid(v), 10**5000, Book.Language.GERMAN], v)},
         lambda v: {"title__contains": v},
@@ -371,6 +374,8 @@ async def test_a_chain_is_recorded_whole_and_needs_no_query(name: str) -> None:
         ({"title__in": [1, 2]}, {"title__in": [1, 10**5000]}),
         ({"publisher__in": [Publisher(pk=1)]}, {"publisher__in": [Tag(pk=1)]}),
         ({"publisher__in": [Publisher(pk=1)] * 2}, {"publisher__in": [Publisher(pk=1), Tag(pk=1)]}),
+        ({"pages": 1}, {"pages": SimpleLazyObject(lambda: 1)}),
+        ({"publisher": Publisher(pk=1)}, {"publisher": SimpleLazyObject(lambda: 1 / 0)}),
         (
             {"publisher": SimpleLazyObject(lambda: Publisher(pk=1))},
             {"publisher": SimpleLazyObject(lambda: Tag(pk=1))},
