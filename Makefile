@@ -13,7 +13,7 @@ BENCH ?= .venv-bench
 DEMO := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-availability test-lowest test-next soak soak-requests chaos lint format bench bench-distance bench-instructions bench-loops bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-matrix docs pictures build clean FORCE
+.PHONY: help install demo test test-availability test-lowest test-next soak soak-requests chaos lint format bench bench-distance bench-instructions bench-loops bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-count compat-matrix docs pictures build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -96,6 +96,9 @@ compat-requests: $(VENV)/.installed  ## run its tests of handlers with requests 
 
 compat-apps: $(VENV)/.installed  ## run the test suites of other people's apps (APPS="django-filter ...")
 	$(COMPAT) --suite apps $(KEEP) $(APPS)
+
+compat-count: $(VENV)/.installed  ## count in those suites what recorded querysets catch, and why not the rest
+	$(COMPAT) --suite apps --count $(APPS)
 
 compat-matrix: $(VENV)/.installed  ## run all that for each Django on its oldest and newest Python here
 	$(VENV)/bin/python -m compat.matrix
