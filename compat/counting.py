@@ -17,7 +17,7 @@ from django.db.models import Model, QuerySet
 
 from asyncorm import statements
 from asyncorm._cache.parts import PARTS
-from asyncorm._chains import nodes, plans, recorded, values
+from asyncorm._chains import nodes, plans, recorded, twins, values
 from asyncorm._hooks import get, terminals, write
 
 reasons: Counter[str] = Counter()
@@ -31,7 +31,8 @@ def install() -> None:
     PARTS[_REASON] = None  # no part of a query's shape
     recorded.settle = plans.settle = _settling(recorded.settle)
     for name in ("add_q", "chain"):
-        setattr(recorded.Recorded, name, _noting(getattr(recorded.Recorded, name), name))
+        noting = twins.originals[name] = _noting(twins.originals[name], name)
+        setattr(recorded.Recorded, name, noting)
     recorded._step = _noting(recorded._step, "step")
     made = recorded._Made
     made.__get__ = _noting(made.__get__, "made")  # type: ignore[method-assign]

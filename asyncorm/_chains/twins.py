@@ -17,12 +17,12 @@ from . import nodes
 from .recorded import RECORDING, Recorded
 
 _set: Any = object.__setattr__
-_originals: dict[str, Callable[..., Any]] = {name: vars(Recorded)[name] for name in RECORDING}
+originals: dict[str, Callable[..., Any]] = {name: vars(Recorded)[name] for name in RECORDING}
 
 
 def follow(is_on: bool) -> None:
     """Give recorded queries twins, or not."""
-    for name, original in _originals.items():
+    for name, original in originals.items():
         setattr(Recorded, name, _with_twin(name, original) if is_on else original)
 
 
