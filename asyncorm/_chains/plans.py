@@ -217,7 +217,7 @@ def _learn(
     asked, params, offset = found
     # That may be one for lists of this length, of the one that is kept.
     plan = next((kept for kept in map(statements.recall, keys[::-1]) if type(kept) is Plan), asked)
-    parts = _parts(shape, plan, {id(lookup): place for lookup, place in sources}, values)
+    parts = _parts(shape, asked, {id(lookup): place for lookup, place in sources}, values)
     if plan.shared or (node.offset_at is None) != (not offset):
         raise NotCacheable
     known = _Known(plan, parts, node.offset_at, shape.kept)
