@@ -6,8 +6,8 @@ outside native code, they are Django's.
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 - `ModelIterable.__iter__` and those of its siblings, `RawModelIterable.__iter__`, `QuerySet.get`,
-  `.get_or_create`, `._prepare_for_bulk_create`, `._batched_insert`, `Model._do_update`,
-  `._do_insert`, `DeleteQuery.delete_batch`, `Query.has_results`, `.get_count`,
+  `.get_or_create`, `._raw_delete`, `._prepare_for_bulk_create`, `._batched_insert`,
+  `Model._do_update`, `._do_insert`, `DeleteQuery.delete_batch`, `Query.has_results`, `.get_count`,
   `.get_aggregation`, `execute_sql` of the compilers: replaced.
 - `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
   the other flags in `_get_plan()`: what the iteration and `get()` depend on.
@@ -59,11 +59,12 @@ def _replacements() -> Iterator[tuple[Any, str, Any, str]]:
     yield Model, "_do_update", write.do_update(Model._do_update), _WRITES
     yield Model, "_do_insert", insert.do_insert(Model._do_insert), _WRITES
     yield DeleteQuery, "delete_batch", write.delete_batch(DeleteQuery.delete_batch), _WRITES
-    for name, wrap in (
-        ("_prepare_for_bulk_create", insert.prepare_for_bulk_create),
-        ("_batched_insert", insert.batched_insert),
+    for name, wrap, why in (
+        ("_raw_delete", write.raw_delete, _WRITES),
+        ("_prepare_for_bulk_create", insert.prepare_for_bulk_create, _BULK),
+        ("_batched_insert", insert.batched_insert, _BULK),
     ):
-        yield querysets, name, wrap(getattr(querysets, name)), _BULK
+        yield querysets, name, wrap(getattr(querysets, name)), why
 
 
 def install() -> None:

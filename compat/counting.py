@@ -30,7 +30,7 @@ def install() -> None:
     """Count from now on, in this process."""
     PARTS[_REASON] = None  # no part of a query's shape
     recorded.settle = plans.settle = _settling(recorded.settle)
-    for name in ("add_q", "chain"):
+    for name in ("add_q", "chain", "__setattr__"):
         noting = twins.originals[name] = _noting(twins.originals[name], name)
         setattr(recorded.Recorded, name, noting)
     recorded._step = _noting(recorded._step, "step")
@@ -65,6 +65,8 @@ def _words(name: str, query: Any, *args: Any) -> str:
     node = query.chain_node
     if name == "chain":
         return f"to {args[0].__name__}" if args and args[0] else "chain"
+    if name == "__setattr__":
+        return f"{args[0]} is set"
     if name == "step":
         return _of_child(node, args[0], str(args[0][0]))
     found: list[Any] = []

@@ -25,7 +25,7 @@ MAX_CHILDREN = 256  # names that come from users fill one node at most
 
 FACTS = (
     "is_sliced", "order_by", "default_ordering", "standard_ordering", "distinct_fields",
-    "values_select",
+    "values_select", "select_related",
 )  # fmt: skip
 
 

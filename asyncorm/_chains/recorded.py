@@ -25,7 +25,7 @@ from .values import add_watched, keys_of, of_values, read, snapshot
 _set: Any = object.__setattr__
 _new: Any = object.__new__
 _settling = Lock()
-_SETTABLE = {"select_related", "standard_ordering", "filter_is_sticky"}
+_SETTABLE = {"select_for_update", "select_related", "standard_ordering", "filter_is_sticky"}
 _NONE: Any = MappingProxyType({})
 _MISSING: Any = object()
 
@@ -115,6 +115,14 @@ class Recorded(Query):
 
     def is_empty(self) -> bool:
         return False
+
+    @property
+    def select_related(self) -> Any:  # type: ignore[override]
+        found = self.chain_node.select_related
+        if type(found) is not bool:  # Django adds to it
+            settle(self)
+            found = self.select_related
+        return found
 
     def get_meta(self) -> Any:
         return self.chain_node.model._meta
@@ -268,7 +276,7 @@ def _complete() -> None:
     """Give `Recorded` all names of a query's."""
     for name in _METHODS:
         setattr(Recorded, name, _recording(name))
-    for name in ("model", *nodes.FACTS):
+    for name in {"model", *nodes.FACTS} - vars(Recorded).keys():
         setattr(Recorded, name, property(attrgetter(f"chain_node.{name}")))
     for name in {*dir(Query), *vars(Query(None))} - vars(Recorded).keys() - _OF_OBJECTS - _PLANNED:
         setattr(Recorded, name, _Made(name))

@@ -16,7 +16,8 @@ from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
 from .. import bridge, columnar, grounds, verifying
 from .._cache.execute import count_of
 from .._cache.plan import Plan
-from .._chains.recorded import is_untouched
+from .._chains.plans import plan_for as plan_of_recorded
+from .._chains.recorded import Recorded, is_untouched
 from ..grounds import Ground
 from ..shapes import NotCacheable
 from ..statements import UNPLANNED, Compiled, hit, learn, plan_for, recall
@@ -46,6 +47,26 @@ def execute_write(original: Callable[..., Any]) -> Any:
         return original(self, result_type)
 
     return execute_sql
+
+
+def raw_delete(original: Any) -> Any:
+    """`QuerySet._raw_delete()`: of a recorded query, without making it."""
+
+    def raw_delete(self: Any, using: Any) -> Any:
+        query = self.query
+        if type(query) is Recorded and (wrapper := native_wrapper(using)) is not None:
+            found = plan_of_recorded(query, wrapper, _compile_raw_delete, "delete")
+            if found is not None:
+                return count_of(*found, wrapper)
+        return original(self, using)
+
+    return raw_delete
+
+
+def _compile_raw_delete(query: Any, wrapper: Any) -> Compiled:
+    delete = query.clone()
+    delete.__class__ = DeleteQuery
+    return compile_write(delete, wrapper)
 
 
 class _ByKey:

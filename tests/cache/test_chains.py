@@ -499,6 +499,47 @@ async def test_a_queryset_is_copied_and_pickled_like_any_other() -> None:
     assert {*found[0]} < {*found[3]}
 
 
+DELETES: dict[str, Callable[[Any, int], Any]] = {
+    "all": lambda reviews, v: reviews.all(),
+    "by a value": lambda reviews, v: reviews.filter(stars=v % 6),
+    "by keys": lambda reviews, v: reviews.exclude(pk__in=[1, 2, *range(v)]).order_by("stars"),
+    "by a relation": lambda reviews, v: reviews.filter(book__publisher=v % 3),
+    "related": lambda reviews, v: reviews.select_related("book").filter(book=Book(pk=v)),
+    "none of them": lambda reviews, v: reviews.filter(pk__in=[]),
+    "limited": lambda reviews, v: reviews.filter(stars=1)[:v],
+    "values": lambda reviews, v: reviews.filter(stars=1).values("pk"),
+    "distinct": lambda reviews, v: reviews.filter(stars__gt=v % 5).distinct(),
+    "locked": lambda reviews, v: reviews.filter(stars__gt=v % 5).select_for_update(),
+    "authors": lambda _, v: Author.objects.filter(name__gt=str(v)),
+    "tags": lambda _, v: Tag.objects.filter(pk__gt=v),
+}
+
+
+@pytest.mark.parametrize("name", DELETES)
+async def test_what_is_deleted_is_as_djangos(name: str) -> None:
+    def deleted(reviews: Any, v: int) -> Any:
+        found = attempt(lambda: DELETES[name](reviews, v).delete())
+        return found, [*map(str, reviews.order_by("pk")), *map(str, Tag.objects.order_by("pk"))]
+
+    async def rolled_back(reviews: Any, v: int) -> Any:
+        async with asyncorm.atomic():
+            found = await asyncorm.native(deleted)(reviews, v)
+            asyncorm.set_rollback(True)
+        return found
+
+    with hits_checked():
+        for v in range(WARM):
+            expected = await rolled_back(QuerySet(Review, Query(Review)), v)
+            assert await rolled_back(Review.objects, v) == expected
+
+
+async def test_a_delete_needs_no_query() -> None:
+    for v in range(WARM):
+        before = statements.statement_cache_stats()["recorded"]
+        await Review.objects.filter(stars=100 + v).native_delete()
+    assert statements.statement_cache_stats()["recorded"] > before
+
+
 def test_a_naive_datetime_warns_each_time(run: Callable) -> None:
     async def native() -> None:
         for _ in range(WARM):
