@@ -27,7 +27,7 @@ from ._wire.adapting import Adapters, text_transformer_of
 from ._wire.cancelling import CANCEL_TIMEOUT, CancellableConnection, finish
 from ._wire.cursors import Answer, in_turn, native_cursor
 from ._wire.locks import NO_LOCK
-from ._wire.settings import kept, reported
+from ._wire.settings import REMEMBERED, kept, reported
 from ._wire.statement import STALE, Command, Statement, Unanswered, checked, sent
 from .bridge import Runner, deliver
 from .pages import see
@@ -47,6 +47,7 @@ _COMMAND_OK = pq.ExecStatus.COMMAND_OK
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _SHOULD = Prepare.SHOULD
 _PIPELINE_OFF = pq.PipelineStatus.OFF
+_SEEN = len(REMEMBERED)
 
 
 class Connection(CancellableConnection):
@@ -62,6 +63,7 @@ class Connection(CancellableConnection):
         configured: whether Django has set time zone, role and so on.
         pooled: the pool's connection underneath, None when there is none.
         alone: the statement that runs, or the last one, is no part of a transaction, and was sent.
+        told: what `reported()` gives, while it stays so; None: to be asked for.
         deferred: it is a `DeferredConnection` and has no server connection yet.
         wire: waits for the socket.
         served_by: the server process that ran the last statement of a deferred one.
@@ -70,6 +72,7 @@ class Connection(CancellableConnection):
     """
 
     alone = False
+    told: tuple[bytes | None, ...] | None = None
     deferred = False
     streamed = False
     has_pipelines = psycopg.capabilities.has_pipeline()
@@ -218,12 +221,10 @@ class Connection(CancellableConnection):
     def per_settings(self, make: Callable[[Connection], T]) -> T:
         """What `make` gives for the adapters and the session's settings of times and texts as they
         are now: dumpers and loaders remember them."""
-        status = self.pgconn.parameter_status
         adapters: Any = self._adapters
-        current = (
-            adapters.version, status(b"TimeZone"), status(b"DateStyle"),
-            status(b"IntervalStyle"), status(b"client_encoding"),
-        )  # fmt: skip
+        told = self.told
+        seen = map(self.pgconn.parameter_status, REMEMBERED) if told is None else told[:_SEEN]
+        current = (adapters.version, *seen)
         made_for, made = self._made.get(make, (None, None))
         if made_for != current:
             made = make(self)

@@ -21,9 +21,10 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib import import_module
-from operator import attrgetter, itemgetter
+from itertools import repeat
+from operator import attrgetter, is_, itemgetter
 from types import FunctionType
 from typing import Any
 from weakref import WeakValueDictionary
@@ -115,18 +116,23 @@ def are_djangos(*classes: type) -> bool:
     return all(is_djangos(each) for cls in classes for each in cls.__mro__[:-1])
 
 
-def inherits(cls: type, base: type, names: Iterable[str]) -> bool:
+def inherits(cls: type, base: type, names: Collection[str]) -> bool:
     """Whether a class leaves these attributes to a base of its."""
-    return all(getattr(cls, name, None) is getattr(base, name, None) for name in names)
+    return all(map(is_, _named(cls, names), _named(base, names)))
+
+
+def _named(cls: type, names: Collection[str]) -> Iterator[Any]:
+    return map(getattr, repeat(cls), names, repeat(None))
 
 
 def clones_as_django() -> bool:
     """Whether a queryset that is made of another is as Django makes it."""
-    return _clones_as_django(query.QuerySet._clone)  # type: ignore[attr-defined]
+    return is_djangos_function(query.QuerySet._clone)  # type: ignore[attr-defined]
 
 
-@functools.lru_cache(maxsize=16)
-def _clones_as_django(function: Callable[..., Any]) -> bool:
+@functools.lru_cache(maxsize=1024)
+def is_djangos_function(function: Callable[..., Any]) -> bool:
+    """Whether a function of a class of Django's, or of one that it makes, is its own."""
     return not is_anothers(function)
 
 

@@ -283,7 +283,12 @@ class Queue:
 
     def _send(self, runner: Runner, conn: Connection, requests: list[_Request]) -> None:
         travelling = _Travelling(requests)
-        bound = self._bind(conn, requests)
+        before = None if self._source.keeps_state else reported(conn.pgconn)
+        conn.told = before
+        try:
+            bound = self._bind(conn, requests)
+        finally:
+            conn.told = None
         requests = list(bound)
         if _events.statements and len(requests) > 1:
             _events.pipelined(request.command for request in requests)
@@ -293,21 +298,26 @@ class Queue:
         for request in requests:
             request.pid, request.sent = pid, now
         looking = _Looking(conn, pipeline, requests)
-        before = None if self._source.keeps_state else reported(conn.pgconn)
         setter: _Request | None = None  # what has changed the session for those behind it
         # One connection only: they go on together, so that what they send next can travel together.
         together: list[_Answer] = []
+        at_once = self._source.size > 1
         try:
             for number, results in pipeline:
                 request = requests[number]
                 if setter is not None:
                     self._refuse(request, setter, results)
                     continue
-                answer = _Answer(request, results, conn)
-                if before is not None and reported(conn.pgconn) != before:
+                told = None if before is None else reported(conn.pgconn)
+                conn.told = told
+                try:
+                    answer = _Answer(request, results, conn)
+                finally:
+                    conn.told = None
+                if told != before:
                     setter = request
                     slow.add(setter.command.text)
-                if self._source.size > 1:
+                if at_once:
                     answer.give()
                 else:
                     together.append(answer)

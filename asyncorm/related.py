@@ -43,6 +43,7 @@ from django.db.models.sql.where import WhereNode
 
 from . import grounds, patches
 from ._chains.recorded import settle
+from ._chains.values import is_djangos
 from ._hooks.iterate import give_turn
 from ._hooks.keys import by_keys
 from ._hooks.switch import native_wrapper
@@ -134,6 +135,7 @@ def relation(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Relati
     if (
         type(prefetcher) is not managers
         or prefetcher._db is not None
+        or not grounds.is_djangos_function(managers.get_prefetch_querysets)
         or prefetcher._hints
         or prefetcher.instance is not instances[0]
         or not _is_djangos(managers.__mro__[1], Manager, _MANAGER)
@@ -166,9 +168,11 @@ def relation(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Relati
 def get_prefetch_querysets(
     along: Relation | None, prefetcher: Any, instances: Any, querysets: Any
 ) -> Any:
-    """Django's; for a foreign key, its rows and what it would tell of them."""
-    if along is None or along.field is None:
+    """Django's; for plain keys, the rows and what it would tell of them."""
+    if along is None:
         return prefetcher.get_prefetch_querysets(instances, querysets)
+    if along.field is None:
+        return _through(along, instances)
     if along.manager is None:
         return _ahead(along, prefetcher, instances)
     field, manager = along.field, along.manager
@@ -199,6 +203,29 @@ def get_prefetch_querysets(
                 except KeyError as exc:
                     raise KeyError(exc.args) from None  # of a tuple, as from Django
     return rows, of_row, of_instance, False, field.remote_field.cache_name, False
+
+
+def _through(along: Relation, instances: Any) -> Any:
+    """The same for a many-to-many relation."""
+    manager, of_instance = along.manager, attrgetter(along.key)
+    source = manager.source_field
+    keys = list(dict.fromkeys(map(of_instance, instances)))
+    kind = type(keys[0])
+    rows = None
+    if len(set(map(type, keys))) == 1 and is_djangos(source):
+        rows = by_keys(
+            manager._queryset_class(model=manager.model, hints={"instance": instances[0]}),
+            (manager.through, manager.query_field_name),
+            keys,
+            lambda: manager.get_prefetch_querysets(instances)[0],
+        )
+    if rows is None:
+        return manager.get_prefetch_querysets(instances)
+    of_row = attrgetter(f"_prefetch_related_val_{source.attname}")
+    if {kind}.issuperset(map(type, map(of_row, rows))):
+        return rows, of_row, of_instance, False, manager.prefetch_cache_name, False
+    # Keys of another type than the column's: Django has the field prepare both.
+    return rows, *manager.get_prefetch_querysets(instances)[1:]
 
 
 def _ahead(along: Relation, descriptor: Any, instances: Any) -> Any:

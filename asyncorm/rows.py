@@ -47,6 +47,7 @@ from .grounds import Last, is_anothers, of_class
 from .shapes import NotCacheable
 
 _TIMESTAMPTZ, _JSONB = 1184, 3802
+_NO_TEXTS: frozenset[int] = frozenset()
 _DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)
 _WITH_MODES = hasattr(ModelState, "fetch_mode")
 
@@ -130,6 +131,7 @@ class RowMaker:
         self.body: list[str] = []
         self.item = ""
         self._made: dict[Any, Callable[..., list[Any]]] = {}
+        self._seen: tuple[Any, tuple[int, ...]] = None, ()
 
     def name(self, value: object) -> str:
         """A name for `value` in the generated code."""
@@ -154,13 +156,15 @@ class RowMaker:
 
     def load(self, result: PGresult, conn: Connection) -> Loaded:
         """What psycopg makes of a result, as the session was when it ran the statement."""
-        oids = tuple([result.ftype(i) for i in range(result.nfields)])
+        oids = tuple(map(result.ftype, range(result.nfields)))
         if _TIMESTAMPTZ in oids or _JSONB in oids:
             transformer, times, texts = conn.per_settings(_loaders)
-            oids = tuple([oid if oid in texts else 0 for oid in oids])
         else:
-            transformer, times, oids = conn.transformer, None, (0,) * len(oids)
-        return Loaded(result.ntuples, conn.load(result, transformer), oids, times)
+            transformer, times, texts = conn.transformer, None, _NO_TEXTS
+        seen = oids, texts
+        if seen != self._seen[0]:  # else they are as those of the last result
+            self._seen = seen, tuple([oid if oid in texts else 0 for oid in oids])
+        return Loaded(result.ntuples, conn.load(result, transformer), self._seen[1], times)
 
     def made(
         self,

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from django.db import models
 from django.db.models import lookups
 from django.db.models.expressions import Col, ColPairs, Exists, Subquery
 from django.db.models.fields import related_lookups
@@ -33,7 +34,7 @@ from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
 from django.db.models.sql.where import AND, OR, WhereNode
 
-from ._cache.families import LITERALS, TEXT, family
+from ._cache.families import LITERALS, TEXT, family, target_of
 from ._cache.parts import LITERAL, PARTS, kind_of, ordering, unknown
 from .binding import has_placeholder
 from .expressions import NotCacheable as NotCacheable
@@ -63,6 +64,10 @@ _YEARS = {
 }  # fmt: skip
 _SUBQUERIES = {Exists, Subquery}
 _KEYS = {"smallint", "integer", "bigint", "uuid"}
+_NUMBERS = {
+    models.AutoField, models.BigAutoField, models.SmallAutoField, models.PositiveIntegerField,
+    models.PositiveBigIntegerField, models.PositiveSmallIntegerField,
+}  # fmt: skip
 
 Place = tuple[Any, int, Any]
 
@@ -155,9 +160,9 @@ class Shape:
     def key_of_lengths(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The key, and that for lists of any length."""
         key = tuple(self.key)
-        return key, tuple(
-            [each for each in key if each is not self.lengths]
-        ) if self.lengths else key
+        if not (lengths := self.lengths):
+            return key, key
+        return key, tuple([each for each in key if each is not lengths])
 
     @property
     def repeats(self) -> bool:
@@ -374,6 +379,11 @@ class Shape:
         real, say. No key is that.
         """
         is_key = column.primary_key or column.is_relation
+        target = target_of(column)
+        if type(target) in _NUMBERS:
+            # Asked for a foreign key's type, these make a field: that changes a counter on their
+            # class, so that all that rests on it is looked at again.
+            column = target
         return column.db_type(self.wrapper) in (_KEYS if is_key else {"uuid"})
 
     def lists(self, *, skips_null: bool) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from psycopg.errors import ReadOnlySqlTransaction
 
 from .. import _events, bridge, limits, pools, sessions, verifying
 from .._sessions.blocks import Block
-from .._sessions.crowding import is_crowded, queue_of, travels
+from .._sessions.crowding import queue_of, shares, travels
 from .._sessions.scopes import Scope, find_scope
 from .._sessions.session import Session
 from .._wire.locks import NO_LOCK
@@ -269,11 +269,11 @@ def place_of(alias: str, writes: bool = False) -> _Place | None:
     if not has_djangos_cursors(type(wrapper), pool.start.cursor_factory):  # type: ignore[arg-type]
         return None
     source = limits.source(pool)
-    if source.has_free and not source.batching:
-        return _Free(source, wrapper)
-    if is_crowded(source) and (source.batching or not writes):
+    if source.batching:
         return Crowd(source, pool, wrapper)
-    return None
+    if source.has_free:
+        return _Free(source, wrapper)
+    return Crowd(source, pool, wrapper) if not writes and shares() else None
 
 
 def _held(scope: Scope) -> _Held | None:

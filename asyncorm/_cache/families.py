@@ -8,6 +8,7 @@ import functools
 import uuid
 from typing import Any
 
+from django.db.models import ForeignKey, OneToOneField
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
@@ -55,3 +56,14 @@ def _family(kind: str, by_server: bool) -> dict[type, int]:
     if by_server:
         kinds = {each: AS_DUMPED if oid < 0 else oid for each, oid in kinds.items()}
     return kinds | NULL
+
+
+TO_ONE: Any = (ForeignKey, OneToOneField)
+
+
+def target_of(field: Any) -> Any:
+    """The field that a foreign key's values are of; itself, if it is none."""
+    found: Any = field
+    while type(found) in TO_ONE:
+        found = found.target_field
+    return found

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
+from django.db.models import AutoField, BigAutoField, SmallAutoField
 from psycopg.types.numeric import Int2, Int4, Int8
 
 from .. import bridge, grounds, statements, verifying
+from .._cache.families import target_of
 from .._cache.parts import ordering
 from .._cache.plan import Plan
 from ..expressions import add_unresolved
@@ -34,6 +36,8 @@ from .values import is_djangos
 Found = tuple[Plan, list[Any], int]
 _Part = tuple[int, Callable[[Any, Any], Any], int | None]
 _MOST = {Int2: 1 << 15, Int4: 1 << 31, Int8: 1 << 63}
+# Values of these are their own parameters.
+_MOST_KEYS = {SmallAutoField: 1 << 15, AutoField: 1 << 31, BigAutoField: 1 << 63}
 
 
 class _Known:
@@ -56,7 +60,7 @@ class _Known:
     def plan(self) -> Plan | None:
         """The plan; None if it has been forgotten, or its models have other fields now."""
         plan = self._plan()
-        return plan if plan is not None and plan.is_current else None
+        return plan if plan is None or not plan.columns or plan.is_current else None
 
     @property
     def is_of_any_length(self) -> bool:
@@ -298,8 +302,8 @@ def _maker(lookup: Any, value: Any, param: Any) -> Callable[[Any, Any], Any]:
     if cls not in COMPARISONS or not is_djangos(lhs.output_field):
         return prepared  # for one value it may be as it is, for another not
     kind: Any = type(param)
-    if type(value) is int and kind in _MOST and param == value:
-        most = _MOST[kind]
+    most = _MOST_KEYS.get(type(target_of(lhs.output_field))) if kind is int else _MOST.get(kind)
+    if type(value) is int and most is not None and param == value:
 
         def numbered(value: Any, wrapper: Any) -> Any:
             return kind(value) if 0 <= value < most else prepared(value, wrapper)

@@ -6,7 +6,7 @@ import datetime
 import decimal
 import functools
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from django.db import OperationalError
@@ -20,7 +20,7 @@ from .. import bridge, elsewhere, grounds, rows, verifying
 from .._cache.awaited import Found
 from .._cache.execute import items
 from .._cache.plan import Plan
-from .._chains.nodes import MAX_CHILDREN, Node, is_current
+from .._chains.nodes import MAX_CHILDREN, Node
 from .._chains.plans import plan_of
 from .._chains.recorded import Recorded
 from .._chains.twins import djangos
@@ -54,7 +54,9 @@ class _Get:
         self.lookups = lookups
         self.kept = kept
 
-    def params(self, base: list[Any], values: list[Any], wrapper: BaseDatabaseWrapper) -> list[Any]:
+    def params(
+        self, base: list[Any], values: Sequence[Any], wrapper: BaseDatabaseWrapper
+    ) -> list[Any]:
         """The parameters of the queryset and of the keywords."""
         params = list(base)
         for (cls, lhs), value in zip(self.lookups, values, strict=True):
@@ -143,8 +145,7 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Any:
         or (mode is not None and mode.track_peers)
     ):
         return None
-    names = sorted(kwargs)
-    values = [kwargs[name] for name in names]
+    names, values = zip(*sorted(kwargs.items()), strict=True)
     types = tuple(map(type, values))
     if not PLAIN_VALUES.issuperset(types):
         return None
@@ -207,7 +208,7 @@ _STAYING = {*PLAIN_VALUES, bool, type(None), list, tuple, set, frozenset}
 
 
 def _recorded_plan(
-    queryset: Any, names: list[str], values: list[Any], wrapper: BaseDatabaseWrapper
+    queryset: Any, names: Sequence[str], values: Sequence[Any], wrapper: BaseDatabaseWrapper
 ) -> Any:
     """The plan of a recorded queryset: what `get()` does is done to a copy of its query."""
     cls = type(queryset)
@@ -216,7 +217,7 @@ def _recorded_plan(
     base: Any = queryset._query
     node, form = base.chain_node, (*names, *map(kind_of, values))
     narrowed = node.gets.get(form)
-    if narrowed is None or not is_current(narrowed):
+    if narrowed is None:
         narrowed = _narrowed_node(base, names, values)
         if narrowed is None or None in form:
             return None
@@ -233,7 +234,7 @@ def _recorded_plan(
     return None if rows.is_watched(found[0].maker.models) else found[:2]
 
 
-def _narrowed_node(base: Any, names: list[str], values: list[Any]) -> Node | None:
+def _narrowed_node(base: Any, names: Sequence[str], values: Sequence[Any]) -> Node | None:
     """The node of the queries that `get()` executes, if it is known."""
     asked = base.chain()
     if asked.is_sliced or asked.distinct_fields:
@@ -248,7 +249,7 @@ def _narrowed_node(base: Any, names: list[str], values: list[Any]) -> Node | Non
     return asked.chain_node if type(asked) is Recorded else None
 
 
-def _narrowed(queryset: QuerySet[Any], names: list[str], values: list[Any]) -> Any:
+def _narrowed(queryset: QuerySet[Any], names: Sequence[str], values: Sequence[Any]) -> Any:
     """The queryset that `QuerySet.get()` would make."""
     filtered = queryset.filter(**dict(zip(names, values, strict=True))).order_by()
     filtered.query.set_limits(high=MAX_GET_RESULTS)
@@ -259,8 +260,8 @@ def _plan_get(
     queryset: QuerySet[Any],
     wrapper: BaseDatabaseWrapper,
     base: Shape,
-    names: list[str],
-    values: list[Any],
+    names: Sequence[str],
+    values: Sequence[Any],
 ) -> tuple[_Get, Ground]:
     """What `QuerySet.get()` would execute, as seen on the queryset that it would make."""
     filtered = _narrowed(queryset, names, values)

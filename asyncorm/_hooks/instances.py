@@ -17,6 +17,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Model
 from django.db.models.deletion import Collector
 from django.db.models.query import QuerySet
+from greenlet import getcurrent
 
 from .. import bridge, grounds
 from .._cache.awaited import UNSERVED, Found, awaited
@@ -102,14 +103,26 @@ async def _saved(obj: Model, options: _Keywords) -> Any:
         raise error
     if done:
         return None
-    if asked is None or result is UNSERVED or (asked.fields is None and not result):
-        return UNSERVED  # or it is to be inserted after all
+    if asked is None or result is UNSERVED:
+        return UNSERVED
+    if asked.fields is None and not result:
+        return await bridge.run(_go_on, obj, options)
     if asked.fields and result:
         for value, field in zip(result[0], asked.fields, strict=True):
             setattr(obj, field.attname, value)
     obj._state.db = options["using"]
     obj._state.adding = False
     return None
+
+
+def _go_on(obj: Model, options: _Keywords) -> None:
+    """Do what `save()` does after an UPDATE that found no row: insert it, or refuse."""
+    runner = getcurrent()
+    switch.missed[runner] = obj
+    try:
+        obj.save(**options)
+    finally:
+        switch.missed.pop(runner, None)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ is_on = True  # follows the setting (planned.py)
 
 # Instances that are asked what saving them would execute, by id(): their wrappers.
 asking: dict[int, Any] = {}
+# Operations that save an instance whose UPDATE was executed already, and found no row.
+missed: dict[Any, Any] = {}
 
 
 class Asked(BaseException):

@@ -12,6 +12,7 @@ from django.db.models.query import QuerySet
 from django.db.models.sql.constants import ROW_COUNT
 from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
+from greenlet import getcurrent
 
 from .. import bridge, columnar, grounds, verifying
 from .._cache.execute import count_of
@@ -99,6 +100,9 @@ def do_update(original: Callable[..., Any]) -> Any:
         self: Any, base_qs: QuerySet[Any], using: str, pk_val: Any, values: list[Any],
         update_fields: Any, forced_update: Any, *returning: Any, **named: Any,
     ) -> Any:  # fmt: skip
+        if switch.missed and switch.missed.get(me := getcurrent()) is self:
+            del switch.missed[me]
+            return [] if returning else False
         asked = switch.asking.get(id(self)) if switch.asking else None
         if (
             values

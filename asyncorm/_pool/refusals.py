@@ -49,13 +49,11 @@ def deadlocked(sessions: Iterable[Any], size: int, asking: Container[Any]) -> bo
 Suspicion: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 
-def suspicion(error: Callable[[], PoolDeadlock | None]) -> Suspicion | None:
+def _suspicion(error: Callable[[], PoolDeadlock | None]) -> Suspicion:
     """What raises PoolDeadlock if `error()` still gives one after a turn of the loop.
 
     What is about to be closed had its chance to give its connection back then.
     """
-    if error() is None:
-        return None
 
     async def look_again() -> None:
         await asyncio.sleep(0)
@@ -73,7 +71,7 @@ class Asking:
 
     Args:
         asking: the tasks that do.
-        error: see `suspicion()`.
+        error: gives what to raise, if it still does after a turn of the loop.
     """
 
     __slots__ = ("_asking", "_error", "_tasks")
@@ -88,7 +86,7 @@ class Asking:
         self._tasks = current_and_represented()
         self._asking.update(self._tasks)
         try:
-            return suspicion(self._error)
+            return None if self._error() is None else _suspicion(self._error)
         except BaseException:
             self.__exit__()
             raise

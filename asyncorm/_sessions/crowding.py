@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import bridge, conf, limits, pools
-from .._wire.texts import calls_known, is_read, is_single
+from .._wire.texts import calls_known, is_single, may_be_shared
 from ..driver import Connection
 from ..multiplexing import Queue, slow
 
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 
 def travels(source: limits.Source, text: str) -> bool:
     """Whether a statement may go with those of other operations, outside a block."""
-    alone = not is_single(text) if source.batching else not is_read(text) or text in slow
-    return not alone and calls_known(text)
+    if source.batching:
+        return is_single(text) and calls_known(text)
+    return may_be_shared(text) and text not in slow
 
 
 def is_crowded(source: limits.Source) -> bool:
     """Whether single statements are to travel with others' there now."""
-    return source.batching or (
-        bool(conf.get("MULTIPLEXING")) and not source.has_free and not conf.get("RESET_ALWAYS")
-    )
+    return source.batching or (not source.has_free and shares())
+
+
+def shares() -> bool:
+    """Whether single statements travel with others' where no connection is free."""
+    return bool(conf.get("MULTIPLEXING")) and not conf.get("RESET_ALWAYS")
 
 
 def queue_of(source: limits.Source, pool: pools.Pool, session: type[Session]) -> Queue:

@@ -172,6 +172,7 @@ current_scope: ContextVar[Scope | None] = ContextVar("asyncorm_scope", default=N
 # would lose it: tasks that share a Context set it in turns, and asgiref and Django's Signal copy
 # the variables of a Context into another.
 _entered: WeakKeyDictionary[Task[Any], Scope] = WeakKeyDictionary()
+_tasks: Any = _entered.data  # type: ignore[attr-defined]  # of which one asks each time: a dict
 
 _roll_back: Callable[[Block], Coroutine[Any, Any, None]]
 
@@ -251,7 +252,7 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
             ended, or has left the loop over a generator that holds the block.
         detached: stop at `detached()`.
     """
-    if current_scope.get() is None and not generators.places and not _entered:  # _is_outside()
+    if current_scope.get() is None and not generators.places and not _tasks:  # _is_outside()
         return None
     task = current_task_or_none()
     around = generators.around()
@@ -289,7 +290,7 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
 
 def _is_outside() -> bool:
     """Whether the current task is certainly in no scope."""
-    return current_scope.get() is None and not generators.places and not _entered
+    return current_scope.get() is None and not generators.places and not _tasks
 
 
 def _blocks(alias: str | None) -> Iterator[Block]:

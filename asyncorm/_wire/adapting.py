@@ -76,7 +76,7 @@ class _TimesAsText(Transformer):  # type: ignore[misc, valid-type]
     def set_pgresult(self, result: PGresult, **kwargs: Any) -> None:
         super().set_pgresult(result, set_loaders=False)
         if result is not None:
-            oids = tuple([result.ftype(i) for i in range(result.nfields)])
+            oids = tuple(map(result.ftype, range(result.nfields)))
             if oids != self._oids:
                 self.set_loader_types(
                     [_AS_TEXT if oid == _TIMESTAMPTZ else oid for oid in oids], pq.Format.TEXT

@@ -8,10 +8,10 @@ from psycopg.pq.abc import PGconn
 
 # What the server tells of a session when it changes: the settings that change what statements mean,
 # and who executes them (SET ROLE is seen in is_superuser only, search_path from PostgreSQL 18 on).
+REMEMBERED = b"TimeZone", b"DateStyle", b"IntervalStyle", b"client_encoding"  # by adapters
 _REPORTED = (
-    b"TimeZone", b"DateStyle", b"IntervalStyle", b"client_encoding", b"standard_conforming_strings",
-    b"search_path", b"session_authorization", b"is_superuser", b"default_transaction_read_only",
-    b"application_name",
+    *REMEMBERED, b"standard_conforming_strings", b"search_path", b"session_authorization",
+    b"is_superuser", b"default_transaction_read_only", b"application_name",
 )  # fmt: skip
 
 

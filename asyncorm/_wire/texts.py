@@ -142,6 +142,12 @@ def only_reads(text: str) -> bool:
 
 
 @remembered
+def may_be_shared(text: str) -> bool:
+    """Whether a statement may go to a connection together with others' that only read."""
+    return is_read(text) and calls_known(text)
+
+
+@remembered
 def is_single(text: str) -> bool:
     """Whether a statement may be in a pipeline: one command, no session state, no COPY."""
     command = plain(text)

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from operator import attrgetter
 from types import FunctionType
 from typing import Any
 
@@ -20,6 +21,9 @@ from django.db.backends import utils
 from django.db.backends.postgresql.base import Cursor, DatabaseWrapper
 
 _ORIGINAL = os.path.dirname(django.__file__), os.path.dirname(psycopg.__file__)
+_of_outer = attrgetter("__init__", "execute", "executemany", "_execute", "_execute_with_wrappers")
+_of_wrapper = attrgetter("cursor", "_cursor", "make_cursor", "create_cursor", "ensure_connection")
+_of_inner = attrgetter("execute", "executemany")
 _functions: tuple[Any, ...] = ()
 _patched = False
 
@@ -32,14 +36,8 @@ def cursors_are_patched() -> bool:
     them.
     """
     global _functions, _patched
-    outer: Any = utils.CursorWrapper  # another class may be there
-    wrapper: Any = DatabaseWrapper
-    inner: Any = Cursor
-    now = (
-        outer.__init__, outer.execute, outer.executemany, outer._execute,
-        outer._execute_with_wrappers, wrapper.cursor, wrapper._cursor, wrapper.make_cursor,
-        wrapper.create_cursor, wrapper.ensure_connection, inner.execute, inner.executemany,
-    )  # fmt: skip
+    # Another class may be there.
+    now = (*_of_outer(utils.CursorWrapper), *_of_wrapper(DatabaseWrapper), *_of_inner(Cursor))
     if now != _functions:
         known = list(map(_is_known, now))
         _patched = not all(known) or not _follow_sentry("sentry" in known)

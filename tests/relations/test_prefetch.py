@@ -511,7 +511,7 @@ async def test_the_querysets_of_instances_are_djangos(model: Any, name: str) -> 
     assert any(expected)
 
 
-@pytest.mark.parametrize("name", ["reviews", "publisher"])
+@pytest.mark.parametrize("name", ["reviews", "publisher", "tags"])
 async def test_keys_of_all_lengths_share_a_plan(name: str) -> None:
     def load(count: int) -> Any:
         books = list(Book.objects.order_by("pk")[:count])
@@ -529,6 +529,19 @@ async def test_keys_of_all_lengths_share_a_plan(name: str) -> None:
     # The books have a plan for each LIMIT. What is asked by keys has two, as it is known by its
     # filter as well; a single key is no list.
     assert [size - number for number, size in enumerate(sizes)] == [3, 3, 3, 3, 5, 5]
+
+
+async def test_keys_of_another_type_find_their_rows() -> None:
+    def load() -> list[Any]:
+        books = list(Book.objects.order_by("pk")[:5])
+        for book in books:
+            book.pk = str(book.pk)
+        prefetch_related_objects(books, "tags")
+        return [sorted(tag.pk for tag in book.tags.all()) for book in books]
+
+    for _ in range(2):
+        assert await native(load)() == await in_thread(load)
+    assert any(await native(load)())
 
 
 @pytest.mark.parametrize(
