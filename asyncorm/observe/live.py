@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from html import escape
+from itertools import count
 from threading import Lock
 from time import monotonic, time
 from typing import Any
@@ -26,12 +27,14 @@ from .. import _events, drawing, pools
 from ..timeline import Timeline
 
 _MOST = 50  # requests
+_numbers = count()
 
 
 class Request:
     """One request.
 
     Attributes:
+        number: which one it is, of this process.
         title: method and path.
         at: when it began, in seconds since 1970.
         timeline: what it and its tasks ran.
@@ -39,6 +42,7 @@ class Request:
     """
 
     def __init__(self, title: str) -> None:
+        self.number = next(_numbers)
         self.title = title
         self.at = time()
         self.timeline = Timeline()
@@ -125,6 +129,7 @@ def snapshot() -> dict[str, Any]:
         ],
         "requests": [
             {
+                "number": each.number,
                 "title": each.title,
                 "at": each.at,
                 "seconds": each.seconds,
@@ -183,7 +188,7 @@ def requests_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[
 
 
 async def view(request: HttpRequest) -> HttpResponse:
-    """The page; with `?format=json` what `snapshot()` says, with `?timeline=N` that of a request.
+    """The page; `?format=json`: what `snapshot()` says; `?timeline=N`: that of request N.
 
     Raises:
         Http404: DEBUG is off.
@@ -191,11 +196,14 @@ async def view(request: HttpRequest) -> HttpResponse:
     if not settings.DEBUG:
         raise Http404
     watch()
-    if (number := request.GET.get("timeline", "")).isdecimal():
-        seen = list(reversed(_requests))[int(number) :][:1]
-        if not seen:
-            raise Http404
-        return HttpResponse(drawing.as_html(seen[0].timeline))
+    own = _current.get()
+    if own is not None and own in _requests:
+        _requests.remove(own)  # or the page's own would be all that is seen, before long
+    if number := request.GET.get("timeline"):
+        for each in _requests:
+            if str(each.number) == number:
+                return HttpResponse(drawing.as_html(each.timeline))
+        raise Http404
     now = snapshot()
     if request.GET.get("format") == "json":
         return JsonResponse(now)
@@ -236,13 +244,14 @@ def _page(now: dict[str, Any]) -> str:
         for s in now["statements"]
     ]  # fmt: skip
     request_rows = [
-        [f'<a href="?timeline={n}">{escape(r["title"])}</a>', r["queries"], ms(r["seconds"]),
-         "<br>".join(map(escape, r["findings"]))]
-        for n, r in enumerate(now["requests"])
+        [f'<a href="?timeline={r["number"]}">{escape(r["title"])}</a>', r["queries"],
+         ms(r["seconds"]), "<br>".join(map(escape, r["findings"]))]
+        for r in now["requests"]
     ]  # fmt: skip
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" '
-        f'content="2"><title>asyncorm: live</title><style>{_STYLE}</style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width"><meta http-equiv="refresh" content="2">'
+        f"<title>asyncorm: live</title><style>{_STYLE}</style>"
         + table("Pools", "alias open most in_use waiting", pool_rows)
         + table("Who has a connection", "alias pid who task ms", holder_rows)
         + table("Statements under way", "alias pid SQL task ms", statement_rows)

@@ -71,10 +71,13 @@ async def test_what_happens_now() -> None:
     now = await look()
     assert not now["statements"] and not now["holders"]
     titles = [each["title"] for each in now["requests"]]
-    at = next(n for n, title in enumerate(titles) if title == "GET /work/%3Ci%3E")
+    assert not any("/live/" in title for title in titles), "the page's own push nothing out"
+    at = titles.index("GET /work/%3Ci%3E")
     assert now["requests"][at]["queries"] == 3 and now["requests"][at]["seconds"] > 0
-    # The look itself is a request, too.
-    shown = (await ask(app, f"/live/?timeline={at + 1}")).body
+    link = f"?timeline={now['requests'][at]['number']}"
+    assert link in (await ask(app, "/live/")).body
+    await ask(app, "/hold/")  # of a page that is open, the links stay what they are
+    shown = (await ask(app, f"/live/{link}")).body
     assert "COUNT(*)" in shown and "COMMIT" in shown and "<svg" in shown
     assert (await ask(app, "/live/?timeline=1000")).status == 404
 
