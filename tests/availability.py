@@ -278,7 +278,10 @@ def broken(seen: Seen, slack: float = 0.0) -> list[str]:
     first_write, pause = promised(seen)
     # PgBouncer tells new clients what the server said once: only the refused write says otherwise.
     nobody_knows = seen.setup.startswith("PgBouncer") and seen.fault == "made read-only"
-    most = WRITERS if not nobody_knows else seen.errors.total()
+    # It may give a connection to a server that is gone, before it has noticed.
+    most = POOL["max_size"] if seen.setup.startswith("PgBouncer") else WRITERS
+    if nobody_knows:
+        most = seen.errors.total()
     promises = {
         "what was acknowledged is there": not seen.lost,
         "no read fails": not seen.read_errors,
