@@ -19,7 +19,6 @@ from django.core.management.base import CommandError
 
 from .. import conf
 from .._requests import checks, middleware
-from .._requests.handler import NativeHandler
 from ..pages import see
 from .hopping import Module, Project
 
@@ -58,8 +57,8 @@ def run(options: dict[str, Any], write: Callable[[str], Any]) -> None:
         number += len(found)
         for hop in found:
             write(f"{path}:{hop.line}: {hop.what}\n    instead: {hop.instead}")
-    write(f"{number} hops in {files} of {len(modules)} files.")
-    if number and not isinstance(checks.projects_handler(), NativeHandler):
+    write(f"{number} hop{'s' * (number != 1)} in {files} of {len(modules)} files.")
+    if number and checks.served_by()[1] != checks.OURS:
         write(checks.HINT)
 
 

@@ -364,7 +364,7 @@ def test_hops_reads_the_project_alone(tmp_path: Path) -> None:
     assert hops(tmp_path, **sources).keys() == {"mine.py:2"}
     (tmp_path / "broken.py").write_text("def")
     text = shown("hops", str(tmp_path))
-    assert "broken.py: cannot be read: " in text and "1 hops in 1 of 1 files." in text
+    assert "broken.py: cannot be read: " in text and "1 hop in 1 of 1 files." in text
 
 
 def test_hops_reads_the_project_wherever_it_is_called(tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_hops_tells_of_djangos_handler(tmp_path: Path, settings: Any) -> None:
     (tmp_path / "a.py").write_text("def a(get_response): ...\n")
     assert "asyncorm.asgi" in shown("hops", str(tmp_path)).splitlines()[-1]
     settings.ASGI_APPLICATION = "tests.tools.test_command.native_application"
-    assert shown("hops", str(tmp_path)).splitlines()[-1] == "1 hops in 1 of 1 files."
+    assert shown("hops", str(tmp_path)).splitlines()[-1] == "1 hop in 1 of 1 files."
 
 
 # bench
