@@ -1,6 +1,7 @@
 """The example project on real ASGI servers: real processes, real HTTP."""
 
 import asyncio
+import hashlib
 import http.cookiejar
 import json
 import os
@@ -278,6 +279,24 @@ def test_sessions_users_permissions_messages(server: Server) -> None:
     pk = re.search(rf'book/(\d+)/change/">{title}', body)[1]  # type: ignore[index]
     status, body = server.open(f"/admin/bookshop/book/{pk}/delete/", post="yes")
     assert (status, title in server.json("/books/")["titles"]) == (200, False)
+
+
+def test_files_languages_refusals_and_error_pages(server: Server) -> None:
+    content = b"0123456789" * 300_000  # too long for the memory
+    head = b'--B\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
+    body = head + content + b"\r\n--B--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=B", "Accept-Language": "de"}
+    url = f"http://127.0.0.1:{server.port}/files/"
+    token = server.json("/accounts/login/")["token"]
+    request = urllib.request.Request(url, body, {**headers, "X-CSRFToken": token})
+    with server.opener.open(request, timeout=20) as response:
+        found = json.load(response)
+    assert found == {"name": "a.txt", "body": hashlib.sha256(content).hexdigest(), "yes": "Ja"}
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        server.opener.open(urllib.request.Request(url, body, headers), timeout=20).close()
+    for path, status, title in ("/nothing/", 404, "Not Found"), ("/files/", 500, "Server Error"):
+        answer = server.open(path)
+        assert answer[0] == status and title in answer[1]
 
 
 def test_atomic_requests(server: Server, ask: Any) -> None:

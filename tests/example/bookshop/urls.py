@@ -18,5 +18,6 @@ urlpatterns = [
     path("accounts/", views.whoami, name="whoami"),
     path("visits/<str:token>/", views.visit),
     path("visits/<str:token>/fail/", views.visit_and_fail),
+    path("files/", views.upload),
     path("pool/", views.pool),
 ]

@@ -1,6 +1,7 @@
 """Native views, and a synchronous one beside them."""
 
 import asyncio
+import hashlib
 
 from django.contrib import messages
 from django.contrib.auth import aauthenticate, alogin, alogout
@@ -10,6 +11,7 @@ from django.db import transaction
 from django.http import HttpResponse, JsonResponse, StreamingHttpResponse
 from django.middleware.csrf import get_token
 from django.shortcuts import aget_object_or_404, redirect
+from django.utils.translation import gettext
 
 import asyncorm
 from bookshop.models import Book, Visit
@@ -92,6 +94,13 @@ async def stream(request):
                 await asyncio.sleep(0.5)
 
     return StreamingHttpResponse(lines(), content_type="text/plain")
+
+
+async def upload(request):
+    """What has arrived, and in which language the client is answered."""
+    file = request.FILES["file"]
+    body = hashlib.sha256(b"".join(file.chunks())).hexdigest()
+    return JsonResponse({"name": file.name, "body": body, "yes": gettext("Yes")})
 
 
 async def visit(request, token):
