@@ -25,7 +25,7 @@ MAX_CHILDREN = 256  # names that come from users fill one node at most
 
 FACTS = (
     "is_sliced", "order_by", "default_ordering", "standard_ordering", "distinct_fields",
-    "values_select", "select_related",
+    "values_select", "select_related", "filter_is_sticky",
 )  # fmt: skip
 
 
@@ -50,6 +50,8 @@ class Node:
         "call", "chained", "children", "era", "gets", "is_untouched", "lists", "model", "offset_at",
         "parent", "plans", "start", "stop", "was_used", *FACTS,
     )  # fmt: skip
+
+    filter_is_sticky: bool
 
     def __init__(self, parent: Node | None, call: Any, query: Any, count: int) -> None:
         self.parent = parent
@@ -97,8 +99,9 @@ class Node:
         if node is None:
             node = Node(self, None, self, 0)
             # A copy of a copy is the same again, unless it may join what the first one has joined.
-            if not (type(self.call) is Set and self.call.name == "filter_is_sticky"):
+            if not self.filter_is_sticky:
                 node.chained = node
+            node.filter_is_sticky = False
             self.chained = node
         return node
 

@@ -677,6 +677,14 @@ async def test_a_related_manager_keeps_its_ways() -> None:
         assert all([await tag.books.filter(pk=1).native_exists() for tag in tags])
         expected = str(QuerySet(Tag, Query(Tag)).filter(books=1).query)
         assert str(book.tags.all().query) == expected
+        # Only the first filter after the manager's own may be about the same rows.
+        for queryset, joins in (
+            (book.tags.all(), 2),
+            (book.tags.all().all(), 3),
+            (book.tags.using("default").using("default"), 3),
+        ):
+            query = queryset.filter(books__title="x").query
+            assert str(query).count("JOIN") == joins
     with pytest.raises(ValueError, match="needs to have a primary key"):
         Publisher(name="x").books.filter(pk=1)
 
