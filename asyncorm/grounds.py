@@ -385,6 +385,25 @@ class _Seen:
         return True
 
 
+class Classes:
+    """Classes of lookups and fields, with all that they inherit, as they were."""
+
+    __slots__ = ("_kept", "_others", "_seen")
+
+    def __init__(self, classes: Iterable[type]) -> None:
+        parts = {part for cls in classes for part in cls.__mro__[:-1]}
+        self._seen = _Seen(_orm, parts & _ORM - _FIELDS), _Seen(_of_fields, parts & _FIELDS)
+        self._others = [vars(cls).values() for cls in parts - _ORM]
+        self._kept = [*map(list, self._others)]
+
+    def are_as_they_were(self) -> bool:
+        _orm.cls.unchanged, _of_fields.cls.unchanged  # noqa: B018
+        for seen in self._seen:
+            if seen.number != seen.look.name.looks and not seen.holds():
+                return False
+        return [*map(list, self._others)] == self._kept
+
+
 _of_all_models = _Look(Model, _free.pop())
 _base = _Seen(_orm, set(_CLASSES))
 _sound = all(map(is_djangos, _CLASSES))

@@ -119,10 +119,16 @@ class RowMaker:
         width: how many columns a row has.
         models: the classes whose instances are made.
         names_of_columns: where the values are known by names.
+        calls_others: somebody's code makes something of the values, which may use the database.
     """
 
     def __init__(self, width: int, converters: dict[int, Any]) -> None:
         self.width = width
+        self.calls_others = not all(
+            getattr(conv, "__module__", "").startswith("django.")
+            for convs, _ in converters.values()
+            for conv in convs
+        )
         self.models: tuple[Any, ...] = ()
         self.names_of_columns: list[str] = []
         self.converters = converters
@@ -287,6 +293,7 @@ def for_instances(compiler: SQLCompiler) -> RowMaker:
     maker.item = _instance(maker, compiler, info, dict(zip(names, columns, strict=True)), models, 0)
     for name, position in (compiler.annotation_col_map or {}).items():
         maker.body.append(f"setattr({maker.item}, {name!r}, c{position})")
+        maker.calls_others |= of_class(info["model"], name) is not None
     maker.models = tuple(dict.fromkeys(models))
     return maker
 

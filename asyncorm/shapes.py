@@ -56,7 +56,7 @@ COMPARISONS = {
     related_lookups.RelatedGreaterThan, related_lookups.RelatedGreaterThanOrEqual,
     related_lookups.RelatedLessThanOrEqual,
 }  # fmt: skip
-_IS_NULL = {lookups.IsNull, related_lookups.RelatedIsNull}
+NULLS = {lookups.IsNull, related_lookups.RelatedIsNull}
 _EXACT = {lookups.Exact, lookups.IntegerFieldExact, related_lookups.RelatedExact}
 LOOKUPS = _PATTERNS | COMPARISONS
 _YEARS = {
@@ -208,7 +208,7 @@ class Shape:
                 self.where(child)
             elif cls is TupleIn and type(child.lhs) is ColPairs and len(child.lhs) == 1:
                 self.keys(child)
-            elif cls in _IS_NULL and type(child.lhs) is Col and type(child.rhs) is bool:
+            elif cls in NULLS and type(child.lhs) is Col and type(child.rhs) is bool:
                 lhs = child.lhs
                 key += (cls, lhs.alias, id(lhs.target), id(lhs.output_field), child.rhs)
                 self.kept += (lhs.target, lhs.output_field)

@@ -23,6 +23,7 @@ from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.apps import apps
+from django.core.exceptions import SynchronousOnlyOperation
 from django.core.signals import setting_changed
 from django.db import connections, router
 
@@ -102,7 +103,10 @@ def is_native(
     """Whether an ORM callable works on an alias of ours."""
     if not has_foreign():
         return True
-    alias = alias_of(func, args, kwargs or {})
+    try:
+        alias = alias_of(func, args, kwargs or {})
+    except SynchronousOnlyOperation:  # a router asks the database
+        return False
     return alias is None or _swapped_alias(alias)
 
 
@@ -121,11 +125,14 @@ def _swapped_alias(alias: str) -> bool:
 def _of_thread(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether it is to run where synchronous code waits for the current task, or has left something
     that it would miss elsewhere, as on Django's own backend."""
-    if scopes.of_thread():
-        return scopes.of_thread(alias_of(func, args, kwargs))
-    if not observers.has_threads():
+    if not (scopes.of_thread() or observers.has_threads()):
         return False
-    alias = alias_of(func, args, kwargs)
+    try:
+        alias = alias_of(func, args, kwargs)
+    except SynchronousOnlyOperation:
+        alias = None
+    if scopes.of_thread():
+        return scopes.of_thread(alias)
     return observers.left_behind(alias) and not _in_scope(alias)
 
 

@@ -79,11 +79,14 @@ async def awaited(
 
 def _found(find: Callable[[Any], Found | None], wrapper: Any) -> Found | None:
     try:
-        return None if wrapper.watched else find(wrapper)
+        found = None if wrapper.watched else find(wrapper)
     except verifying.StatementCacheError:
         raise
     except Exception:  # Django says what is wrong
         return None
+    if found is not None and found[0].maker is not None and found[0].maker.calls_others:
+        return None
+    return found
 
 
 def _mark_for_rollback(wrapper: Any, exc: Exception) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from django.db.models.sql.query import Query
 
 from .. import grounds
-from .values import Form, Key, add_watched, of_values, write
+from .values import Form, Key, add_watched, fields_of, is_told, of_values, write
 
 MAX_NODES = 8192
 MAX_CHILDREN = 256  # names that come from users fill one node at most
@@ -137,8 +137,8 @@ def clear() -> None:
 
 
 def is_current(node: Node) -> bool:
-    """Whether a node may still be followed."""
-    return node.era is _era
+    """Whether a node may still be followed: Django would do what it did."""
+    return node.era is _era and _lookups is grounds.registered_lookups() and grounds.are_sound()
 
 
 def root(model: Any) -> Node:
@@ -161,17 +161,39 @@ class Filter:
         lists: the places of lists of more than one.
     """
 
-    def __init__(self, form: Form, keys: list[Key], lists: list[int]) -> None:
+    def __init__(
+        self, form: Form, keys: list[Key], lists: list[int], seen: list[tuple[Any, Any]]
+    ) -> None:
         self.form = form
         self.keys = keys
         self.lists = lists
+        self._lookups = [type(lookup) for _, lookup in seen]
+        self._registered = grounds.registered_lookups()
+        fields = fields_of(seen) or ()
+        self._fields = {field: len(vars(field)) for field in fields}
+        self._classes = grounds.Classes({*self._lookups, *map(type, fields)})
+
+    def holds(self) -> bool:
+        """Whether Django would find the same lookups now."""
+        if not self._classes.are_as_they_were():
+            return False
+        for field, size in self._fields.items():
+            if len(state := vars(field)) != size:  # something it keeps, or a mock
+                if not is_told(field):
+                    return False
+                self._fields[field] = len(state)
+        return True
 
     def repeat(self, query: Any, values: Any, sources: Any, start: int) -> None:
         q = write(self.form, iter(values))
-        if sources is None:
+        found = self._registered is grounds.registered_lookups() and self.holds()
+        if sources is None and found:
             query.add_q(q)
             return
-        lookups = of_values(add_watched(query, q), values)
+        seen = add_watched(query, q, None if found else self._lookups)
+        if sources is None:
+            return
+        lookups = of_values(seen, values)
         if lookups is None:
             raise ValueError  # it does not use its values one by one: there is no plan
         sources += [(lookup, place) for place, lookup in enumerate(lookups, start)]

@@ -20,7 +20,15 @@ from django.db.models.sql.query import Query
 from .. import verifying
 from . import nodes
 from .nodes import Call, Filter, Limits, Node, Set
-from .values import add_watched, keys_of, of_values, read, snapshot
+from .values import (
+    add_watched,
+    fields_of,
+    joins_plainly,
+    keys_of,
+    of_values,
+    read,
+    snapshot,
+)
 
 _set: Any = object.__setattr__
 _new: Any = object.__new__
@@ -75,6 +83,7 @@ class Recorded(Query):
             child is not _MISSING
             and child is not None
             and nodes.is_current(node)
+            and child.call.holds()
             and (not child.call.keys or snapshot(child.call.keys, values))
         ):
             _follow(self, child, values)
@@ -83,10 +92,11 @@ class Recorded(Query):
         if form is None or child is not _MISSING:
             self.add_q(q_object, reuse_all)
             return
-        lookups = of_values(add_watched(self, q_object), values)
+        seen = add_watched(self, q_object)
+        lookups = None if fields_of(seen) is None else of_values(seen, values)
         keys = None if lookups is None else keys_of(lookups, values)
         lists = [i for i, value in enumerate(values) if type(value) is tuple and len(value) > 1]
-        call = None if keys is None else Filter(form, keys, lists)
+        call = None if keys is None else Filter(form, keys, lists, seen)
         _learn(node, form, call, self, len(values))
 
     def set_limits(self, low: Any = None, high: Any = None) -> None:
@@ -175,7 +185,12 @@ def _learn(node: Node, form: Any, call: Any, made: Any, count: int) -> None:
     Args:
         call: None: it cannot be recorded.
     """
-    if call is None or made.is_empty() or any(getattr(made, n) != v for n, v in _CONSTANTS.items()):
+    if (
+        call is None
+        or made.is_empty()
+        or any(getattr(made, name) != value for name, value in _CONSTANTS.items())
+        or not joins_plainly(made)
+    ):
         node.keep(form, None)
         return
     child = Node(node, call, made, count)

@@ -8,7 +8,7 @@ of the filter's form, and of an instance its key is taken at once, as Django doe
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 - `Query.build_lookup`: gives the lookup of each condition, replaced on the query that is watched.
-- `Col`, `RelatedExact`: what a lookup compares with what.
+- `Col`, `RelatedExact`, `Join`: what a lookup compares with what, and where it is.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from django.db import models
 from django.db.models import Model, Q, lookups
 from django.db.models.expressions import Col
 from django.db.models.fields.related_lookups import RelatedExact, RelatedIn
+from django.db.models.sql.datastructures import Join
 from django.utils.functional import SimpleLazyObject
 
-from ..shapes import LOOKUPS
+from .. import grounds
+from ..shapes import LOOKUPS, NULLS
 
 _FIELDS: dict[type, set[Any]] = {
     int: {
@@ -192,13 +194,21 @@ def write(form: Form, values: Iterator[Any]) -> Q:
     return Q(*children, _connector=connector, _negated=negated)
 
 
-def add_watched(query: Any, q: Any) -> list[tuple[Any, Any]]:
-    """`query.add_q(q)`; the values with the lookups that they were given to, in that order."""
+def add_watched(query: Any, q: Any, by: Any = None) -> list[tuple[Any, Any]]:
+    """`query.add_q(q)`; the values with the lookups that they were given to, in that order.
+
+    Args:
+        by: the lookups' classes; None: as Django finds them.
+    """
     seen: list[tuple[Any, Any]] = []
     build = query.build_lookup
 
     def build_lookup(lookups: Any, lhs: Any, rhs: Any) -> Any:
-        lookup = build(lookups, lhs, rhs)
+        if by is None:
+            lookup = build(lookups, lhs, rhs)
+        else:
+            cls = by[len(seen)]
+            lookup = cls(lhs, True) if rhs is None and cls in NULLS else cls(lhs, rhs)
         seen.append((rhs, lookup))
         return lookup
 
@@ -226,6 +236,48 @@ def _is_same(rhs: Any, value: Any) -> bool:
     return rhs is value
 
 
+def fields_of(seen: list[tuple[Any, Any]]) -> list[Any] | None:
+    """The fields that a filter compares; None if it may depend on when it is made.
+
+    A lookup is found, and prepares its value, when somebody filters: it has to be the same later.
+    """
+    fields: list[Any] = []
+    for _, lookup in seen:
+        lhs = lookup.lhs
+        if (
+            type(lhs) is not Col
+            or lookup.bilateral_transforms
+            or type(lookup) not in _LOOKUPS | _OF_LISTS | NULLS
+        ):
+            return None
+        there = [getattr(each, "field", each) for each in (lhs.target, lhs.output_field)]
+        fields += {*there, *map(_of_values, there)}
+    return fields if all(map(is_told, fields)) else None
+
+
+def is_told(field: Any) -> bool:
+    """Whether a field finds and prepares as Django's do, whenever that is."""
+    return (
+        isinstance(field, models.Field)
+        and grounds.speaks_for_itself(field, short=True)
+        and all(
+            getattr(getattr(type(field), name), "__module__", "").startswith("django.")
+            for name in ("get_prep_value", "to_python")
+        )
+    )
+
+
+def joins_plainly(query: Any) -> bool:
+    """Whether what a query selects and joins does not depend on when that is made."""
+    if any(type(col) is not Col for col in query.select):
+        return False
+    joins = [join.join_field for join in query.alias_map.values() if type(join) is Join]
+    fields: list[Any] = [*joins, *(col.target for col in query.select)]
+    return all(
+        grounds.speaks_for_itself(getattr(field, "field", field), short=True) for field in fields
+    )
+
+
 def keys_of(found: list[Any], values: list[Any]) -> list[Key] | None:
     """The keys of the instances among the values.
 
@@ -233,8 +285,6 @@ def keys_of(found: list[Any], values: list[Any]) -> list[Key] | None:
     """
     keys = []
     for place, (lookup, value) in enumerate(zip(found, values, strict=True)):
-        if type(lookup.lhs) is not Col or lookup.bilateral_transforms:
-            return None
         is_list = type(value) is tuple
         if isinstance(value[0] if is_list else value, Model):
             key = _key_of(lookup, value, place, is_list)

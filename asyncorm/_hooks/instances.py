@@ -36,8 +36,8 @@ async def save(obj: Model, args: _Arguments, kwargs: _Keywords) -> Any:
     cls = type(obj)
     if args or saved_plainly(cls) is None or obj.get_deferred_fields():
         return UNSERVED
-    alias = kwargs.get("using") or router.db_for_write(cls, instance=obj)
-    return await _saved(obj, {**kwargs, "using": alias})
+    alias = _alias_of(obj, kwargs)
+    return UNSERVED if alias is None else await _saved(obj, {**kwargs, "using": alias})
 
 
 async def create(queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
@@ -49,7 +49,10 @@ async def create(queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
     except SynchronousOnlyOperation:
         return UNSERVED
     queryset._for_write = True
-    options = {"force_insert": True, "using": queryset.db}
+    try:
+        options = {"force_insert": True, "using": queryset.db}
+    except SynchronousOnlyOperation:
+        return UNSERVED
     if await _saved(obj, options) is UNSERVED:
         await bridge.run(obj.save, **options)
     if (mode := mode_of(queryset)) is not None:
@@ -62,8 +65,12 @@ async def delete(obj: Any, args: _Arguments, kwargs: _Keywords) -> Any:
     cls = type(obj)
     if args or kwargs.get("keep_parents") or cls._meta.proxy or not obj._is_pk_set():
         return UNSERVED
-    alias = kwargs.get("using") or router.db_for_write(cls, instance=obj)
-    if not grounds.are_djangos(Collector) or not Collector(using=alias).can_fast_delete(obj):
+    alias = _alias_of(obj, kwargs)
+    if (
+        alias is None
+        or not grounds.are_djangos(Collector)
+        or not Collector(using=alias).can_fast_delete(obj)
+    ):
         return UNSERVED
     key = obj.pk
 
@@ -76,6 +83,14 @@ async def delete(obj: Any, args: _Arguments, kwargs: _Keywords) -> Any:
         setattr(obj, cls._meta.pk.attname, None)
         return count, {cls._meta.label: count}
     return UNSERVED
+
+
+def _alias_of(obj: Model, kwargs: _Keywords) -> str | None:
+    """Where an instance is written; None if its router asks the database."""
+    try:
+        return kwargs.get("using") or router.db_for_write(type(obj), instance=obj)
+    except SynchronousOnlyOperation:
+        return None
 
 
 async def _saved(obj: Model, options: _Keywords) -> Any:

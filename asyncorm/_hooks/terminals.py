@@ -10,6 +10,7 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
+from django.core.exceptions import SynchronousOnlyOperation
 from django.db import OperationalError
 from django.db.models.query import QuerySet
 from django.db.models.sql.subqueries import UpdateQuery
@@ -62,7 +63,8 @@ async def fetched(queryset: Any) -> list[Any]:
 
 
 async def _awaited(terminal: _Terminal, queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
-    if not is_djangos(queryset, *terminal.calls):
+    # Somebody's code would be called once here and once by the operation.
+    if not (is_djangos(queryset, *terminal.calls) and grounds.are_sound()):
         return UNSERVED
     plan: Any = None
 
@@ -75,12 +77,19 @@ async def _awaited(terminal: _Terminal, queryset: Any, args: _Arguments, kwargs:
     if terminal.writes:
         queryset._for_write = True
     try:
-        value = await awaited(queryset.db, find, mode_of(queryset), writes=terminal.writes)
+        alias = queryset.db
+    except SynchronousOnlyOperation:  # a router asks the database
+        return UNSERVED
+    try:
+        value = await awaited(alias, find, mode_of(queryset), writes=terminal.writes)
     except OperationalError as exc:
         if terminal.writes or not elsewhere.gone(queryset, exc):
             raise
         return UNSERVED
-    return value if value is UNSERVED else terminal.finish(queryset, plan, value)
+    try:
+        return value if value is UNSERVED else terminal.finish(queryset, plan, value)
+    except SynchronousOnlyOperation:  # of whether two instances may be related
+        return UNSERVED
 
 
 def is_djangos(queryset: Any, *names: str) -> bool:

@@ -1,6 +1,7 @@
 """Awaited methods of querysets whose statement is known: no operation, and nothing else changes."""
 
 import asyncio
+import functools
 import re
 import threading
 from collections import Counter
@@ -10,19 +11,19 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.db import connections, transaction
+from django.db import connections, models, transaction
 from django.db.models import Count, F, Max, QuerySet, Sum, Value
 from django.db.models.functions import Concat
 from django.db.models.signals import post_init, post_save, pre_delete, pre_save
 from django.db.transaction import TransactionManagementError
 from django.test import override_settings
-from django.test.utils import CaptureQueriesContext
+from django.test.utils import CaptureQueriesContext, isolate_apps
 
 import asyncorm
 from asyncorm import _events, bridge, native
 from tests.cancellation.test_cancellation import by_anyio, by_cancel, by_many_cancels, by_timeout
 from tests.project.myapp.models import Item
-from tests.project.shop.models import Author, Book
+from tests.project.shop.models import Author, Book, Publisher
 from tests.support import administrator, all_given_back, database, eventually
 
 ALIAS = "few"
@@ -142,6 +143,79 @@ async def outcome(coroutine: Any) -> Any:
     each = found if isinstance(found, list) else [found]
     states = [(vars(one._state), one.__dict__.keys()) for one in each if isinstance(one, Item)]
     return found, [type(one) for one in each], str(states)
+
+
+def known() -> int:
+    return int(Item.objects.using(ALIAS).count())
+
+
+class Coded(models.CharField):
+    """Asks the database for what a value means."""
+
+    def from_db_value(self, value: str, expression: Any, connection: Any) -> str:
+        return f"{value} of {known()}"
+
+
+class Asking:
+    """A router that asks the database."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return ALIAS if known() else "default"
+
+    db_for_write = db_for_read
+
+
+class Relating:
+    """One that asks it whether two instances may be related."""
+
+    def allow_relation(self, *objects: Any, **hints: Any) -> bool:
+        return bool(known())
+
+
+@functools.cache
+@isolate_apps("tests.project.myapp")
+def coded() -> Any:
+    class CodedItem(models.Model):
+        remote_id = models.IntegerField(unique=True)
+        name = Coded(max_length=50)
+
+        class Meta:
+            app_label = "myapp"
+            db_table = Item._meta.db_table
+
+        label = property(lambda self: self._label, lambda self, value: self.see(value))
+
+        def see(self, value: Any) -> None:
+            self._label = f"{value} of {known()}"
+
+    return CodedItem
+
+
+def coded_items() -> Any:
+    return coded().objects.using(ALIAS).order_by("pk")
+
+
+def labelled() -> Any:
+    return coded_items().defer("name").annotate(label=F("remote_id") + 1)
+
+
+def shown(found: Any) -> Any:
+    return list(map(str, map(vars, found if isinstance(found, list) else [found])))
+
+
+ASKING: dict[str, tuple[Any, Call]] = {
+    f"{what}: {name}": (routers, (queryset, name, kwargs))
+    for what, routers, queryset in (
+        ("field", [], coded_items),
+        ("property", [], labelled),
+        ("router", [Asking()], lambda: Item.objects.order_by("pk")),
+    )
+    for name, kwargs in (("get", {"remote_id": 7}), ("first", {}), ("last", {}), ("_fetch_all", {}))
+}
+ASKING |= {
+    f"related: {name}": ([Relating()], (lambda: Publisher(pk=1).books.order_by("pk"), name, {}))
+    for name in ("first", "last", "_fetch_all")
+}
 
 
 class Statements(_events.Listener):
@@ -759,3 +833,25 @@ def test_no_thread_and_no_loop(few: str, django_db_blocker: Any) -> None:
         with pytest.raises(RuntimeError, match="event loop"):
             coroutine.send(None)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("name", ASKING)
+async def test_somebodys_code_may_ask_the_database(few: str, name: str) -> None:
+    routers, call = ASKING[name]
+    with override_settings(DATABASE_ROUTERS=routers):
+        for _ in range(4):  # from the second time on its statement is known
+            expected = await operated(call)
+            found = await awaited(call)
+            assert re.sub("0x\\w+", "", str(shown(found))) == re.sub(
+                "0x\\w+", "", str(shown(expected))
+            )
+
+
+async def test_a_router_may_ask_the_database_where_to_write(few: str) -> None:
+    with override_settings(DATABASE_ROUTERS=[Asking()]):
+        for number in range(1000, 1004):
+            item = await Item.objects.acreate(remote_id=number)
+            item.name = "another"
+            await item.asave()
+            assert await Item.objects.filter(pk=item.pk).aupdate(name="new") == 1
+            assert await item.adelete() == (1, {"myapp.Item": 1})

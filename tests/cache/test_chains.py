@@ -12,7 +12,9 @@ import random
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.db import models
@@ -21,7 +23,7 @@ from django.db.models.functions import Lower
 from django.db.models.query import EmptyQuerySet
 from django.db.models.sql.query import Query
 from django.test import override_settings
-from django.test.utils import register_lookup
+from django.test.utils import isolate_apps, register_lookup
 from django.utils.functional import SimpleLazyObject
 
 import asyncorm
@@ -91,6 +93,8 @@ FILTERS: dict[Any, list[Callable[[int], dict[str, Any]]]] = {
         lambda v: {"tags": pick(INTEGERS, v)},
         lambda v: {"tags__name": pick(TEXTS, v)},
         lambda v: {"reviews__stars__gte": v % 5},
+        lambda v: {"reviews__isnull": bool(v % 2)},
+        lambda v: {"product": pick([None, 1], v)},
         lambda v: {"pk__in": [1, 2, v]},
         lambda v: {"pk__in": pick(LISTS, v)},
         lambda v: {"pk__in": pick(INTEGERS, v), "title__in": {"a", pick(TEXTS, v)}},
@@ -137,6 +141,7 @@ FILTERS: dict[Any, list[Callable[[int], dict[str, Any]]]] = {
         lambda v: {"mentor": pick(INTEGERS, v)},
         lambda v: {"mentor__isnull": bool(v % 2)},
         lambda v: {"books__pages__gt": v},
+        lambda v: {"pupils": pick([None, 1], v), "books__isnull": bool(v % 2)},
     ],
     PrintedBook: [lambda v: {"pages__gt": pick(INTEGERS, v)}, lambda v: {"pk": v}],
 }
@@ -584,6 +589,78 @@ async def test_a_lookup_that_is_registered_is_used_at_once() -> None:
             Tag.objects.filter(name__reversed="x")
     with pytest.raises(Exception, match="Unsupported lookup 'reversed'"):
         Tag.objects.filter(name__reversed="x")
+
+
+def given(self: Any, name: str) -> Any:
+    return Other if name == "exact" else self.get_class_lookups()[name]
+
+
+class Loose(CharField):
+    """Finds another lookup while somebody says so."""
+
+    other = False
+
+    def get_lookup(self, lookup_name: str) -> Any:
+        return given(self, lookup_name) if Loose.other else super().get_lookup(lookup_name)
+
+
+@isolate_apps("tests.project.shop")
+def loose() -> Any:
+    """A model of the tags' table whose name is such a field."""
+
+    class LooseTag(models.Model):
+        name = Loose(max_length=40)
+
+        class Meta:
+            app_label = "shop"
+            db_table = Tag._meta.db_table
+
+    return LooseTag
+
+
+# What has Django find another lookup, and the model that it is of.
+ELSE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "registered": (lambda: Tag, lambda model: register_lookup(CharField, Other)),
+    "patched": (lambda: Tag, lambda model: mock.patch.object(CharField, "get_lookup", given)),
+    "patched on the field": (
+        lambda: Tag,
+        lambda model: mock.patch.object(
+            field := model._meta.get_field("name"), "get_lookup", partial(given, field)
+        ),
+    ),
+    "by the field's own": (loose, lambda model: mock.patch.object(Loose, "other", True)),
+}
+FETCHES: dict[str, Callable[[Any], Any]] = {
+    "list": lambda tags: tags.values_list("name", flat=True).order_by("name").anative(),
+    "count": lambda tags: tags.native_count(),
+    "exists": lambda tags: tags.native_exists(),
+    "another filter": lambda tags: tags.filter(pk__gt=0).native_count(),
+    "as a query": lambda tags: at_once(str(tags.query)),
+}
+
+
+async def at_once(value: Any) -> Any:
+    return value
+
+
+@pytest.mark.parametrize("what", ELSE)
+async def test_a_lookup_is_that_of_when_the_filter_was_made(what: str) -> None:
+    make, change = ELSE[what]
+    model = make()
+
+    def some() -> Any:
+        return model.objects.filter(name="tag 1")
+
+    for fetch in FETCHES.values():
+        for _ in range(WARM):
+            before = await fetch(tags := some())
+            tags = some()
+        with change(model):
+            assert await fetch(tags) == before
+            for _ in range(WARM):
+                changed = await fetch(some())
+                tags = some()
+        assert await fetch(tags) == changed != before
 
 
 async def test_an_ordering_that_is_changed_is_used_at_once(

@@ -406,7 +406,7 @@ async def test_a_change_is_in_the_key_or_makes_no_difference(
     async with asyncorm.atomic():  # without a transaction there are no locks
         made = await asyncorm.native(Changes().make)()
     assert made.wrong == []
-    known = shapes.LOOKUPS | shapes._IS_NULL | shapes._YEARS | {Exists}
+    known = shapes.LOOKUPS | shapes.NULLS | shapes._YEARS | {Exists}
     assert known | expressions._EXPRESSIONS <= made.classes
     for kind, listed in LISTED.items():
         keyed = set(listed.keyed.split())
