@@ -429,7 +429,7 @@ class NativeWrapper(SynchronousWrapper):
         """Django's, later when a block is being left; what a callback returns is awaited."""
         session = self.session
         if session is not None and session.acting is not None:
-            self.hooks_due = True
+            self.hooks_due = bool(self.run_on_commit)
             return
         self.hooks_due = False
         self.run_on_commit = [

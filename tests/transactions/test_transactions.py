@@ -1173,6 +1173,22 @@ async def test_djangos_atomic_in_a_coroutine_is_refused() -> None:
     assert await committed() == ["a", "a"]
 
 
+async def test_a_commit_outside_a_block_does_not_end_the_next_one() -> None:
+    """Django remembers that it has committed: not for the nested block of somebody else."""
+    await asyncorm.native(transaction.commit)()
+    async with asyncorm.atomic():
+        async with asyncorm.atomic():
+            await add("a")
+
+    def together() -> None:
+        transaction.commit()
+        with transaction.atomic(), transaction.atomic():
+            Item.objects.create(remote_id=next(ids), name="b")
+
+    await asyncorm.native(together)()
+    assert await names() == ["a", "b"]
+
+
 async def test_on_commit_without_autocommit() -> None:
     called: list[int] = []
     async with asyncorm.connection():
