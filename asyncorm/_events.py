@@ -392,13 +392,13 @@ _out: dict[int, CheckOut] = {}
 
 def checked_out(alias: str, conn: Connection, holder: object) -> None:
     """A connection has left its pool."""
-    event = _out[id(conn)] = CheckOut(alias, conn.pgconn.backend_pid, holder)
+    event = _out[id(conn.pgconn)] = CheckOut(alias, conn.pgconn.backend_pid, holder)
     _tell("checked_out", event)
 
 
 def checked_in(conn: Connection) -> None:
     """It is back."""
-    event = _out.pop(id(conn), None)
+    event = _out.pop(id(conn.pgconn), None)
     if event is not None:
         event.ended = monotonic()
         _tell("checked_in", event)

@@ -15,7 +15,7 @@ from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
 
 from . import bridge, sessions
-from ._sessions import engines, leaving, scopes
+from ._sessions import engines, scopes
 from ._sessions.blocks import Block
 from .limits import Kept, Parallelism
 from .pages import see
@@ -76,7 +76,7 @@ async def _batch(operations: tuple[Any, ...], alias: str) -> list[Any]:
         await sessions.warm(alias)
     elif scope.block is None:  # inside connection()
         session: Any = scope.session
-        await leaving.run_in(session, session.wrapper.ensure_connection)
+        await bridge.run(lambda: sessions.require(alias).wrapper.ensure_connection())
         kept = Kept(session)
     with _gathered(None if scope is None else scope.block):
         with Parallelism(1, alias, batching=True, kept=kept):

@@ -68,6 +68,7 @@ class Connection(CancellableConnection):
         wire: waits for the socket.
         served_by: the server process that ran the last statement of a deferred one.
         streamed: a cursor's `stream()` has asked libpq for single rows.
+        lender: the session of `connection()`, while `batch()` has its connection.
         has_pipelines: libpq has pipeline mode (from 14 on).
     """
 
@@ -77,6 +78,7 @@ class Connection(CancellableConnection):
     streamed = False
     has_pipelines = psycopg.capabilities.has_pipeline()
     served_by = 0
+    lender: Any = None
     lock: Any
     configured: bool
 

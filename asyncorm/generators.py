@@ -64,6 +64,8 @@ class Place:
     def _dropped(self, _: object) -> None:
         for entry in list(self.entries):
             entry.dropped(self)
+        if not self.entries:  # what was entered by a task that has ended is gone already
+            self.forget()
 
     def forget(self) -> None:
         """Nothing is entered there any more."""
@@ -87,7 +89,8 @@ def enter(entry: Entry) -> None:
     found: list[Place] = []
     for frame in _frames():
         place = places.get(id(frame))
-        if place is None or not place.holds(frame):
+        # A new frame may have the number and the code of one whose generator is gone.
+        if place is None or place.generator() is None or not place.holds(frame):
             generator = _generator(frame)
             if generator is None:  # it is being closed: nobody else is in it
                 continue

@@ -51,7 +51,7 @@ class Limit:
         self.asking: set[Any] = set()
         self._turns = anyio.Semaphore(size, max_value=size, fast_acquire=True)
         self._kept: list[Connection] = []
-        self._out: set[Connection] = set()
+        self._out: set[Any] = set()  # what is pooled: a session that is reset has another twin
 
     @property
     def alias(self) -> str:
@@ -102,7 +102,7 @@ class Limit:
             conn = self._keep_or_take()
             if conn is None:
                 conn = self.parent.get(wrapper)
-                self._out |= {conn}  # no call: an error (of recursion) would lose the connection
+                self._out |= {conn.pooled}  # no call: an error (of recursion) would lose it
         except BaseException:
             self._turns.release()
             raise
@@ -127,12 +127,12 @@ class Limit:
             if taken is None:
                 return None
             conn = taken
-        self._out |= {conn}  # no call, as in get()
+        self._out |= {conn.pooled}  # no call, as in get()
         return conn
 
     def checkin(self, conn: Connection) -> None:
         """Take a connection back, for others who wait here or for the pool."""
-        self._out.discard(conn)
+        self._out.discard(conn.pooled)
         if (self._out or self.waiting) and self.pool.is_clean(conn):
             self._kept.append(conn)
         else:
@@ -152,7 +152,7 @@ class Limit:
         return Asking(self.asking, self._deadlock)
 
     def _deadlock(self) -> PoolDeadlock | None:
-        sessions = [conn.lock for conn in self._out]
+        sessions = [conn.twin.lock for conn in self._out]
         if not deadlocked(sessions, self.size, self.asking):
             return None
         return PoolDeadlock(
@@ -193,6 +193,7 @@ class Kept:
         if self._lent or conn is None or conn.closed:
             return None
         self._lent = True
+        conn.lender = self.session
         return cast("Connection", conn)
 
     def get(self, wrapper: BaseDatabaseWrapper) -> Connection:
@@ -212,7 +213,7 @@ class Kept:
     def checkin(self, conn: Connection) -> None:
         """Take it back, in whatever state."""
         self._lent = False
-        conn.lock = self.session
+        conn.lock, conn.lender = self.session, None
         conn._pool = self.session.wrapper.pool
 
 
@@ -277,6 +278,7 @@ class _Entered:
     def dropped(self, place: Place) -> None:
         """Its consumer is outside at once (generators.Entry)."""
         self.left = True
+        generators.leave(self)  # who closes the generator does not find it in his context
         _current.set(_open(_current.get()))
 
 

@@ -45,6 +45,8 @@ def session_for(alias: str, runner: Runner) -> Session | None:
             )
         if scope.session.over and scope.block is not None:
             raise scope.block.outlived_error()
+        if scope.block is None and scope.session.root is not None:
+            scope.session.await_closing(runner)
         return scope.session
     session: Session | None
     if test_sessions and (session := test_sessions.get(alias)) is not None:

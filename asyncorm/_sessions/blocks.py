@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from asyncio import CancelledError, TimerHandle, get_running_loop
+from asyncio import CancelledError, Event, TimerHandle, get_running_loop, timeout
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import Context
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,7 @@ class Block:
         self.ended = False
         self.queue: Queue | None = None
         self.batching = 0
+        self._over: Event | None = None
 
     @property
     def scope(self) -> Scope | None:
@@ -109,6 +110,19 @@ class Block:
             self.event.end(rolled_back=True)
         if (scope := self.scope) is not None:
             scope.ended = True
+
+    async def until_over(self) -> None:
+        """Wait until it is rolled back: who could leave it was dropped. Not for ever: that may wait
+        for who waits here."""
+        self._over = Event()
+        with suppress(TimeoutError):
+            async with timeout(conf.get("LOCK_TIMEOUT")):
+                await self._over.wait()
+
+    def is_over(self) -> None:
+        """The session is free of it."""
+        if self._over is not None:
+            self._over.set()
 
     def queue_for(self, text: str) -> Queue | None:
         """Where a statement of a child task waits if the lock is taken, to go with others."""

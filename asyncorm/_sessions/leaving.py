@@ -68,6 +68,7 @@ async def unpin(session: Session, clean: Callable[[Session], None] | None = None
         conn = session.wrapper.connection
         try:
             with bridge.shield(runner):
+                session.await_closing(runner)
                 if clean is not None:
                     clean(session)
         except BaseException:

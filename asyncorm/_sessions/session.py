@@ -107,6 +107,11 @@ class Session(StatementLock):
             root is not None and ((scope := root.scope) is None or scope.left != ())
         )
 
+    def await_closing(self, runner: Runner) -> None:
+        """Wait until a block of a generator that was left is rolled back."""
+        if self.root is not None and self.closing:
+            bridge.wait_for(runner, self.root.until_over())
+
     def dropped(self, place: Place) -> None:
         """Nobody can continue the stream or `connection()` any more (generators.Entry)."""
         self.left = True

@@ -362,5 +362,6 @@ def _close_block(runner: Runner, block: Block) -> None:
         session.transaction_ended()
     if parent is None:
         session.root = session.fate = None
+        block.is_over()
         # The session is this operation's again, which gives it back when it ends.
         runner.resources[session.key] = session

@@ -137,7 +137,7 @@ class _Stream(InTurn):
                 cursor._closed = True  # or it would keep the connection
         elif not cursor._closed:
             cursor._closed = True
-            session.abandon(cursor.name)
+            (cursor._conn.lender or session).abandon(cursor.name)
 
 
 class _CopyCursor:

@@ -173,6 +173,17 @@ async def test_blocks_and_streams_count(alias: str) -> None:
     await all_given_back(alias)
 
 
+async def test_a_kept_connection_that_was_reset_is_given_back(alias: str) -> None:
+    """Resetting its session makes another twin of it."""
+    with asyncorm.parallelism(2, using=alias):
+        for _ in range(3):
+            async with asyncorm.connection(alias):
+                await native(backend_pid)(alias)
+            await native(backend_pid)(alias)
+            stats = asyncorm.pool_stats(alias)
+            assert stats["pool_available"] == stats["pool_size"]
+
+
 async def test_waiting_for_oneself_is_an_error(alias: str) -> None:
     async with asyncorm.parallelism(1, using=alias):
         async with asyncorm.atomic(alias):

@@ -110,6 +110,8 @@ async def test_the_ways_statements_take() -> None:
             await cursor.execute("SELECT 1")
         assert len([each async for each in Tag.objects.native_iterator(chunk_size=5)]) > 30
         await asyncorm.batch(Tag.objects.count, Book.objects.count)
+        async with asyncorm.connection():  # its session is reset
+            await Tag.objects.native_count()
         async with asyncorm.atomic():
             await asyncio.gather(*(Tag.objects.native_get(pk=tag.pk) for _ in range(5)))
 
@@ -119,7 +121,7 @@ async def test_the_ways_statements_take() -> None:
     queries = heard.queries
     # Only the stream has a cursor of Django's, as it has when nobody listens.
     assert ["CURSOR" in q.sql or "shop_tag" in q.sql for q in queries if q.by_cursor] == [True]
-    assert len(queries) == 1 + 30 + 1 + 1 + 1 + 1 + 3 + 2 + 1 + 1 + 2 + 5
+    assert len(queries) == 1 + 30 + 1 + 1 + 1 + 1 + 3 + 2 + 1 + 1 + 2 + 1 + 5
     assert all(query.error is None and query.connection and query.ended for query in queries)
     assert any(query.pipelined for query in queries)
     assert all(query.in_block for query in queries[-5:])

@@ -16,7 +16,7 @@ from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 
 import asyncorm
-from asyncorm import limits
+from asyncorm import generators, limits
 from tests.project.myapp.models import Item
 from tests.support import all_given_back, database
 
@@ -254,6 +254,50 @@ async def test_parallelism_in_a_generator() -> None:
         assert limit() is outside
         assert len({*await asyncio.gather(*(backend() for _ in range(9)))}) <= 3
     assert limit() is None
+
+
+async def test_a_second_generator_in_the_place_of_one_that_was_left() -> None:
+    """Its frame is where that of the first one was, and it is told, too, when it is dropped."""
+
+    async def limited() -> AsyncIterator[int]:
+        with asyncorm.parallelism(1):
+            yield 1
+
+    before = len(generators.places)
+    for _ in range(50):
+        await by_break(limited)
+        assert limits._current.get() is None
+        await asyncio.sleep(0)
+    assert len(generators.places) == before
+
+
+async def test_a_kept_connection_goes_on_without_a_generators_block() -> None:
+    """The block that was left in it is rolled back before the next statement."""
+
+    async def block() -> AsyncIterator[int]:
+        async with asyncorm.atomic():
+            await add("lost")
+            yield 1
+
+    async def in_block() -> None:
+        async with asyncorm.atomic():
+            await add("kept")
+
+    async def nothing() -> None:
+        pass
+
+    nexts: list[Callable[[], Awaitable[Any]]] = [
+        lambda: add("kept"), in_block, lambda: asyncorm.batch(lambda: add("kept")), nothing,
+    ]  # fmt: skip
+    for then in nexts:
+        async with asyncorm.connection():
+            before = await backend()
+            await by_break(block)
+            await then()
+            assert await backend() == before
+            await by_break(block)
+    await all_given_back()
+    assert await names() == ["kept"] * 3
 
 
 async def test_tasks_that_the_generator_started() -> None:
@@ -617,6 +661,11 @@ async def test_the_connection_goes_on_without_a_stream_that_is_left_in_it() -> N
     async def nothing() -> None:
         pass
 
+    async def open_cursors() -> int:
+        async with asyncorm.cursor() as cursor:
+            await cursor.execute("SELECT count(*) FROM pg_cursors WHERE name <> ''")
+            return (await cursor.fetchone())[0]  # type: ignore[index,no-any-return]
+
     nexts: list[Callable[[], Awaitable[Any]]] = [
         Item.objects.native_count, lambda: add("next"), block, left, nothing, backend,
         lambda: asyncorm.batch(Item.objects.count, Item.objects.count),
@@ -629,9 +678,10 @@ async def test_the_connection_goes_on_without_a_stream_that_is_left_in_it() -> N
             await left()
             await then()
             assert await backend() == before
-            async with asyncorm.cursor() as cursor:
-                await cursor.execute("SELECT count(*) FROM pg_cursors WHERE name <> ''")
-                assert await cursor.fetchone() == (0,)
+            async with asyncio.timeout(30):
+                # Until the loop has closed the generator.
+                while await open_cursors():  # noqa: ASYNC110
+                    await asyncio.sleep(0)
             await left()
         assert await backend() == before
     await all_given_back()
