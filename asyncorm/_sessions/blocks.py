@@ -114,7 +114,8 @@ class Block:
     async def until_over(self) -> None:
         """Wait until it is rolled back: who could leave it was dropped. Not for ever: that may wait
         for who waits here."""
-        self._over = Event()
+        if self._over is None:
+            self._over = Event()
         with suppress(TimeoutError):
             async with timeout(conf.get("LOCK_TIMEOUT")):
                 await self._over.wait()
