@@ -172,7 +172,7 @@ class SynchronousWrapper(_Django):
     def run_and_clear_commit_hooks(self) -> None:
         """Django's, later when native code is leaving a block (_transactions/)."""
         if self.session is not None and self.session.acting is not None:
-            self.hooks_due = bool(self.run_on_commit)  # type: ignore[attr-defined]
+            self.hooks_due = bool(self.run_on_commit)
             return
         self.hooks_due = False
         super().run_and_clear_commit_hooks()
