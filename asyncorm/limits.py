@@ -112,7 +112,11 @@ class Limit:
         with self.asked() as suspicion:
             if suspicion is not None:
                 await suspicion()
-            await self._turns.acquire()
+            try:
+                await self._turns.acquire()
+            except BaseException:  # what was kept for this task may be for nobody now
+                self._give_back()
+                raise
 
     def _keep_or_take(self) -> Connection | None:
         while self._kept:
@@ -137,10 +141,14 @@ class Limit:
             self._kept.append(conn)
         else:
             self.parent.checkin(conn)
-            if not self._out and not self.waiting:
-                while self._kept:
-                    self.parent.checkin(self._kept.pop())
+            self._give_back()
         self._turns.release()
+
+    def _give_back(self) -> None:
+        """Give back what is kept if nothing runs or waits here."""
+        if not self._out and not self.waiting:
+            while self._kept:
+                self.parent.checkin(self._kept.pop())
 
     @property
     def pool(self) -> Pool:

@@ -11,10 +11,10 @@ from django.db import OperationalError, connections
 from django.test import override_settings
 
 import asyncorm
-from asyncorm import native
+from asyncorm import limits, native, pools
 from asyncorm.asgi import limited
 from tests.project.shop.models import Tag
-from tests.support import all_given_back, backend_pid, database, sleep, value
+from tests.support import all_given_back, backend_pid, database, eventually, sleep, value
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 
@@ -276,3 +276,42 @@ async def test_each_request_is_limited(alias: str) -> None:
 def test_a_wrong_limit_is_refused_at_start_up() -> None:
     with pytest.raises(ValueError, match="positive"):
         limited(lambda scope, receive, send: asyncio.sleep(0), parallelism=0)
+
+
+async def test_who_gives_up_waiting_leaves_nothing_kept(alias: str) -> None:
+    """The connection that was kept for a task goes back if it is cancelled before it has it."""
+    held, go = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        async with asyncorm.atomic(using=alias):
+            await native(value)("SELECT 1", using=alias)
+            held.set()
+            await go.wait()
+        waiting.cancel()
+
+    with override_settings(ASYNCORM={"MULTIPLEXING": False}):
+        async with asyncorm.parallelism(1, using=alias):
+            holding = asyncio.create_task(hold())
+            await held.wait()
+            waiting = asyncio.create_task(native(value)("SELECT 2", using=alias))
+            pool: Any = pools.find(alias)
+            await eventually(lambda: limits.source(pool).waiting)
+            go.set()
+            await holding
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            await all_given_back(alias)
+    await asyncorm.close_pools(alias)
+
+
+async def test_nothing_is_kept_after_connection(alias: str) -> None:
+    """It resets the connection, which is the limit's all the same."""
+    async with asyncorm.parallelism(1, using=alias):
+        for _ in range(2):
+            async with asyncorm.connection(using=alias):
+                await native(value)("SELECT 1", using=alias)
+                waiting = asyncio.create_task(native(value)("SELECT 2", using=alias))
+                await eventually(lambda: limits.source(pools.find(alias)).waiting)  # type: ignore[arg-type]
+            await waiting
+            await all_given_back(alias)
+    await asyncorm.close_pools(alias)
