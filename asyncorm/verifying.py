@@ -7,6 +7,7 @@ makes the items. It costs what the cache saves, and more.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import starmap, zip_longest
@@ -64,11 +65,16 @@ def compare_queries(made: Any, djangos: Any) -> None:
     """
     state, expected = vars(made), vars(djangos)
     for name in (state.keys() | expected.keys()) - _OF_USE:
-        if state.get(name) != expected.get(name):
+        a, b = state.get(name), expected.get(name)
+        if a != b and _without_places(a) != _without_places(b):  # subqueries are equal to none
             raise error(
                 f"A recorded query is another one than Django's (its {name})",
                 f"Django's: {expected.get(name)!r}\nthe recorded one: {state.get(name)!r}",
             )
+
+
+def _without_places(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 _OF_USE = {"base_table", "_annotation_select_cache"}  # which queries keep once they are asked

@@ -44,6 +44,7 @@ from tests.project.shop.models import (
     Tag,
 )
 from tests.project.shop.sample import uid
+from tests.support import in_thread
 
 WARM = 12  # runs after which a chain is recorded in whole
 pytestmark = pytest.mark.usefixtures("shop_data")
@@ -782,3 +783,16 @@ def test_threads_see_queries(run: Callable) -> None:
     assert is_recorded(queryset)
     assert list(queryset)[:2] == expected
     assert type(queryset._query) is Query
+
+
+async def test_only_the_first_copy_of_a_related_manager_joins_what_it_has_joined() -> None:
+    """`books.all().filter()` is about the same tag, `books.all().all().filter()` is not."""
+
+    def found(again: bool) -> Any:
+        books = Tag.objects.get(pk=1).books
+        return str((books.all().all() if again else books).filter(tags__pk__gt=1).query)
+
+    for again in (True, False):
+        expected = await in_thread(found, again)
+        for _ in range(3):
+            assert await asyncorm.native(found)(again) == expected
