@@ -37,16 +37,9 @@ Application = Callable[[Any, Any, Any], Awaitable[None]]
 logger = logging.getLogger("asyncorm")
 
 __all__ = [
-    "AtomicRequestsMiddleware",
-    "atomic_requests",
-    "get_asgi_application",
-    "health",
-    "health_view",
-    "lifespan",
-    "limited",
-    "native_view",
-    "open_pools",
-]
+    "AtomicRequestsMiddleware", "atomic_requests", "get_asgi_application", "health", "health_view",
+    "lifespan", "limited", "native_view", "open_pools",
+]  # fmt: skip
 
 _AGAIN = 0.5  # seconds between attempts to reach the server at start-up
 _SHORTEST = 5.0  # seconds for the first attempt, and the last

@@ -186,7 +186,7 @@ def _copy_to(
 
     def transfer(cursor: Any, statement: str) -> int:
         conn = cursor.connection
-        conn.wait(_beginning(cursor, statement))
+        conn.wait(cursor._start_copy_gen(statement))
         rows = None
         try:
             if header:
@@ -403,11 +403,6 @@ def _sending(cursor: psycopg.Cursor[Any], statement: str, data: Iterable[bytes])
         yield from generators.copy_to(pgconn, piece)
     result = yield from generators.copy_end(pgconn, None)
     return result.command_tuples
-
-
-def _beginning(cursor: psycopg.Cursor[Any], statement: str) -> Steps:
-    """A generator for `wait()`: begin a COPY ... TO STDOUT."""
-    yield from cursor._start_copy_gen(statement)
 
 
 def _reading(cursor: psycopg.Cursor[Any], size: int) -> Steps:
