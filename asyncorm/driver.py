@@ -2,8 +2,6 @@
 
 psycopg builds its synchronous and its asynchronous connection on the same generators; only
 `Connection.wait()` blocks. `Connection` here overrides that one method.
-
-What psycopg does not document of what is used here is in internals.py, with the reasons.
 """
 
 from __future__ import annotations
@@ -101,8 +99,7 @@ class Connection(CancellableConnection):
         if wire is not None:
             conn.wire = wire
         conn._autocommit = True
-        if row_factory := options.get("row_factory"):
-            conn.row_factory = row_factory
+        conn.row_factory = options.get("row_factory") or conn.row_factory
         conn.cursor_factory = native_cursor(options.get("cursor_factory") or psycopg.Cursor)
         context = options.get("context")
         conn._adapters = Adapters(psycopg.adapters if context is None else context.adapters)
@@ -266,8 +263,7 @@ class Connection(CancellableConnection):
     def answer(self, result: Any, transformer: Any) -> Answer:
         """A result with all that is to be read of it."""
         parts = self._load(result, transformer) if result.status == _TUPLES_OK else ()
-        rows = list(chain.from_iterable(parts))
-        return Answer(result, rows, transformer.encoding)
+        return Answer(result, [*chain.from_iterable(parts)], transformer.encoding)
 
     def give_turn(self) -> bool:
         """Let other tasks run if this one has kept them waiting; whether they did.
@@ -312,8 +308,7 @@ class Connection(CancellableConnection):
         Raises:
             psycopg.Error: what a cursor would raise.
         """
-        queue = self.lock.queue_for(command.text)
-        if queue is not None:
+        if (queue := self.lock.queue_for(command.text)) is not None:
             value = queue.run(command)
             self.served_by = queue.served_by
             self.wire.yielded = monotonic()
@@ -322,8 +317,7 @@ class Connection(CancellableConnection):
             self.materialize()  # type: ignore[attr-defined]
         try:
             with self.lock:
-                result = self.wait(self._run(command.bind(self)))
-                return command.read(self, result)
+                return command.read(self, self.wait(self._run(command.bind(self))))
         except psycopg.errors._NO_TRACEBACK as exc:
             raise self.lost(exc, command.text).with_traceback(None)  # noqa: B904
 
@@ -333,8 +327,7 @@ class Connection(CancellableConnection):
         If it is cancelled, the statement is stopped, or the connection closed.
         """
         try:
-            gen = self._run(command.bind(self))
-            result = await self.drive(gen)
+            result = await self.drive(self._run(command.bind(self)))
             return command.read(self, result)
         except psycopg.errors._NO_TRACEBACK as exc:
             raise self.lost(exc, command.text).with_traceback(None)  # noqa: B904
