@@ -363,5 +363,10 @@ def _close_block(runner: Runner, block: Block) -> None:
     if parent is None:
         session.root = session.fate = None
         block.is_over()
+        wrapper = session.wrapper
+        if block.needs_rollback and wrapper.connection is not None and not wrapper.autocommit:
+            # The transaction is the caller's own and goes on, refused until it is rolled back.
+            wrapper.__dict__["_plain_needs_rollback"] = True
+            wrapper.__dict__["_plain_rollback_exc"] = block.rollback_exc
         # The session is this operation's again, which gives it back when it ends.
         runner.resources[session.key] = session

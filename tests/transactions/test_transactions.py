@@ -1205,6 +1205,25 @@ async def test_on_commit_without_autocommit() -> None:
     assert called == [2, 3]
 
 
+async def test_a_failed_block_without_a_savepoint_breaks_a_manual_transaction() -> None:
+    def work() -> None:
+        transaction.set_autocommit(False)
+        with contextlib.suppress(KeyError), transaction.atomic(savepoint=False):
+            Item.objects.create(remote_id=next(ids), name="half")
+            raise KeyError
+        with pytest.raises(TransactionManagementError, match="current transaction"):
+            Item.objects.create(remote_id=next(ids), name="after")
+        transaction.rollback()
+        Item.objects.create(remote_id=next(ids), name="later")
+        transaction.commit()
+        transaction.set_autocommit(True)
+
+    await asyncorm.native(work)()
+    assert await names() == ["later"]
+    await sync_to_async(work)()
+    assert await names() == ["later", "later"]
+
+
 def test_on_commit_in_synchronous_code() -> None:
     called: list[int] = []
     with transaction.atomic():
