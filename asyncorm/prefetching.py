@@ -17,7 +17,7 @@ from operator import is_
 from typing import Any
 
 from django.core.exceptions import ObjectDoesNotExist
-from django.db.models import Lookup, Model, Prefetch, QuerySet, query
+from django.db.models import Model, Prefetch, QuerySet, query
 from django.db.models.constants import LOOKUP_SEP
 from django.db.models.fields.related_descriptors import ReverseManyToOneDescriptor
 
@@ -284,7 +284,7 @@ class _Plan:
             elif found is not None:
                 self._descend(to, found, group)
 
-    def take(self, instances: list[Any], lookup: Lookup[Any], level: int) -> _Fetch | None:
+    def take(self, instances: list[Any], lookup: Prefetch[Any], level: int) -> _Fetch | None:
         """What was fetched, or is being fetched, for this very level of these very objects."""
         if not self.sound:
             self._waiting.clear()

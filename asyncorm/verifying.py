@@ -51,7 +51,7 @@ def holds(
         return True
     if _difference(expected, compile(), families):
         return False
-    raise error(
+    raise difference_error(
         f"The statement cache gave another statement than Django's compiler ({found})",
         f"Django's: {_shown(expected)}\nthe cache's: {_shown(sent)}",
     )
@@ -67,7 +67,7 @@ def compare_queries(made: Any, djangos: Any) -> None:
     for name in (state.keys() | expected.keys()) - _OF_USE:
         a, b = state.get(name), expected.get(name)
         if a != b and _without_places(a) != _without_places(b):  # subqueries are equal to none
-            raise error(
+            raise difference_error(
                 f"A recorded query is another one than Django's (its {name})",
                 f"Django's: {expected.get(name)!r}\nthe recorded one: {state.get(name)!r}",
             )
@@ -80,7 +80,7 @@ def _without_places(value: Any) -> str:
 _OF_USE = {"base_table", "_annotation_select_cache"}  # which queries keep once they are asked
 
 
-def error(what: str, details: str) -> StatementCacheError:
+def difference_error(what: str, details: str) -> StatementCacheError:
     """What is to be raised for a difference; it is counted."""
     global different
     different += 1

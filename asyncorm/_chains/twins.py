@@ -57,7 +57,7 @@ def _with_twin(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             made = by_django(twin, *args, **kwargs)
         except Exception as exc:
             what = f"Django refuses what was recorded ({name})"
-            raise verifying.error(what, f"Its arguments: {args!r}") from exc
+            raise verifying.difference_error(what, f"Its arguments: {args!r}") from exc
         if value is not None:
             _set(value, "chain_twin", made)
         return value

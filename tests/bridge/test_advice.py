@@ -52,6 +52,7 @@ NO_PAGE = {
         "the cursor is closed",
         "pipeline aborted",
         "must be at least 1",  # argparse prints how the command is called
+        "SUBCOMMAND is one of these:",  # and what each is for
     },
     "caught here, or part of another message": {
         "A write was refused, and the server is in hot standby",
@@ -92,7 +93,7 @@ def names_a_page(error: ast.Call) -> bool:
     )
 
 
-ADVISING = {"see", "_see", "synchronous_only"}
+ADVISING = {"see", "_see", "synchronous_only", "difference_error"}
 
 
 def test_each_error_names_a_page() -> None:

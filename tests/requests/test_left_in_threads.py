@@ -5,6 +5,7 @@ asynchronous one by `sync_to_async()`) begins a transaction there, or sets a ten
 backend all asynchronous methods go there, too; with the swap and with our handler they must.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,6 +30,13 @@ pytestmark = [
 ]
 
 trace: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_tenants_afterwards() -> Iterator[None]:
+    """Connections of Django's own pool keep what was set on them."""
+    yield
+    connection.close_pool()
 
 
 def begin(request: Any) -> None:
