@@ -181,7 +181,7 @@ class NativeHandler(ASGIHandler):
                 if request is not None:
                     response = await self.run_get_response(request)
                 if not running.gone:
-                    with suppress(CancelledError):  # as Django: a stream may cancel itself
+                    with suppress(CancelledError):  # of a stream that cancels itself
                         await flow.cancellable(self.send_response, response, send)
             except CancelledError:
                 if not running.gone:

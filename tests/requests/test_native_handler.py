@@ -6,7 +6,7 @@ import gc
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -693,7 +693,7 @@ async def test_a_client_that_goes_away_ends_an_endless_stream(native: bool) -> N
     assert seen[-1] == f"closed ({'loop' if native else 'thread'})"
 
 
-async def test_a_stream_that_cancels_itself_ends_as_on_djangos_handler() -> None:
+async def test_a_stream_that_cancels_itself_ends_the_answer() -> None:
     async def view(request: Any) -> StreamingHttpResponse:
         async def content() -> Any:
             yield b"part"
@@ -703,9 +703,10 @@ async def test_a_stream_that_cancels_itself_ends_as_on_djangos_handler() -> None
 
     urlpatterns.append(path("cancels/", view))
     clear_url_caches()
-    expected = await ask(djangos(), "/cancels/")
-    assert await ask(get_asgi_application(), "/cancels/") == expected
-    assert expected.parts == [b"part"]
+    answer = await ask(get_asgi_application(), "/cancels/")
+    assert (answer.status, answer.parts) == (200, [b"part"])
+    with suppress(asyncio.CancelledError):  # which Django 6.1 gives on to the server
+        assert await ask(djangos(), "/cancels/") == answer
 
 
 @pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
