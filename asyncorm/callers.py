@@ -254,7 +254,7 @@ class SynchronousSession(Session):
 
     def stop_statement(self) -> None:
         """Cancel a native statement whose loop does not run, and close the connection."""
-        if self._native is not None and self._native.wire.waiting:
+        if self._native is not None and self._native.waiting:
             with suppress(psycopg.Error):  # or the server would go on, and keep its locks
                 self._conn.cancel_safe(timeout=_CANCEL_TIMEOUT)
             self.terminate()
@@ -263,7 +263,7 @@ class SynchronousSession(Session):
     def waits_for_server(self) -> bool:
         conn = self._conn
         return conn is not None and (
-            self._native.wire.waiting or conn.pgconn.transaction_status == _ACTIVE
+            self._native.waiting or conn.pgconn.transaction_status == _ACTIVE
         )
 
     @property

@@ -29,6 +29,7 @@ from ._wire.settings import REMEMBERED, kept, reported
 from ._wire.statement import STALE, Command, Statement, Unanswered, checked, sent
 from .bridge import Runner, deliver
 from .pages import see
+from .session_state import leaves_state as leaves_state  # others look for it here
 from .turns import BUSY as _BUSY
 from .turns import turn
 from .wire import CLOSED, Wire, close_generator
@@ -288,6 +289,11 @@ class Connection(CancellableConnection):
         command = sql.SQL("FETCH FORWARD {} FROM {}").format(count, sql.Identifier(name))
         with self.lock:
             return self.wait(self._exec_command(command.as_bytes(self)))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a task waits for the server on this connection."""
+        return bool(self.wire.waiting)
 
     def close_cursor(self, name: str) -> None:
         """Close a server-side cursor.

@@ -285,7 +285,7 @@ class Session(StatementLock):
     def waits_for_server(self) -> bool:
         """Whether a statement is on its way."""
         conn = self.wrapper.connection if self.wrapper is not None else None
-        return conn is not None and bool(conn.wire.waiting)
+        return conn is not None and conn.waiting
 
     @property
     def exclusive(self) -> bool:

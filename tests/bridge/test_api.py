@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import pkgutil
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -853,3 +854,15 @@ def test_the_public_names() -> None:
     ):  # fmt: skip
         assert name in asyncorm.__all__
         assert inspect.getdoc(getattr(asyncorm, name)), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backends.mixin.NativeBackendMixin", "bridge.Runner", "driver.Connection.waiting",
+        "driver.leaves_state", "multiplexing.is_read", "multiplexing.is_single",
+        "multiplexing.slow", "sessions", "statements.clear",
+    ],
+)  # fmt: skip
+def test_names_that_other_peoples_scripts_have_from_us(name: str) -> None:
+    pkgutil.resolve_name(f"asyncorm.{name}")
