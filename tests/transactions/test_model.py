@@ -512,7 +512,7 @@ class Model:
         elif block.ended:
             # One that was refused while it waited to travel with others hears so a moment later,
             # when its block may have been rolled back.
-            refused = block.rolled_back and conf.get("MULTIPLEXING")
+            refused = (block.rolled_back or block.poisoned) and conf.get("MULTIPLEXING")
             assert outcome == "ended" or (refused and outcome == "broken")
         elif outcome == "ended":
             self.is_ended(block)
