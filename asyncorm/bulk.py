@@ -343,8 +343,6 @@ def prepare(queryset: Any, objs: list[Any]) -> Any:
 
 def _prepares_as_django(model: type[Model]) -> bool:
     names = ("pk", "_is_pk_set", "_get_pk_val", "_set_pk_val", "_prepare_related_fields_for_save")
-    return all(
-        getattr(model, name) is getattr(models.Model, name)
-        and not grounds.is_anothers(vars(models.Model)[name])
-        for name in names
+    return grounds.inherits(model, models.Model, names) and not any(
+        grounds.is_anothers(vars(models.Model)[name]) for name in names
     )

@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from itertools import chain
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.db import connections
@@ -33,9 +33,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from . import bridge
 from .bridge import Runner
-
-if TYPE_CHECKING:
-    from .backends.synchronous import SynchronousWrapper
+from .wrappers import Wrapper
 
 
 class Handed(NamedTuple):
@@ -185,7 +183,7 @@ class ExecuteWrappers:
     def __get__(self, wrapper: BaseDatabaseWrapper, owner: object) -> Any:
         return self if wrapper is None else wrapper.__dict__["execute_wrappers"]
 
-    def __set__(self, wrapper: SynchronousWrapper, value: Any) -> None:
+    def __set__(self, wrapper: Wrapper, value: Any) -> None:
         before = wrapper.__dict__.get("execute_wrappers")
         if before:
             before.clear()
@@ -219,7 +217,7 @@ class ForceDebugCursor:
     def __get__(self, wrapper: BaseDatabaseWrapper, owner: object) -> Any:
         return self if wrapper is None else wrapper.__dict__["force_debug_cursor"]
 
-    def __set__(self, wrapper: SynchronousWrapper, value: Any) -> None:
+    def __set__(self, wrapper: Wrapper, value: Any) -> None:
         wrapper.__dict__["force_debug_cursor"] = value
         if value and serves_a_loop():
             _hand(wrapper.alias, capturing=wrapper)
@@ -337,7 +335,7 @@ _entered: ContextVar[tuple[tuple[str, Any], ...]] = ContextVar("asyncorm_entered
 
 
 @contextmanager
-def entering(own: SynchronousWrapper, wrapper: Callable[..., Any]) -> Iterator[None]:
+def entering(own: Wrapper, wrapper: Callable[..., Any]) -> Iterator[None]:
     """Have an execute wrapper of native code on Django's own DatabaseWrapper of the task."""
     before = _entered.get()
     with own.execute_wrapper(wrapper):

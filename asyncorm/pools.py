@@ -275,14 +275,7 @@ class Pool:
         most = self.options.get("max_waiting", 0)
         if most and not admitted and self.waiting >= most and not self.connections.free:  # type: ignore[union-attr]
             raise refusals.full_of(self, most)
-        return Asking(self.asking, self._deadlock)
-
-    def _deadlock(self) -> refusals.PoolDeadlock | None:
-        asking = self.asking
-        for session in self.sessions():  # the first one tells, nearly always
-            if getattr(session, "task", None) not in asking:
-                return None
-        return refusals.deadlock_of(self)
+        return Asking(self.asking, partial(refusals.deadlock_of, self))
 
     @contextmanager
     def _warning_if_slow(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models.lookups import Lookup
@@ -27,10 +27,7 @@ from .grounds import Ground
 from .rows import RowMaker
 from .shapes import MAX_PARAMS, NotCacheable, Shape, shape_of_aggregates
 from .tracing import Mark, Trace
-
-if TYPE_CHECKING:
-    from .backends.synchronous import SynchronousWrapper
-
+from .wrappers import Wrapper
 
 plans = Store(4096)  # a plan, or None: not to be planned; and its ground
 UNPLANNED: Any = object()  # of a shape that is new
@@ -168,7 +165,7 @@ Compiled = tuple[str, Any, RowMaker | None]  # SQL, parameters, maker
 
 def plan_for(
     query: Any,
-    wrapper: SynchronousWrapper,
+    wrapper: Wrapper,
     compile: Callable[[Any, Any], Compiled],
     *kind: Any,
     expressions: Any = None,

@@ -18,7 +18,7 @@ from typing import Any
 from django.db.models.sql.query import Query
 
 from .. import grounds
-from .values import Form, Key, add_watched, fields_of, is_told, of_values, write
+from .values import Form, Key, add_watched, is_told, of_values, write
 
 MAX_NODES = 8192
 MAX_CHILDREN = 256  # names that come from users fill one node at most
@@ -162,14 +162,18 @@ class Filter:
     """
 
     def __init__(
-        self, form: Form, keys: list[Key], lists: list[int], seen: list[tuple[Any, Any]]
+        self,
+        form: Form,
+        keys: list[Key],
+        lists: list[int],
+        seen: list[tuple[Any, Any]],
+        fields: list[Any],
     ) -> None:
         self.form = form
         self.keys = keys
         self.lists = lists
         self._lookups = [type(lookup) for _, lookup in seen]
         self._registered = grounds.registered_lookups()
-        fields = fields_of(seen) or ()
         self._fields = {field: len(vars(field)) for field in fields}
         self._classes = grounds.Classes({*self._lookups, *map(type, fields)})
 

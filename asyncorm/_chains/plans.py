@@ -120,7 +120,7 @@ def plan_of(
     Args:
         djangos: returns the query that Django makes, a copy.
     """
-    if not nodes.is_current(node) or not grounds.are_sound():
+    if not nodes.is_current(node):
         return None
     try:
         base = key = _key(node, wrapper, kind, expressions)

@@ -93,10 +93,13 @@ class Recorded(Query):
             self.add_q(q_object, reuse_all)
             return
         seen = add_watched(self, q_object)
-        lookups = None if fields_of(seen) is None else of_values(seen, values)
+        fields = fields_of(seen)
+        lookups = None if fields is None else of_values(seen, values)
         keys = None if lookups is None else keys_of(lookups, values)
         lists = [i for i, value in enumerate(values) if type(value) is tuple and len(value) > 1]
-        call = None if keys is None else Filter(form, keys, lists, seen)
+        call = None
+        if fields is not None and keys is not None:
+            call = Filter(form, keys, lists, seen, fields)
         _learn(node, form, call, self, len(values))
 
     def set_limits(self, low: Any = None, high: Any = None) -> None:

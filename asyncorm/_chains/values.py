@@ -31,6 +31,7 @@ from django.db.models.sql.datastructures import Join
 from django.utils.functional import SimpleLazyObject
 
 from .. import grounds
+from .._cache.families import TO_ONE, target_of
 from ..shapes import LOOKUPS, NULLS
 
 _FIELDS: dict[type, set[Any]] = {
@@ -50,7 +51,6 @@ _FIELDS: dict[type, set[Any]] = {
 }  # fmt: skip
 _OF_LISTS = {lookups.In, RelatedIn}
 _LOOKUPS = LOOKUPS - {*_OF_LISTS, lookups.Range}
-_TO_ONE: Any = (models.ForeignKey, models.OneToOneField)
 
 
 class Digits(str):
@@ -251,7 +251,7 @@ def fields_of(seen: list[tuple[Any, Any]]) -> list[Any] | None:
         ):
             return None
         there = [getattr(each, "field", each) for each in (lhs.target, lhs.output_field)]
-        fields += {*there, *map(_of_values, there)}
+        fields += {*there, *map(target_of, there)}
     return fields if all(map(is_told, fields)) else None
 
 
@@ -305,7 +305,7 @@ def keys_of(found: list[Any], values: list[Any]) -> list[Key] | None:
 def _key_of(lookup: Any, value: Any, place: int, is_list: bool) -> Key | None:
     """The key of an instance, or those of many; None if its lookup has taken something else."""
     field: Any = lookup.lhs.output_field
-    if type(lookup) is not (RelatedIn if is_list else RelatedExact) or type(field) not in _TO_ONE:
+    if type(lookup) is not (RelatedIn if is_list else RelatedExact) or type(field) not in TO_ONE:
         return None
     target = field.target_field
     for each, rhs in zip(value, lookup.rhs, strict=True) if is_list else [(value, lookup.rhs)]:
@@ -324,21 +324,13 @@ def _key_of(lookup: Any, value: Any, place: int, is_list: bool) -> Key | None:
 
 def takes(field: Any, kind: Any) -> bool:
     """Whether a field takes each value of a type."""
-    cls: Any = type(_of_values(field))
+    cls: Any = type(target_of(field))
     return _takes(cls, kind)
 
 
 def is_djangos(field: Any) -> bool:
     """Whether a field is one of Django's own, not one of somebody's subclass of it."""
-    return type(_of_values(field)) in _ALL_FIELDS
-
-
-def _of_values(field: Any) -> Any:
-    """The field that a foreign key's values are of; itself, if it is none."""
-    found: Any = field
-    while type(found) in _TO_ONE:
-        found = found.target_field
-    return found
+    return type(target_of(field)) in _ALL_FIELDS
 
 
 @functools.lru_cache(maxsize=1024)

@@ -7,10 +7,9 @@ import decimal
 import functools
 import uuid
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.db import OperationalError
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Model, Q, query
 from django.db.models.query import MAX_GET_RESULTS, QuerySet
 from django.db.models.sql.query import Query
@@ -29,12 +28,9 @@ from ..bridge import Runner
 from ..grounds import Ground
 from ..shapes import NotCacheable, Shape
 from ..statements import UNPLANNED, hit, learn, recall
+from ..wrappers import Wrapper
 from .iterate import compile_instances, iterating_plan, mode_of, queryset_plan
 from .switch import native_wrapper
-
-if TYPE_CHECKING:
-    from ..backends.synchronous import SynchronousWrapper
-
 
 # The types of values that a filter treats alike, whatever their value.
 PLAIN_VALUES = {
@@ -54,9 +50,7 @@ class _Get:
         self.lookups = lookups
         self.kept = kept
 
-    def params(
-        self, base: list[Any], values: Sequence[Any], wrapper: BaseDatabaseWrapper
-    ) -> list[Any]:
+    def params(self, base: list[Any], values: Sequence[Any], wrapper: Wrapper) -> list[Any]:
         """The parameters of the queryset and of the keywords."""
         params = list(base)
         for (cls, lhs), value in zip(self.lookups, values, strict=True):
@@ -183,9 +177,7 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Any:
     return (plan, params) if hit(key, plan, params, 0, compile) else None
 
 
-def awaited_plan(
-    queryset: QuerySet[Any], kwargs: dict[str, Any], wrapper: SynchronousWrapper
-) -> Found | None:
+def awaited_plan(queryset: QuerySet[Any], kwargs: dict[str, Any], wrapper: Wrapper) -> Found | None:
     """What `get()` by keywords would execute; none where that is not known yet."""
     if kwargs and (found := _get_plan(queryset, kwargs, wrapper)) is not None:
         return None if found is UNPLANNED else (*found, 0)
@@ -208,7 +200,7 @@ _STAYING = {*PLAIN_VALUES, bool, type(None), list, tuple, set, frozenset}
 
 
 def _recorded_plan(
-    queryset: Any, names: Sequence[str], values: Sequence[Any], wrapper: BaseDatabaseWrapper
+    queryset: Any, names: Sequence[str], values: Sequence[Any], wrapper: Wrapper
 ) -> Any:
     """The plan of a recorded queryset: what `get()` does is done to a copy of its query."""
     cls = type(queryset)
@@ -258,7 +250,7 @@ def _narrowed(queryset: QuerySet[Any], names: Sequence[str], values: Sequence[An
 
 def _plan_get(
     queryset: QuerySet[Any],
-    wrapper: BaseDatabaseWrapper,
+    wrapper: Wrapper,
     base: Shape,
     names: Sequence[str],
     values: Sequence[Any],

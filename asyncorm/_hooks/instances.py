@@ -46,10 +46,7 @@ async def create(queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
         return UNSERVED
     try:
         obj = queryset.model(**kwargs)
-    except SynchronousOnlyOperation:
-        return UNSERVED
-    queryset._for_write = True
-    try:
+        queryset._for_write = True
         options = {"force_insert": True, "using": queryset.db}
     except SynchronousOnlyOperation:
         return UNSERVED

@@ -161,7 +161,7 @@ ITERABLES: dict[Any, Callable[[Any], Any]] = {
 }
 
 
-def compile_of(queryset: QuerySet[Any], iterable: Iterable[Any]) -> Callable[[Any, Any], Compiled]:
+def compile_of(queryset: QuerySet[Any], iterable: type[Any]) -> Callable[[Any, Any], Compiled]:
     """What compiles the query of a queryset that is iterated by a class of Django's."""
     return ITERABLES[iterable](queryset)  # type: ignore[no-any-return]
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Model, query
 from django.db.models.query import QuerySet
 from django.db.models.sql.constants import ROW_COUNT
@@ -22,15 +21,13 @@ from .._chains.recorded import Recorded, is_untouched
 from ..grounds import Ground
 from ..shapes import NotCacheable
 from ..statements import UNPLANNED, Compiled, hit, learn, plan_for, recall
+from ..wrappers import Wrapper
 from . import switch
 from .get import PLAIN_VALUES
 from .switch import Asked, native_wrapper
 
-if TYPE_CHECKING:
-    from ..backends.synchronous import SynchronousWrapper
 
-
-def compile_write(query: Query, wrapper: BaseDatabaseWrapper) -> Compiled:
+def compile_write(query: Query, wrapper: Wrapper) -> Compiled:
     sql, params = query.get_compiler(using=wrapper.alias).as_sql()
     return sql, params, None
 
@@ -78,13 +75,13 @@ class _ByKey:
         sql: of its right side.
     """
 
-    def __init__(self, plan: Plan, leaf: Any, wrapper: SynchronousWrapper, kept: Any = ()) -> None:
+    def __init__(self, plan: Plan, leaf: Any, wrapper: Wrapper, kept: Any = ()) -> None:
         self.plan = plan
         self.lookup = type(leaf), leaf.lhs
         self.sql = leaf.process_rhs(None, wrapper)[0]
         self.kept = kept
 
-    def params(self, key: Any, wrapper: SynchronousWrapper) -> list[Any]:
+    def params(self, key: Any, wrapper: Wrapper) -> list[Any]:
         """The parameters for a key, or for a list of one."""
         cls, lhs = self.lookup
         sql, params = cls(lhs, key).process_rhs(None, wrapper)
@@ -128,7 +125,7 @@ def do_update(original: Callable[..., Any]) -> Any:
 
 
 def _save_plan(
-    base_qs: Any, wrapper: BaseDatabaseWrapper, pk: Any, values: list[Any]
+    base_qs: Any, wrapper: Wrapper, pk: Any, values: list[Any]
 ) -> tuple[Plan, list[Any]] | None:
     if type(pk) not in PLAIN_VALUES or not is_untouched(base_qs._query):
         return None
@@ -185,7 +182,7 @@ def _plan_save(
     return known, _ground_by_key(update, known, wrapper)
 
 
-def _ground_by_key(written: Any, known: _ByKey, wrapper: SynchronousWrapper) -> Ground:
+def _ground_by_key(written: Any, known: _ByKey, wrapper: Wrapper) -> Ground:
     cls, lhs = known.lookup
     kept = [*known.kept, lhs.target, lhs.output_field]
     return grounds.of_query(written, kept, None, wrapper, [cls], *known.plan.classes, short=True)
@@ -204,9 +201,7 @@ def delete_batch(original: Callable[..., Any]) -> Any:
     return delete_batch
 
 
-def delete_plan(
-    model: Any, wrapper: SynchronousWrapper, keys: list[Any]
-) -> tuple[Plan, list[Any]] | None:
+def delete_plan(model: Any, wrapper: Wrapper, keys: list[Any]) -> tuple[Plan, list[Any]] | None:
     if type(keys[0]) not in PLAIN_VALUES:
         return None
     try:
