@@ -5,7 +5,6 @@ What psycopg does not document of what is used here is in internals.py, with the
 
 from __future__ import annotations
 
-import asyncio
 from asyncio import get_running_loop
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -104,22 +103,12 @@ class Pipeline:
             return
         self._most = self.sent
         self._stopping = True
-        task = get_running_loop().create_task(self._stop())
+        conn = self._conn
+        stop = conn.stop(conn.wire.drive(self._steps, self._state))
+        task = get_running_loop().create_task(stop)
         if not await finish(task, CANCEL_TIMEOUT) or task.exception() is not None:
             self._steps.close()
-            self._conn.terminate()
-
-    async def _stop(self) -> None:
-        conn = self._conn
-        drain = get_running_loop().create_task(conn.wire.drive(self._steps, self._state))
-        try:
-            while not drain.done():
-                await conn.cancel_running()  # the statement; the one behind it begins
-                await asyncio.wait((drain,), timeout=0.05)
-            await drain
-            await conn.absorb_cancel()
-        finally:
-            drain.cancel()
+            conn.terminate()
 
     def _run(self) -> Steps:
         conn = self._conn

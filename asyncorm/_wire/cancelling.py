@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import CancelledError, get_running_loop
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
 CANCEL_TIMEOUT = 5.0
+_CANCEL_AGAIN = 0.05  # seconds until a request that did nothing is repeated
 _ACTIVE = pq.TransactionStatus.ACTIVE
 _UNKNOWN = pq.TransactionStatus.UNKNOWN
 _OK = pq.ConnStatus.OK
@@ -100,7 +101,7 @@ class CancellableConnection(psycopg.Connection[Any]):
             pipeline = self.pgconn.pipeline_status and not self.segment
             if not pipeline and self.pgconn.transaction_status != _ACTIVE:
                 return
-            stop = self.cancel_running() if pipeline else self._cancel_and_drain()
+            stop = self._request_cancel() if pipeline else self.stop(self._drain())
             task = get_running_loop().create_task(stop)
             answered = await finish(task, CANCEL_TIMEOUT)
             if not answered or task.cancelled() or task.exception():
@@ -109,26 +110,33 @@ class CancellableConnection(psycopg.Connection[Any]):
                 return
         self.terminate()
 
-    async def _cancel_and_drain(self) -> None:
-        await self.cancel_running()
-        await self._drain()
-        await self.absorb_cancel()
+    async def stop(self, over: Coroutine[Any, Any, Any]) -> None:
+        """Have the server stop what runs, and wait for `over`: the answer to it.
 
-    async def absorb_cancel(self) -> None:
+        Asks again and again: a server process that has not read the statement yet, or is between
+        two of them, ignores a request to cancel.
+        """
+        task = get_running_loop().create_task(over)
+        try:
+            while not task.done():
+                await self._request_cancel()
+                await asyncio.wait((task,), timeout=_CANCEL_AGAIN)
+            await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await self._absorb_cancel()
+
+    async def _absorb_cancel(self) -> None:
         # The request may have reached the server after the statement had ended: give it something
         # harmless to hit.
         self.pgconn.send_query(b"SELECT 1")
         await self._drain()
 
-    async def stop_others(self, turn: Callable[[], Awaitable[Any]]) -> None:
+    async def stop_others(self, turn: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Cancel the statement that another task waits for, then wait for `turn()`: for the
         connection to be the caller's."""
-        stopped = self.wire.waiting
-        if stopped:
-            await self.cancel_running()
-        await turn()
-        if stopped:
-            await self.absorb_cancel()
+        await (self.stop(turn()) if self.wire.waiting else turn())
 
     def segment_results(self) -> Generator[int, int, list[list[Any]]]:
         """The results of the sync segment under way, those of each command together; leaves
@@ -175,7 +183,7 @@ class CancellableConnection(psycopg.Connection[Any]):
         if self.pgconn.transaction_status in (_ACTIVE, _UNKNOWN):
             raise psycopg.OperationalError("The connection is still busy.")
 
-    async def cancel_running(self) -> None:
+    async def _request_cancel(self) -> None:
         """Have the server stop the statement that runs."""
         if psycopg.capabilities.has_cancel_safe():
             await waiting.wait_conn_async(self._cancel_gen(), 0.1)

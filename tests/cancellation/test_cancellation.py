@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -545,6 +547,41 @@ async def test_the_connection_of_a_cancelled_statement_is_used_again(
             async with asyncio.timeout(0.1):
                 await sleep_on_server(alias)
     assert before & {pid for pid, _ in watch.states()} == before
+
+
+async def in_a_batch(alias: str) -> None:
+    await asyncorm.batch(
+        lambda: sleep_on_server(alias), lambda: sleep_on_server(alias), using=alias
+    )
+
+
+@pytest.mark.parametrize(
+    "place",
+    [statement, in_native_code, in_a_kept_connection, in_a_child_task, in_a_batch],
+    ids=lambda place: place.__name__,
+)
+async def test_a_cancellation_that_overtakes_its_statement(
+    place: Any, alias: str, watch: Watch
+) -> None:
+    """A server process that has not read the statement yet ignores the request to cancel it."""
+    await sleep_on_server(alias, 0)
+    before = {pid for pid, _ in watch.states()}
+    for pid in before:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        task = asyncio.create_task(place(alias))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.sleep(0.3)
+    finally:
+        for pid in before:
+            os.kill(pid, signal.SIGCONT)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not watch.sleeping()
+    await healthy(alias, watch)
+    assert before <= {pid for pid, _ in watch.states()}, "the connections are used again"
+    assert watch.rows() == []
 
 
 async def test_a_cancelled_statement_that_is_caught_inside_its_block(
