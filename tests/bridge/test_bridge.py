@@ -345,7 +345,7 @@ async def test_cancellation_arrives_at_the_statement(shop_data: None) -> None:
     began = time.monotonic()
     await cancelled(task)
     assert seen == ["except", "finally"]
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
 
 
 async def test_cancellation_stops_the_statement_on_the_server(shop_data: None) -> None:
@@ -466,7 +466,7 @@ async def test_nesting_is_deep() -> None:
 
 async def test_awaiting_gathered_operations_inside(shop_data: None) -> None:
     async def both() -> Any:
-        return await asyncio.gather(native(sleep)(0.3), native(sleep)(0.3))
+        return await asyncio.gather(native(sleep)(1), native(sleep)(1))
 
     def function() -> Any:
         began = time.monotonic()
@@ -474,7 +474,7 @@ async def test_awaiting_gathered_operations_inside(shop_data: None) -> None:
 
     pids, seconds = await native(function)()
     assert len(set(pids)) == 2
-    assert seconds < 0.5
+    assert seconds < 1.9
 
 
 async def test_nothing_is_held_while_awaiting_something_else(shop_data: None) -> None:
@@ -580,7 +580,7 @@ def test_several_loops_in_several_threads(shop_data: None) -> None:
         await native(backend_pid)()
         together.wait()
         began = time.monotonic()
-        pids = set(await asyncio.gather(*[native(sleep)(0.3) for _ in range(3)]))
+        pids = set(await asyncio.gather(*[native(sleep)(1) for _ in range(3)]))
         found[n] = pids, time.monotonic() - began
 
     threads = [threading.Thread(target=asyncio.run, args=(work(n),)) for n in range(4)]
@@ -590,7 +590,7 @@ def test_several_loops_in_several_threads(shop_data: None) -> None:
         thread.join(20)
     assert len(found) == 4
     assert len(set().union(*[pids for pids, _ in found.values()])) == 12
-    assert max(seconds for _, seconds in found.values()) < 0.9
+    assert max(seconds for _, seconds in found.values()) < 2.9
 
 
 def test_one_loop_after_another_in_one_thread(shop_data: None) -> None:
@@ -643,15 +643,15 @@ async def test_asynchronous_receivers_are_awaited(shop_data: None) -> None:
 
 async def test_receivers_gather_queries_of_their_own(shop_data: None) -> None:
     async def receiver(**kwargs: Any) -> set[int]:
-        return set(await asyncio.gather(native(sleep)(0.2), native(sleep)(0.2)))
+        return set(await asyncio.gather(native(sleep)(1), native(sleep)(1)))
 
     async def second(**kwargs: Any) -> int:
-        return await native(sleep)(0.2)
+        return await native(sleep)(1)
 
     with connected(receiver, second) as signal:
         began = time.monotonic()
         responses = dict(await native(signal.send)(None))
-    assert time.monotonic() - began < 0.5  # the receivers and their queries ran side by side
+    assert time.monotonic() - began < 1.9  # the receivers and their queries ran side by side
     assert len(responses[receiver] | {responses[second]}) == 3
 
 

@@ -806,7 +806,7 @@ async def test_statements_of_children_are_cancelled_when_their_block_is_cancelle
         await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4.5  # not after the time for cancelling
     assert not watch.sleeping()
     error = await child
     assert isinstance(error, OperationalError)
@@ -1110,7 +1110,7 @@ async def test_cancelled_when_the_server_does_not_answer(
                 done, _ = await asyncio.wait([task], timeout=PATIENCE)
                 assert done
                 assert task.cancelled()
-                assert time.monotonic() - began < 1.5
+                assert time.monotonic() - began < 4.5
                 proxy.reset()
                 # The request to cancel was lost: the server goes on until it writes to the client.
                 watch.observer.execute(

@@ -69,7 +69,7 @@ async def test_a_server_that_does_not_answer() -> None:
         with database(HOST="127.0.0.1", PORT=str(silent.getsockname()[1])) as alias:
             began = monotonic()
             status, body = await asked("/extra/")
-            assert monotonic() - began < 3
+            assert monotonic() - began < 10
             assert status == 503
             assert body["databases"]["extra"]["status"] == "down"
             assert body["databases"]["extra"]["error"] == "TimeoutError"

@@ -93,7 +93,7 @@ async def test_fails_at_once_and_says_why(django_db_blocker: Any) -> None:
     assert answer["type"] == "lifespan.startup.failed"
     assert f"Cannot connect to database 'extra' (host '127.0.0.1', port {port}" in answer["message"]
     assert "refused" in answer["message"]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 async def test_waits_as_long_as_it_is_told(django_db_blocker: Any) -> None:
@@ -209,7 +209,7 @@ async def test_an_idle_websocket_is_not_waited_for_but_its_statement_is(
             open_socket = asyncio.ensure_future(wrapped({"type": "websocket"}, None, None))
             await asyncio.sleep(0.1)
             began = time.monotonic()
-        assert ended == ["message"] and time.monotonic() - began < 5
+        assert ended == ["message"] and time.monotonic() - began < 15
         open_socket.cancel()
         await asyncio.gather(open_socket, return_exceptions=True)
 

@@ -133,7 +133,7 @@ def test_a_loop_ends_at_once_although_the_server_is_silent(alias: str, gives_up:
         connections.settings[alias].update(HOST="127.0.0.1", PORT=port)
         began = time.monotonic()
         asyncio.run(call())
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 15
 
 
 def test_the_first_connection_is_refused_as_any(alias: str) -> None:

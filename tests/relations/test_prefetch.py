@@ -60,7 +60,7 @@ class Slow(Func):
     output_field = IntegerField()
 
 
-def slow(model: Any, seconds: float = 0.5) -> Any:
+def slow(model: Any, seconds: float = 1) -> Any:
     """Rows that know when their query began, and where it ran."""
     began = Func(template="clock_timestamp()", output_field=DateTimeField())
     return model.objects.annotate(began=began, pid=Slow(Value(seconds)))
@@ -79,9 +79,9 @@ def related(books: list[Any]) -> dict[str, list[Any]]:
 def overlap(found: dict[str, list[Any]]) -> bool:
     """Whether the queries ran at once, by the server's clock."""
     times = [min(row.began for row in rows) for rows in found.values()]
-    # One after the other, there are a second and a half between the first and the last; sorted rows
-    # are made after the half-second, others before.
-    return (max(times) - min(times)).total_seconds() < 0.95
+    # One after the other, two seconds at least are between the first and the last; sorted rows
+    # are made after the second, others before.
+    return (max(times) - min(times)).total_seconds() < 1.9
 
 
 def dump(value: Any, depth: int = 0) -> Any:
@@ -147,8 +147,8 @@ async def test_deeper_levels_run_at_once_too() -> None:
     await asyncio.gather(*(native(value)("SELECT pg_sleep(0.05)") for _ in range(6)))
     began = time.monotonic()
     await authors.anative()
-    # The slowest chain has two slow queries; one after the other all six would take 3 s.
-    assert time.monotonic() - began < 2.5
+    # The slowest chain has two slow queries; one after the other all six would take 6 s.
+    assert time.monotonic() - began < 5
 
 
 async def test_the_setting_turns_it_off() -> None:
