@@ -128,6 +128,7 @@ _STYLE = (
     "body{font:14px system-ui,sans-serif;margin:2em}svg{max-width:100%;height:auto}"
     "table{border-collapse:collapse}td,th{padding:.2em .6em;text-align:left;vertical-align:top;"
     "border-bottom:1px solid #dde3ea}td.n{text-align:right}code{white-space:pre-wrap}"
+    "td{overflow-wrap:anywhere}"
 )
 
 
@@ -148,7 +149,8 @@ def as_html(timeline: Timeline) -> str:
         for span in sorted(timeline.spans, key=lambda span: span.began)
     )
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>asyncorm: timeline</title>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width"><title>asyncorm: timeline</title>'
         f"<style>{_STYLE}</style>{as_fragment(timeline)}<table><tr><th>at, ms<th>took, ms"
         f"<th>task<th>pid<th>what<th>where</tr>{rows}</table></html>\n"
     )

@@ -14,6 +14,7 @@ from django.db.models import QuerySet
 
 import asyncorm
 from asyncorm import conf
+from tests.browser import WIDTHS, browser, program
 from tests.project.shop import models
 
 ROOT = Path(__file__).parents[2]
@@ -39,17 +40,35 @@ from psycopg import IsolationLevel
 """
 
 
-@pytest.mark.slow
-def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation as pages for a browser."""
     pytest.importorskip("sphinx")
+    folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
     result = subprocess.run(
-        [*command, "docs", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200
+        [*command, "docs", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert result.returncode == 0, result.stderr
-    reference = (tmp_path / "reference.html").read_text()
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_warnings(site: Path) -> None:
+    reference = (site / "reference.html").read_text()
     for name in asyncorm.__all__:
         assert f'id="asyncorm.{name}"' in reference, f"{name} is not in the reference"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(program() is None, reason="no Chromium is installed")
+async def test_no_page_is_wider_than_its_window(site: Path) -> None:
+    paths = sorted(site.rglob("*.html"))  # noqa: ASYNC240
+    async with browser() as page:
+        for path in paths:
+            await page.open(path.as_uri())
+            for width in WIDTHS:
+                assert not await page.overflows(width), f"{path.name}, {width} pixels"
 
 
 def test_pages_for_contributors_name_what_exists() -> None:

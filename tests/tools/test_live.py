@@ -2,9 +2,14 @@
 
 import asyncio
 import json
+import re
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import uvicorn
 from django.http import HttpResponse
 from django.urls import path
 
@@ -12,6 +17,7 @@ import asyncorm
 from asyncorm.asgi import get_asgi_application
 from asyncorm.observe import live
 from tests.asgi_client import ask
+from tests.browser import WIDTHS, browser, program
 from tests.project.shop.models import Book, Tag
 from tests.support import eventually
 
@@ -80,6 +86,43 @@ async def test_what_happens_now() -> None:
     shown = (await ask(app, f"/live/{link}")).body
     assert "COUNT(*)" in shown and "COMMIT" in shown and "<svg" in shown
     assert (await ask(app, "/live/?timeline=1000")).status == 404
+
+
+@asynccontextmanager
+async def served(app: Any) -> AsyncIterator[str]:
+    """The application behind a server on this loop; its address."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
+    serving = asyncio.create_task(server.serve([listening]))
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        await serving
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(program() is None, reason="no Chromium is installed")
+async def test_in_a_browser(settings: Any) -> None:
+    settings.ALLOWED_HOSTS = ["127.0.0.1", "testserver"]
+    app = get_asgi_application()
+    await ask(app, "/work/first")
+    async with served(app) as address, browser() as page:
+        await page.open(f"{address}/live/")
+        text = await page.evaluate("document.body.innerText")
+        assert re.search(r"Pools\s+alias\s+open\s+most", text) and "default" in text
+        assert "GET /work/first" in text
+        for width in WIDTHS:
+            assert not await page.overflows(width), width
+        await ask(app, "/work/second")  # the page renews itself
+        link = "[...document.links].find(each => each.innerText == 'GET /work/second')"
+        await page.until(f"{link} && ({link}.click(), true)")
+        await page.until("document.querySelector('svg') && document.readyState == 'complete'")
+        assert "COUNT(*)" in await page.evaluate("document.body.innerHTML")
+        for width in WIDTHS:
+            assert not await page.overflows(width), width
+        await page.evaluate("history.back()")
+        await page.until(f"!!{link}")
 
 
 async def test_nothing_in_production(settings: Any) -> None:
