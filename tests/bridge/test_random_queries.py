@@ -415,6 +415,7 @@ AWAITED: dict[str, Callable[[Any], Any]] = {
     "in_bulk": lambda queryset: queryset.native_in_bulk(),
     "delete": lambda queryset: awaited_and_rolled_back(queryset, queryset.native_delete),
 }
+KNOWN_AFTER = 4
 COMBINED = ("union", "union", "intersection", "difference")
 
 
@@ -898,6 +899,9 @@ def random_querysets(drawn: Any, run: Callable) -> None:
     ]
 
     async def native() -> list[Any]:
+        for _ in range(KNOWN_AFTER):  # each time one more call of a chain is recorded
+            for each, values, _ in calls:
+                outcome(each.queryset, values)
         if by_coroutine:
             return [await each.awaited(*given) for each, *given in calls]
         run = asyncorm.native(outcome)
