@@ -174,9 +174,12 @@ class Run:
         if "reasons" in answer:
             self.counted[labels[0]] = Counter(answer["cache"]), Counter(answer["reasons"])
         tests = sum("seconds" in entry for entry in answer["tests"].values())
+        verified = ""
+        if self.verify and (cache := answer.get("cache")):
+            verified = f": {cache['verified']:,} hits of {cache['verified_shapes']:,} shapes"
         print(
             f"  {mode}: {tests} tests of {len(labels)} modules in "
-            f"{time.monotonic() - began:.0f} s ({labels[0]} ...)",
+            f"{time.monotonic() - began:.0f} s ({labels[0]} ...){verified}",
             flush=True,
         )
 
