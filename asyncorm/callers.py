@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import anyio
@@ -39,12 +39,13 @@ from . import between, bridge, conf, driver, sessions
 from ._sessions import callsite, scopes
 from ._sessions.blocks import Block, Loan, PlainBlock
 from ._sessions.session import Session
+from ._wire.cancelling import CANCEL_AGAIN
 from .bridge import Runner
 from .pages import see
 from .wrappers import Wrapper
 
 _ACTIVE = TransactionStatus.ACTIVE
-_CANCEL_TIMEOUT = 2.0
+STOP_TIMEOUT = 2.0  # seconds for the server to stop a statement whose loop is gone
 
 
 class ThreadLock:
@@ -255,8 +256,11 @@ class SynchronousSession(Session):
     def stop_statement(self) -> None:
         """Cancel a native statement whose loop does not run, and close the connection."""
         if self._native is not None and self._native.waiting:
+            until = monotonic() + STOP_TIMEOUT
             with suppress(psycopg.Error):  # or the server would go on, and keep its locks
-                self._conn.cancel_safe(timeout=_CANCEL_TIMEOUT)
+                while not self._native.wire.has_input and monotonic() < until:
+                    self._conn.cancel_safe(timeout=STOP_TIMEOUT)
+                    sleep(CANCEL_AGAIN)  # it ignores that if it has not read the statement yet
             self.terminate()
 
     @property

@@ -154,7 +154,12 @@ class Wire:
     @property
     def unanswered(self) -> bool:
         """Whether a task waits for the server's answer, and nothing of it is there to be read."""
-        return self.waiting and self.state == _WAIT_R and not self._poll(_WAIT_R)
+        return self.waiting and self.state == _WAIT_R and not self.has_input
+
+    @property
+    def has_input(self) -> bool:
+        """Whether the server has sent something that is not read yet."""
+        return bool(self._poll(_WAIT_R))
 
     def begin(self, gen: Generator[Any, Any, Any]) -> int:
         """Run a generator of psycopg's, or of the kind, to its first wait, and say for what.

@@ -30,6 +30,7 @@ from .connection import MADE, PooledConnection
 logger = logging.getLogger("psycopg.pool")
 
 
+STOP_TIMEOUT = 1.0  # seconds for the server to stop what runs while the pool is closed
 _ELSEWHERE = 10.0  # seconds for which standbys are refused where a primary was and is looked for
 _IDLE = pq.TransactionStatus.IDLE
 _ACTIVE = pq.TransactionStatus.ACTIVE
@@ -314,11 +315,11 @@ class ConnectionPool(GrowingPool[PooledConnection]):
                 worker.cancel()
             if workers:
                 await asyncio.gather(*workers, return_exceptions=True)
-            # The server would go on with what runs: it notices a closed connection at the end only.
             busy = [conn for conn in self.live if conn.pgconn.transaction_status == _ACTIVE]
             if busy:
                 with suppress(CancelledError, Exception):
-                    await asyncio.gather(*(conn.cancel_safe(timeout=1.0) for conn in busy))
+                    async with asyncio.timeout(STOP_TIMEOUT):
+                        await asyncio.gather(*(conn.twin.silence() for conn in busy))
         finally:
             self.terminate()
 

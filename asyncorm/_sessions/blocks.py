@@ -297,7 +297,7 @@ class PlainBlock(Block):
 
     def __init__(self, session: Session, parent: Block | None, origin: str) -> None:
         flags = session.wrapper.__dict__
-        before = flags.get("_plain_needs_rollback")
+        before = flags.get("_plain_needs_rollback", False)
         super().__init__(session, parent, origin)
         flags["_plain_needs_rollback"] = before
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
 CANCEL_TIMEOUT = 5.0
-_CANCEL_AGAIN = 0.05  # seconds until a request that did nothing is repeated
+CANCEL_AGAIN = 0.05  # seconds until a request that did nothing is repeated
 _ACTIVE = pq.TransactionStatus.ACTIVE
 _UNKNOWN = pq.TransactionStatus.UNKNOWN
 _OK = pq.ConnStatus.OK
@@ -101,7 +101,7 @@ class CancellableConnection(psycopg.Connection[Any]):
             pipeline = self.pgconn.pipeline_status and not self.segment
             if not pipeline and self.pgconn.transaction_status != _ACTIVE:
                 return
-            stop = self._request_cancel() if pipeline else self.stop(self._drain())
+            stop = self.silence() if pipeline else self.stop(self._drain())
             task = get_running_loop().create_task(stop)
             answered = await finish(task, CANCEL_TIMEOUT)
             if not answered or task.cancelled() or task.exception():
@@ -120,12 +120,25 @@ class CancellableConnection(psycopg.Connection[Any]):
         try:
             while not task.done():
                 await self._request_cancel()
-                await asyncio.wait((task,), timeout=_CANCEL_AGAIN)
+                await asyncio.wait((task,), timeout=CANCEL_AGAIN)
             await task
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         await self._absorb_cancel()
+
+    async def silence(self) -> None:
+        """Have the server stop what runs, for who closes the connection then: it would go on, and
+        notice that at the end only. Not for ever: the caller sets a limit."""
+        answered = False
+        while self.pgconn.status == _OK and self.pgconn.transaction_status == _ACTIVE:
+            await self._request_cancel()
+            await asyncio.sleep(CANCEL_AGAIN)
+            if self.wire.has_input and not self.wire.waiting:  # who waits reads it
+                self.pgconn.consume_input()
+                answered = True
+            elif answered:  # all statements of the pipeline
+                return
 
     async def _absorb_cancel(self) -> None:
         # The request may have reached the server after the statement had ended: give it something

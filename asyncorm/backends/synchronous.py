@@ -37,6 +37,9 @@ else:
 class _OfBlock:
     """An attribute that each block has for itself: tasks share the wrapper but not the block."""
 
+    def __init__(self, default: Any) -> None:
+        self.default = default
+
     def __set_name__(self, owner: object, name: str) -> None:
         self.name = name
         self.plain = f"_plain_{name}"
@@ -45,7 +48,9 @@ class _OfBlock:
         if wrapper is None:
             return self
         block = self._block(wrapper.session)
-        return wrapper.__dict__.get(self.plain) if block is None else getattr(block, self.name)
+        if block is not None:
+            return getattr(block, self.name)
+        return wrapper.__dict__.get(self.plain, self.default)
 
     def __set__(self, wrapper: Any, value: object) -> None:
         block = self._block(wrapper.session)
@@ -69,8 +74,8 @@ class SynchronousWrapper(_Django):
     opened_in: int  # the thread that has connected it
     execute_wrappers: Any = observers.ExecuteWrappers()
     force_debug_cursor: Any = observers.ForceDebugCursor()
-    needs_rollback = _OfBlock()
-    rollback_exc = _OfBlock()
+    needs_rollback = _OfBlock(default=False)
+    rollback_exc = _OfBlock(default=None)
 
     @property
     def plain(self) -> bool:
@@ -118,6 +123,26 @@ class SynchronousWrapper(_Django):
             scopes.refuse_beside_block(self.alias)
             super().ensure_connection()
             observers.note_use(self)
+
+    def is_usable(self) -> bool:
+        """Django's; a broken block, which refuses statements, has the server asked all the same."""
+        block = self._broken()
+        if block is None:
+            return super().is_usable()
+        runner = bridge.running()
+        block.acquire()
+        try:
+            with self.session.acting_for(runner, block):
+                return super().is_usable()
+        finally:
+            block.lock.release()
+
+    def _broken(self) -> Block | None:
+        if self.session is None or not bridge.in_native_code() or self.session.root is None:
+            return None
+        block: Block | None = self.session.innermost()
+        acting = self.session.holder is bridge.current()
+        return block if block is not None and block.needs_rollback and not acting else None
 
     def create_cursor(self, name: str | None = None) -> Any:
         """Django's; one that native code in a test's transaction leaves open does no harm."""

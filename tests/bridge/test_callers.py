@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +14,14 @@ from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 from django.contrib.auth.models import Group, Permission, User
 from django.contrib.contenttypes.models import ContentType
 from django.core.management import BaseCommand, call_command
-from django.db import DatabaseError, IntegrityError, connection, connections, transaction
+from django.db import (
+    DatabaseError,
+    IntegrityError,
+    OperationalError,
+    connection,
+    connections,
+    transaction,
+)
 from django.db.models import Func, IntegerField, TextField
 from django.db.models.signals import post_save
 from django.db.transaction import TransactionManagementError
@@ -469,6 +479,38 @@ def test_a_statement_that_is_left_running_is_waited_for() -> None:
         await asyncorm.close_pools()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("alike", ["test case"], indirect=True)
+def test_a_statement_whose_loop_is_gone_is_stopped(
+    alike: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the server process had not read it yet."""
+    monkeypatch.setattr("asyncorm.callers.STOP_TIMEOUT", WAIT)
+    pid = backend_pid()
+
+    async def leave() -> None:
+        await asyncorm.native(value)("SELECT 1")
+        os.kill(pid, signal.SIGSTOP)
+        left.append(asyncio.create_task(asyncorm.native(value)("SELECT pg_sleep(600)")))
+        await asyncio.sleep(0.05)
+
+    left: list[asyncio.Task[Any]] = []
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    timer = threading.Timer(0.3, os.kill, (pid, signal.SIGCONT))
+    timer.start()
+    with contextlib.suppress(DatabaseError):
+        Group.objects.count()
+    timer.join()
+    running = "SELECT count(*) FROM pg_stat_activity WHERE pid = %s"
+    deadline = time.monotonic() + 3 * WAIT
+    while value(running, [pid], using="other"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(OperationalError):
+        loop.run_until_complete(left[0])
+    loop.close()
 
 
 def test_nested(run: Any, alike: None) -> None:

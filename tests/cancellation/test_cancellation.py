@@ -584,6 +584,61 @@ async def test_a_cancellation_that_overtakes_its_statement(
     assert watch.rows() == []
 
 
+async def many(alias: str) -> None:
+    async with asyncorm.cursor(alias) as cursor:
+        await cursor.executemany("SELECT pg_sleep(%s)", [(600,), (600,)])
+
+
+async def in_a_pipeline_of_psycopgs(alias: str) -> None:
+    def work() -> None:
+        connections[alias].ensure_connection()
+        conn = connections[alias].connection
+        with conn.pipeline() as pipeline:
+            for _ in range(2):
+                conn.execute("SELECT pg_sleep(600)")
+                pipeline.sync()
+
+    await asyncorm.native(work)()
+
+
+@pytest.mark.parametrize(
+    ("place", "closes"),
+    [
+        (many, False),
+        (in_a_pipeline_of_psycopgs, False),
+        (statement, True),
+        (in_a_block, True),
+        (many, True),
+    ],
+)
+async def test_what_is_closed_does_not_go_on_on_the_server(
+    place: Any, closes: bool, alias: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the server process has not read the statement yet, or reads the next one then."""
+    monkeypatch.setattr("asyncorm._pool.pool.STOP_TIMEOUT", PATIENCE)
+    await sleep_on_server(alias, 0)
+    before = {pid for pid, _ in watch.states()}
+    for pid in before:
+        os.kill(pid, signal.SIGSTOP)
+    task = asyncio.create_task(place(alias))
+    try:
+        await asyncio.sleep(0.05)
+        if closes:
+            closing = asyncio.create_task(asyncorm.close_pools())
+        else:
+            task.cancel()
+        await asyncio.sleep(0.3)
+    finally:
+        for pid in before:
+            os.kill(pid, signal.SIGCONT)
+    with pytest.raises(OperationalError if closes else asyncio.CancelledError):
+        await task
+    if closes:
+        await closing
+    await watch.until(watch.at_rest)
+    await healthy(alias, watch)
+
+
 async def test_a_cancelled_statement_that_is_caught_inside_its_block(
     alias: str, watch: Watch
 ) -> None:

@@ -1,13 +1,14 @@
 """Tests that roll back: native code in the transaction of TestCase and of pytest-django."""
 
 import asyncio
+import contextlib
 import gc
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 from django.db import IntegrityError, connection, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import TestCase, override_settings
@@ -23,6 +24,37 @@ async def add(number: int) -> Item:
 
 async def count() -> int:
     return await Item.objects.native_count()
+
+
+def usable() -> list[Any]:
+    """What a connection says of itself in whole and broken blocks."""
+    said: list[Any] = []
+
+    def ask() -> None:
+        said.append((connection.is_usable(), connection.needs_rollback))
+
+    connection.ensure_connection()
+    ask()
+    with transaction.atomic():
+        with transaction.atomic():
+            ask()
+            transaction.set_rollback(True)
+            ask()
+        with contextlib.suppress(IntegrityError), transaction.atomic():
+            Item.objects.create(remote_id=1)
+            try:
+                Item.objects.create(remote_id=1)
+            finally:
+                ask()
+        ask()
+        transaction.set_rollback(True)
+    return said
+
+
+def test_a_broken_block_says_whether_its_connection_is_usable(transactional_db: None) -> None:
+    expected = [(True, False), (True, False), (True, True), (False, True), (True, False)]
+    assert usable() == expected
+    assert async_to_sync(asyncorm.native(usable))() == expected
 
 
 class RollbackTests(TestCase):
@@ -41,6 +73,9 @@ class RollbackTests(TestCase):
         assert await sync_to_async(Item.objects.count)() == 3
         await sync_to_async(Item.objects.create)(remote_id=4, name="sync")
         assert await count() == 4
+
+    async def test_what_is_usable(self) -> None:
+        assert await asyncorm.native(usable)() == await sync_to_async(usable)()
 
     async def test_many_at_once(self) -> None:
         items = [Item(remote_id=number) for number in range(10, 2510)]
