@@ -268,6 +268,14 @@ def _contents(cls: type) -> Any:
     return len(names), [*names.values()] if pick is None else pick(names)
 
 
+@functools.cache
+def _overridable(cls: Any) -> frozenset[str]:
+    """Which attributes of a field itself would be in place of a method."""
+    return frozenset(
+        _ASKED_FOR.union(name for name in dir(cls) if callable(getattr(cls, name, None)))
+    )
+
+
 class Ground:
     """What one plan rests on.
 
@@ -277,8 +285,8 @@ class Ground:
     """
 
     __slots__ = (
-        "_fields", "_kept", "_lookups", "_of_fields", "_of_metas", "_of_models", "_of_orm",
-        "_options", "_others", "_registered", "_registries",
+        "_fields", "_kept", "_lookups", "_mocks", "_of_fields", "_of_metas", "_of_models",
+        "_of_orm", "_options", "_others", "_registered", "_registries",
     )  # fmt: skip
 
     def __init__(self, classes: Iterable[type], models: Iterable[Any] = ()) -> None:
@@ -304,6 +312,11 @@ class Ground:
         self._registries = [each.values() for each in registries if each is not None]
         self._registered = [*map(list, self._registries)]
         self._fields = [vars(field) for field in concrete]
+        self._mocks = [
+            (own, name)
+            for own, cls in zip(self._fields, map(type, concrete), strict=True)
+            for name in own.keys() & _overridable(cls)
+        ]
         self._options = options
         self._others = [vars(cls).values() for cls in others - {Model}]
         instances = [field.get("instance_lookups") for field in self._fields]
@@ -314,7 +327,8 @@ class Ground:
         """What is compared for each use of the plan."""
         fields = self._fields
         return [
-            *map(len, fields),  # a mock on a field itself
+            *map(len, fields),  # a mock on a field itself, and whether it is the same
+            *[own.get(name) for own, name in self._mocks],
             *map(_COLUMN, fields),
             *map(_TABLE, self._options),
             *map(list, self._others),

@@ -1307,6 +1307,26 @@ async def test_a_time_that_the_field_sets_is_the_same_in_the_row_and_in_the_obje
         assert again.joined == customer.joined
 
 
+async def test_a_mock_on_a_field_is_honoured_after_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    field = Tag._meta.get_field("name")
+
+    async def mocked(name: str, made: Callable[[str], Any]) -> None:
+        for turn in "ababa":
+            monkeypatch.setattr(field, name, made(turn), raising=False)
+            for _ in range(3):  # compiled, then from the cache
+                tag = await Tag.objects.native_create(name="x")
+                again = await Tag.objects.filter(pk=tag.pk).native_get()
+                assert again.name == f"{turn}x"
+                await again.native_delete()
+            monkeypatch.undo()
+
+    await mocked("from_db_value", lambda turn: lambda value, *args: turn + value)
+    await mocked("get_db_prep_save", lambda turn: lambda value, connection: turn + value)
+    await mocked("pre_save", lambda turn: lambda obj, add: turn + obj.name)
+
+
 async def test_a_cursor_put_on_the_wrapper_is_asked() -> None:
     """As Django's test cases do to forbid queries."""
 
