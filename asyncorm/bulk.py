@@ -32,7 +32,6 @@ from django.db.models.sql.compiler import SQLCompiler
 from django.db.models.sql.subqueries import InsertQuery
 from psycopg.adapt import PyFormat
 from psycopg.pq import Format
-from psycopg.pq.abc import PGresult
 
 from . import _events, bridge, columnar, grounds, verifying
 from ._cache.execute import direct, serves
@@ -141,8 +140,11 @@ def _start(
                 result = received()
             if told is not None:
                 told.rows = int(result.command_tuples or 0)
+        if (maker := plan.maker) is None:
+            return []
         with wrapper.wrap_database_errors:
-            return _rows(plan, result, wrapper, conn)
+            loaded = maker.load(result, conn)
+            return maker.made(loaded, conn.give_turn, wrapper.alias, wrapper, None)
 
     return receive
 
@@ -153,11 +155,6 @@ def _told(statement: Statement, wrapper: Wrapper) -> AbstractContextManager[Any]
         return nullcontext()
     text, params = statement.text, statement.params
     return _events.statement(wrapper.alias, text, params, wrapper.in_atomic_block, "hit")
-
-
-def _rows(plan: Plan, result: PGresult, wrapper: Wrapper, conn: Connection) -> list[Any]:
-    maker = plan.maker
-    return [] if maker is None else maker.make(result, conn, wrapper.alias, wrapper, None)
 
 
 def _made(

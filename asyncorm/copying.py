@@ -30,6 +30,7 @@ from psycopg.adapt import Transformer
 from psycopg.copy import Writer
 
 from . import bridge, columnar, sessions
+from .backends import cursors
 from .driver import Steps
 from .pages import see
 from .shapes import NotCacheable
@@ -203,7 +204,7 @@ def _copy_to(
             raise
         return int(rows)
 
-    return _copy(session.wrapper, statement, transfer)
+    return cursors.copy(session.wrapper, statement, transfer)
 
 
 def _written(result: object) -> None:
@@ -237,12 +238,6 @@ def _header(names: list[str], format: str) -> bytes:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(names)
     return line.getvalue().encode()
-
-
-def _copy(wrapper: Any, statement: str, transfer: Callable[[Any, str], int]) -> int:
-    from .backends import cursors  # needs settings
-
-    return cursors.copy(wrapper, statement, transfer)
 
 
 # From objects
@@ -287,7 +282,7 @@ def _insert(
                 if columns:
                     names = ", ".join(quote(field.column) for field in columns)
                     statement = f"COPY {table} ({names}) FROM STDIN"
-                    _copy(wrapper, statement, partial(_transfer, data))
+                    cursors.copy(wrapper, statement, partial(_transfer, data))
                 else:  # COPY needs a column
                     QuerySet._batched_insert(  # type: ignore[attr-defined]
                         queryset, run, fields, batch_size, **options

@@ -290,11 +290,6 @@ class Connection(CancellableConnection):
         with self.lock:
             return self.wait(self._exec_command(command.as_bytes(self)))
 
-    @property
-    def waiting(self) -> bool:
-        """Whether a task waits for the server on this connection."""
-        return bool(self.wire.waiting)
-
     def close_cursor(self, name: str) -> None:
         """Close a server-side cursor.
 
@@ -495,11 +490,6 @@ class Connection(CancellableConnection):
             close_generator(gen)
             self.terminate()
             raise
-
-    def close(self) -> None:
-        """As psycopg's."""
-        self._closed = True
-        self.terminate()
 
     def forget(self, statement: Statement, name: bytes) -> None:
         """A table was altered, or a pooler changed the session: prepare it anew next time."""

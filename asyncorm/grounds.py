@@ -307,7 +307,7 @@ class Ground:
         others = others.difference(*(seen.classes for seen in self._of_models))
         if Model in others:
             self._of_models.append(_Seen(_of_all_models, [Model]))
-        self._lookups = _lookups_of(Field)
+        self._lookups = registered_lookups()
         registries = [vars(cls).get("class_lookups") for cls in parts]
         self._registries = [each.values() for each in registries if each is not None]
         self._registered = [*map(list, self._registries)]
@@ -342,7 +342,7 @@ class Ground:
             (self._of_orm.number == _orm.name.looks or self._of_orm.holds())
             and (self._of_fields.number == _of_fields.name.looks or self._of_fields.holds())
             and (self._of_metas.number == _metas.name.looks or self._of_metas.holds())
-            and (self._lookups is _lookups_of(Field) or self._has_lookups())
+            and (self._lookups is registered_lookups() or self._has_lookups())
         ):
             return False
         for seen in self._of_models:
@@ -354,20 +354,18 @@ class Ground:
 
     def _has_lookups(self) -> bool:
         """Whether the lookups that were registered or taken out are of no concern here."""
-        lookups = _lookups_of(Field)
+        lookups = registered_lookups()
         if [*map(list, self._registries)] != self._registered:
             return False
         self._lookups = lookups
         return True
 
 
-def registered_lookups() -> Any:
-    """Another object whenever a lookup was registered or taken out, of whichever class."""
-    return _lookups_of(Field)
-
-
-# Django makes other dicts of all classes' lookups when one is registered or taken out.
-_lookups_of = vars(RegisterLookupMixin)["get_class_lookups"].__func__
+# Gives another object whenever a lookup was registered or taken out, of whichever class: Django
+# makes other dicts of all lookups then.
+registered_lookups: Callable[[], Any] = functools.partial(
+    vars(RegisterLookupMixin)["get_class_lookups"].__func__, Field
+)
 _COLUMN = itemgetter("column")
 _TABLE = attrgetter("db_table", "concrete_fields", "managed")
 

@@ -145,21 +145,6 @@ class RowMaker:
         self.names[name] = value
         return name
 
-    def make(
-        self,
-        result: PGresult,
-        conn: Connection,
-        db: str,
-        wrapper: BaseDatabaseWrapper,
-        mode: object,
-    ) -> list[Any]:
-        """The items for a result that a connection has just given; other tasks have a turn now and
-        then.
-
-        The caller has the connection to himself.
-        """
-        return self.made(self.load(result, conn), conn.give_turn, db, wrapper, mode)
-
     def load(self, result: PGresult, conn: Connection) -> Loaded:
         """What psycopg makes of a result, as the session was when it ran the statement."""
         oids = tuple(map(result.ftype, range(result.nfields)))

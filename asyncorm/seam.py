@@ -50,6 +50,7 @@ from django.dispatch import dispatcher
 from . import advice, bridge, callers, internals, observers, patches, prefetching, sessions
 from ._sessions import scopes
 from ._transactions import lifecycle
+from .backends.native import NativeWrapper
 from .pages import see
 
 
@@ -128,7 +129,7 @@ def _refuse_foreign(args: tuple[Any, ...]) -> None:
     alias = getattr(wrapper, "alias", None)
     if (
         alias is not None
-        and not isinstance(wrapper, sessions_wrapper())
+        and not isinstance(wrapper, NativeWrapper)
         and getattr(wrapper, "native_class", None) is None  # ours, of another thread, is not
     ):
         engine = wrapper.settings_dict.get("ENGINE")
@@ -140,14 +141,6 @@ def _refuse_foreign(args: tuple[Any, ...]) -> None:
             "asyncorm.await_(sync_to_async(function)()) from within native code."
             + see("databases#several-databases")
         )
-
-
-@functools.lru_cache(maxsize=1)
-def sessions_wrapper() -> type:
-    """The base class of native wrappers (imported late: it needs settings)."""
-    from .backends.native import NativeWrapper
-
-    return NativeWrapper
 
 
 def _call(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,16 +13,8 @@ def rect(
     """A rectangle; a browser shows its title when pointed at."""
     return (
         f'<rect x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" '
-        f'rx="{radius:g}" fill="{fill}">{_title(title)}</rect>'
+        f'rx="{radius:g}" fill="{fill}">{titled(title)}</rect>'
     )
-
-
-def slivers(
-    spans: list[tuple[float, float]], y: float, height: float, fill: str, title: str
-) -> str:
-    """Many narrow rectangles in one row, as one shape; a span is a start and a width."""
-    shape = "".join(f"M{x:.2f} {y:.1f}h{width:.2f}v{height}h-{width:.2f}z" for x, width in spans)
-    return f'<path d="{shape}" fill="{fill}">{_title(title)}</path>'
 
 
 def line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
@@ -50,9 +42,10 @@ def document(width: float, height: float, title: str, elements: list[str]) -> st
     size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" font-family="{FONT}">'
     return "\n".join(
-        ('<?xml version="1.0" encoding="UTF-8"?>', head, _title(title), *elements, "</svg>\n")
+        ('<?xml version="1.0" encoding="UTF-8"?>', head, titled(title), *elements, "</svg>\n")
     )
 
 
-def _title(content: str) -> str:
+def titled(content: str) -> str:
+    """What a browser shows when an element is pointed at."""
     return f"<title>{escape(content)}</title>" if content else ""

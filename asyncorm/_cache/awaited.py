@@ -63,8 +63,7 @@ async def awaited(
         bridge.check()
         plan, params, offset = found
         try:
-            loaded = await _loaded(place, Planned(plan, params, offset, place.wrapper))
-            return loaded if plan.maker is None else await _made(plan.maker, loaded, place, mode)
+            return await _made(place, Planned(plan, params, offset, place.wrapper), mode)
         except NotServed:
             return UNSERVED
         except Exception as exc:
@@ -96,31 +95,31 @@ def _mark_for_rollback(wrapper: Any, exc: Exception) -> None:
         wrapper.rollback_exc = exc
 
 
-async def _loaded(place: _Place, planned: Planned) -> Any:
-    """What `Planned` gives."""
-    wrapper = planned.wrapper
-    if not _events.statements:
-        with wrapper.wrap_database_errors:
-            return await place.run(planned)
-    with (
-        told(planned.plan, planned.params, planned.offset, wrapper) as statement,
-        wrapper.wrap_database_errors,
-    ):
-        return await place.run(_events.followed(planned, statement))
-
-
-async def _made(maker: Any, loaded: Any, place: _Place, mode: Any) -> list[Any]:
-    """The items of loaded rows; other tasks have a turn now and then."""
-    wrapper = place.wrapper
+async def _made(place: _Place, planned: Planned, mode: object) -> Any:
+    """What `awaited()` gives; other tasks have a turn now and then while items are made."""
+    wrapper, maker = planned.wrapper, planned.plan.maker
     with wrapper.wrap_database_errors:
+        loaded = await (_told(place, planned) if _events.statements else place.run(planned))
+        if maker is None:
+            return loaded
         if loaded.size <= SLICE:
-            return maker.make_part(loaded, next(loaded.parts), wrapper.alias, wrapper, mode)  # type: ignore[no-any-return]
+            return maker.make_part(loaded, next(loaded.parts), wrapper.alias, wrapper, mode)
         made: list[Any] = []
         turns = Turns()
         for part in loaded.parts:
             await turns.given()
             made += maker.make_part(loaded, part, wrapper.alias, wrapper, mode)
         return made
+
+
+async def _told(place: _Place, planned: Planned) -> Any:
+    """What `Planned` gives, with listeners told of it."""
+    wrapper = planned.wrapper
+    with (
+        told(planned.plan, planned.params, planned.offset, wrapper) as statement,
+        wrapper.wrap_database_errors,  # they hear of Django's error
+    ):
+        return await place.run(_events.followed(planned, statement))
 
 
 class _Place(Protocol):

@@ -20,7 +20,7 @@ from .._cache.parts import unknown_attributes
 from .._requests import checks as request_checks
 from .._requests import middleware
 from .._sessions import engines
-from ..observe import found
+from ..backends.cursors import cursors_are_patched
 
 _PACKAGES = ("Django", "psycopg", "psycopg-pool", "asgiref", "greenlet", "anyio", "uvloop")
 
@@ -103,7 +103,7 @@ def _off() -> Iterator[str]:
             yield f"{part}: ASYNCORM says so"
     if unknown := unknown_attributes():
         yield f"{internals.CACHE}: this Django's Query has {', '.join(unknown)}"
-    if found.cursors_are_patched():
+    if cursors_are_patched():
         yield (
             "The way around Django's cursors: somebody has replaced methods of CursorWrapper, and "
             "is to see each query"

@@ -60,6 +60,11 @@ class CancellableConnection(psycopg.Connection[Any]):
     wire: Any
     segment = False
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a task waits for the server on this connection."""
+        return bool(self.wire.waiting)
+
     def _try_cancel(self, *, timeout: float = CANCEL_TIMEOUT) -> None:
         # For a stream() that is left before its end: psycopg's would block the loop, and might hit
         # the next statement.
@@ -149,7 +154,7 @@ class CancellableConnection(psycopg.Connection[Any]):
     async def stop_others(self, turn: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Cancel the statement that another task waits for, then wait for `turn()`: for the
         connection to be the caller's."""
-        await (self.stop(turn()) if self.wire.waiting else turn())
+        await (self.stop(turn()) if self.waiting else turn())
 
     def segment_results(self) -> Generator[int, int, list[list[Any]]]:
         """The results of the sync segment under way, those of each command together; leaves
@@ -202,6 +207,11 @@ class CancellableConnection(psycopg.Connection[Any]):
             await waiting.wait_conn_async(self._cancel_gen(), 0.1)
         else:
             await asyncio.to_thread(self.cancel)
+
+    def close(self) -> None:
+        """As psycopg's."""
+        self._closed = True
+        self.terminate()
 
     def close_if_lost(self) -> None:
         """Close what was lost in pipeline mode: libpq stays in it, and whoever is refused there

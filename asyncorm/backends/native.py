@@ -37,9 +37,9 @@ from .._pool.connection import PooledConnection
 from .._sessions.session import UNKNOWN, Session
 from .._wire.locks import ENDED
 from ..driver import Connection
-from ..observe.found import cursors_are_patched
 from ..pages import see
 from ..roles import ASK
+from .cursors import cursors_are_patched
 from .synchronous import SynchronousWrapper
 
 _AGAIN = 0.2  # seconds until a connection that was lost at once is made again

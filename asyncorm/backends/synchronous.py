@@ -25,8 +25,7 @@ from .._sessions.session import Session
 from .._transactions.on_commit import on_commit
 from .._wire.settings import reported
 from ..driver import Connection
-from ..observe.found import cursors_are_patched
-from .cursors import noticing, stream_class
+from .cursors import cursors_are_patched, noticing, stream_class
 
 if TYPE_CHECKING:  # it is mixed into that
     from django.db.backends.postgresql.base import DatabaseWrapper as _Django

@@ -1,77 +1,18 @@
 """Tools that are set up already are found: they see native queries without a line of ours.
 
-Who replaces methods of Django's cursors is to see each statement, so that all are executed there;
-but for those that are known and told otherwise (Sentry), which see them at production's speed.
+(Those that replace methods of Django's cursors, as Sentry does, are found by backends/cursors.py.)
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from operator import attrgetter
-from types import FunctionType
 from typing import Any
 
 import django
 import psycopg
 from django.apps import apps
-from django.db.backends import utils
-from django.db.backends.postgresql.base import Cursor, DatabaseWrapper
-
-_ORIGINAL = os.path.dirname(django.__file__), os.path.dirname(psycopg.__file__)
-_of_outer = attrgetter("__init__", "execute", "executemany", "_execute", "_execute_with_wrappers")
-_of_wrapper = attrgetter("cursor", "_cursor", "make_cursor", "create_cursor", "ensure_connection")
-_of_inner = attrgetter("execute", "executemany")
-_functions: tuple[Any, ...] = ()
-_patched = False
-
-
-def cursors_are_patched() -> bool:
-    """Whether somebody whom nobody else tells of statements has put functions in the place of those
-    of Django's cursors, or of what connects for them.
-
-    Tools that record queries do, and tests, pytest-django's among them: they are to see each of
-    them.
-    """
-    global _functions, _patched
-    # Another class may be there.
-    now = (*_of_outer(utils.CursorWrapper), *_of_wrapper(DatabaseWrapper), *_of_inner(Cursor))
-    if now != _functions:
-        known = list(map(_is_known, now))
-        _patched = not all(known) or not _follow_sentry("sentry" in known)
-        _functions = now
-    return _patched
-
-
-def _is_known(function: object) -> str | None:
-    """Whose function it is, "django" or "sentry" around Django's; None if that is not known."""
-    owner = "django"
-    while type(function) is FunctionType:
-        name = function.__code__.co_filename
-        if name.startswith(_ORIGINAL):
-            return owner
-        package = sys.modules.get("sentry_sdk")
-        if package is None or not name.startswith(os.path.dirname(str(package.__file__))):
-            return None
-        owner = "sentry"
-        function = getattr(function, "__wrapped__", None)
-    return None
-
-
-def _follow_sentry(there: bool) -> bool:
-    """Have Sentry told of statements without a cursor, or no more; False if that cannot be done."""
-    if not there and "asyncorm.observe.sentry" not in sys.modules:
-        return True
-    try:
-        sentry: Any = import_module("asyncorm.observe.sentry")
-    except ImportError:  # another version of it
-        return False
-    if there:
-        return bool(sentry.follow())
-    sentry.unfollow()
-    return True
 
 
 def find() -> None:
