@@ -18,7 +18,7 @@ from django.db.models import Model, QuerySet
 from asyncorm import statements
 from asyncorm._cache.parts import PARTS
 from asyncorm._chains import nodes, plans, recorded, twins, values
-from asyncorm._hooks import get, terminals, write
+from asyncorm._hooks import terminals, write
 
 reasons: Counter[str] = Counter()
 _REASON = "_counted_reason"
@@ -40,7 +40,6 @@ def install() -> None:
     original = statements.plan_for
     for module in (statements, write, terminals):
         module.plan_for = _counting(original)  # type: ignore[attr-defined]
-    get._get_plan = _counting_get(get._get_plan)
 
 
 def _noting(method: Any, name: str) -> Any:
@@ -166,19 +165,5 @@ def _counting(plan_for: Any) -> Any:
     return counting
 
 
-def _counting_get(get_plan: Any) -> Any:
-    def counting(queryset: Any, *args: Any) -> Any:
-        before = statements.counts["hits"], statements.counts["recorded"]
-        found = get_plan(queryset, *args)
-        hits, known = statements.counts["hits"], statements.counts["recorded"]
-        if hits > before[0] and known == before[1]:
-            _count("a plan", queryset._query)
-        return found
-
-    return counting
-
-
 def _count(way: str, query: Any) -> None:
-    recorded_yet = type(query) is recorded.Recorded
-    reason = "get()" if recorded_yet else vars(query).get(_REASON, _NEVER)
-    reasons[f"{way}: {reason}"] += 1
+    reasons[f"{way}: {vars(query).get(_REASON, _NEVER)}"] += 1

@@ -15,50 +15,24 @@ from django.db.models.query import MAX_GET_RESULTS, QuerySet
 from django.db.models.sql.query import Query
 from greenlet import getcurrent
 
-from .. import bridge, elsewhere, grounds, rows, verifying
+from .. import elsewhere, grounds, rows
 from .._cache.awaited import Found
 from .._cache.execute import items
-from .._cache.plan import Plan
 from .._chains.nodes import MAX_CHILDREN, Node
 from .._chains.plans import plan_of
 from .._chains.recorded import Recorded
 from .._chains.twins import djangos
 from .._chains.values import kind_of
 from ..bridge import Runner
-from ..grounds import Ground
-from ..shapes import NotCacheable, Shape
-from ..statements import UNPLANNED, hit, learn, recall
+from ..statements import UNPLANNED
 from ..wrappers import Wrapper
-from .iterate import compile_instances, iterating_plan, mode_of, queryset_plan
+from .iterate import compile_instances, iterating_plan, mode_of
 from .switch import native_wrapper
 
 # The types of values that a filter treats alike, whatever their value.
 PLAIN_VALUES = {
     int, str, float, decimal.Decimal, datetime.datetime, datetime.date, uuid.UUID,
 }  # fmt: skip
-
-
-class _Get:
-    """`get()` with certain keywords on a queryset of a certain shape.
-
-    Attributes:
-        lookups: for each keyword in the order of the statement, the lookup's class and left side.
-    """
-
-    def __init__(self, plan: Plan, lookups: list[tuple[Any, Any]], kept: Any) -> None:
-        self.plan = plan
-        self.lookups = lookups
-        self.kept = kept
-
-    def params(self, base: list[Any], values: Sequence[Any], wrapper: Wrapper) -> list[Any]:
-        """The parameters of the queryset and of the keywords."""
-        params = list(base)
-        for (cls, lhs), value in zip(self.lookups, values, strict=True):
-            sql, more = cls(lhs, value).process_rhs(None, wrapper)
-            if sql != "%s":
-                raise NotCacheable
-            params += more
-        return params
 
 
 def _filters_as_django(cls: type) -> bool:
@@ -139,42 +113,12 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Any:
         or (mode is not None and mode.track_peers)
     ):
         return None
+    if type(queryset._query) is not Recorded:
+        return None
     names, values = zip(*sorted(kwargs.items()), strict=True)
-    types = tuple(map(type, values))
-    if not PLAIN_VALUES.issuperset(types):
+    if not PLAIN_VALUES.issuperset(map(type, values)):
         return None
-    if type(queryset._query) is Recorded:
-        recorded = _recorded_plan(queryset, names, values, wrapper)
-        if recorded is not None:
-            return recorded
-    try:
-        shape = Shape(queryset._query, wrapper, "get", type(queryset), *names, types)
-        base = queryset._query
-        if base.distinct_fields or base.low_mark or base.high_mark is not None:
-            return None
-        key = tuple(shape.key)
-        known: Any = recall(key)
-        if known is None:
-            return None
-        if known is UNPLANNED or not known.plan.is_current:
-            if not bridge.in_native_code():  # to compile may need a connection
-                return UNPLANNED
-            known = learn(
-                key,
-                queryset.model,
-                lambda: _plan_get(queryset, wrapper, shape, names, values),
-                type(queryset),
-            )
-            if known is None:
-                return None
-        params = known.params(shape.params, values, wrapper)
-    except Exception:
-        return None
-    plan: Plan = known.plan
-    if rows.is_watched(plan.maker.models):  # type: ignore[union-attr]
-        return None
-    compile = lambda: compile_instances(_narrowed(queryset, names, values).query, wrapper)  # noqa: E731
-    return (plan, params) if hit(key, plan, params, 0, compile) else None
+    return _recorded_plan(queryset, names, values, wrapper)
 
 
 def awaited_plan(queryset: QuerySet[Any], kwargs: dict[str, Any], wrapper: Wrapper) -> Found | None:
@@ -246,37 +190,3 @@ def _narrowed(queryset: QuerySet[Any], names: Sequence[str], values: Sequence[An
     filtered = queryset.filter(**dict(zip(names, values, strict=True))).order_by()
     filtered.query.set_limits(high=MAX_GET_RESULTS)
     return filtered
-
-
-def _plan_get(
-    queryset: QuerySet[Any],
-    wrapper: Wrapper,
-    base: Shape,
-    names: Sequence[str],
-    values: Sequence[Any],
-) -> tuple[_Get, Ground]:
-    """What `QuerySet.get()` would execute, as seen on the queryset that it would make."""
-    filtered = _narrowed(queryset, names, values)
-    shape = Shape(filtered.query, wrapper)
-    leaves = shape.leaves[len(base.leaves) :]
-    lookups = [
-        (type(leaf), leaf.lhs) for leaf, count, _ in leaves if hasattr(leaf, "lhs") and count == 1
-    ]
-    found = queryset_plan(filtered, wrapper, query.ModelIterable)
-    if (
-        found is None
-        or found[0].picked is not None
-        or shape.mixed
-        or not (_filters_as_django(type(queryset)) and grounds.clones_as_django())
-        or len(lookups) != len(names)
-        or base.params != shape.params[: len(base.params)]
-    ):
-        raise NotCacheable
-    known = _Get(found[0], lookups, base.kept)
-    if not verifying.equal(known.params(base.params, values, wrapper), found[1]):
-        raise NotCacheable
-    ground = grounds.of_query(
-        filtered.query, shape.kept, known.plan.maker, wrapper,
-        [cls for cls, _ in lookups], type(queryset), *known.plan.classes, short=True,
-    )  # fmt: skip
-    return known, ground
