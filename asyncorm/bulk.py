@@ -3,14 +3,6 @@
 The SQL is Django's, with arrays for UNNEST (columnar.py); where Django would write something else,
 it does so itself. Of many objects the server inserts some while the next are made ready, as
 Django's batches in one transaction.
-
-Names of Django (5.2 to 6.1) used beyond the documented API, and why:
-
-- `SQLInsertCompiler`, `InsertQuery.fields`, `.objs`, `.raw`, `.on_conflict`: the INSERT.
-- `QuerySet._prepare_for_bulk_create`, `._db`, `Model._is_pk_set`, `._get_pk_val`, `._set_pk_val`,
-  `._prepare_related_fields_for_save`, `ModelState.fields_cache`: what `bulk_create()` does with
-  each object at first.
-- `InsertQuery.insert_values`, `Options.db_returning_fields`: what `QuerySet._insert()` makes.
 """
 
 from __future__ import annotations
@@ -28,6 +20,7 @@ import django
 from django.db import models, transaction
 from django.db.backends.postgresql.compiler import SQLInsertCompiler
 from django.db.models import Field, Model
+from django.db.models.query import QuerySet
 from django.db.models.sql.compiler import SQLCompiler
 from django.db.models.sql.subqueries import InsertQuery
 from psycopg.adapt import PyFormat
@@ -52,7 +45,9 @@ if TYPE_CHECKING:
 BATCH = 1000  # objects in one INSERT, if the caller does not say
 
 
-def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any] | None:
+def insert(
+    compiler: SQLInsertCompiler, wrapper: Wrapper, returning: tuple[Any, ...]
+) -> list[Any] | None:
     """Execute an INSERT of several rows; what it returns, or None if it is left to Django.
 
     Raises:
@@ -76,7 +71,7 @@ def insert(compiler: Any, wrapper: Any, returning: tuple[Any, ...]) -> list[Any]
 
 
 def insert_batches(
-    queryset: Any, objs: list[Any], fields: list[Any], size: int, wrapper: Wrapper
+    queryset: QuerySet[Any], objs: list[Any], fields: list[Any], size: int, wrapper: Wrapper
 ) -> list[Any]:
     """INSERTs in one transaction, `size` objects each: the server executes one while the next is
     made. What they return, empty rows if the objects have it already.

@@ -176,6 +176,7 @@ class SynchronousSession(Session):
     """A session on a synchronous wrapper, which tasks and threads share."""
 
     synchronous = True
+    _loop: Any = None  # whose tasks may be in a block
 
     def __init__(self, wrapper: Wrapper, origin: str) -> None:
         self.alias = wrapper.alias
@@ -273,6 +274,10 @@ class SynchronousSession(Session):
     @property
     def on_this_loop(self) -> bool:
         return True  # tasks of all loops share it
+
+    @property
+    def loop(self) -> Any:
+        return self._loop
 
     def innermost(self) -> Block | None:
         if self.acting is not None and self.holder is getcurrent():
@@ -408,12 +413,7 @@ class LentSession(SynchronousSession):
         loan.lock = self.case_lock  # type: ignore[assignment]
         self.origin = str(loan)
         self._dropped: list[str] = []
-        self._loop: Any = None
         loan.enter()
-
-    @property
-    def loop(self) -> Any:
-        return self._loop
 
     @property
     def is_lost(self) -> bool:
@@ -421,7 +421,7 @@ class LentSession(SynchronousSession):
 
     def __enter__(self) -> None:
         if bridge.in_native_code():
-            self._loop = asyncio.get_running_loop()  # whose tasks may be in a block
+            self._loop = asyncio.get_running_loop()
         super().__enter__()
 
     def _scoped(self) -> Block | None:

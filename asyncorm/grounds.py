@@ -39,6 +39,7 @@ from django.db.models.query_utils import RegisterLookupMixin
 from django.db.models.sql import compiler, datastructures, subqueries, where
 from django.db.models.sql import query as sql_query
 from django.db.models.sql.datastructures import Join
+from django.db.models.sql.query import Query
 from django.utils.tree import Node
 
 from .expressions import NotCacheable, names_in
@@ -432,7 +433,7 @@ def are_sound() -> bool:
 
 
 def of_query(
-    asked: Any,
+    asked: Query,
     kept: Iterable[Any],
     maker: Any,
     wrapper: BaseDatabaseWrapper,

@@ -2,18 +2,6 @@
 
 In native code they take the statement from the cache if it has or can make a plan; otherwise, and
 outside native code, they are Django's.
-
-Names of Django (5.2 to 6.1) used beyond the documented API, and why:
-
-- `ModelIterable.__iter__` and those of its siblings, `RawModelIterable.__iter__`, `QuerySet.get`,
-  `.get_or_create`, `._raw_delete`, `._prepare_for_bulk_create`, `._batched_insert`,
-  `Model._do_update`, `._do_insert`, `DeleteQuery.delete_batch`, `Query.has_results`, `.get_count`,
-  `.get_aggregation`, `execute_sql` of the compilers: replaced.
-- `QuerySet._iterable_class`, `._fields`, `._fetch_mode`, `._known_related_objects`, `._query` and
-  the other flags in `_get_plan()`: what the iteration and `get()` depend on.
-- `SQLCompiler.as_sql`, `.get_converters`: what plans are made of.
-- `InsertQuery.fields`, `.objs`, `.raw`, `.on_conflict`, `Field.pre_save`, `.get_db_prep_save`:
-  the values of an INSERT.
 """
 
 from __future__ import annotations

@@ -69,7 +69,9 @@ def prefetch_related_objects(model_instances: Any, *related_lookups: Any) -> Non
         plan.end(runner, cancelled)
 
 
-def prefetch_one_level(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Any:
+def prefetch_one_level(
+    instances: list[Any], prefetcher: object, lookup: Prefetch[Any], level: int
+) -> Any:
     """Django's, with the rows that are there already."""
     runner = bridge.current()
     if runner is None:
@@ -93,7 +95,7 @@ def prefetch_one_level(instances: Any, prefetcher: Any, lookup: Any, level: int)
     return objs, nested
 
 
-def _one_level(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Any:
+def _one_level(instances: list[Any], prefetcher: object, lookup: Prefetch[Any], level: int) -> Any:
     if not switch.is_on:
         return _prefetch_one_level(instances, prefetcher, lookup, level)
     fetch = _Fetch(instances, prefetcher, lookup, level)
@@ -377,13 +379,13 @@ def _related(model: type[Model], name: str) -> Any:
     return None
 
 
-def _key(lookup: Any, level: int) -> Any:
+def _key(lookup: Prefetch[Any], level: int) -> Any:
     through = lookup.prefetch_through.split(LOOKUP_SEP)[level]
     queryset = getattr(lookup, "queryset", None) if lookup.get_current_querysets(level) else None
     return through, lookup.get_current_to_attr(level), id(queryset)
 
 
-def _examine(objs: Any, lookup: Any, level: int) -> _Fetch | list[Any] | None:
+def _examine(objs: list[Any], lookup: Prefetch[Any], level: int) -> _Fetch | list[Any] | None:
     """What Django will do for a level of a lookup: fetch, or go on with objects that are there.
 
     None where only doing it would tell.

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from inspect import getattr_static
 from operator import attrgetter
 from typing import Any
@@ -85,7 +85,7 @@ class Relation:
         self.manager = manager
 
 
-def _forward(instances: Any, descriptor: Any) -> Relation | None:
+def _forward(instances: Sequence[Any], descriptor: Any) -> Relation | None:
     """A foreign key of the instances' own."""
     model, field = type(instances[0]), descriptor.field
     if type(field) is not ForeignKey:
@@ -296,7 +296,11 @@ def assign(along: Relation, instances: Any, fetched: Any) -> Any:
 
 
 def _assign_one(
-    rows: Iterable[Any], of_row: Any, of_instance: Any, cache_name: str, instances: list[Any]
+    rows: Iterable[Any],
+    of_row: Callable[[Any], Any],
+    of_instance: Callable[[Any], Any],
+    cache_name: str,
+    instances: list[Any],
 ) -> Any:
     objs = list(rows)
     found: dict[Any, Any] = {}
@@ -309,7 +313,7 @@ def _assign_one(
     return objs, []
 
 
-def _parts(objs: Any, instances: Any) -> Iterator[Any]:
+def _parts(objs: list[Any], instances: list[Any]) -> Iterator[Any]:
     """Slices, between which other tasks may have a turn."""
     size = len(objs)
     if size <= _SLICE:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from typing import Any
 
@@ -296,7 +296,7 @@ def _maker(compiler: SQLCompiler) -> RowMaker:
 def _instance(
     maker: RowMaker,
     compiler: SQLCompiler,
-    info: Any,
+    info: Mapping[str, Any],
     columns: dict[str, int],
     models: list[Any],
     depth: int,
@@ -334,7 +334,12 @@ def _instance(
 
 
 def _related(
-    maker: RowMaker, compiler: SQLCompiler, info: Any, owner: str, models: list[Any], depth: int
+    maker: RowMaker,
+    compiler: SQLCompiler,
+    info: Mapping[str, Any],
+    owner: str,
+    models: list[Any],
+    depth: int,
 ) -> None:
     model, selected = info["model"], info["select_fields"]
     if info["from_parent"]:

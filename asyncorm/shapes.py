@@ -22,14 +22,15 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from django.db import models
-from django.db.models import lookups
+from django.db.models import Field, lookups
 from django.db.models.expressions import Col, ColPairs, Exists, Subquery
 from django.db.models.fields import related_lookups
 from django.db.models.fields.tuple_lookups import TupleIn
+from django.db.models.lookups import Lookup
 from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import DeleteQuery, UpdateQuery
 from django.db.models.sql.where import AND, OR, WhereNode
@@ -39,6 +40,7 @@ from ._cache.parts import LITERAL, PARTS, kind_of, ordering, unknown
 from .binding import has_placeholder
 from .expressions import NotCacheable as NotCacheable
 from .expressions import add_field, add_structure, add_unresolved, pattern
+from .wrappers import Wrapper
 
 MAX_PARAMS = 2000  # in a list that is no array; one for each object of a chunk is usual
 
@@ -316,7 +318,7 @@ class Shape:
             self.spare += params
             self.spared += kinds
 
-    def keys(self, lookup: Any) -> None:
+    def keys(self, lookup: Lookup[Any]) -> None:
         """One column among keys: what a forward relation's prefetch asks for."""
         (col,) = lookup.lhs.get_cols()
         if (
@@ -372,7 +374,7 @@ class Shape:
             found += [kinds] * count
         return found
 
-    def takes_array(self, column: Any) -> bool:
+    def takes_array(self, column: Field[Any, Any]) -> bool:
         """Whether a list of values of a column may be an array.
 
         PostgreSQL makes one of the column's type, which may be another one than the field says:
@@ -419,7 +421,9 @@ def _is_null(params: Sequence[Any], node: object) -> bool:
     return node is None and params[0] is None
 
 
-def shape_of_aggregates(query: Any, wrapper: Any, kind: tuple[Any, ...], named: Any) -> Shape:
+def shape_of_aggregates(
+    query: Query, wrapper: Wrapper, kind: tuple[Any, ...], named: Mapping[str, Any]
+) -> Shape:
     """The shape of a query that aggregates, by expressions that are not resolved yet."""
     shape = Shape(query, wrapper, *kind)
     key: list[Any] = []

@@ -7,7 +7,7 @@ left to Django's compiler.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from itertools import accumulate, islice
 from typing import Any
@@ -72,7 +72,7 @@ def recall(key: tuple[Any, ...]) -> Any:
     return plan
 
 
-def remember(key: tuple[Any, ...], plan: Any, ground: Ground) -> None:
+def remember(key: tuple[Any, ...], plan: object, ground: Ground) -> None:
     """Keep a plan, or None: there is to be none."""
     plans.keep(key, (plan, ground))
 
@@ -127,7 +127,7 @@ def _leave(again: bool) -> None:
 
 
 def hit(
-    key: Any,
+    key: tuple[Any, ...],
     plan: Plan,
     params: Any,
     offset: int,
@@ -217,7 +217,7 @@ def plan_for(
 _BY_LENGTH: Any = object()  # in the place of a plan: lists of each length have their own
 
 
-def _by_length(of_any: Any, key: tuple[Any, ...], shape: Shape) -> None:
+def _by_length(of_any: tuple[Any, ...], key: tuple[Any, ...], shape: Shape) -> None:
     if (found := plans.get(of_any)) is not None:
         remember(of_any, _BY_LENGTH, found[1])
         if max(shape.lengths) <= MAX_PARAMS:
@@ -302,7 +302,7 @@ def _plan(
 
 
 def _sources(
-    shape: Shape, trace: Trace, compiled: Any, *, skips_null: bool
+    shape: Shape, trace: Trace, compiled: Sequence[Any], *, skips_null: bool
 ) -> tuple[list[int], list[tuple[int, Any]]]:
     """Which of the shape's parameters each of a statement's is, and which are constants.
 

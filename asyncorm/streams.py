@@ -33,28 +33,19 @@ async def stream(queryset: QuerySet[Any], chunk_size: int, read_ahead: int) -> A
 
     using, rows = await bridge.run(begin)
     session, new = await pinning.pin(using)
-    ahead: _Ahead | None = None
-    if read_ahead and (new or session.root is not None):
-        ahead = _Ahead(session, new, rows, chunk_size, read_ahead)
-
-    def chunk() -> list[Any]:
-        return list(islice(rows, chunk_size))
-
+    ahead = read_ahead if new or session.root is not None else 0
+    chunks = _Chunks(session, new, rows, chunk_size, ahead)
     try:
         try:
             while True:
-                if ahead is not None:
-                    part = await ahead.next()
-                else:
-                    part = await (leaving.run_in(session, chunk) if new else bridge.run(chunk))
+                part = await chunks.next()
                 for row in part:
                     yield row
                 if len(part) < chunk_size:
                     break
         finally:
             try:
-                if ahead is not None:
-                    await ahead.stop()
+                await chunks.stop()
             finally:
                 if new:
                     await leaving.unpin(session, lambda session: rows.close())
@@ -76,8 +67,8 @@ async def stream(queryset: QuerySet[Any], chunk_size: int, read_ahead: int) -> A
         raise
 
 
-class _Ahead:
-    """Reads the chunks of a stream in a task of its own, a few before they are asked for.
+class _Chunks:
+    """Reads the chunks of a stream; a few before they are asked for, in a task of its own.
 
     Inside a transaction the task takes the lock of the innermost block for a whole chunk, as a
     nested block does: so what the stream's user opens and closes meanwhile cannot come between, and
@@ -85,15 +76,13 @@ class _Ahead:
     is read by the asking task, which may be in the very block that holds the lock.
     """
 
-    def __init__(
-        self, session: Session, new: bool, rows: Any, chunk_size: int, chunks: int
-    ) -> None:
+    def __init__(self, session: Session, new: bool, rows: Any, chunk_size: int, ahead: int) -> None:
         self.session = session
         self.new = new
         self.rows = rows
         self.chunk_size = chunk_size
-        self.chunks = chunks
-        self.origin = callsite.caller()
+        self.ahead = ahead
+        self.origin = callsite.caller() if ahead else ""
         self.ready: deque[list[Any]] = deque()
         self.task: Task[None] | None = None
         self.reading = new  # whether the task's chunk is begun, and must come to its end
@@ -122,7 +111,7 @@ class _Ahead:
         idle = self.task is None or (
             self.task.done() and not self.task.cancelled() and not self.task.exception()
         )
-        if idle and not self.ended:
+        if idle and self.ahead and not self.ended:
             self.task = asyncio.create_task(self._work())
         return part
 
@@ -152,7 +141,7 @@ class _Ahead:
 
     async def _work(self) -> None:
         try:
-            while not self.ended and len(self.ready) < self.chunks:
+            while not self.ended and len(self.ready) < self.ahead:
                 try:
                     part = await self._run(self._chunk if self.new else self._chunk_in_block)
                 except TransactionManagementError:

@@ -40,7 +40,6 @@ class TestSession(SynchronousSession):
 
     def __init__(self, wrapper: Wrapper) -> None:
         self._base: Block | None = None
-        self._loop: Any = None
         super().__init__(wrapper, "the test case")
 
     def end(self) -> None:
@@ -60,10 +59,6 @@ class TestSession(SynchronousSession):
         del self.wrapper.atomic_blocks[1:]
         self.wrapper.savepoint_ids.clear()
         self.part()
-
-    @property
-    def loop(self) -> Any:
-        return self._loop
 
     @property
     def is_lost(self) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import starmap, zip_longest
 from typing import TYPE_CHECKING, Any
 
+from django.db.models.sql.query import Query
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
 
@@ -57,7 +58,7 @@ def holds(
     )
 
 
-def compare_queries(made: Any, djangos: Any) -> None:
+def compare_queries(made: Query, djangos: Query) -> None:
     """Compare the query that is made of what was recorded with the one that Django made.
 
     Raises:
@@ -73,7 +74,7 @@ def compare_queries(made: Any, djangos: Any) -> None:
             )
 
 
-def _without_places(value: Any) -> str:
+def _without_places(value: object) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 

@@ -26,6 +26,7 @@ from ..backends.cursors import has_djangos_cursors
 from ..bridge import Runner
 from ..driver import SLICE, Connection
 from ..turns import Turns
+from ..wrappers import Wrapper
 from .execute import NotServed, Planned, may_repeat, told
 from .plan import Plan
 
@@ -37,7 +38,7 @@ UNSERVED: Any = object()  # it has to be an operation
 async def awaited(
     alias: str,
     find: Callable[[Any], Found | None],
-    mode: Any = None,
+    mode: object = None,
     *,
     writes: bool = False,
 ) -> Any:
@@ -76,7 +77,7 @@ async def awaited(
             bridge.release(place)
 
 
-def _found(find: Callable[[Any], Found | None], wrapper: Any) -> Found | None:
+def _found(find: Callable[[Any], Found | None], wrapper: Wrapper) -> Found | None:
     try:
         found = None if wrapper.watched else find(wrapper)
     except verifying.StatementCacheError:
@@ -88,7 +89,7 @@ def _found(find: Callable[[Any], Found | None], wrapper: Any) -> Found | None:
     return found
 
 
-def _mark_for_rollback(wrapper: Any, exc: Exception) -> None:
+def _mark_for_rollback(wrapper: Wrapper, exc: Exception) -> None:
     """As Django does with `mark_for_rollback_on_error()`."""
     if wrapper.in_atomic_block:
         wrapper.needs_rollback = True

@@ -12,31 +12,33 @@ from typing import Any
 
 from django.db import OperationalError
 from psycopg.pq import Format
+from psycopg.pq.abc import PGresult
 
 from .. import _events, conf
 from .._wire.statement import Statement, Unanswered, Unsent
 from ..backends.cursors import has_djangos_cursors
 from ..driver import SLICE, Connection
 from ..turns import Turns
+from ..wrappers import Wrapper
 from .plan import Plan, djangos
 
 _LOST = (Unanswered, Unsent)
 _TIMESTAMPTZ, _TEXT_FORMAT = 1184, Format.TEXT
 
 
-def direct(wrapper: Any) -> Connection | None:
+def direct(wrapper: Wrapper) -> Connection | None:
     """The connection, if nobody would notice that a statement is sent without Django's cursor."""
     conn = None if wrapper.watched else _connection(wrapper)
     return conn if conn is not None and serves(conn, wrapper) else None
 
 
-def _connection(wrapper: Any) -> Connection | None:
+def _connection(wrapper: Wrapper) -> Connection | None:
     wrapper.ensure_connection()
     conn = wrapper.connection
     return conn if isinstance(conn, Connection) else None
 
 
-def serves(conn: Connection, wrapper: Any) -> bool:
+def serves(conn: Connection, wrapper: Wrapper) -> bool:
     """Whether a statement means the same there as in a cursor of the wrapper."""
     return has_djangos_cursors(type(wrapper), conn.cursor_factory) and (  # type: ignore[arg-type]
         conn.deferred or _same_zone(conn, wrapper)  # the one that runs it is looked at, too
@@ -53,7 +55,7 @@ class Planned:
     It gives the loaded rows, or how many there were where the plan has no maker.
     """
 
-    def __init__(self, plan: Plan, params: Any, offset: int, wrapper: Any) -> None:
+    def __init__(self, plan: Plan, params: list[Any], offset: int, wrapper: Wrapper) -> None:
         self.plan = plan
         self.text = plan.text
         self.params = params
@@ -67,12 +69,12 @@ class Planned:
         statement = plan.bound(conn, [*params, offset] if offset else params)
         return statement or conn.bound(*djangos(plan, params, offset))
 
-    def read(self, conn: Connection, result: Any) -> Any:
+    def read(self, conn: Connection, result: PGresult) -> Any:
         maker = self.plan.maker
         return int(result.command_tuples or 0) if maker is None else maker.load(result, conn)
 
 
-def _run(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:
+def _run(plan: Plan, params: list[Any], offset: int, wrapper: Wrapper) -> tuple[Any, Any]:
     """What `Planned` gives, or else None and Django's cursor; a second time if the connection was
     lost with a statement that only reads."""
     try:
@@ -90,7 +92,7 @@ def may_repeat(plan: Plan, exc: Exception) -> bool:
     return lost and plan.only_reads and bool(conf.get("RETRY_READS"))
 
 
-def _run_once(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> tuple[Any, Any]:
+def _run_once(plan: Plan, params: list[Any], offset: int, wrapper: Wrapper) -> tuple[Any, Any]:
     if not wrapper.watched:
         with suppress(NotServed):
             if not _events.statements:
@@ -114,7 +116,7 @@ def _sent(
     plan: Plan,
     params: list[Any],
     offset: int,
-    wrapper: Any,
+    wrapper: Wrapper,
     statement: _events.Statement | None = None,
 ) -> Any:
     """What `Planned` gives.
@@ -141,13 +143,15 @@ def told(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> _events.St
     return _events.statement(wrapper.alias, sql, values, wrapper.in_atomic_block, "hit")
 
 
-def _same_zone(conn: Connection, wrapper: Any) -> bool:
+def _same_zone(conn: Connection, wrapper: Wrapper) -> bool:
     """Whether the connection loads timestamps in the zone that Django now wants them in."""
     loader = conn.adapters.get_loader(_TIMESTAMPTZ, _TEXT_FORMAT)
     return bool(getattr(loader, "timezone", "") == wrapper.timezone)
 
 
-def items(plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any = None) -> list[Any]:
+def items(
+    plan: Plan, params: list[Any], offset: int, wrapper: Wrapper, mode: object = None
+) -> list[Any]:
     """Execute a plan and return what its maker makes of the rows.
 
     Raises:
@@ -174,7 +178,7 @@ def items(plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any = 
 
 
 def chunks(
-    plan: Plan, params: list[Any], offset: int, wrapper: Any, mode: Any, size: int
+    plan: Plan, params: list[Any], offset: int, wrapper: Wrapper, mode: object, size: int
 ) -> Iterator[list[Any]]:
     """The same from a server-side cursor of Django's, `size` rows at a time."""
     maker = plan.maker
@@ -198,7 +202,7 @@ def chunks(
         cursor.close()
 
 
-def count_of(plan: Plan, params: list[Any], offset: int, wrapper: Any) -> int:
+def count_of(plan: Plan, params: list[Any], offset: int, wrapper: Wrapper) -> int:
     """Execute a plan and return how many rows were found or changed."""
     count, cursor = _run(plan, params, offset, wrapper)
     if cursor is None:

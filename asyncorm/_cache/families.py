@@ -8,9 +8,11 @@ import functools
 import uuid
 from typing import Any
 
-from django.db.models import ForeignKey, OneToOneField
+from django.db.models import Field, ForeignKey, OneToOneField
 from psycopg.types.json import Jsonb
 from psycopg.types.numeric import Int2, Int4, Int8
+
+from ..wrappers import Wrapper
 
 # For each column type: the Python types of values that may be parameters of the server, and the oid
 # to send them with. It is that of Django's literal, whatever the column is on the server: 0 for a
@@ -39,7 +41,7 @@ LITERALS: dict[type, int] = dict.fromkeys(_INTEGERS, INTEGER) | dict.fromkeys(
 NULL: dict[type, int] = {type(None): 0}
 
 
-def family(field: Any, wrapper: Any) -> dict[type, int]:
+def family(field: Field[Any, Any], wrapper: Wrapper) -> dict[type, int]:
     """Which values of a field may be parameters of the server."""
     kind = (field.db_type(wrapper) or "").partition("(")[0]
     return _family(kind, bool(wrapper.features.uses_server_side_binding))
@@ -61,7 +63,7 @@ def _family(kind: str, by_server: bool) -> dict[type, int]:
 TO_ONE: Any = (ForeignKey, OneToOneField)
 
 
-def target_of(field: Any) -> Any:
+def target_of(field: Field[Any, Any]) -> Any:
     """The field that a foreign key's values are of; itself, if it is none."""
     found: Any = field
     while type(found) in TO_ONE:

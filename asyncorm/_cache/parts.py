@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from django.core.exceptions import FieldDoesNotExist
+from django.db.models import Model
 from django.db.models.expressions import Col, ColPairs
 from django.db.models.fields.related import ForeignObject
 from django.db.models.fields.reverse_related import ForeignObjectRel
@@ -30,15 +31,15 @@ _COMPARING = re.compile(r"\b(GROUP BY|DISTINCT|OVER)\b")
 LITERAL: Any = object()  # in the place of a lookup: parameters that may be sent as such
 
 
-def unknown(shape: Shape, value: Any) -> None:
+def unknown(shape: Shape, value: object) -> None:
     raise NotCacheable
 
 
-def _value(shape: Shape, value: Any) -> None:
+def _value(shape: Shape, value: object) -> None:
     shape.key.append(value)
 
 
-def _absent(shape: Shape, value: Any) -> None:
+def _absent(shape: Shape, value: object) -> None:
     if value:
         raise NotCacheable
 
@@ -47,13 +48,13 @@ def _aliases(shape: Shape, value: Any) -> None:
     shape.key.append(frozenset(value))
 
 
-def _subquery(shape: Shape, value: Any) -> None:
+def _subquery(shape: Shape, value: object) -> None:
     if value and not shape.is_inner:
         raise NotCacheable
     shape.key.append(value)
 
 
-def _locked(shape: Shape, value: Any) -> None:
+def _locked(shape: Shape, value: object) -> None:
     if value and shape.wrapper.get_autocommit():
         raise NotCacheable  # Django refuses
     shape.key.append(value)
@@ -138,12 +139,12 @@ def _filtered_relations(shape: Shape, value: Any) -> None:
         raise NotCacheable
 
 
-def _classes_of(join_field: Any) -> tuple[Any, Any]:
+def _classes_of(join_field: object) -> tuple[Any, Any]:
     return type(join_field), type(getattr(join_field, "field", None))
 
 
 @functools.cache
-def _joins_plainly(cls: Any, behind: Any) -> bool:
+def _joins_plainly(cls: type, behind: type) -> bool:
     """Whether a field, or what leads back along one, joins by columns and nothing else: a condition
     of its own, as that of a generic relation, has parameters or may depend on anything."""
     classes: list[tuple[Any, Any]] = [(cls, ForeignObject)]
@@ -157,7 +158,7 @@ def _tables(shape: Shape, value: Any) -> None:
     shape.key += [(table, *aliases) for table, aliases in value.items()]
 
 
-def _where(shape: Shape, value: Any) -> None:
+def _where(shape: Shape, value: object) -> None:
     if type(value) is not WhereNode or (value.connector != AND and value.connector != OR):
         raise NotCacheable
     if shape.query.group_by is None:
@@ -237,7 +238,11 @@ def ordering(model: Any, items: tuple[Any, ...], annotations: Any = ()) -> tuple
 
 
 def _add_order(
-    model: Any, item: Any, annotations: Any, key: list[Any], seen: tuple[Any, ...]
+    model: type[Model],
+    item: object,
+    annotations: Collection[str],
+    key: list[Any],
+    seen: tuple[Any, ...],
 ) -> None:
     if type(item) is not str:
         add_unresolved(item, key)
@@ -273,7 +278,7 @@ def _end_of(model: Any, name: str) -> tuple[Any, str]:
     return model, name
 
 
-def _is_column(model: Any, name: str) -> bool:
+def _is_column(model: type[Model], name: str) -> bool:
     try:
         end, last = _end_of(model, name)
     except NotCacheable:
@@ -287,7 +292,7 @@ def _is_column(model: Any, name: str) -> bool:
     )
 
 
-def _related_model(model: Any, name: str) -> Any:
+def _related_model(model: type[Model], name: str) -> Any:
     """The model of the relation that a name is of: Django orders by what that is ordered by."""
     end, last = _end_of(model, name)
     for field in end._meta.concrete_fields:
@@ -303,11 +308,11 @@ def _selected(shape: Shape, value: Any) -> None:
         _items(shape, value)
 
 
-def _related(shape: Shape, value: Any) -> None:
+def _related(shape: Shape, value: object) -> None:
     shape.key.append(_frozen(value))
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> Any:
     return tuple((k, _frozen(v)) for k, v in value.items()) if type(value) is dict else value
 
 

@@ -11,7 +11,7 @@ statement.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from decimal import Decimal
 from math import isfinite
@@ -58,7 +58,7 @@ class Plan:
         sql: str,
         families: list[Any],
         maker: RowMaker | None,
-        kept: Any,
+        kept: object,
         *,
         constants: Any = (),
         skips_null: bool = False,
@@ -136,7 +136,7 @@ class Plan:
         plan.formats = self.formats[:1] * len(families)
         return plan
 
-    def bound(self, conn: Connection, params: Any) -> Statement | None:
+    def bound(self, conn: Connection, params: Sequence[Any]) -> Statement | None:
         """The statement with its parameters, None if not all can be sent as such."""
         query = self.query
         if query is None or not (query.isascii() or conn.transformer.encoding == "utf-8"):
@@ -146,11 +146,11 @@ class Plan:
         found = _dumped(conn, params, self.families, self.formats)
         return None if found is None else self._statement(*found)
 
-    def _statement(self, values: Any, oids: Any) -> Statement:
+    def _statement(self, values: Sequence[Any], oids: Iterable[int]) -> Statement:
         assert self.query is not None
         return Statement(self.query, values, tuple(oids), traces=self.traces, text=self.text)
 
-    def _bound_arrays(self, conn: Connection, params: Any) -> Statement | None:
+    def _bound_arrays(self, conn: Connection, params: Sequence[Any]) -> Statement | None:
         values: list[Any] = []
         oids: list[int] = []
         done = 0
@@ -180,7 +180,7 @@ def djangos(plan: Plan, params: list[Any], offset: int) -> tuple[str, tuple[Any,
 
 
 def _dumped(
-    conn: Connection, params: Any, families: Any, formats: Any
+    conn: Connection, params: Sequence[Any], families: Sequence[Any], formats: Sequence[Any]
 ) -> tuple[Sequence[Any], list[int]] | None:
     """Values as they are sent, and their types' oids; None if one is not of its family."""
     oids: list[int] = []
@@ -223,7 +223,7 @@ def _of_literal(value: Any) -> int:
     return _INT8 if -(_HALF << 32) <= value < _HALF << 32 else _NUMERIC
 
 
-def _array(values: Any, family: dict[type, int]) -> tuple[bytes, int] | None:
+def _array(values: Sequence[Any], family: dict[type, int]) -> tuple[bytes, int] | None:
     """Keys as an array in PostgreSQL's form and its type's oid; None if not all are of a family."""
     kinds = set(map(type, values))
     if not kinds <= family.keys() or type(None) in kinds:
@@ -248,7 +248,7 @@ def _written_out(sql: str, constants: dict[int, Any]) -> str:
     return "".join(parts)
 
 
-def _numbered(sql: str, count: int, lists: Any) -> bytes | None:
+def _numbered(sql: str, count: int, lists: Sequence[Any]) -> bytes | None:
     """The SQL with $1, $2, ... for %s; None if it is not as simple as that."""
     parts = re.split(r"%(.)", sql, flags=re.DOTALL)
     begins = dict(lists)

@@ -7,6 +7,7 @@ if most new ones are not let in at once; and a plan that is not kept need not be
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from random import Random
 from threading import Lock
 from typing import Any
@@ -33,7 +34,7 @@ class Store(dict[Any, Any]):
         """Whether a new item is to be made and kept now: always, or by chance if it is full."""
         return len(self) < self.size or _chance.random() < _LET_IN
 
-    def keep(self, key: Any, value: Any) -> None:
+    def keep(self, key: Hashable, value: object) -> None:
         """Put an item there, in the place of any other if it is new and there is no room."""
         with self._lock:
             if key not in self:
@@ -47,7 +48,7 @@ class Store(dict[Any, Any]):
                 self._places[key] = place
             self[key] = value
 
-    def drop(self, key: Any) -> None:
+    def drop(self, key: Hashable) -> None:
         """Remove an item if it is there."""
         with self._lock:
             if self.pop(key, None) is not None:

@@ -3,20 +3,17 @@
 What is kept for a node is the plan that the query had which Django made of it, and for each of its
 parameters the one value that it comes from, by the lookup that was made for that value. It holds as
 long as the grounds of such a plan do.
-
-Names of Django (5.2 to 6.1) used beyond the documented API, and why:
-
-- `Lookup.process_rhs`: makes the parameter of a value.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ref
 
 from django.db.models import AutoField, BigAutoField, SmallAutoField
+from django.db.models.sql.query import Query
 from psycopg.types.numeric import Int2, Int4, Int8
 
 from .. import bridge, grounds, statements, verifying
@@ -27,6 +24,7 @@ from ..expressions import add_unresolved
 from ..grounds import Ground
 from ..shapes import COMPARISONS, NotCacheable, Shape, shape_of_aggregates
 from ..statements import UNPLANNED, Compiled, hit
+from ..wrappers import Wrapper
 from . import nodes
 from .nodes import Node, made
 from .recorded import Recorded, settle
@@ -49,7 +47,7 @@ class _Known:
         offset_at: the place of the offset.
     """
 
-    def __init__(self, plan: Plan, parts: list[_Part], offset_at: int | None, kept: Any) -> None:
+    def __init__(self, plan: Plan, parts: list[_Part], offset_at: int | None, kept: object) -> None:
         self._plan = ref(plan)
         self.parts = parts
         self.has_lists = any(count != 0 for *_, count in parts)
@@ -67,7 +65,9 @@ class _Known:
         """Whether it serves lists of all lengths, beside those of one value."""
         return all(count is None or count < 2 for *_, count in self.parts)
 
-    def bind(self, plan: Plan, values: Any, wrapper: Any) -> tuple[Plan, list[Any], int]:
+    def bind(
+        self, plan: Plan, values: Sequence[Any], wrapper: Wrapper
+    ) -> tuple[Plan, list[Any], int]:
         """The plan for lists as long as these, the parameters and the offset."""
         offset = 0 if self.offset_at is None else values[self.offset_at]
         if not self.has_lists:
@@ -88,8 +88,8 @@ class _Known:
 
 
 def plan_for(
-    query: Any,
-    wrapper: Any,
+    query: Query,
+    wrapper: Wrapper,
     compile: Callable[[Any, Any], Compiled],
     *kind: Any,
     expressions: Any = None,
@@ -108,9 +108,9 @@ def plan_for(
 
 def plan_of(
     node: Node,
-    values: Any,
-    wrapper: Any,
-    compile: Any,
+    values: Sequence[Any],
+    wrapper: Wrapper,
+    compile: Callable[[Any, Any], Compiled],
     *kind: Any,
     djangos: Callable[[], Any],
     expressions: Any = None,
@@ -157,14 +157,16 @@ _MAX_KINDS = 64
 _MAX_LENGTH = 16  # of lists that have a plan for each length
 
 
-def _lengths(node: Node, values: Any) -> tuple[int, ...]:
+def _lengths(node: Node, values: Sequence[Any]) -> tuple[int, ...]:
     lengths = tuple([len(values[place]) for place in node.lists])
     if max(lengths) > _MAX_LENGTH:
         raise NotCacheable
     return lengths
 
 
-def _key(node: Any, wrapper: Any, kind: tuple[Any, ...], expressions: Any) -> tuple[Any, ...]:
+def _key(
+    node: Any, wrapper: Wrapper, kind: tuple[Any, ...], expressions: object
+) -> tuple[Any, ...]:
     """What a node's plans depend on beside the node."""
     key: list[Any] = [wrapper.alias, *kind]
     if items := node.order_by or (node.default_ordering and tuple(node.model._meta.ordering)):
@@ -235,7 +237,7 @@ def _learn(
     return known, ground
 
 
-def _parts(shape: Shape, plan: Plan, places: dict[int, int], values: Any) -> list[_Part]:
+def _parts(shape: Shape, plan: Plan, places: dict[int, int], values: Sequence[Any]) -> list[_Part]:
     """Where the parameters of a plan come from.
 
     Args:
@@ -281,7 +283,7 @@ def _maker_of_list(lookup: Any, params: Any) -> Callable[[Any, Any], Any]:
         return prepared
     most = _MOST[kind]
 
-    def numbered(values: Any, wrapper: Any) -> Any:
+    def numbered(values: Sequence[Any], wrapper: Wrapper) -> Any:
         if type(values[0]) is not int or min(values) < 0 or max(values) >= most:
             return prepared(values, wrapper)
         return [*map(kind, dict.fromkeys(values))]

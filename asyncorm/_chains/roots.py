@@ -1,9 +1,4 @@
-"""Where recording begins: querysets that are made on an event loop's thread.
-
-Names of Django (5.2 to 6.1) used beyond the documented API, and why:
-
-- `QuerySet.__init__`: gives a queryset its query; replaced.
-"""
+"""Where recording begins: querysets that are made on an event loop's thread."""
 
 from __future__ import annotations
 

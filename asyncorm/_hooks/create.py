@@ -9,7 +9,7 @@ or defaults that others have made.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import EnumMeta
 from operator import itemgetter
 from types import FunctionType
@@ -54,7 +54,7 @@ def get_or_create(original: Callable[..., Any]) -> Any:
     """`QuerySet.get_or_create()`."""
 
     @functools.wraps(original)
-    def get_or_create(self: Any, defaults: Any = None, **kwargs: Any) -> Any:
+    def get_or_create(self: Any, defaults: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         if type(getcurrent()) is not Runner:
             return original(self, defaults, **kwargs)
         self._for_write = True

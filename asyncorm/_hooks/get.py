@@ -170,7 +170,7 @@ def _recorded_plan(
     return None if rows.is_watched(found[0].maker.models) else found[:2]
 
 
-def _narrowed_node(base: Any, names: Sequence[str], values: Sequence[Any]) -> Node | None:
+def _narrowed_node(base: Recorded, names: Sequence[str], values: Sequence[Any]) -> Node | None:
     """The node of the queries that `get()` executes, if it is known."""
     asked = base.chain()
     if asked.is_sliced or asked.distinct_fields:

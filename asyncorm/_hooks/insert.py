@@ -30,7 +30,7 @@ from .switch import Asked, native_wrapper
 def execute_insert(original: Callable[..., Any]) -> Any:
     """`execute_sql()` of the compiler of INSERT."""
 
-    def execute_sql(self: Any, returning_fields: Any = None) -> Any:
+    def execute_sql(self: Any, returning_fields: Iterable[Any] | None = None) -> Any:
         if self.using is not None:
             wrapper = native_wrapper(self.using)
             if wrapper is None or wrapper is not self.connection:
@@ -56,7 +56,7 @@ def do_insert(original: Any) -> Any:
         manager: Any,
         using: str,
         fields: Iterable[Field[Any, Any]],
-        returning_fields: Any,
+        returning_fields: Sequence[Any],
         raw: bool,
     ) -> Any:
         asked = switch.asking.get(id(self)) if switch.asking else None

@@ -21,6 +21,7 @@ from greenlet import getcurrent
 
 from .. import bridge, grounds
 from .._cache.awaited import UNSERVED, Found, awaited
+from ..wrappers import Wrapper
 from . import switch
 from .create import inserts_alone, saved_plainly
 from .iterate import mode_of
@@ -71,7 +72,7 @@ async def delete(obj: Any, args: _Arguments, kwargs: _Keywords) -> Any:
         return UNSERVED
     key = obj.pk
 
-    def find(wrapper: Any) -> Found | None:
+    def find(wrapper: Wrapper) -> Found | None:
         found = delete_plan(cls, wrapper, [key])
         return None if found is None else (*found, 0)
 
@@ -95,7 +96,7 @@ async def _saved(obj: Model, options: _Keywords) -> Any:
     error: Exception | None = None
     done = False
 
-    def find(wrapper: Any) -> Found | None:
+    def find(wrapper: Wrapper) -> Found | None:
         nonlocal asked, error, done
         try:
             with _asking(obj, wrapper):

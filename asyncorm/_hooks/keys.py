@@ -28,7 +28,7 @@ _KEY_TYPES = {int, str, uuid.UUID, Int2, Int4, Int8}  # Django wraps integers fo
 
 
 def by_keys(
-    queryset: QuerySet[Any], what: Any, keys: list[Any], narrow: Callable[[], Any]
+    queryset: QuerySet[Any], what: object, keys: list[Any], narrow: Callable[[], Any]
 ) -> list[Any] | None:
     """The rows of a fresh queryset, narrowed to those with one of different keys of one type.
 

@@ -19,13 +19,15 @@ from .. import bridge, elsewhere, grounds
 from .._cache.awaited import UNSERVED, Found, awaited
 from .._cache.plan import Plan
 from ..statements import plan_for
+from ..wrappers import Wrapper
 from . import get, instances, switch
 from .aggregate import aggregate_plan, count_plan, exists_plan, named_values
 from .iterate import iterating_plan, mode_of, related
 from .write import compile_write
 
-_Arguments = tuple[Any, ...]
-_Keywords = dict[str, Any]
+_Queryset = QuerySet[Any]
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
 
 
 class _Terminal(NamedTuple):
@@ -38,7 +40,7 @@ class _Terminal(NamedTuple):
         writes: it changes rows.
     """
 
-    find: Callable[[Any, _Arguments, _Keywords, Any], Found | None]
+    find: Callable[[Any, _Args, _Kwargs, Any], Found | None]
     finish: Callable[[Any, Plan, Any], Any]
     calls: tuple[str, ...] = ()
     writes: bool = False
@@ -62,13 +64,13 @@ async def fetched(queryset: Any) -> list[Any]:
     return await bridge.run(list, queryset)
 
 
-async def _awaited(terminal: _Terminal, queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
+async def _awaited(terminal: _Terminal, queryset: Any, args: _Args, kwargs: _Kwargs) -> Any:
     # Somebody's code would be called once here and once by the operation.
     if not (is_djangos(queryset, *terminal.calls) and grounds.are_sound()):
         return UNSERVED
     plan: Any = None
 
-    def find(wrapper: Any) -> Found | None:
+    def find(wrapper: Wrapper) -> Found | None:
         nonlocal plan
         if (found := terminal.find(queryset, args, kwargs, wrapper)) is not None:
             plan = found[0]
@@ -92,7 +94,7 @@ async def _awaited(terminal: _Terminal, queryset: Any, args: _Arguments, kwargs:
         return UNSERVED
 
 
-def is_djangos(queryset: Any, *names: str) -> bool:
+def is_djangos(queryset: _Queryset, *names: str) -> bool:
     """Whether the class of a queryset leaves these to Django's."""
     cls: Any = type(queryset)
     return cls is QuerySet or (issubclass(cls, QuerySet) and grounds.inherits(cls, QuerySet, names))
@@ -101,19 +103,19 @@ def is_djangos(queryset: Any, *names: str) -> bool:
 # What is executed
 
 
-def _count(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+def _count(queryset: _Queryset, args: _Args, kwargs: _Kwargs, wrapper: Wrapper) -> Found | None:
     if args or kwargs or queryset._result_cache is not None:
         return None
     return count_plan(queryset.query, wrapper)
 
 
-def _exists(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+def _exists(queryset: _Queryset, args: _Args, kwargs: _Kwargs, wrapper: Wrapper) -> Found | None:
     if args or kwargs or queryset._result_cache is not None:
         return None
     return exists_plan(queryset.query, wrapper)
 
 
-def _aggregate(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+def _aggregate(queryset: _Queryset, args: _Args, kwargs: _Kwargs, wrapper: Wrapper) -> Found | None:
     query = queryset.query
     named = {**kwargs, **{each.default_alias: each for each in args}}
     if not named or query.distinct_fields:
@@ -123,21 +125,23 @@ def _aggregate(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | N
     return aggregate_plan(query.chain(), named, wrapper)
 
 
-def _fetch(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+def _fetch(queryset: _Queryset, args: _Args, kwargs: _Kwargs, wrapper: Wrapper) -> Found | None:
     if args or kwargs or queryset._result_cache is not None:
         return None
     return iterating_plan(queryset, wrapper)
 
 
-def _first(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+def _first(queryset: _Queryset, args: _Args, kwargs: _Kwargs, wrapper: Wrapper) -> Found | None:
     return None if args or kwargs else _one(queryset, "pk", lambda: queryset, wrapper)
 
 
-def _last(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+def _last(queryset: _Queryset, args: _Args, kwargs: _Kwargs, wrapper: Wrapper) -> Found | None:
     return None if args or kwargs else _one(queryset, "-pk", queryset.reverse, wrapper)
 
 
-def _one(queryset: Any, key: str, ordered: Callable[[], Any], wrapper: Any) -> Found | None:
+def _one(
+    queryset: _Queryset, key: str, ordered: Callable[[], Any], wrapper: Wrapper
+) -> Found | None:
     query = queryset.query
     if queryset._result_cache is not None:
         return None
@@ -150,7 +154,7 @@ def _one(queryset: Any, key: str, ordered: Callable[[], Any], wrapper: Any) -> F
     return iterating_plan(asked[:1], wrapper)
 
 
-def _get(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+def _get(queryset: _Queryset, args: _Args, kwargs: _Kwargs, wrapper: Wrapper) -> Found | None:
     return None if args else get.awaited_plan(queryset, kwargs, wrapper)
 
 
@@ -168,19 +172,19 @@ def _update(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None
 # What is made of the result
 
 
-def _keep(queryset: Any, plan: Plan, made: list[Any]) -> None:
+def _keep(queryset: _Queryset, plan: Plan, made: list[Any]) -> None:
     queryset._result_cache = related(queryset, plan, made)
 
 
-def _take_first(queryset: Any, plan: Plan, made: list[Any]) -> Any:
+def _take_first(queryset: _Queryset, plan: Plan, made: list[Any]) -> Any:
     return related(queryset, plan, made)[0] if made else None
 
 
-def _take_only(queryset: Any, plan: Plan, made: list[Any]) -> Any:
+def _take_only(queryset: _Queryset, plan: Plan, made: list[Any]) -> Any:
     return get.only(queryset, related(queryset, plan, made))
 
 
-def _forget(queryset: Any, plan: Plan, count: int) -> int:
+def _forget(queryset: _Queryset, plan: Plan, count: int) -> int:
     queryset._result_cache = None
     return count
 
@@ -203,7 +207,7 @@ _METHODS = {
         _update, _forget, ("query", "_not_support_combined_queries"), writes=True
     ),
 }  # fmt: skip
-_terminals: dict[Any, Callable[[Any, _Arguments, _Keywords], Awaitable[Any]]] = {}
+_terminals: dict[Any, Callable[[Any, _Args, _Kwargs], Awaitable[Any]]] = {}
 
 
 def install() -> None:
@@ -214,7 +218,7 @@ def install() -> None:
     elsewhere.replaced = _know_as
 
 
-def _know_as(original: Any, by: Any) -> None:
+def _know_as(original: Callable[..., Any], by: Callable[..., Any]) -> None:
     """What does the same as a method that is known is known, too."""
     if original in _terminals:
         _terminals[by] = _terminals[original]

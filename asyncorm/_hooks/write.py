@@ -35,7 +35,7 @@ def compile_write(query: Query, wrapper: Wrapper) -> Compiled:
 def execute_write(original: Callable[..., Any]) -> Any:
     """`execute_sql()` of the compilers of UPDATE and DELETE."""
 
-    def execute_sql(self: Any, result_type: Any) -> Any:
+    def execute_sql(self: Any, result_type: object) -> Any:
         if result_type == ROW_COUNT and self.using is not None:
             wrapper = native_wrapper(self.using)
             if wrapper is not None and wrapper is self.connection:
@@ -47,10 +47,10 @@ def execute_write(original: Callable[..., Any]) -> Any:
     return execute_sql
 
 
-def raw_delete(original: Any) -> Any:
+def raw_delete(original: Callable[..., Any]) -> Any:
     """`QuerySet._raw_delete()`: of a recorded query, without making it."""
 
-    def raw_delete(self: Any, using: Any) -> Any:
+    def raw_delete(self: Any, using: str) -> Any:
         query = self.query
         if type(query) is Recorded and (wrapper := native_wrapper(using)) is not None:
             found = plan_of_recorded(query, wrapper, _compile_raw_delete, "delete")
@@ -61,7 +61,7 @@ def raw_delete(original: Any) -> Any:
     return raw_delete
 
 
-def _compile_raw_delete(query: Any, wrapper: Any) -> Compiled:
+def _compile_raw_delete(query: Query, wrapper: Wrapper) -> Compiled:
     delete = query.clone()
     delete.__class__ = DeleteQuery
     return compile_write(delete, wrapper)
@@ -94,8 +94,8 @@ def do_update(original: Callable[..., Any]) -> Any:
     """`Model._do_update()`: the UPDATE without a queryset, after the first time."""
 
     def do_update(
-        self: Any, base_qs: QuerySet[Any], using: str, pk_val: Any, values: list[Any],
-        update_fields: Any, forced_update: Any, *returning: Any, **named: Any,
+        self: Any, base_qs: QuerySet[Any], using: str, pk_val: object, values: list[Any],
+        update_fields: object, forced_update: object, *returning: Any, **named: Any,
     ) -> Any:  # fmt: skip
         if switch.missed and switch.missed.get(me := getcurrent()) is self:
             del switch.missed[me]
@@ -171,7 +171,7 @@ def _update_of(base_qs: QuerySet[Any], pk: object, values: list[Any]) -> Any:
 
 
 def _plan_save(
-    base_qs: QuerySet[Any], wrapper: Any, pk: object, values: list[Any]
+    base_qs: QuerySet[Any], wrapper: Wrapper, pk: object, values: list[Any]
 ) -> tuple[_ByKey, Ground]:
     update = _update_of(base_qs, pk, values)
     found = plan_for(update, wrapper, compile_write)
@@ -182,7 +182,7 @@ def _plan_save(
     return known, _ground_by_key(update, known, wrapper)
 
 
-def _ground_by_key(written: Any, known: _ByKey, wrapper: Wrapper) -> Ground:
+def _ground_by_key(written: Query, known: _ByKey, wrapper: Wrapper) -> Ground:
     cls, lhs = known.lookup
     kept = [*known.kept, lhs.target, lhs.output_field]
     return grounds.of_query(written, kept, None, wrapper, [cls], *known.plan.classes, short=True)
@@ -191,7 +191,7 @@ def _ground_by_key(written: Any, known: _ByKey, wrapper: Wrapper) -> Ground:
 def delete_batch(original: Callable[..., Any]) -> Any:
     """`DeleteQuery.delete_batch()`: one row without a filter, after the first time."""
 
-    def delete_batch(self: Any, pk_list: Any, using: str) -> Any:
+    def delete_batch(self: Any, pk_list: list[Any], using: str) -> Any:
         if len(pk_list) == 1 and (wrapper := native_wrapper(using)) is not None:
             found = delete_plan(self.model, wrapper, pk_list)
             if found is not None:

@@ -1,16 +1,4 @@
-"""The wrapper of native code: Django's, in its own pooled mode, with asyncorm's pool.
-
-Names of Django (5.2 to 6.1) used beyond the documented backend API, and why:
-
-- `BaseDatabaseWrapper.connect`, `.ensure_connection`, `._commit`, `.on_commit`,
-  `.run_and_clear_commit_hooks`: overridden as said at each.
-- `DatabaseWrapper.pool`, `._configure_connection`: Django's pooled mode.
-- `run_on_commit`, `execute_wrappers`, `queries_log`, `force_debug_cursor`: attributes that native
-  code shares otherwise than synchronous code does; made properties.
-- `_thread_ident`: a loop, and with it its wrappers, may run in another thread later.
-- `isolation_level`: set by `get_new_connection()`, which a wrapper taking over a configured
-  connection does not call.
-"""
+"""The wrapper of native code: Django's, in its own pooled mode, with asyncorm's pool."""
 
 from __future__ import annotations
 
@@ -193,6 +181,8 @@ class NativeWrapper(SynchronousWrapper):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Set by get_new_connection(), which one that takes over a configured connection does not
+        # call.
         level = self.settings_dict["OPTIONS"].get("isolation_level", IsolationLevel.READ_COMMITTED)
         if level in set(IsolationLevel):  # get_new_connection() raises for others
             self.isolation_level = IsolationLevel(level)
@@ -254,7 +244,7 @@ class NativeWrapper(SynchronousWrapper):
             self.Database = _unpooled  # type: ignore[assignment]
             super().connect()
             return
-        self._thread_ident = _thread.get_ident()
+        self._thread_ident = _thread.get_ident()  # the loop may run in another thread by now
         since = 0.0
         while (error := self._connect(session)) is not None:
             since = since or monotonic()

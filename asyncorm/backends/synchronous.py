@@ -1,12 +1,4 @@
-"""The wrapper that synchronous code has: Django's own, which minds what native code shares with it.
-
-Names of Django (5.2 to 6.1) used beyond the documented backend API, and why:
-
-- `BaseDatabaseWrapper.connect`, `.ensure_connection`, `._commit`, `.on_commit`,
-  `.run_and_clear_commit_hooks`: overridden as said at each.
-- `DatabaseWrapper.ensure_timezone`, `.close_pool`: new native connections then, too.
-- `needs_rollback`, `rollback_exc`: each block has its own; made properties.
-"""
+"""The wrapper that synchronous code has: Django's, which minds what native code shares with it."""
 
 from __future__ import annotations
 
