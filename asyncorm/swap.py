@@ -42,9 +42,6 @@ MODULES = {
     "django.contrib.auth.backends": "django.contrib.auth",
     "django.dispatch.dispatcher": None,
 }
-# Modules whose classes are bases of other people's: only Django's own classes are swapped.
-_BASES = ("django.contrib.auth.backends",)
-
 _swapped = False
 _forced: ContextVar[bool] = ContextVar("asyncorm_forced", default=False)
 
@@ -81,7 +78,7 @@ def dispatch(func: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 def _dispatch_own(func: Callable[..., Any], **options: Any) -> Any:
     """As `dispatch`, but the methods of other people's subclasses stay in threads."""
-    own = _djangos(getattr(func, "__self__", None))
+    own = type(getattr(func, "__self__", None)).__module__.startswith("django.")
     return (dispatch if own else _dispatch_others)(func, **options)
 
 
@@ -141,10 +138,6 @@ def _in_scope(alias: str | None) -> bool:
     return any(scopes.find_scope(name, outlived=False) is not None for name in names)
 
 
-def _djangos(owner: object) -> bool:
-    return type(owner).__module__.startswith("django.")
-
-
 def alias_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The alias that an ORM callable will use, as far as one can tell before the call."""
     if kwargs.get("using"):
@@ -193,17 +186,16 @@ def _aiterator(self: Any, chunk_size: int = 2000) -> AsyncIterator[Any]:
 _django_aiterator: Any = None
 
 
-def _replacement(module: str) -> Callable[..., Any]:
-    if module == "django.dispatch.dispatcher":
-        return _dispatch_others
-    return _dispatch_own if module in _BASES else dispatch
-
-
+# In modules that call other people's code, or whose classes are bases of other people's.
+_BY = {
+    "django.dispatch.dispatcher": _dispatch_others,
+    "django.contrib.auth.backends": _dispatch_own,
+}
 _WHY = "a* methods run natively with SWAP_MANAGERS"
 
 
 def _replace_in(module: ModuleType) -> None:
-    patches.replace(module, "sync_to_async", _replacement(module.__name__), _WHY)
+    patches.replace(module, "sync_to_async", _BY.get(module.__name__, dispatch), _WHY)
 
 
 def install() -> None:
