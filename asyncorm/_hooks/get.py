@@ -130,8 +130,9 @@ def awaited_plan(queryset: QuerySet[Any], kwargs: dict[str, Any], wrapper: Wrapp
     if query.combinator or not all(map(_stays, kwargs.values())):
         return None
     narrowed = queryset.filter(**kwargs)
-    if query.can_filter() and not query.distinct_fields:
-        narrowed = narrowed.order_by()
+    if query.can_filter() and not query.distinct_fields:  # what order_by() does to another copy
+        narrowed.query.clear_ordering(force=True, clear_default=False)
+        narrowed.query.add_ordering()
     narrowed.query.set_limits(high=MAX_GET_RESULTS)
     return iterating_plan(narrowed, wrapper)
 
