@@ -33,19 +33,19 @@ async def stream(queryset: QuerySet[Any], chunk_size: int, read_ahead: int) -> A
 
     using, rows = await bridge.run(begin)
     session, new = await pinning.pin(using)
-    ahead = read_ahead if new or session.root is not None else 0
-    chunks = _Chunks(session, new, rows, chunk_size, ahead)
+    most = read_ahead if new or session.root is not None else 0
+    ahead = _Chunks(session, new, rows, chunk_size, most)
     try:
         try:
             while True:
-                part = await chunks.next()
+                part = await ahead.next()
                 for row in part:
                     yield row
                 if len(part) < chunk_size:
                     break
         finally:
             try:
-                await chunks.stop()
+                await ahead.stop()
             finally:
                 if new:
                     await leaving.unpin(session, lambda session: rows.close())
@@ -76,13 +76,13 @@ class _Chunks:
     is read by the asking task, which may be in the very block that holds the lock.
     """
 
-    def __init__(self, session: Session, new: bool, rows: Any, chunk_size: int, ahead: int) -> None:
+    def __init__(self, session: Session, new: bool, rows: Any, chunk_size: int, most: int) -> None:
         self.session = session
         self.new = new
         self.rows = rows
         self.chunk_size = chunk_size
-        self.ahead = ahead
-        self.origin = callsite.caller() if ahead else ""
+        self.most = most  # that are read ahead
+        self.origin = callsite.caller() if most else ""
         self.ready: deque[list[Any]] = deque()
         self.task: Task[None] | None = None
         self.reading = new  # whether the task's chunk is begun, and must come to its end
@@ -111,7 +111,7 @@ class _Chunks:
         idle = self.task is None or (
             self.task.done() and not self.task.cancelled() and not self.task.exception()
         )
-        if idle and self.ahead and not self.ended:
+        if idle and self.most and not self.ended:
             self.task = asyncio.create_task(self._work())
         return part
 
@@ -141,7 +141,7 @@ class _Chunks:
 
     async def _work(self) -> None:
         try:
-            while not self.ended and len(self.ready) < self.ahead:
+            while not self.ended and len(self.ready) < self.most:
                 try:
                     part = await self._run(self._chunk if self.new else self._chunk_in_block)
                 except TransactionManagementError:
