@@ -30,7 +30,7 @@ from django.urls import set_script_prefix
 
 from .. import bridge, internals
 from ..pages import see
-from . import blocking, flow, middleware, names, signals, streaming, views, watchdog
+from . import blocking, flow, line, middleware, names, signals, streaming, views, watchdog
 
 SENDER = ASGIHandler  # of the requests' signals: receivers are connected for Django's handler
 
@@ -68,7 +68,10 @@ class Chain(BaseHandler):
         atomic = super().make_view_atomic(view)
         if iscoroutinefunction(atomic):
             return flow.awaited(atomic)
-        return atomic if native else flow.in_thread(atomic)
+        if not native:
+            return flow.in_thread(atomic)
+        line.begin()
+        return atomic
 
     def place_rendering(self, request: Any, response: Any) -> Any:
         """Have a response be rendered where its view ran (the last of the template middleware)."""
