@@ -4,8 +4,9 @@
   wrappers, so that the tasks that the request starts find them, and log their queries there:
   `connection.queries` is the whole request's then. With the swap, the first request says that there
   is a handler without threads.
-- `BaseHandler.make_view_atomic`: where middleware has left something on the connection of the
-  request's thread, that waits for an asynchronous view, which gets its connection.
+- `BaseHandler.make_view_atomic`, `ASGIHandler.send_response`: where middleware has left something
+  on the connection of the request's thread, that waits for an asynchronous view, or stream, which
+  gets its connection.
 - `BaseHandler.load_middleware`: that of an AsyncClient makes a native chain where that is asked
   for.
 - `sync_to_async` in django.core.handlers.base: logging a response of our handler needs no thread.
@@ -17,14 +18,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from asgiref.sync import async_to_sync, iscoroutinefunction, sync_to_async
+from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.conf import settings
 from django.core.handlers import base
+from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.base import BaseHandler
 from django.db import connections
 from django.http import HttpRequest
 
-from .. import observers, patches, swap
+from .. import bridge, observers, patches, swap
 from .._sessions import engines
 from . import flow
 
@@ -40,6 +42,10 @@ def install() -> None:
         ("make_view_atomic", _make_view_atomic, "a view is in what middleware has begun"),
     ):
         patches.replace(BaseHandler, name, wrap(getattr(BaseHandler, name)), why)
+    patches.replace(
+        ASGIHandler, "send_response", _send_response(ASGIHandler.send_response),
+        "a stream is in what middleware has begun",
+    )  # fmt: skip
     patches.replace(base, "sync_to_async", _dispatch, "logging a response needs no thread")
 
 
@@ -64,8 +70,6 @@ def _get_response_async(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _hint(handler: Any) -> None:
     global _hinted
-    from django.core.handlers.asgi import ASGIHandler
-
     if type(handler) is ASGIHandler:
         from . import checks
 
@@ -84,13 +88,28 @@ def _make_view_atomic(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def make_view_atomic(self: Any, view: Callable[..., Any]) -> Any:
         atomic = original(self, view)
-        if not (iscoroutinefunction(atomic) and observers.left_behind()):
-            return atomic
-        if flow.current() is None and not swap.active():
-            return atomic
-        return sync_to_async(async_to_sync(atomic))
+        # In native code our handler sees to that.
+        if swap.active() and not bridge.in_native_code() and iscoroutinefunction(atomic):
+            return flow.lent(atomic) if observers.left_behind() else atomic
+        return atomic
 
     return make_view_atomic
+
+
+def _send_response(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def send_response(self: Any, response: Any, send: Any) -> None:
+        if (
+            response.streaming
+            and response.is_async
+            and (flow.current() is not None or swap.active())
+            and observers.left_behind()
+        ):
+            await flow.lent(original)(self, response, send)
+        else:
+            await original(self, response, send)
+
+    return send_response
 
 
 def _load_middleware(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -143,9 +143,27 @@ def awaited(func: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]
     def call(*args: Any, **kwargs: Any) -> Any:
         if not bridge.in_native_code():
             return async_to_sync(partial(cancellable, func))(*args, **kwargs)
-        return bridge.await_(cancellable(func, *args, **kwargs))
+        return bridge.await_(cancellable(following(func), *args, **kwargs))
 
     return _method_like(func, call)
+
+
+def lent(
+    func: Callable[..., Coroutine[Any, Any, Any]],
+) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Have the request's thread wait for a coroutine function, which gets its connection."""
+    return sync_to_async(async_to_sync(func))
+
+
+def following(
+    func: Callable[..., Coroutine[Any, Any, Any]],
+) -> Callable[..., Coroutine[Any, Any, Any]]:
+    """Make a step of a coroutine function that is in what others have left in the thread."""
+
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        return await (lent(func) if goes_to_thread() else func)(*args, **kwargs)
+
+    return call
 
 
 def in_thread(func: Callable[..., Any]) -> Callable[..., Any]:

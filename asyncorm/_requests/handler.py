@@ -58,7 +58,7 @@ class Chain(BaseHandler):
         if method_is_async is None:
             method_is_async = iscoroutinefunction(method)
         if is_async == method_is_async:
-            return method
+            return flow.following(method) if is_async else method
         return (flow.on_the_loop if is_async else flow.awaited)(method)
 
     def make_view_atomic(self, view: Callable[..., Any]) -> Any:
@@ -197,7 +197,7 @@ class NativeHandler(ASGIHandler):
             running.finished.append(type(self))
         elif _only_closes_the_request(response):
             response.close()
-        elif running.native_view:
+        elif running.native_view and not flow.goes_to_thread():
             await bridge.run(response.close)
         else:
             await sync_to_async(response.close)()

@@ -12,6 +12,7 @@ import pytest
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
 from django.core.asgi import get_asgi_application as djangos
 from django.db import connection, models, transaction
+from django.db.models.functions import NullIf
 from django.http import HttpResponse, StreamingHttpResponse
 from django.template import engines
 from django.template.response import TemplateResponse
@@ -117,7 +118,32 @@ class Hops:
         return await sync_to_async(end)(request, response)
 
 
-KINDS = [Begins, BeginsInView, Manually, Sets, SetsInView, Hops]
+class BeginsUntilClosed(Begins):
+    """Its transaction is that of the stream, too."""
+
+    def process_response(self, request: Any, response: Any) -> Any:
+        response._resource_closers.append(lambda: end(request, response))
+        return response
+
+
+class Asks:
+    """Asynchronous middleware inside: what it does is in it, too."""
+
+    async_capable = True
+    sync_capable = False
+
+    def __init__(self, get_response: Any) -> None:
+        self.get_response = get_response
+        markcoroutinefunction(self)
+
+    async def __call__(self, request: Any) -> Any:
+        seen = await asks(request, "streams_natively" in request.path)
+        response = await self.get_response(request)
+        response["seen"] = f"{seen} {await asks(request, 'natively' in request.path)}"
+        return response
+
+
+KINDS = [Begins, BeginsInView, BeginsUntilClosed, Manually, Sets, SetsInView, Hops]
 
 
 class _Setting(models.Func):
@@ -125,7 +151,33 @@ class _Setting(models.Func):
     output_field = models.TextField()
 
 
-SEEN = _Setting(models.Value("app.tenant"), models.Value(True))
+# A connection that it was reset on says "", one that it never was set on says NULL.
+SEEN = NullIf(_Setting(models.Value("app.tenant"), models.Value(True)), models.Value(""))
+
+
+async def asks(request: Any, natively: bool) -> Any:
+    request.asked = remote_id = getattr(request, "asked", 200) + 1
+    if not natively:
+        await Item.objects.acreate(remote_id=remote_id)
+        return [name async for name in Item.objects.values_list(SEEN, flat=True)]
+    async with asyncorm.atomic():
+        await Item.objects.native_create(remote_id=remote_id)
+    async with asyncorm.cursor() as cursor:
+        await cursor.execute("SELECT count(*) FROM myapp_item")
+        assert await cursor.fetchone() == (await Item.objects.native_count(),)
+    return await Item.objects.values_list(SEEN, flat=True).anative()
+
+
+async def streams_asynchronously(request: Any) -> StreamingHttpResponse:
+    async def parts() -> Any:
+        for _ in range(3):
+            yield f"{await asks(request, 'natively' in request.path)} "
+
+    return StreamingHttpResponse(parts())
+
+
+async def streams_natively(request: Any) -> StreamingHttpResponse:
+    return await streams_asynchronously(request)
 
 
 async def writes(request: Any) -> HttpResponse:
@@ -174,8 +226,16 @@ def renders(request: Any) -> TemplateResponse:
     return TemplateResponse(request, template, {"items": Item.objects.annotate(t=SEEN)})
 
 
-VIEWS: list[Any] = [writes, natively, fails, refuses, synchronously, streams, renders]
+# Each of the second kind does what the first does, by asyncorm's own names.
+TWINS = {natively: writes, streams_natively: streams_asynchronously}
+VIEWS: list[Any] = [
+    *TWINS, *TWINS.values(), fails, refuses, synchronously, streams, renders,
+]  # fmt: skip
 urlpatterns = [path(f"{view.__name__}/", view) for view in VIEWS]
+
+
+SESSIONS = "django.contrib.sessions.middleware.SessionMiddleware"
+ASKS = f"{__name__}.Asks"
 
 
 async def outcome(app: Any, url: str) -> tuple[Any, ...]:
@@ -184,24 +244,31 @@ async def outcome(app: Any, url: str) -> tuple[Any, ...]:
     trace.clear()
     left = sorted(await asyncorm.native(lambda: [*Item.objects.values_list("remote_id")])())
     await Item.objects.all().native_delete()
-    return answer.status, answer.body if answer.status == 200 else "", steps, left
+    told = answer.body, dict(answer.headers).get(b"seen")
+    return answer.status, told if answer.status == 200 else "", steps, left
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["", "sessions inside"])
+@pytest.mark.parametrize(
+    "inside", ["", "django.contrib.sessions.middleware.SessionMiddleware", ASKS]
+)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-async def test_the_rest_of_the_request_finds_it(settings: Any, kind: Any, inside: bool) -> None:
+async def test_the_rest_of_the_request_finds_it(settings: Any, kind: Any, inside: str) -> None:
     settings.ROOT_URLCONF = __name__
     settings.MIDDLEWARE = [
         f"{__name__}.{kind.__name__}",
-        *["django.contrib.sessions.middleware.SessionMiddleware"] * inside,
+        *[inside] * bool(inside),
     ]
     differences = []
     for view in VIEWS:
         url = f"/{view.__name__}/"
         settings.ASYNCORM = {}
-        expected = await outcome(djangos(), "/writes/" if view is natively else url)
+        expected = await outcome(djangos(), f"/{TWINS.get(view, view).__name__}/")
         settings.ASYNCORM = {"SWAP_MANAGERS": True}
         ways = {"Django's handler": djangos(), "ours": get_asgi_application()}
+        if inside == ASKS and view in TWINS:  # else Django's own names only
+            del ways["Django's handler"]
+            if kind in (BeginsInView, SetsInView):  # what was left after it had begun
+                continue
         if not iscoroutinefunction(view):
             settings.ASYNCORM = {"SWAP_MANAGERS": True, "NATIVE_VIEWS": [__name__]}
             ways["ours, native views"] = get_asgi_application()
@@ -235,7 +302,7 @@ async def test_sessions_are_in_its_transaction(settings: Any, kind: Any, url: st
     settings.ROOT_URLCONF = __name__
     settings.MIDDLEWARE = [
         f"{__name__}.{kind.__name__}",
-        "django.contrib.sessions.middleware.SessionMiddleware",
+        SESSIONS,
     ]
     settings.ASYNCORM = {"SWAP_MANAGERS": True}
     for app in djangos(), get_asgi_application():
