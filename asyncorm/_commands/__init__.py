@@ -9,5 +9,6 @@ SUBCOMMANDS = {
     "what of Django is replaced",
     "hops": "what hops to a thread in the project's code, and what to write instead",
     "sizing": "connections that the settings open in all, against what the servers allow",
+    "docs": "the documentation of this version, at the place that an error names",
     "bench": "a get, a list and a hundred gets at once, Django's against native ones; reads only",
 }

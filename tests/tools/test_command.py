@@ -45,6 +45,20 @@ def test_without_a_subcommand_it_says_which_there_are() -> None:
         shown()
 
 
+# docs
+
+
+def test_docs_prints_what_an_error_names() -> None:
+    text = shown("docs", "docs/transactions.md#tasks-inside-a-block")  # as messages have it
+    assert text.startswith("## Tasks inside a block\n") and "\n## " not in text[1:]
+    assert text == shown("docs", "transactions#tasks-inside-a-block")
+    assert shown("docs", "transactions").startswith("# ") and text in shown("docs", "transactions")
+    assert "transactions.md" in shown("docs")  # the list of pages
+    for place, named in {"nowhere": "transactions", "transactions#x": "a-lost-connection"}.items():
+        with pytest.raises(CommandError, match=named):
+            shown("docs", place)
+
+
 # status
 
 
