@@ -46,7 +46,7 @@ _CUT = re.compile(
 
 RESTART = 1.0  # seconds for which nothing need listen, where only one server is known
 # The first and the longest wait before the next attempt, in seconds.
-_PACE = 0.05, 0.4
+_PACE = 0.05, 0.2
 _SLOW_PACE = 1.0, 2.0  # for what is not over soon
 _SLOWEST_PACE = 1.0, 8.0  # of a pool that has other connections
 _SHED_EVERY = 1.0
