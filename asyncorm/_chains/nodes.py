@@ -7,19 +7,24 @@ Another query of that kind is made, when somebody asks for it, by doing all of i
 Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 
 - `Query` and its attributes in `Node`: what querysets ask a query for before they do something.
+- `Query.join`, and whichever functions `Query` has: done again what was recorded by them.
 - `RegisterLookupMixin.get_class_lookups`: another lookup may be the one that is meant.
 """
 
 from __future__ import annotations
 
+import functools
 from threading import Lock
+from types import FunctionType
 from typing import Any
 
+from django.db.models.sql.datastructures import Join
 from django.db.models.sql.query import Query
 
 from .. import grounds
-from .values import Form, Key, add_watched, is_told, of_values, write
+from .values import Form, Key, Prepared, add_watched, is_told, of_values, write
 
+UNKNOWN: Any = object()
 MAX_NODES = 8192
 MAX_CHILDREN = 256  # names that come from users fill one node at most
 
@@ -42,13 +47,14 @@ class Node:
         children: by the form of the next call; None: it cannot be recorded.
         gets: the nodes that `get()` leads to, by its keywords and the types of their values.
         plans: what is executed for its queries, by the way in which they are (plans.py).
+        tables: of its models and those that it joins, as they were.
         was_used: since somebody last looked for a child to forget.
         era: of the trie; another one once something has changed that all nodes depend on.
     """
 
     __slots__ = (
         "call", "chained", "children", "era", "gets", "is_untouched", "lists", "model", "offset_at",
-        "parent", "plans", "start", "stop", "was_used", *FACTS,
+        "parent", "plans", "start", "stop", "tables", "was_used", *FACTS,
     )  # fmt: skip
 
     filter_is_sticky: bool
@@ -70,6 +76,9 @@ class Node:
         self.plans: dict[Any, Any] = {}
         self.was_used = False
         self.era = _era
+        self.tables: tuple[tuple[Any, str], ...] = (
+            _tables(query) if type(query) is Query else query.tables
+        )
         for name in FACTS:
             setattr(self, name, getattr(query, name))
 
@@ -90,8 +99,16 @@ class Node:
                     children[oldest] = node
                 else:
                     _count -= _size(node)
+            _count += form not in children
             children[form] = child
-            _count += 1
+
+    def child(self, form: Any) -> Any:
+        """The node that a call leads to by its form; None: it cannot be recorded.
+
+        UNKNOWN, too, where it does not lead there any more.
+        """
+        child = self.children.get(form, UNKNOWN)
+        return UNKNOWN if type(child) is Node and not is_current(child) else child
 
     def copies(self) -> Node:
         """The node of the copies that `Query.chain()` makes."""
@@ -104,6 +121,14 @@ class Node:
             node.filter_is_sticky = False
             self.chained = node
         return node
+
+
+def _tables(query: Any) -> tuple[tuple[Any, str], ...]:
+    """The options of a query's models, its own first, and their tables."""
+    opts = query.model._meta
+    joins: Any = (join for join in query.alias_map.values() if type(join) is Join)
+    joined = {join.join_field.related_model._meta: join.table_name for join in joins}
+    return tuple({opts: opts.db_table, **joined}.items())
 
 
 def _size(node: Node | None) -> int:
@@ -138,7 +163,12 @@ def clear() -> None:
 
 def is_current(node: Node) -> bool:
     """Whether a node may still be followed: Django would do what it did."""
-    return node.era is _era and _lookups is grounds.registered_lookups() and grounds.are_sound()
+    if node.era is not _era or _lookups is not grounds.registered_lookups():
+        return False
+    for opts, table in node.tables:
+        if opts.db_table != table:
+            return False
+    return grounds.are_sound()
 
 
 def root(model: Any) -> Node:
@@ -148,7 +178,8 @@ def root(model: Any) -> Node:
         _lookups = now
         clear()
     node = _roots.get(model)
-    if node is None:
+    if node is None or node.tables[0][1] != model._meta.db_table:
+        _own()
         node = _roots[model] = Node(None, None, Query(model), 0)
     return node
 
@@ -172,10 +203,11 @@ class Filter:
         self.form = form
         self.keys = keys
         self.lists = lists
-        self._lookups = [type(lookup) for _, lookup in seen]
+        self._lookups = [Prepared(rhs, lookup) for rhs, lookup in seen]
         self._registered = grounds.registered_lookups()
         self._fields = {field: len(vars(field)) for field in fields}
-        self._classes = grounds.Classes({*self._lookups, *map(type, fields)})
+        classes = {type(lookup) for _, lookup in seen}
+        self._classes = grounds.Classes({*classes, *map(type, fields)})
 
     def holds(self) -> bool:
         """Whether Django would find the same lookups now."""
@@ -259,14 +291,42 @@ def made(node: Node, values: Any, sources: Any = None) -> Any:
     Args:
         sources: a list, for each value its lookup and its place are put into it.
     """
-    path = []
+    path, end = [], node
     while node.parent is not None:
         path.append(node)
         node = node.parent
-    query = Query(node.model)
+    then = {opts.db_table: table for opts, table in end.tables}
+    as_it_was = grounds.are_sound() and all(now == table for now, table in then.items())
+    query: Any = Query(node.model) if as_it_was else _own()(node.model)
+    if not as_it_was:
+        query.tables_then = then
     for step in reversed(path):
         if step.call is None:
             _chain(query)
         else:
             step.call.repeat(query, values[step.start : step.stop], sources, step.start)
+    if not as_it_was:
+        del query.tables_then
+        query.__class__ = Query
     return query
+
+
+@functools.cache
+def _own() -> Any:
+    """A query with the methods that Django's has now, whatever is put in their places later.
+
+    What is recorded was done by them, and with the tables that the models had then.
+    """
+
+    class Own(Query):
+        tables_then: dict[str, str]
+
+        def join(self, join: Any, *args: Any, **kwargs: Any) -> Any:
+            join.table_name = self.tables_then.get(join.table_name, join.table_name)
+            return by_django(self, join, *args, **kwargs)
+
+    by_django: Any = Query.join
+    for name, value in vars(Query).items():
+        if type(value) is FunctionType and name not in vars(Own):
+            setattr(Own, name, value)
+    return Own

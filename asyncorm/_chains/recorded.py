@@ -18,8 +18,9 @@ from typing import Any
 from django.db.models.sql.query import Query
 
 from .. import verifying
+from ..grounds import are_djangos
 from . import nodes
-from .nodes import Call, Filter, Limits, Node, Set
+from .nodes import UNKNOWN, Call, Filter, Limits, Node, Set
 from .values import (
     add_watched,
     fields_of,
@@ -35,7 +36,6 @@ _new: Any = object.__new__
 _settling = Lock()
 _SETTABLE = {"select_for_update", "select_related", "standard_ordering", "filter_is_sticky"}
 _NONE: Any = MappingProxyType({})
-_MISSING: Any = object()
 
 
 class Recorded(Query):
@@ -78,18 +78,16 @@ class Recorded(Query):
             form = None if reuse_all else read(q_object, values)
         except Exception:  # of what is lazy: Django asks for it if it comes to that
             form = None
-        child = _MISSING if form is None else node.children.get(form, _MISSING)
+        child = UNKNOWN if form is None else node.child(form)
         if (
-            child is not _MISSING
-            and child is not None
-            and nodes.is_current(node)
+            type(child) is Node
             and child.call.holds()
             and (not child.call.keys or snapshot(child.call.keys, values))
         ):
             _follow(self, child, values)
             return
         settle(self)
-        if form is None or child is not _MISSING:
+        if form is None or child is not UNKNOWN:
             self.add_q(q_object, reuse_all)
             return
         seen = add_watched(self, q_object)
@@ -98,7 +96,7 @@ class Recorded(Query):
         keys = None if lookups is None else keys_of(lookups, values)
         lists = [i for i, value in enumerate(values) if type(value) is tuple and len(value) > 1]
         call = None
-        if fields is not None and keys is not None:
+        if fields is not None and keys is not None and are_djangos(*map(type, lookups or ())):
             call = Filter(form, keys, lists, seen, fields)
         _learn(node, form, call, self, len(values))
 
@@ -163,16 +161,16 @@ def _step(query: Any, form: Any, kind: Any, args: Any, values: Any = ()) -> None
     """Follow a call by its form; one that is not known is made on the query itself."""
     node = query.chain_node
     try:
-        child = node.children.get(form, _MISSING)
+        child = node.child(form)
     except TypeError:  # an argument of another kind
         child = None
-    if child is not _MISSING and child is not None and nodes.is_current(node):
+    if type(child) is Node:
         _follow(query, child, values)
         return
     settle(query)
     call = kind(*args)
     call.repeat(query, values, None, 0)
-    if child is _MISSING and _is_plain(form):
+    if child is UNKNOWN and _is_plain(form):
         _learn(node, form, call, query, len(values))
 
 
@@ -188,6 +186,8 @@ def _learn(node: Node, form: Any, call: Any, made: Any, count: int) -> None:
     Args:
         call: None: it cannot be recorded.
     """
+    if not nodes.is_current(node):
+        return
     if (
         call is None
         or made.is_empty()

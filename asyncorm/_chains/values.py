@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from operator import is_
 from typing import Any, NamedTuple
 
-from django.conf import settings
 from django.db import models
 from django.db.models import Model, Q, lookups
 from django.db.models.expressions import Col
@@ -118,8 +117,8 @@ def kind_of(value: Any) -> Any:
     if kind in _FIELDS:
         if kind is int and not -_HUGE < value < _HUGE:
             return None
-        if kind is datetime.datetime and (value.tzinfo is None) is settings.USE_TZ:
-            return None  # Django warns, or refuses
+        if kind is datetime.datetime and value.tzinfo is None:
+            return None  # what Django makes of it depends on settings
         return None if kind is decimal.Decimal and not value.is_finite() else kind
     if isinstance(value, Model) or (isinstance(value, enum.Enum) and isinstance(value, int | str)):
         return kind
@@ -198,17 +197,13 @@ def add_watched(query: Any, q: Any, by: Any = None) -> list[tuple[Any, Any]]:
     """`query.add_q(q)`; the values with the lookups that they were given to, in that order.
 
     Args:
-        by: the lookups' classes; None: as Django finds them.
+        by: what makes the lookups; None: as Django finds them.
     """
     seen: list[tuple[Any, Any]] = []
     build = query.build_lookup
 
     def build_lookup(lookups: Any, lhs: Any, rhs: Any) -> Any:
-        if by is None:
-            lookup = build(lookups, lhs, rhs)
-        else:
-            cls = by[len(seen)]
-            lookup = cls(lhs, True) if rhs is None and cls in NULLS else cls(lhs, rhs)
+        lookup = build(lookups, lhs, rhs) if by is None else by[len(seen)].again(lhs, rhs)
         seen.append((rhs, lookup))
         return lookup
 
@@ -218,6 +213,36 @@ def add_watched(query: Any, q: Any, by: Any = None) -> list[tuple[Any, Any]]:
     finally:
         del query.build_lookup
     return seen
+
+
+class Prepared:
+    """A lookup as Django has made it, for other values of the type: they are prepared likewise.
+
+    Whatever somebody has put in the place of Django's functions since then is not called.
+    """
+
+    def __init__(self, given: Any, lookup: Any) -> None:
+        self._class = type(lookup)
+        self._is_constant = given is None or type(given) is bool
+        own = {"lhs"} if self._is_constant else {"lhs", "rhs"}
+        self._state = {name: value for name, value in vars(lookup).items() if name not in own}
+        self._is_list = type(given) in _LISTS
+        each = (next(iter(given)), lookup.rhs[0]) if self._is_list else (given, lookup.rhs)
+        before, after = map(type, each)
+        self._kind: Any = None if before is after or issubclass(before, Model) else after
+
+    def again(self, lhs: Any, value: Any) -> Any:
+        """The lookup for another value."""
+        lookup = object.__new__(self._class)
+        vars(lookup).update(self._state, lhs=lhs)
+        if not self._is_constant:
+            prepare = self._kind or _itself
+            lookup.rhs = [*map(prepare, value)] if self._is_list else prepare(value)
+        return lookup
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def of_values(seen: list[tuple[Any, Any]], values: list[Any]) -> list[Any] | None:

@@ -10,7 +10,9 @@ import functools
 import pickle
 import random
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -34,6 +36,7 @@ from tests.compare import differences
 from tests.project.shop.models import (
     Author,
     Book,
+    Category,
     Document,
     Event,
     Order,
@@ -619,7 +622,37 @@ def loose() -> Any:
     return LooseTag
 
 
-# What has Django find another lookup, and the model that it is of.
+def patched(owner: Any, name: str, change: Callable[..., Any]) -> Any:
+    """A method that hands what it is given to a function first, for as long as a with."""
+    original = getattr(owner, name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *change(*args), **kwargs)
+
+    return mock.patch.object(owner, name, method)
+
+
+def by_another(self: Any) -> Any:
+    return "used" if self.rhs == "hardcover" else self.rhs
+
+
+def everybody(condition: Any, *rest: Any) -> Any:
+    return (("name__gt", "") if condition[0] == "name" else condition, *rest)
+
+
+@contextmanager
+def table_of(model: Any, other: Any) -> Iterator[None]:
+    """A model has another one's table, as where one is chosen by tenant or month."""
+    own = model._meta.db_table
+    for table in (other._meta.db_table, own):
+        model._meta.db_table = table
+        for field in model._meta.concrete_fields:
+            vars(field).pop("cached_col", None)
+        if table != own:
+            yield
+
+
+# What has Django find another lookup or prepare another value, and the model that it is of.
 ELSE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "registered": (lambda: Tag, lambda model: register_lookup(CharField, Other)),
     "patched": (lambda: Tag, lambda model: mock.patch.object(CharField, "get_lookup", given)),
@@ -630,6 +663,16 @@ ELSE: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         ),
     ),
     "by the field's own": (loose, lambda model: mock.patch.object(Loose, "other", True)),
+    "another condition": (lambda: Tag, lambda model: patched(Query, "build_filter", everybody)),
+    "another value by the lookup": (
+        lambda: Tag,
+        lambda model: mock.patch.object(models.Lookup, "get_prep_lookup", by_another),
+    ),
+    "another value by the field": (
+        lambda: Tag,
+        lambda model: patched(CharField, "get_prep_value", lambda value: ["used"]),
+    ),
+    "another table": (lambda: Tag, lambda model: table_of(model, Category)),
 }
 FETCHES: dict[str, Callable[[Any], Any]] = {
     "list": lambda tags: tags.values_list("name", flat=True).order_by("name").anative(),
@@ -650,7 +693,7 @@ async def test_a_lookup_is_that_of_when_the_filter_was_made(what: str) -> None:
     model = make()
 
     def some() -> Any:
-        return model.objects.filter(name="tag 1")
+        return model.objects.filter(name="hardcover")
 
     for fetch in FETCHES.values():
         for _ in range(WARM):
@@ -662,6 +705,16 @@ async def test_a_lookup_is_that_of_when_the_filter_was_made(what: str) -> None:
                 changed = await fetch(some())
                 tags = some()
         assert await fetch(tags) == changed != before
+
+
+async def test_a_naive_datetime_is_what_it_was_when_the_filter_was_made() -> None:
+    with override_settings(USE_TZ=False):
+        for _ in range(WARM):
+            books = Book.objects.filter(created__gt=dt.datetime(2024, 1, 1))
+            await books.native_count()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of Django, which makes it aware
+        assert "WHERE" in str(books.all().query)
 
 
 async def test_an_ordering_that_is_changed_is_used_at_once(
