@@ -117,6 +117,10 @@ class Recorded(Query):
             settle(self)
             setattr(self, name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        settle(self)  # of what Django keeps once something was done to a query, no class tells
+        return getattr(self, name)
+
     def __delattr__(self, name: str) -> None:
         settle(self)
         delattr(self, name)

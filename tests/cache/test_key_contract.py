@@ -7,6 +7,7 @@ a new Django is looked at, and with a reason where no change of it makes a diffe
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -43,11 +44,13 @@ from django.utils.functional import cached_property
 
 import asyncorm
 from asyncorm import expressions, shapes, statements, verifying
+from asyncorm._chains.recorded import Recorded
 from asyncorm._hooks import switch
 from asyncorm._hooks.iterate import compile_tuples
 from asyncorm._hooks.write import compile_write
 from tests.project.shop.models import Book, Publisher, Review, Tag
 from tests.project.shop.sample import moment
+from tests.ways import outcome
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 
@@ -414,3 +417,43 @@ async def test_a_change_is_in_the_key_or_makes_no_difference(
         assert not new, f"Look at these attributes of {kind.__name__}: are they in the key? {new}"
         assert keyed & made.names[kind] <= made.different[kind]
         assert not made.different[kind] & {*listed.harmless}
+
+
+CHAINS: dict[str, Callable[[Any], Any]] = {
+    "new": lambda books: books.all(),
+    "filtered": lambda books: books.filter(pk__gt=1, in_print=True).order_by("title"),
+    "joined": lambda books: books.filter(publisher__name="x").select_related("publisher"),
+    "sliced": lambda books: books.exclude(pages=1).order_by("pk").only("title")[1:4],
+    "values": lambda books: books.filter(pk__in=[1, 2]).values("title"),
+}
+
+
+@pytest.mark.parametrize("title", CHAINS)
+async def test_what_is_done_to_a_recorded_query_is_done_to_djangos_or_recorded(title: str) -> None:
+    build = CHAINS[title]
+    for _ in range(6):  # each time one more call is recorded
+        build(models.QuerySet(Book))
+
+    def both() -> tuple[Any, Any]:
+        recorded = build(models.QuerySet(Book)).query
+        assert type(recorded) is Recorded
+        return recorded, build(models.QuerySet(Book, Query(Book))).query
+
+    names = {*dir(Query), *vars(both()[1])}
+    for name in sorted(each for each in names if not each.startswith("__")):
+        query, djangos = both()
+        if not callable(value := outcome(getattr, djangos, name)):
+            found = outcome(getattr, query, name)
+            assert found == value or shown(found) == shown(value), name
+        for number, _ in enumerate(others(djangos, name) if name in vars(djangos) else ()):
+            query, djangos = both()
+            node, value = query.chain_node, others(djangos, name)[number]
+            setattr(query, name, value)
+            setattr(djangos, name, value)
+            assert type(query) is not Recorded or query.chain_node is not node, name
+            query.where  # noqa: B018 (makes it one of Django's)
+            verifying.compare_queries(query, djangos)
+
+
+def shown(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
