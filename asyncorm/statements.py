@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from itertools import accumulate, islice
 from typing import Any
+from weakref import ref
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models.lookups import Lookup
@@ -178,6 +179,12 @@ def plan_for(
     Args:
         again: it is asked for once more if there is none, and counted then.
     """
+    global _unfit
+    if (looked_at := _unfit) is not None:
+        _unfit = None
+        if looked_at() is query:
+            _leave(again)
+            return None
     try:
         if expressions is None:
             shape = Shape(query, wrapper, *kind)
@@ -191,11 +198,15 @@ def plan_for(
             key, plan = whole, recall(whole)
         elif plan is not None and plan is not UNPLANNED and shape.lengths:
             plan = plan.of_lists(shape.lists(skips_null=plan.skips_null))
-    except Exception:  # whatever is wrong with the query, Django will say
+    except Exception as exc:  # whatever is wrong with the query, Django will say
+        if isinstance(exc, NotCacheable):
+            _note_unfit(query)
         _leave(again)
         return None
     known = plan is not UNPLANNED and (plan is None or plan.holds(shape))
     if (plan is None or not known) and not bridge.in_native_code():
+        if plan is None:
+            _note_unfit(query)
         return None
     if not known:
         plan = _made(of_any, query, shape, compile)
@@ -212,6 +223,16 @@ def plan_for(
     if known and not hit(key, plan, params, shape.offset, again_by_django, again=again):
         return None
     return plan, params, shape.offset
+
+
+_unfit: ref[Any] | None = None  # what a coroutine has looked at last, if it has no plan
+
+
+def _note_unfit(query: Any) -> None:
+    """Spare the operation that executes a query the look that a coroutine has had at it."""
+    global _unfit
+    if not bridge.in_native_code():
+        _unfit = ref(query)
 
 
 _BY_LENGTH: Any = object()  # in the place of a plan: lists of each length have their own

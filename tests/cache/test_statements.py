@@ -1343,3 +1343,26 @@ async def test_a_cursor_put_on_the_wrapper_is_asked() -> None:
         raise ZeroDivisionError
 
     await asyncorm.native(read)()
+
+
+@pytest.mark.parametrize("method", ["native_count", "native_exists", "anative"])
+async def test_what_is_unfit_is_looked_at_once(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    looks = []
+
+    class Looked(statements.Shape):
+        def __init__(self, query: Any, *args: Any) -> None:
+            looks.append(query)
+            super().__init__(query, *args)
+
+    monkeypatch.setattr(statements, "Shape", Looked)
+    await Author.objects.native_count()  # there is a connection
+    unfit = Author.objects.filter(pk=1).union(Author.objects.filter(pk=2))
+    before = asyncorm.statement_cache_stats()["unfit"]
+    await getattr(unfit, method)()
+    assert len([query for query in looks if query is unfit.query]) == 1
+    assert asyncorm.statement_cache_stats()["unfit"] > before
+    # Not remembered for what is done to it next.
+    fit = Author.objects.filter(pk__in=[1, 2])
+    assert await fit.native_count() == await asyncorm.native(fit.count)()
