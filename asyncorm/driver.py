@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from time import monotonic
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import anyio
 import psycopg
@@ -47,6 +47,7 @@ _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _SHOULD = Prepare.SHOULD
 _PIPELINE_OFF = pq.PipelineStatus.OFF
 _SEEN = len(REMEMBERED)
+_NOT_MADE: Any = (None, (None,), None)
 
 
 class Connection(CancellableConnection):
@@ -91,7 +92,7 @@ class Connection(CancellableConnection):
         self._start: tuple[Any, ...] | None = None
         self.pooled = None
         self._pool = None  # also tells psycopg not to warn about a connection it did not see closed
-        self._made: dict[Any, tuple[Any, Any]] = {}
+        self._made: dict[Any, tuple[Any, Any, Any]] = {}
 
     @classmethod
     def over(cls, pgconn: Any, options: dict[str, Any], wire: Wire | None = None) -> Connection:
@@ -221,15 +222,16 @@ class Connection(CancellableConnection):
     def per_settings(self, make: Callable[[Connection], T]) -> T:
         """What `make` gives for the adapters and the session's settings of times and texts as they
         are now: dumpers and loaders remember them."""
-        adapters: Any = self._adapters
+        version: Any = self._adapters.version  # type: ignore[union-attr]
         told = self.told
-        seen = map(self.pgconn.parameter_status, REMEMBERED) if told is None else told[:_SEEN]
-        current = (adapters.version, *seen)
-        made_for, made = self._made.get(make, (None, None))
-        if made_for != current:
-            made = make(self)
-            self._made[make] = current, made
-        return cast(T, made)
+        last, made_for, made = self._made.get(make, _NOT_MADE)
+        if told is None or last is not told or made_for[0] != version:
+            seen = map(self.pgconn.parameter_status, REMEMBERED) if told is None else told[:_SEEN]
+            current = (version, *seen)
+            if made_for != current:
+                made = make(self)
+            self._made[make] = told, current, made
+        return made  # type: ignore[no-any-return]
 
     def bound(self, text: str, params: Any) -> Statement:
         """The statement that a cursor of the connection would send for SQL and parameters."""
@@ -237,15 +239,18 @@ class Connection(CancellableConnection):
         query.convert(text, params)
         return sent(query, text)
 
-    def load(self, result: Any, transformer: Any) -> Iterator[list[tuple[Any, ...]]]:
+    def load(self, result: Any, transformer: Any, **known: Any) -> Iterator[list[tuple[Any, ...]]]:
         """The rows of a result that was just given, some at a time.
 
         Other tasks have a turn now and then. Loaded as they are asked for if nobody but the
         operation can change the session meanwhile, otherwise at once.
+
+        Args:
+            known: what the transformer need not ask the result for.
         """
-        if result.ntuples <= SLICE:
-            transformer.set_pgresult(result)
-            rows = transformer.load_rows(0, result.ntuples, tuple)
+        if (count := result.ntuples) <= SLICE:
+            transformer.set_pgresult(result, **known)
+            rows = transformer.load_rows(0, count, tuple)
             transformer.set_pgresult(None)  # an idle connection keeps no rows
             return iter((rows,))
         parts = self._load(result, transformer)

@@ -312,28 +312,19 @@ class Ground:
         registries = [vars(cls).get("class_lookups") for cls in parts]
         self._registries = [each.values() for each in registries if each is not None]
         self._registered = [*map(list, self._registries)]
-        self._fields = [vars(field) for field in concrete]
+        fields = [vars(field) for field in concrete]
+        # A mock on a field itself makes it larger; then it has to be the same one.
+        self._fields = [(field, len(field), field["column"]) for field in fields]
         self._mocks = [
-            (own, name)
-            for own, cls in zip(self._fields, map(type, concrete), strict=True)
+            (own, name, own[name])
+            for own, cls in zip(fields, map(type, concrete), strict=True)
             for name in own.keys() & _overridable(cls)
         ]
-        self._options = options
+        self._options = [(each, _TABLE(each)) for each in options]
         self._others = [vars(cls).values() for cls in others - {Model}]
-        instances = [field.get("instance_lookups") for field in self._fields]
+        instances = [field.get("instance_lookups") for field in fields]
         self._others += [each.values() for each in instances if each is not None]
-        self._kept = self._now()
-
-    def _now(self) -> list[Any]:
-        """What is compared for each use of the plan."""
-        fields = self._fields
-        return [
-            *map(len, fields),  # a mock on a field itself, and whether it is the same
-            *[own.get(name) for own, name in self._mocks],
-            *map(_COLUMN, fields),
-            *map(_TABLE, self._options),
-            *map(list, self._others),
-        ]
+        self._kept = [*map(list, self._others)]
 
     def holds(self) -> bool:
         """Whether all is as it was."""
@@ -351,7 +342,16 @@ class Ground:
             look.find(look.cls)
             if seen.number != look.name.looks and not seen.holds():
                 return False
-        return self._now() == self._kept
+        for field, size, column in self._fields:
+            if len(field) != size or field["column"] != column:
+                return False
+        for own, name, value in self._mocks:
+            if own.get(name) is not value:
+                return False
+        for each, kept in self._options:
+            if _TABLE(each) != kept:
+                return False
+        return not self._others or [*map(list, self._others)] == self._kept
 
     def _has_lookups(self) -> bool:
         """Whether the lookups that were registered or taken out are of no concern here."""
@@ -367,7 +367,6 @@ class Ground:
 registered_lookups: Callable[[], Any] = functools.partial(
     vars(RegisterLookupMixin)["get_class_lookups"].__func__, Field
 )
-_COLUMN = itemgetter("column")
 _TABLE = attrgetter("db_table", "concrete_fields", "managed")
 
 

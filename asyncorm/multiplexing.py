@@ -309,12 +309,13 @@ class Queue:
                     self._refuse(request, setter, results)
                     continue
                 told = None if before is None else reported(conn.pgconn)
-                conn.told = told
+                changed = told != before
+                conn.told = told if changed else before  # what was made for the same is found fast
                 try:
                     answer = _Answer(request, results, conn)
                 finally:
                     conn.told = None
-                if told != before:
+                if changed:
                     setter = request
                     slow.add(setter.command.text)
                 if at_once:

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import Context
 from functools import partial
+from operator import itemgetter
 from time import monotonic
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,7 +49,7 @@ __all__ = [
 logger = logging.getLogger("asyncorm")
 
 _MAX_IDLE = 32  # wrappers that are kept beyond a burst
-_WHERE = ("NAME", "USER", "PASSWORD", "HOST", "PORT")
+_where = itemgetter("NAME", "USER", "PASSWORD", "HOST", "PORT")
 
 
 class Pool:
@@ -80,7 +81,7 @@ class Pool:
         between.refuse_gevent()
         self.alias = alias
         self.settings_dict = settings_dict
-        self.where = self._where()
+        self.where = _where(settings_dict)
         self.loop = get_running_loop()
         self.wrappers: list[Any] = []
         self.make_wrapper = make_wrapper
@@ -98,13 +99,10 @@ class Pool:
         self._stand_in: Any = None
         self._exchange = between.of_loop(self.loop)
 
-    def _where(self) -> tuple[Any, ...]:
-        return tuple(map(self.settings_dict.get, _WHERE))
-
     @property
     def outdated(self) -> bool:
         """Whether the settings now name another database (tests rename it)."""
-        return self.where != self._where()
+        return bool(self.where != _where(self.settings_dict))
 
     def take_wrapper(self) -> Any:
         """An idle DatabaseWrapper for native code, without a connection."""

@@ -42,6 +42,7 @@ from django.db.models.utils import AltersData
 from psycopg.pq.abc import PGresult
 from psycopg.types.string import TextLoader
 
+from ._wire.adapting import types_of
 from .driver import SLICE, Connection
 from .grounds import Last, is_anothers, of_class
 from .shapes import NotCacheable
@@ -147,15 +148,19 @@ class RowMaker:
 
     def load(self, result: PGresult, conn: Connection) -> Loaded:
         """What psycopg makes of a result, as the session was when it ran the statement."""
-        oids = tuple(map(result.ftype, range(result.nfields)))
+        oids = types_of(result)
+        known: dict[str, Any] = {}
         if _TIMESTAMPTZ in oids or _JSONB in oids:
             transformer, times, texts = conn.per_settings(_loaders)
+            if times is not None:  # so it is the one that asks for them
+                known = {"oids": oids}
         else:
             transformer, times, texts = conn.transformer, None, _NO_TEXTS
         seen = oids, texts
         if seen != self._seen[0]:  # else they are as those of the last result
             self._seen = seen, tuple([oid if oid in texts else 0 for oid in oids])
-        return Loaded(result.ntuples, conn.load(result, transformer), self._seen[1], times)
+        parts = conn.load(result, transformer, **known)
+        return Loaded(result.ntuples, parts, self._seen[1], times)
 
     def made(
         self,

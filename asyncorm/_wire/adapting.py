@@ -73,15 +73,23 @@ class _TimesAsText(Transformer):  # type: ignore[misc, valid-type]
 
     _oids: tuple[int, ...] | None = None  # of the columns that it has loaders for
 
-    def set_pgresult(self, result: PGresult, **kwargs: Any) -> None:
+    def set_pgresult(
+        self, result: PGresult, *, oids: tuple[int, ...] | None = None, **kwargs: Any
+    ) -> None:
         super().set_pgresult(result, set_loaders=False)
         if result is not None:
-            oids = tuple(map(result.ftype, range(result.nfields)))
+            if oids is None:
+                oids = types_of(result)
             if oids != self._oids:
                 self.set_loader_types(
                     [_AS_TEXT if oid == _TIMESTAMPTZ else oid for oid in oids], pq.Format.TEXT
                 )
                 self._oids = oids
+
+
+def types_of(result: PGresult) -> tuple[int, ...]:
+    """The oids of the types of a result's columns."""
+    return tuple(map(result.ftype, range(result.nfields)))
 
 
 def text_transformer_of(conn: Connection) -> Any:
