@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from asyncio import get_running_loop
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -104,7 +105,7 @@ class Pipeline:
         self._most = self.sent
         self._stopping = True
         conn = self._conn
-        stop = conn.stop(conn.wire.drive(self._steps, self._state))
+        stop = conn.stop(partial(conn.wire.drive, self._steps, self._state))
         task = get_running_loop().create_task(stop)
         if not await finish(task, CANCEL_TIMEOUT) or task.exception() is not None:
             self._steps.close()

@@ -106,7 +106,7 @@ class CancellableConnection(psycopg.Connection[Any]):
             pipeline = self.pgconn.pipeline_status and not self.segment
             if not pipeline and self.pgconn.transaction_status != _ACTIVE:
                 return
-            stop = self.silence() if pipeline else self.stop(self._drain())
+            stop = self.silence() if pipeline else self.stop(self._drain)
             task = get_running_loop().create_task(stop)
             answered = await finish(task, CANCEL_TIMEOUT)
             if not answered or task.cancelled() or task.exception():
@@ -115,13 +115,13 @@ class CancellableConnection(psycopg.Connection[Any]):
                 return
         self.terminate()
 
-    async def stop(self, over: Coroutine[Any, Any, Any]) -> None:
-        """Have the server stop what runs, and wait for `over`: the answer to it.
+    async def stop(self, over: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        """Have the server stop what runs, and wait for `over()`: the answer to it.
 
         Asks again and again: a server process that has not read the statement yet, or is between
         two of them, ignores a request to cancel.
         """
-        task = get_running_loop().create_task(over)
+        task = get_running_loop().create_task(over())
         try:
             while not task.done():
                 await self._request_cancel()
@@ -154,7 +154,7 @@ class CancellableConnection(psycopg.Connection[Any]):
     async def stop_others(self, turn: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         """Cancel the statement that another task waits for, then wait for `turn()`: for the
         connection to be the caller's."""
-        await (self.stop(turn()) if self.waiting else turn())
+        await (self.stop(turn) if self.waiting else turn())
 
     def segment_results(self) -> Generator[int, int, list[list[Any]]]:
         """The results of the sync segment under way, those of each command together; leaves
