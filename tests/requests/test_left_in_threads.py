@@ -152,7 +152,8 @@ class _Setting(models.Func):
 
 
 # A connection that it was reset on says "", one that it never was set on says NULL.
-SEEN = NullIf(_Setting(models.Value("app.tenant"), models.Value(True)), models.Value(""))
+EMPTY = models.Value("", output_field=models.TextField())
+SEEN = NullIf(_Setting(models.Value("app.tenant"), models.Value(True)), EMPTY)
 
 
 async def asks(request: Any, natively: bool) -> Any:
