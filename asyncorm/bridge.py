@@ -194,7 +194,10 @@ def release(resource: Any) -> None:
         try:
             resource.release()
         finally:
-            setrecursionlimit(limit)
+            try:
+                setrecursionlimit(limit)
+            except RecursionError:  # refused at the very depth that it allows
+                get_running_loop().call_soon(setrecursionlimit, limit)
 
 
 def _unwind(runner: Runner, out: object) -> Any:
