@@ -179,7 +179,7 @@ def root(model: Any) -> Node:
         clear()
     node = _roots.get(model)
     if node is None or node.tables[0][1] != model._meta.db_table:
-        _own()
+        _own()  # the methods that it is recorded by
         node = _roots[model] = Node(None, None, Query(model), 0)
     return node
 

@@ -18,7 +18,7 @@ import decimal
 import enum
 import functools
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -229,14 +229,15 @@ class Prepared:
         self._is_list = type(given) in _LISTS
         each = (next(iter(given)), lookup.rhs[0]) if self._is_list else (given, lookup.rhs)
         before, after = map(type, each)
-        self._kind: Any = None if before is after or issubclass(before, Model) else after
+        is_kept = before is after or issubclass(before, Model)
+        self._prepare: Callable[[Any], Any] = _itself if is_kept else after
 
     def again(self, lhs: Any, value: Any) -> Any:
         """The lookup for another value."""
         lookup = object.__new__(self._class)
         vars(lookup).update(self._state, lhs=lhs)
         if not self._is_constant:
-            prepare = self._kind or _itself
+            prepare = self._prepare
             lookup.rhs = [*map(prepare, value)] if self._is_list else prepare(value)
         return lookup
 

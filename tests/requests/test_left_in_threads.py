@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
+from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.core.asgi import get_asgi_application as djangos
 from django.db import connection, models, transaction
 from django.db.models.functions import NullIf
@@ -22,6 +22,7 @@ from django.utils.deprecation import MiddlewareMixin
 import asyncorm
 from asyncorm.asgi import get_asgi_application, native_view
 from tests.asgi_client import ask
+from tests.middleware import AsynchronousMiddleware, set_tenant
 from tests.project.myapp.models import Item
 from tests.support import all_given_back
 
@@ -52,11 +53,6 @@ def end(request: Any, response: Any) -> Any:
         transaction.set_rollback(True)
     request.block.__exit__(None, None, None)
     return response
-
-
-def set_tenant(name: str) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(f"SET app.tenant = '{name}'")
 
 
 class Begins(MiddlewareMixin):
@@ -104,14 +100,7 @@ class SetsInView(Sets):
         set_tenant("acme")
 
 
-class Hops:
-    async_capable = True
-    sync_capable = False
-
-    def __init__(self, get_response: Any) -> None:
-        self.get_response = get_response
-        markcoroutinefunction(self)
-
+class Hops(AsynchronousMiddleware):
     async def __call__(self, request: Any) -> Any:
         await sync_to_async(begin)(request)
         response = await self.get_response(request)
@@ -126,15 +115,8 @@ class BeginsUntilClosed(Begins):
         return response
 
 
-class Asks:
+class Asks(AsynchronousMiddleware):
     """Asynchronous middleware inside: what it does is in it, too."""
-
-    async_capable = True
-    sync_capable = False
-
-    def __init__(self, get_response: Any) -> None:
-        self.get_response = get_response
-        markcoroutinefunction(self)
 
     async def __call__(self, request: Any) -> Any:
         seen = await asks(request, "streams_natively" in request.path)

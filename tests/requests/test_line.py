@@ -74,15 +74,6 @@ def atomically(get_response: Any) -> Any:
     return middleware
 
 
-def sets(get_response: Any) -> Any:
-    def middleware(request: Any) -> Any:
-        with connection.cursor() as cursor:
-            cursor.execute("SET app.tenant = 'acme'")
-        return get_response(request)
-
-    return middleware
-
-
 urlpatterns = [
     path("works/<name>/", works),
     path("awaits/", awaits),
@@ -147,10 +138,10 @@ async def test_who_awaits_something_lets_others_begin() -> None:
 
 
 @pytest.mark.usefixtures("strictly")
-@pytest.mark.parametrize("middleware", ["atomically", "sets"])
+@pytest.mark.parametrize("middleware", [f"{__name__}.atomically", "tests.middleware.sets_tenant"])
 async def test_who_has_a_connection_does_not_wait(settings: Any, middleware: str) -> None:
     app = get_asgi_application()
-    settings.MIDDLEWARE = [f"{__name__}.{middleware}"]
+    settings.MIDDLEWARE = [middleware]
     settings.ASYNCORM = {"NATIVE_MIDDLEWARE": "__all__"}
     keeping = get_asgi_application()
     async with locked(app):

@@ -770,15 +770,6 @@ async def test_asyncclient_raises_what_views_raise(settings: Any) -> None:
 # Session state
 
 
-def sets_state(get_response: Any) -> Any:
-    def middleware(request: Any) -> Any:
-        with connection.cursor() as cursor:
-            cursor.execute("SET app.tenant = 'acme'")
-        return get_response(request)
-
-    return middleware
-
-
 def tenant() -> str:
     with connection.cursor() as cursor:
         cursor.execute("SELECT current_setting('app.tenant', true)")
@@ -803,8 +794,8 @@ urlpatterns += [
 async def test_what_native_middleware_sets_in_its_session_is_seen_or_refused(
     settings: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings.MIDDLEWARE = [*DEFAULT, f"{__name__}.sets_state"]
-    settings.ASYNCORM = {"NATIVE_MIDDLEWARE": [f"{__name__}.sets_state"]}
+    settings.MIDDLEWARE = [*DEFAULT, "tests.middleware.sets_tenant"]
+    settings.ASYNCORM = {"NATIVE_MIDDLEWARE": ["tests.middleware.sets_tenant"]}
     app = get_asgi_application()
     assert await body(app, "/tenant/") == "acme"
     assert await body(app, "/tenant/native/") == "acme"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+from asgiref.sync import iscoroutinefunction
 from django.core.asgi import get_asgi_application as djangos
 from django.core.exceptions import MiddlewareNotUsed, PermissionDenied
 from django.http import Http404, HttpResponse
@@ -19,6 +19,7 @@ from django.utils.deprecation import MiddlewareMixin
 
 from asyncorm.asgi import get_asgi_application as ours
 from tests.asgi_client import ask
+from tests.middleware import AsynchronousMiddleware
 
 pytestmark = [
     pytest.mark.django_db(transaction=True),
@@ -122,14 +123,7 @@ class Plain:
         return answer("plain's process_exception")
 
 
-class Asynchronous:
-    async_capable = True
-    sync_capable = False
-
-    def __init__(self, get_response: Any) -> None:
-        self.get_response = get_response
-        markcoroutinefunction(self)
-
+class Asynchronous(AsynchronousMiddleware):
     async def __call__(self, request: Any) -> Any:
         note("asynchronous in")
         response = await self.get_response(request)

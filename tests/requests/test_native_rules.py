@@ -22,6 +22,7 @@ from django.urls import path
 import asyncorm
 from asyncorm.asgi import get_asgi_application, native_view
 from tests.asgi_client import ask
+from tests.middleware import set_tenant
 from tests.project.myapp.models import Item
 from tests.support import all_given_back, in_thread
 
@@ -113,8 +114,7 @@ class LocalSetting(Middleware):
 
 class SessionSetting(Middleware):
     def __call__(self, request: Any) -> Any:
-        with connection.cursor() as cursor:
-            cursor.execute("SET app.tenant = 'acme'")
+        set_tenant("acme")
         try:
             return self.get_response(request)
         finally:
