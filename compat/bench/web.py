@@ -297,8 +297,8 @@ def report(results: list[dict[str, Any]]) -> str:
         "`startproject` makes it (seven MIDDLEWARE) with Django REST framework, PostgreSQL on the "
         "same machine. CPU time of the server's process for each request; asyncorm's own handler "
         "is `asyncorm.asgi.get_asgi_application()` with the views named. Threads are those started "
-        "while that was measured. Measured by `make bench-requests`, turn by turn: compare within a "
-        "group.",
+        "while that was measured. Measured by `make bench-requests`, turn by turn: compare within "
+        "a group.",
         "",
         "django-async-backend takes part where it has an asynchronous way of its own. django-bolt "
         "and FastAPI are there for orientation: they pass no MIDDLEWARE, no sessions, no CSRF, "
