@@ -13,7 +13,6 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 - The classes in `_CLASSES`, those of fields, models and lookups: their contents are looked at.
 - `RegisterLookupMixin.class_lookups`, `.instance_lookups`: what `register_lookup()` fills;
   `.get_class_lookups()`: a `functools.cache` that it empties.
-- `Model.__bases__`, `QuerySet.__bases__`: get one more class, see `Last`.
 - `Options.db_table`, `.managed`, `.concrete_fields`, `.all_parents`, `Field.column`: what SQL is
   made of.
 """
@@ -24,17 +23,15 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib import import_module
 from itertools import repeat
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_
 from types import FunctionType
 from typing import Any
-from weakref import WeakValueDictionary
 
 from django.core.exceptions import FieldDoesNotExist
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql import operations
 from django.db.models import Field, Model, expressions, fields, lookups, query
 from django.db.models.base import ModelBase
-from django.db.models.manager import BaseManager
 from django.db.models.query_utils import RegisterLookupMixin
 from django.db.models.sql import compiler, datastructures, subqueries, where
 from django.db.models.sql import query as sql_query
@@ -42,6 +39,7 @@ from django.db.models.sql.datastructures import Join
 from django.db.models.sql.query import Query
 from django.utils.tree import Node
 
+from ._cache.looks import ALL_MODELS, Family, Last, Seen, contents_of, look_at
 from .expressions import NotCacheable, names_in
 
 _OWNERS = {"django", "asyncorm", "builtins", "functools", "contextlib", "typing", "types", "abc"}
@@ -89,7 +87,6 @@ def is_anothers(value: object) -> bool:
     return owner.partition(".")[0] not in _OWNERS or (inner is not None and is_anothers(inner))
 
 
-_MOST_UNFOUNDED = 16  # looks
 _WITHIN = ("__func__", "__wrapped__", "fget", "func")
 # Plans do not leave it out, or look at it (clones_as_django()); strawberry-django replaces it.
 _BESIDE: dict[type, set[str]] = {query.QuerySet: {"_clone"}}
@@ -105,10 +102,10 @@ def _names(cls: type) -> set[str]:
 def is_djangos(cls: type) -> bool:
     """Whether nothing that a class of Django's does is somebody else's now."""
     known = _looked_at.get(cls)
-    if known is None or _contents(cls) != known[0]:
+    if known is None or contents_of(cls) != known[0]:
         names = (_names(cls) | _ASKED_FOR) - _BESIDE.get(cls, set())
         own = not any(name in names and is_anothers(value) for name, value in vars(cls).items())
-        known = _looked_at[cls] = _contents(cls), own
+        known = _looked_at[cls] = contents_of(cls), own
     return known[1]
 
 
@@ -137,103 +134,6 @@ def is_djangos_function(function: Callable[..., Any]) -> bool:
     return not is_anothers(function)
 
 
-class _Name(str):
-    """A name in a class's namespace that counts how often Python looks through that namespace.
-
-    Python remembers what it has found for an attribute of a class until something in that class or
-    in one of its bases changes, whatever it is; only then it looks again, and compares the name.
-    """
-
-    looks = 0
-
-    def __eq__(self, other: object) -> bool:
-        self.looks += 1
-        return str.__eq__(self, other)
-
-    __hash__ = str.__hash__
-
-
-class _Look:
-    """One look at which it is seen whether a class, or a base of it, has changed.
-
-    Args:
-        cls: has the name in its namespace, or in that of a base.
-
-    Attributes:
-        name: `name.looks` is what `changes()` returns after a look at that attribute of `cls`,
-            `find(cls)`.
-    """
-
-    def __init__(self, cls: Any, name: _Name) -> None:
-        self.cls = cls
-        self.name = name
-        self.find = attrgetter(str(name))
-        self._unfounded = 0
-        self._contents: dict[type, tuple[int | None, Any]] = {}
-
-    def changes(self) -> int:
-        """A number that is another one once something has been changed."""
-        self.find(self.cls)
-        return self.name.looks
-
-    def contents(self, cls: type, number: int) -> Any:
-        """What a class that is looked at has, after so many changes: one object for all plans."""
-        at, known = self._contents.get(cls, (None, None))
-        if at != number:
-            now = _contents(cls)
-            known = known if known == now else now
-            self._contents[cls] = number, known
-        return known
-
-    def nothing_changed(self) -> None:
-        """Python looked again for no reason: it had used the place of what it found for another.
-
-        Where that goes on, have it use another place.
-        """
-        self._unfounded += 1
-        if self._unfounded > _MOST_UNFOUNDED:
-            self._unfounded = 0
-            self._move()
-
-    def _move(self) -> None:
-        if _free:
-            looks = self.name.looks + 1
-            self.name = _free.pop()
-            self.name.looks = looks
-            self.find = attrgetter(str(self.name))
-
-
-class _Family(_Look):
-    """Classes of Django's: an heir of all of them is looked at."""
-
-    def __init__(self, classes: set[type]) -> None:
-        leaves = [cls for cls in classes if not any(cls in each.__mro__[1:] for each in classes)]
-        leaves.sort(key=lambda cls: (-len(cls.__mro__), cls.__qualname__))
-        self._leaves = tuple(leaves)
-        super().__init__(None, _Name("unchanged"))
-        self._move()
-
-    def _move(self) -> None:
-        self.cls = type("_Heir", self._leaves, {self.name: None})
-
-
-# Other people's classes get no heirs: `__subclasses__()` would show them. A last base of Django's
-# classes has names for them to be looked at.
-_free = [_Name(f"_asyncorm_unchanged_{number}") for number in range(256)]
-Last = type("Last", (), dict.fromkeys(_free))
-for _root in (Model, query.QuerySet):
-    _root.__bases__ = (*_root.__bases__, Last)
-_looks: WeakValueDictionary[type, _Look] = WeakValueDictionary()
-
-
-def _look_at(cls: type) -> _Look | None:
-    """A look at a class that has the names of `Last`; None where none of them is left."""
-    look = _looks.get(cls)
-    if look is None and _free:
-        look = _looks[cls] = _Look(cls, _free.pop())
-    return look
-
-
 # Modules whose classes make SQL, and items of rows.
 _MAKERS = """
     models.query models.lookups models.expressions models.aggregates models.functions models.fields
@@ -254,19 +154,7 @@ _ORM = {
 } | {Node}
 _FIELDS = {cls for cls in _ORM if issubclass(cls, Field)}  # each new field changes a counter there
 _METAS: set[type] = {ModelBase}
-_orm, _of_fields, _metas = _Family(_ORM - _FIELDS), _Family(_FIELDS), _Family(_METAS)
-_COUNTERS = {"creation_counter", "auto_creation_counter"}
-# Of classes that count their instances, and of models' own base.
-_within: dict[type, Any] = {
-    cls: itemgetter(*vars(cls).keys() - _COUNTERS) for cls in (Field, BaseManager)
-}
-_within[Model] = itemgetter("__init__", "from_db")
-
-
-def _contents(cls: type) -> Any:
-    names = vars(cls)
-    pick = _within.get(cls)
-    return len(names), [*names.values()] if pick is None else pick(names)
+_orm, _of_fields, _metas = Family(_ORM - _FIELDS), Family(_FIELDS), Family(_METAS)
 
 
 @functools.cache
@@ -295,19 +183,19 @@ class Ground:
         concrete = list(dict.fromkeys(f for opts in options for f in opts.concrete_fields))
         all_of = dict.fromkeys([*classes, *map(type, concrete), *models, *map(type, models)])
         parts = {part for cls in all_of for part in cls.__mro__} - {object, type, Last}
-        self._of_orm = _Seen(_orm, parts & _ORM - _FIELDS)
-        self._of_fields = _Seen(_of_fields, parts & _FIELDS)
-        self._of_metas = _Seen(_metas, parts & _METAS)
+        self._of_orm = Seen(_orm, parts & _ORM - _FIELDS)
+        self._of_fields = Seen(_of_fields, parts & _FIELDS)
+        self._of_metas = Seen(_metas, parts & _METAS)
         others = parts - _ORM - _METAS
         bases = {base for cls in others for base in cls.__mro__[1:]}
         self._of_models = [
-            _Seen(look, others.intersection(cls.__mro__))
+            Seen(look, others.intersection(cls.__mro__))
             for cls in others - bases
-            if issubclass(cls, Last) and (look := _look_at(cls)) is not None
+            if issubclass(cls, Last) and (look := look_at(cls)) is not None
         ]
         others = others.difference(*(seen.classes for seen in self._of_models))
         if Model in others:
-            self._of_models.append(_Seen(_of_all_models, [Model]))
+            self._of_models.append(Seen(ALL_MODELS, [Model]))
         self._lookups = registered_lookups()
         registries = [vars(cls).get("class_lookups") for cls in parts]
         self._registries = [each.values() for each in registries if each is not None]
@@ -370,33 +258,6 @@ registered_lookups: Callable[[], Any] = functools.partial(
 _TABLE = attrgetter("db_table", "concrete_fields", "managed")
 
 
-class _Seen:
-    """Classes as they were.
-
-    Args:
-        look: at an heir of them all, or at one that they are bases of.
-
-    Attributes:
-        number: of the changes, when they were looked at.
-    """
-
-    __slots__ = ("_contents", "classes", "look", "number")
-
-    def __init__(self, look: _Look, classes: Iterable[type]) -> None:
-        self.look = look
-        self.classes = list(classes)
-        self.number = look.changes()
-        self._contents = [look.contents(cls, self.number) for cls in self.classes]
-
-    def holds(self) -> bool:
-        if self.number != (number := self.look.changes()):
-            if [*map(_contents, self.classes)] != self._contents:
-                return False
-            self.number = number
-            self.look.nothing_changed()
-        return True
-
-
 class Classes:
     """Classes of lookups and fields, with all that they inherit, as they were."""
 
@@ -404,7 +265,7 @@ class Classes:
 
     def __init__(self, classes: Iterable[type]) -> None:
         parts = {part for cls in classes for part in cls.__mro__[:-1]}
-        self._seen = _Seen(_orm, parts & _ORM - _FIELDS), _Seen(_of_fields, parts & _FIELDS)
+        self._seen = Seen(_orm, parts & _ORM - _FIELDS), Seen(_of_fields, parts & _FIELDS)
         self._others = [vars(cls).values() for cls in parts - _ORM]
         self._kept = [*map(list, self._others)]
 
@@ -416,8 +277,7 @@ class Classes:
         return [*map(list, self._others)] == self._kept
 
 
-_of_all_models = _Look(Model, _free.pop())
-_base = _Seen(_orm, set(_CLASSES))
+_base = Seen(_orm, set(_CLASSES))
 _sound = all(map(is_djangos, _CLASSES))
 
 
@@ -426,7 +286,7 @@ def are_sound() -> bool:
     global _base, _sound
     _orm.cls.unchanged  # noqa: B018
     if _base.number != _orm.name.looks and not _base.holds():
-        _base = _Seen(_orm, set(_CLASSES))
+        _base = Seen(_orm, set(_CLASSES))
         _sound = all(map(is_djangos, _CLASSES))
     return _sound
 

@@ -42,9 +42,10 @@ from django.db.models.utils import AltersData
 from psycopg.pq.abc import PGresult
 from psycopg.types.string import TextLoader
 
+from ._cache.looks import Last
 from ._wire.adapting import types_of
 from .driver import SLICE, Connection
-from .grounds import Last, is_anothers, of_class
+from .grounds import is_anothers, of_class
 from .shapes import NotCacheable
 
 _TIMESTAMPTZ, _JSONB = 1184, 3802

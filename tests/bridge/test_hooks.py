@@ -21,6 +21,7 @@ from django.test.utils import isolate_apps, register_lookup
 
 import asyncorm
 from asyncorm import grounds, statements
+from asyncorm._cache import looks
 from tests.compare import differences
 from tests.project.shop.models import Book, Publisher, Tag
 from tests.support import in_thread
@@ -374,7 +375,7 @@ def test_one_look_notices_any_change_of_a_model() -> None:
 
 
 def test_a_model_without_a_name_to_look_at() -> None:
-    with mock.patch.object(grounds, "_free", []), isolate_apps("tests.project.shop"):
+    with mock.patch.object(looks, "_free", []), isolate_apps("tests.project.shop"):
 
         class Late(models.Model):
             class Meta:
@@ -389,17 +390,17 @@ def test_a_model_without_a_name_to_look_at() -> None:
 
 
 def test_what_python_forgets_for_another_class_is_remembered_elsewhere() -> None:
-    names = [grounds._Name(f"_asyncorm_of_a_test_{number}") for number in range(2)]
+    names = [looks.Name(f"_asyncorm_of_a_test_{number}") for number in range(2)]
     for each in names:
-        setattr(grounds.Last, each, None)
-    with mock.patch.object(grounds, "_free", names), isolate_apps("tests.project.shop"):
+        setattr(looks.Last, each, None)
+    with mock.patch.object(looks, "_free", names), isolate_apps("tests.project.shop"):
 
         class Moved(models.Model):
             class Meta:
                 app_label = "shop"
 
         ground = grounds.Ground([], [Moved])
-        look = grounds._looks[Moved]
+        look = looks._looks[Moved]
         name = look.name
         for _ in range(200):
             if look.name is not name:
