@@ -13,8 +13,9 @@ from django.core.checks import CheckMessage, Error, Warning
 from django.db import connections
 from django.db.models import Model
 
-from . import conf, internals, pools, sizing
+from . import conf, internals, sizing
 from ._cache.parts import unknown_attributes
+from ._pool import options
 from ._sessions import engines
 
 _SILK = "silk.middleware.SilkyMiddleware"
@@ -88,7 +89,7 @@ def check_installed(**kwargs: Any) -> list[CheckMessage]:
 
 
 def check_databases(**kwargs: Any) -> list[CheckMessage]:
-    """asyncorm.E002 to E004, W001 and W002: DATABASES."""
+    """asyncorm.E002 to E004, E007, W001 and W002: DATABASES."""
     ours = [alias for alias in connections if engines.native_class(alias) is not None]
     if ours:
         return [each for alias in ours for each in _check_database(alias)]
@@ -110,19 +111,12 @@ def _check_database(alias: str) -> Iterator[CheckMessage]:
             hint="Remove it and use asyncorm.atomic() for transactions.",
             id="asyncorm.E002",
         )
-    option = database["OPTIONS"].get("pool")
-    if option not in (None, True, False) and not isinstance(option, dict):
-        yield Error(f"{name}['OPTIONS']['pool'] must be True or a dict.", id="asyncorm.E003")
+    if wrong := list(options.problems(alias, database)):
+        for id, text, advice in wrong:
+            yield Error(text, hint=advice, id=id)
         return
-    options = pools.pool_options(database)
-    least, most = options["min_size"], options["max_size"]
-    if not 0 <= least <= most or most < 1:
-        yield Error(
-            f"{name}['OPTIONS']['pool'] has min_size {least} and max_size {most}.",
-            hint="min_size must not be negative nor above max_size; max_size must be at least 1.",
-            id="asyncorm.E004",
-        )
-    elif option and 2 * most > MANY_CONNECTIONS:
+    most = options.pool_options(alias, database)["max_size"]
+    if database["OPTIONS"].get("pool") and 2 * most > MANY_CONNECTIONS:
         yield Warning(
             f"{name} may open {most} native connections and as many synchronous ones in each "
             "process.",
@@ -138,6 +132,11 @@ def check_server(databases: Sequence[str] | None = None, **kwargs: Any) -> list[
     Without `--database`, and before migrations, no check may connect.
     """
     workers = _workers()
+    usable = [
+        alias
+        for alias in databases or ()
+        if not any(options.problems(alias, connections.settings[alias]))
+    ]
     return [
         Warning(
             f"DATABASES[{demand.alias!r}] may open {workers * demand.each} connections "
@@ -147,7 +146,7 @@ def check_server(databases: Sequence[str] | None = None, **kwargs: Any) -> list[
             "max_connections. WEB_CONCURRENCY is taken for the number of processes.",
             id="asyncorm.W043",
         )
-        for server in sizing.ask(databases or ())
+        for server in sizing.ask(usable)
         for demand in server.demands
         if server.most and workers * demand.each > server.room
     ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 from django.conf import settings as django_settings
 from django.core.exceptions import ImproperlyConfigured
@@ -58,15 +58,18 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def _is_switch(value: object) -> bool:
+def is_switch(value: object) -> bool:
+    """Whether it is True or False."""
     return isinstance(value, bool)
 
 
-def _is_seconds(value: object) -> bool:
+def is_seconds(value: object) -> bool:
+    """Whether it is a positive number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether it is a positive whole number."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -79,22 +82,43 @@ def _is_names(value: object) -> bool:
 
 
 # What a value must be: in words, how to tell, and what else it may be.
-_SECONDS = "a positive number of seconds"
-_MUST_BE: dict[str, tuple[str, Callable[[object], bool], tuple[object, ...]]] = {
-    "STATEMENT_CACHE": ('True, False or "verify"', _is_switch, ("verify",)),
-    "LOCK_TIMEOUT": (_SECONDS, _is_seconds, ()),
-    "FILL_DELAY": (_SECONDS, _is_seconds, ()),
-    "SLOW_CHECKOUT": (f"{_SECONDS}, or None", _is_seconds, (None,)),
-    "SLOW_STEP": (f"{_SECONDS}, None, or False (never)", _is_seconds, (None, False)),
-    "PARALLELISM": ("a positive number of connections, or None", _is_count, (None,)),
-    "STATEMENT_CACHE_SIZE": ("a positive number of statements", _is_count, ()),
+MustBe: TypeAlias = tuple[str, Callable[[object], bool], tuple[object, ...]]
+SECONDS: MustBe = ("a positive number of seconds", is_seconds, ())
+_SWITCH: MustBe = ("True or False", is_switch, ())
+_MUST_BE: dict[str, MustBe] = {
+    **dict.fromkeys(DEFAULTS, _SWITCH),
+    "STATEMENT_CACHE": ('True, False or "verify"', is_switch, ("verify",)),
+    "LOCK_TIMEOUT": SECONDS,
+    "FILL_DELAY": SECONDS,
+    "SLOW_CHECKOUT": (f"{SECONDS[0]}, or None", is_seconds, (None,)),
+    "SLOW_STEP": (f"{SECONDS[0]}, None, or False (never)", is_seconds, (None, False)),
+    "PARALLELISM": ("a positive number of connections, or None", is_count, (None,)),
+    "STATEMENT_CACHE_SIZE": ("a positive number of statements", is_count, ()),
     "NATIVE_MIDDLEWARE": ("a list of dotted names, or '__all__'", _is_names, ("__all__",)),
     "NATIVE_VIEWS": ("a list of dotted names, or True", _is_names, (True,)),
-    "NATIVE_HANDLER": ("True, False or None", _is_switch, (None, 0, 1)),
-    "DISTRIBUTED": ("True, False or None", _is_switch, (None, 0, 1)),
+    "NATIVE_HANDLER": ("True, False or None", is_switch, (None,)),
+    "DISTRIBUTED": ("True, False or None", is_switch, (None,)),
     "REPLICA_POSITION": ('"cookie" or "session"', _is_no_other, ("cookie", "session")),
 }
-_SWITCH = ("True or False", _is_switch, ())
+
+
+def misfits(place: str, values: dict[Any, Any], must_be: dict[str, MustBe]) -> Iterator[str]:
+    """What is wrong with a dict in the settings, in words for the user.
+
+    Args:
+        place: where it stands, `DATABASES['default']['OPTIONS']['pool']`.
+        must_be: its keys.
+    """
+    for key, value in values.items():
+        if key not in must_be:
+            yield f"{place} has an unknown key {key!r}; the keys are {', '.join(must_be)}."
+            continue
+        words, fits, others = must_be[key]
+        # 1 is not True here, and 0 not False.
+        if not fits(value) and (type(value), value) not in [(type(each), each) for each in others]:
+            text = " (what comes from the environment is text)" if isinstance(value, str) else ""
+            yield f"{place}[{key!r}] must be {words}, not {value!r}{text}."
+
 
 _values: dict[str, Any] | None = None
 
@@ -127,16 +151,7 @@ def problems() -> list[str]:
         return []
     if not isinstance(value, dict):
         return [f"ASYNCORM must be a dict, not {type(value).__name__}."]
-    found = [
-        f"ASYNCORM has an unknown key {key!r}; the keys are {', '.join(DEFAULTS)}."
-        for key in value
-        if key not in DEFAULTS
-    ]
-    for key in filter(value.__contains__, DEFAULTS):
-        words, fits, others = _MUST_BE.get(key, _SWITCH)
-        if not fits(value[key]) and value[key] not in others:
-            found.append(f'ASYNCORM["{key}"] must be {words}.')
-    return found
+    return list(misfits("ASYNCORM", value, _MUST_BE))
 
 
 def validate() -> None:

@@ -114,6 +114,11 @@ PSYCOPG = (
 
 PSYCOPG_POOL = (
     Names(
+        "psycopg_pool.pool:ConnectionPool",
+        "_check _configure",
+        "callables that Django does not pass on to its synchronous pool",
+    ),
+    Names(
         "psycopg_pool.pool_async:AsyncConnectionPool",
         "_pool _nconns _nconns_min _min_size _waiting _check _reset _drained_at _stats _closed"
         " _REQUESTS_NUM _created_at _expire_at",

@@ -16,7 +16,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import psycopg
-from django.core.exceptions import ImproperlyConfigured
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg_pool import PoolClosed, PoolTimeout
 
@@ -85,7 +84,7 @@ class Pool:
         self.loop = get_running_loop()
         self.wrappers: list[Any] = []
         self.make_wrapper = make_wrapper
-        self.options = pool_options(settings_dict)
+        self.options = pool_options(alias, settings_dict)
         self.connections: ConnectionPool | None = None
         self.retired = False
         self._opening: asyncio.Lock | None = None
@@ -341,29 +340,19 @@ class Pool:
             }
             if self.settings_dict["CONN_HEALTH_CHECKS"] and callbacks["check"] is None:
                 callbacks["check"] = ConnectionPool.check_connection
-            try:
-                if not 0 <= min_size <= self.size:
-                    raise ValueError(
-                        f"min_size {min_size} is not between 0 and max_size {self.size}"
-                    )
-                pool = ConnectionPool(
-                    kwargs=self._params(wrapper.get_connection_params()),
-                    # One connection at first, by growth; filled to min_size if the loop lives on.
-                    min_size=0,
-                    # A failed attempt is not repeated in the background, but where tasks wait
-                    # (growth.py; psycopg #1315).
-                    reconnect_timeout=0.0,
-                    several_hosts="," in self.host,
-                    stood_in=self.alias in elsewhere.stood_in,
-                    target=self.settings_dict["OPTIONS"].get("target_session_attrs"),
-                    **callbacks,
-                    **{"name": f"asyncorm-{self.alias}", **options},
-                )
-            except (TypeError, ValueError) as exc:
-                raise ImproperlyConfigured(
-                    f"DATABASES[{self.alias!r}]['OPTIONS']['pool'] is wrong: {exc}"
-                    + see("deployment#pools")
-                ) from exc
+            pool = ConnectionPool(
+                kwargs=self._params(wrapper.get_connection_params()),
+                # One connection at first, by growth; filled to min_size if the loop lives on.
+                min_size=0,
+                # A failed attempt is not repeated in the background, but where tasks wait
+                # (growth.py; psycopg #1315).
+                reconnect_timeout=0.0,
+                several_hosts="," in self.host,
+                stood_in=self.alias in elsewhere.stood_in,
+                target=self.settings_dict["OPTIONS"].get("target_session_attrs"),
+                **callbacks,
+                **{"name": f"asyncorm-{self.alias}", **options},
+            )
             pool.start()
             self._closer = self._close_with_loop()
             await self._closer.__anext__()

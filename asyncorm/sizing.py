@@ -161,7 +161,7 @@ def ask(aliases: Iterable[str], threads: int = 1) -> list[Server]:
 
 def _demand(alias: str, threads: int) -> Demand:
     settings = connections.settings[alias]
-    size = pools.pool_options(settings)["max_size"]
+    size = pools.pool_options(alias, settings)["max_size"]
     pooled = bool(settings["OPTIONS"].get("pool"))
     return Demand(
         alias, size, size if pooled else threads, pooled, threads - 1, _watchers().count(alias)

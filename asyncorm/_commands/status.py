@@ -71,7 +71,7 @@ def _databases() -> Iterator[str]:
         if engines.native_class(alias) is None:
             yield f"{alias}: {engine}, not native"
             continue
-        size = pools.pool_options(database)["max_size"]
+        size = pools.pool_options(alias, database)["max_size"]
         plain = f"up to {size}" if database["OPTIONS"].get("pool") else "one for each thread"
         yield (
             f"{alias}: {engine}; native: up to {size} for each event loop (a worker of a server "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from .. import between, bridge, observers, pools, written
+from .._pool import options
 from .._sessions import engines, scopes
 from .._sessions.blocks import Block
 from .._sessions.session import Session
@@ -143,8 +144,37 @@ class SynchronousWrapper(_Django):
             cursor.__class__ = stream_class(type(cursor))  # type: ignore[arg-type]
         return cursor
 
+    @property
+    def pool(self) -> Any:
+        """Django's; `check` and `configure`, which it gives the pool itself, may be in OPTIONS."""
+        option = self.settings_dict["OPTIONS"].get("pool")
+        if option and option is not True and self.alias not in self._connection_pools:
+            return self._pool_of(option)
+        return super().pool
+
+    def _pool_of(self, option: dict[str, Any]) -> Any:
+        settings_dict = self.settings_dict
+        options.validate(self.alias, settings_dict)
+        others = {key: value for key, value in option.items() if key not in ("check", "configure")}
+        self.settings_dict = {
+            **settings_dict,
+            "OPTIONS": {**settings_dict["OPTIONS"], "pool": others or True},
+        }
+        try:
+            pool: Any = super().pool
+        finally:
+            self.settings_dict = settings_dict
+        if pool is not None:
+            if (check := option.get("check")) is not None:
+                pool._check = check
+            if (configure := option.get("configure")) is not None:
+                djangos = self._configure_connection
+                pool._configure = lambda conn: (djangos(conn), configure(conn))
+        return pool
+
     def connect(self) -> None:
         """Django's; what statements leave in the session is noticed from now on."""
+        options.validate(self.alias, self.settings_dict)
         super().connect()
         conn: Any = self.connection
         if not isinstance(conn, Connection):

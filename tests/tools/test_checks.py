@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +13,17 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.contrib import admin
 from django.core.checks import CheckMessage, run_checks
-from django.db import connection, models
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connection, connections, models
 from django.test import override_settings
 from django.test.utils import isolate_apps
+from psycopg_pool import ConnectionPool
 
+import asyncorm
 from asyncorm import conf
 from asyncorm._requests.thread_locals import thread_local_of
 from tests.project.myapp.models import Item
-from tests.support import database
+from tests.support import backend_pid, database
 
 ROOT = Path(__file__).parents[2]
 urlpatterns: list[Any] = []
@@ -27,6 +31,17 @@ urlpatterns: list[Any] = []
 
 def found() -> list[CheckMessage]:
     return list(run_checks(tags=["asyncorm"]))
+
+
+def no_coroutine(conn: Any) -> None: ...
+
+
+async def coroutine(conn: Any) -> None: ...
+
+
+def configure(conn: Any) -> None:
+    conn.execute("SET my.marker = 'configured'")
+    conn.commit()
 
 
 def test_the_example_project_is_fine() -> None:
@@ -60,6 +75,43 @@ def test_wrong_settings(setting: Any, word: str, monkeypatch: pytest.MonkeyPatch
     assert word in messages[0].msg
 
 
+WRONG_VALUES: dict[str, list[Any]] = {
+    key: ["True", 1, None, [], lambda: True]
+    for key, value in conf.DEFAULTS.items()
+    if isinstance(value, bool)
+} | {
+    "STATEMENT_CACHE": ["True", 1, 0, None],
+    "LOCK_TIMEOUT": ["30", 0, -1, True, None, float("nan"), lambda: 30],
+    "FILL_DELAY": ["1", 0, None],
+    "SLOW_CHECKOUT": ["5", 0, False],
+    "SLOW_STEP": ["0.1", 0, True],
+    "PARALLELISM": ["2", 0, 2.0, True],
+    "STATEMENT_CACHE_SIZE": ["4096", 0, 1e3, None],
+    "NATIVE_MIDDLEWARE": ["shop.middleware", [no_coroutine], None, True],
+    "NATIVE_VIEWS": ["shop.views", [no_coroutine], 1, "__all__"],
+    "NATIVE_HANDLER": ["True", 1, 0],
+    "DISTRIBUTED": ["False", 0],
+    "REPLICA_POSITION": ["cookies", None, ["cookie"]],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in WRONG_VALUES.items() for value in values]
+)
+def test_wrong_values(key: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImproperlyConfigured) as caught, override_settings(ASYNCORM={key: value}):
+        pass
+    monkeypatch.setattr(conf, "django_settings", SimpleNamespace(ASYNCORM={key: value}))
+    [message] = found()
+    assert message.id == "asyncorm.E001"
+    assert f"ASYNCORM[{key!r}] must be " in message.msg and f"not {value!r}" in message.msg
+    assert message.msg in str(caught.value) and "docs/settings.md" in str(caught.value)
+
+
+def test_wrong_values_are_tried_of_each_key() -> None:
+    assert WRONG_VALUES.keys() == conf.DEFAULTS.keys()
+
+
 def test_autocommit() -> None:
     with database(AUTOCOMMIT=False):
         [message] = found()
@@ -84,6 +136,155 @@ def test_sizes(pool: Any) -> None:
         [message] = found()
     assert message.id == "asyncorm.E004"
     assert f"min_size {pool['min_size']}" in message.msg
+
+
+WRONG: dict[str, list[Any]] = {
+    "min_size": ["4", 4.0, True, None, lambda: 4],
+    "max_size": ["20", 20.0, False, lambda: 20, "", [20]],
+    "timeout": ["x", "5", 0, -1, True, None, lambda: 5, float("nan"), float("inf")],
+    "max_waiting": ["500", -1, 1.5, None, True],
+    "max_lifetime": ["3600", 0, -1, None],
+    "max_idle": ["600", 0, None],
+    "num_workers": [0, "3", None, 2.0],
+    "name": [5, b"shop"],
+    "check": [True, "tests.check", coroutine],
+    "configure": ["tests.configure", coroutine],
+    "reset": [1, coroutine],
+    "reconnect_failed": ["tests.failed"],
+    "reconnect_timeout": ["5"],
+    "close_returns": ["no"],
+    "connection_class": ["psycopg.Connection"],
+    # Django gives these itself.
+    "kwargs": [{"connect_timeout": 3}],
+    "conninfo": ["dbname=shop"],
+    "open": [True],
+    "max_sise": [4],
+    3: [4],
+}
+
+
+@pytest.mark.usefixtures("threads_may")
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
+async def test_wrong_options_of_a_pool(name: Any, value: Any) -> None:
+    """The check and the first use say the same, of synchronous code as well."""
+    with database(OPTIONS={"pool": {name: value}}) as alias:
+        [message] = found()
+        assert message.id == "asyncorm.E007"
+        assert (
+            f"DATABASES['extra']['OPTIONS']['pool'] has an unknown key {name!r}" in message.msg
+            or (
+                f"DATABASES['extra']['OPTIONS']['pool'][{name!r}] must be " in message.msg
+                and f"not {value!r}" in message.msg
+            )
+        )
+        await is_refused(alias, message)
+
+
+@pytest.fixture
+def threads_may(django_db_blocker: Any) -> Iterator[None]:
+    with django_db_blocker.unblock():
+        yield
+
+
+def synchronously(alias: str) -> int:
+    """The thread of sync_to_async() keeps a wrapper of another alias of this name for nobody."""
+    try:
+        return backend_pid(alias)
+    finally:
+        connections[alias].close()
+        del connections[alias]
+
+
+async def is_refused(alias: str, message: CheckMessage) -> None:
+    for use in (asyncorm.native(backend_pid), sync_to_async(synchronously)):
+        with pytest.raises(ImproperlyConfigured) as caught:
+            await use(alias)
+        assert message.msg in str(caught.value)
+        assert "docs/deployment.md#pools" in str(caught.value)
+    with override_settings(DATABASE_ROUTERS=[]):  # the checks that ask servers leave it out
+        messages = [each for each in run_checks(databases=[alias]) if each.id == message.id]
+    assert messages == [message]
+
+
+async def test_text_from_the_environment_is_told() -> None:
+    with database(OPTIONS={"pool": {"max_size": "20"}}):
+        assert "what comes from the environment is text" in found()[0].msg
+    with database(OPTIONS={"pool": {"max_size": 2.0}}):
+        assert "environment" not in found()[0].msg
+
+
+@pytest.mark.usefixtures("threads_may")
+@pytest.mark.parametrize("pool", ["yes", 5, [1, 2], 1])
+async def test_a_pool_that_is_no_dict_is_refused(pool: Any) -> None:
+    with database(OPTIONS={"pool": pool}) as alias:
+        [message] = found()
+        assert message.id == "asyncorm.E003" and f"not {pool!r}" in message.msg
+        await is_refused(alias, message)
+
+
+@pytest.mark.usefixtures("threads_may")
+@pytest.mark.parametrize("pool", [{"min_size": 5, "max_size": 2}, {"max_size": 2}, {"min_size": 0}])
+async def test_sizes_that_contradict_each_other_are_refused(pool: Any) -> None:
+    with database(OPTIONS={"pool": pool}) as alias:
+        [message] = found()
+        assert message.id == "asyncorm.E004"
+        await is_refused(alias, message)
+
+
+@pytest.mark.usefixtures("threads_may")
+@pytest.mark.parametrize("age", ["60", [60], lambda: 60])
+async def test_wrong_ages(age: Any) -> None:
+    with database(CONN_MAX_AGE=age, OPTIONS={"pool": None}) as alias:
+        [message] = found()
+        assert message.id == "asyncorm.E007" and "['CONN_MAX_AGE'] must be" in message.msg
+        await is_refused(alias, message)
+
+
+@pytest.mark.usefixtures("threads_may")
+@pytest.mark.parametrize(
+    "pool",
+    [
+        {"min_size": 0, "max_size": 1, "timeout": 0.5, "max_waiting": 0, "name": None},
+        {"min_size": 1, "max_size": None, "max_lifetime": float("inf"), "max_idle": 1e9},
+        {"min_size": 0, "max_size": 1, "check": None, "reset": no_coroutine, "num_workers": 1},
+        {"max_size": 4, "close_returns": True, "reconnect_timeout": 0.5},
+        {"configure": configure, "check": ConnectionPool.check_connection},
+        {},
+        "",  # as Django: no pool
+        None,
+        False,
+        0,
+    ],
+)
+async def test_right_options_of_a_pool(pool: Any) -> None:
+    with database(OPTIONS={"pool": pool}) as alias:
+        assert found() == []
+        await asyncorm.native(backend_pid)(alias)
+        await sync_to_async(synchronously)(alias)
+
+
+@pytest.mark.usefixtures("threads_may")
+async def test_callables_serve_djangos_pool_as_well() -> None:
+    """Django gives its pool a `configure` and a `check` of its own, and refuses others."""
+    checked: list[Any] = []
+    option = {"min_size": 0, "max_size": 1, "configure": configure, "check": checked.append}
+
+    def show(alias: str) -> Any:
+        try:
+            with connections[alias].cursor() as cursor:
+                cursor.execute("SELECT current_setting('my.marker'), current_setting('TimeZone')")
+                return cursor.fetchone()
+        finally:
+            connections[alias].close()
+            del connections[alias]
+
+    with database(TIME_ZONE="Asia/Tokyo", OPTIONS={"pool": option}) as alias:
+        assert await sync_to_async(show)(alias) == ("configured", "Asia/Tokyo")
+        assert await sync_to_async(show)(alias) == ("configured", "Asia/Tokyo")
+        assert len(checked) == 2
+    assert option.keys() == {"min_size", "max_size", "configure", "check"}
 
 
 @pytest.mark.parametrize(("size", "warned"), [(25, False), (26, True), (100, True)])
