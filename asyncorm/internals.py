@@ -177,7 +177,7 @@ DJANGO = (
     ),
     Names(
         "django.db.backends.postgresql.base:DatabaseWrapper",
-        "pool _configure_connection ensure_timezone close_pool",
+        "pool _configure_connection _connection_pools ensure_timezone close_pool",
         "Django's pooled mode, in which native code works",
     ),
     Names(

@@ -173,7 +173,6 @@ class NativeWrapper(SynchronousWrapper):
     session: Session | None = None
     native_class = None
     run_on_commit: list[Any]
-    _configure_connection: Callable[[Any], bool]
 
     queries_log = _Shared()
     force_debug_cursor: Any = _Shared(default=False)

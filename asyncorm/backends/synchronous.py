@@ -63,6 +63,8 @@ class SynchronousWrapper(_Django):
     native_class: Any = None
     session: Any = None  # shared with native code (callers.py)
     hooks_due = False
+    _connection_pools: dict[str, Any]
+    _configure_connection: Callable[[Any], bool]
     opened_in: int  # the thread that has connected it
     execute_wrappers: Any = observers.ExecuteWrappers()
     force_debug_cursor: Any = observers.ForceDebugCursor()
