@@ -48,6 +48,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any, str]]:
     yield Model, "_do_insert", insert.do_insert(Model._do_insert), _WRITES
     yield DeleteQuery, "delete_batch", write.delete_batch(DeleteQuery.delete_batch), _WRITES
     for name, wrap, why in (
+        ("update", write.update, _WRITES),
         ("_raw_delete", write.raw_delete, _WRITES),
         ("_prepare_for_bulk_create", insert.prepare_for_bulk_create, _BULK),
         ("_batched_insert", insert.batched_insert, _BULK),

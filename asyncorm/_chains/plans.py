@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 from django.db.models import AutoField, BigAutoField, SmallAutoField
@@ -32,10 +32,25 @@ from .twins import djangos
 from .values import is_djangos
 
 Found = tuple[Plan, list[Any], int]
-_Part = tuple[int, Callable[[Any, Any], Any], int | None]
+Part = tuple[int, Callable[[Any, Any], Any], int | None]
 _MOST = {Int2: 1 << 15, Int4: 1 << 31, Int8: 1 << 63}
 # Values of these are their own parameters.
 _MOST_KEYS = {SmallAutoField: 1 << 15, AutoField: 1 << 31, BigAutoField: 1 << 63}
+
+
+class Written(Protocol):
+    """What an UPDATE sets."""
+
+    def of(self, query: Any) -> Any:
+        """Django's UPDATE of what a query selects."""
+
+    def parts(self, shaped: Sequence[Any], start: int) -> list[Part]:
+        """Where its parameters come from; there is none for NULL.
+
+        Args:
+            shaped: its values as the shape has them.
+            start: the place of the first one.
+        """
 
 
 class _Known:
@@ -47,7 +62,7 @@ class _Known:
         offset_at: the place of the offset.
     """
 
-    def __init__(self, plan: Plan, parts: list[_Part], offset_at: int | None, kept: object) -> None:
+    def __init__(self, plan: Plan, parts: list[Part], offset_at: int | None, kept: object) -> None:
         self._plan = ref(plan)
         self.parts = parts
         self.has_lists = any(count != 0 for *_, count in parts)
@@ -114,11 +129,13 @@ def plan_of(
     *kind: Any,
     djangos: Callable[[], Any],
     expressions: Any = None,
+    written: Written | None = None,
 ) -> Any:
     """The same for what was recorded; UNPLANNED where an operation has to make the plan.
 
     Args:
         djangos: returns the query that Django makes, a copy.
+        written: of an UPDATE, whose values follow those that were recorded.
     """
     if not nodes.is_current(node):
         return None
@@ -133,7 +150,9 @@ def plan_of(
         plan = known.plan if type(known) is _Known and ground.holds() else None
         is_new = plan is None
         if is_new:
-            make = functools.partial(_learn, node, values, wrapper, compile, kind, expressions)
+            make = functools.partial(
+                _learn, node, values, wrapper, compile, kind, expressions, written
+            )
             known = _learnt(node, base, values, make)
             if known is None or known is UNPLANNED:
                 return known
@@ -205,11 +224,14 @@ def _learnt(node: Any, key: Any, values: Any, make: Callable[[], tuple[_Known, G
 
 
 def _learn(
-    node: Any, values: Any, wrapper: Any, compile: Any, kind: Any, expressions: Any
-) -> tuple[_Known, Ground]:
+    node: Any, values: Any, wrapper: Any, compile: Any, kind: Any, expressions: Any,
+    written: Written | None,
+) -> tuple[_Known, Ground]:  # fmt: skip
     """What is to be known about a node's queries, as seen on this one."""
     sources: list[tuple[Any, int]] = []
     query = made(node, values, sources)
+    if written is not None:
+        query, kind = written.of(query), ()
     if expressions is None:
         shape = Shape(query, wrapper, *kind)
     else:
@@ -218,33 +240,39 @@ def _learn(
     keys = shape.key_of_lengths()
     if found is None and statements.plans.keys().isdisjoint(keys):
         raise _Unknown
-    if found is None or shape.mixed or shape.values or shape.selected or shape.spare:
+    if found is None or shape.mixed or shape.selected or shape.spare:
         raise NotCacheable
     asked, params, offset = found
     # That may be one for lists of this length, of the one that is kept.
     plan = next((kept for kept in map(statements.recall, keys[::-1]) if type(kept) is Plan), asked)
-    parts = _parts(shape, asked, {id(lookup): place for lookup, place in sources}, values)
+    set_first = [] if written is None else written.parts(shape.values, node.stop)
+    places = {id(lookup): place for lookup, place in sources}
+    parts = _parts(shape, asked, places, values, set_first)
     if plan.shared or (node.offset_at is None) != (not offset):
         raise NotCacheable
     known = _Known(plan, parts, node.offset_at, shape.kept)
     bound, *rest = known.bind(plan, values, wrapper)
     if bound.sql != asked.sql or not verifying.equal(rest, [params, offset]):
         raise NotCacheable
+    targets = [target_of(field) for field, *_ in shape.values]  # what makes a relation's values
     ground = grounds.of_query(
-        query, shape.kept, plan.maker, wrapper, [type(lookup) for lookup, _ in sources],
+        query, [*shape.kept, *targets], plan.maker, wrapper, [type(each) for each, _ in sources],
         *plan.classes, short=True,
     )  # fmt: skip
     return known, ground
 
 
-def _parts(shape: Shape, plan: Plan, places: dict[int, int], values: Sequence[Any]) -> list[_Part]:
+def _parts(
+    shape: Shape, plan: Plan, places: dict[int, int], values: Sequence[Any], parts: list[Part]
+) -> list[Part]:
     """Where the parameters of a plan come from.
 
     Args:
         places: by the identity of each value's lookup.
+        parts: of what is set, which comes first.
     """
-    arrays = {start for start, _ in plan.lists} if plan.is_of_any_length else ()
-    parts: list[_Part] = []
+    before = len(parts)
+    arrays = {start - before for start, _ in plan.lists} if plan.is_of_any_length else ()
     start = 0
     for _, count, leaf in shape.leaves:
         place = places.pop(id(leaf))
@@ -291,6 +319,21 @@ def _maker_of_list(lookup: Any, params: Any) -> Callable[[Any, Any], Any]:
     return numbered
 
 
+def of_integers(param: Any, prepared: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """What makes integers of the class that the parameter is of; `prepared`, if that is none."""
+    most = _MOST.get(type(param))
+    return prepared if most is None else _numbered(type(param), most, prepared)
+
+
+def _numbered(
+    kind: Callable[[int], Any], most: int, prepared: Callable[[Any, Any], Any]
+) -> Callable[[Any, Any], Any]:
+    def numbered(value: Any, wrapper: Any) -> Any:
+        return kind(value) if 0 <= value < most else prepared(value, wrapper)
+
+    return numbered
+
+
 def _maker(lookup: Any, value: Any, param: Any) -> Callable[[Any, Any], Any]:
     """What makes the parameter of a value of this type, as the lookup does."""
     cls, lhs = type(lookup), lookup.lhs
@@ -306,11 +349,7 @@ def _maker(lookup: Any, value: Any, param: Any) -> Callable[[Any, Any], Any]:
     kind: Any = type(param)
     most = _MOST_KEYS.get(type(target_of(lhs.output_field))) if kind is int else _MOST.get(kind)
     if type(value) is int and most is not None and param == value:
-
-        def numbered(value: Any, wrapper: Any) -> Any:
-            return kind(value) if 0 <= value < most else prepared(value, wrapper)
-
-        return numbered
+        return _numbered(kind, most, prepared)
     if type(value) is str and param is value:
         return lambda value, wrapper: value
     return prepared

@@ -14,8 +14,7 @@ from typing import Any
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import router
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.models import Model
-from django.db.models.deletion import Collector
+from django.db.models import Model, base
 from django.db.models.query import QuerySet
 from greenlet import getcurrent
 
@@ -64,11 +63,7 @@ async def delete(obj: Any, args: _Arguments, kwargs: _Keywords) -> Any:
     if args or kwargs.get("keep_parents") or cls._meta.proxy or not obj._is_pk_set():
         return UNSERVED
     alias = _alias_of(obj, kwargs)
-    if (
-        alias is None
-        or not grounds.are_djangos(Collector)
-        or not Collector(using=alias).can_fast_delete(obj)
-    ):
+    if alias is None or not deletes_alone(base, alias, obj):
         return UNSERVED
     key = obj.pk
 
@@ -81,6 +76,16 @@ async def delete(obj: Any, args: _Arguments, kwargs: _Keywords) -> Any:
         setattr(obj, cls._meta.pk.attname, None)
         return count, {cls._meta.label: count}
     return UNSERVED
+
+
+def deletes_alone(module: Any, alias: str, what: Any) -> bool:
+    """Whether an instance, or what a queryset selects, is deleted by one statement.
+
+    Args:
+        module: Django's, whose code would delete it.
+    """
+    collector = module.Collector
+    return grounds.are_djangos(collector) and collector(using=alias).can_fast_delete(what)
 
 
 def _alias_of(obj: Model, kwargs: _Keywords) -> str | None:

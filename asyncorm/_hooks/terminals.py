@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import OperationalError
+from django.db.models import query as models_query
 from django.db.models.query import QuerySet
-from django.db.models.sql.subqueries import UpdateQuery
 
 from .. import bridge, elsewhere, grounds
 from .._cache.awaited import UNSERVED, Found, awaited
 from .._cache.plan import Plan
-from ..statements import plan_for
+from .._chains.recorded import Recorded
+from ..statements import UNPLANNED, plan_for
 from ..wrappers import Wrapper
 from . import get, instances, switch
 from .aggregate import aggregate_plan, count_plan, exists_plan, named_values
 from .iterate import iterating_plan, mode_of, related
-from .write import compile_write
+from .write import Written, compile_write, raw_delete_plan, update_plan
 
 _Queryset = QuerySet[Any]
 _Args = tuple[Any, ...]
@@ -160,13 +161,31 @@ def _get(queryset: _Queryset, args: _Args, kwargs: _Kwargs, wrapper: Wrapper) ->
 
 def _update(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
     query = queryset.query
+    if type(query) is Recorded and not args:
+        found = update_plan(query, kwargs, wrapper)
+        if found is not None:
+            return None if found is UNPLANNED else found
     if args or query.combinator or query.is_sliced or query.distinct_fields or query.annotations:
         return None
-    update = query.chain(UpdateQuery)
-    update.add_update_values(kwargs)
-    update.order_by = tuple(update.order_by)  # so it is in the key
-    update.clear_select_clause()
-    return plan_for(update, wrapper, compile_write)
+    return plan_for(Written(kwargs).of(query), wrapper, compile_write)
+
+
+def _delete(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None:
+    query = queryset.query
+    if (
+        args
+        or kwargs
+        or type(query) is not Recorded
+        or query.is_sliced
+        or query.distinct_fields
+        or queryset._fields is not None
+        or not instances.deletes_alone(models_query, wrapper.alias, queryset)
+    ):
+        return None
+    query = query.chain()
+    query.select_for_update = query.select_related = False
+    query.clear_ordering(force=True)
+    return raw_delete_plan(query, wrapper)
 
 
 # What is made of the result
@@ -189,6 +208,11 @@ def _forget(queryset: _Queryset, plan: Plan, count: int) -> int:
     return count
 
 
+def _forget_deleted(queryset: _Queryset, plan: Plan, count: int) -> tuple[int, dict[str, int]]:
+    queryset._result_cache = None
+    return count, {queryset.model._meta.label: count} if count else {}
+
+
 _ITERATES = ("query", "_chain", "_clone", "_fetch_all", "__iter__", "__len__", "__getitem__")
 _FILTERS = ("filter", "_filter_or_exclude", "_filter_or_exclude_inplace", "order_by", "_add_hints")
 _ORDERS = ("ordered", "order_by", "reverse", *_ITERATES)
@@ -205,6 +229,10 @@ _METHODS = {
     "get": _Terminal(_get, _take_only, (*_FILTERS, *_ITERATES)),
     "update": _Terminal(
         _update, _forget, ("query", "_not_support_combined_queries"), writes=True
+    ),
+    "delete": _Terminal(
+        _delete, _forget_deleted,
+        ("query", "_not_support_combined_queries", "_chain", "_clone", "_raw_delete"), writes=True,
     ),
 }  # fmt: skip
 _terminals: dict[Any, Callable[[Any, _Args, _Kwargs], Awaitable[Any]]] = {}

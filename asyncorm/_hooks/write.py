@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from django.db import transaction
 from django.db.models import Model, query
 from django.db.models.query import QuerySet
 from django.db.models.sql.constants import ROW_COUNT
@@ -16,8 +17,10 @@ from greenlet import getcurrent
 from .. import bridge, columnar, grounds, verifying
 from .._cache.execute import count_of
 from .._cache.plan import Plan
+from .._chains.plans import Found, Part, of_integers, plan_of
 from .._chains.plans import plan_for as plan_of_recorded
 from .._chains.recorded import Recorded, is_untouched
+from .._chains.twins import djangos
 from ..grounds import Ground
 from ..shapes import NotCacheable
 from ..statements import UNPLANNED, Compiled, hit, learn, plan_for, recall
@@ -47,18 +50,109 @@ def execute_write(original: Callable[..., Any]) -> Any:
     return execute_sql
 
 
+class Written:
+    """What `update()` sets, given its keywords: values of types that are no expressions."""
+
+    def __init__(self, named: dict[str, Any]) -> None:
+        self._named = named
+
+    def of(self, query: Any) -> Any:
+        """What `QuerySet.update()` executes."""
+        update = query.chain(UpdateQuery)
+        update.add_update_values(self._named)
+        update.order_by = tuple(update.order_by)  # so it is in the key
+        update.clear_select_clause()
+        return update
+
+    def parts(self, shaped: Sequence[Any], start: int) -> list[Part]:
+        """Where the parameters come from (plans.py)."""
+        parts: list[Part] = []
+        pairs = zip(self._named.values(), shaped, strict=True)
+        for place, (value, (field, (param, *_), node)) in enumerate(pairs, start):
+            is_null = param is None
+            if node is not None or is_null != (value is None) or (is_null and _is_others(field)):
+                raise NotCacheable
+            if not is_null:
+                parts.append((place, _preparing(field, value, param), 0))
+        return parts
+
+
+def _is_others(field: Any) -> bool:
+    return not type(field).__module__.startswith("django.")
+
+
+def _preparing(field: Any, value: Any, param: Any) -> Callable[[Any, Any], Any]:
+    """What makes the parameter of a value of this type that a field is set to."""
+    ready = columnar.as_is(field)
+
+    def prepared(value: Any, wrapper: Any) -> Any:
+        value = field.get_db_prep_save(value, connection=wrapper)
+        if value is None or hasattr(value, "as_sql"):
+            raise NotCacheable
+        return value
+
+    if ready is None or not ready.takes(value):
+        return prepared
+    if type(param) is not type(value):
+        return of_integers(param, prepared)
+    return lambda value, wrapper: value if ready.takes(value) else prepared(value, wrapper)
+
+
+_WRITABLE = PLAIN_VALUES | {type(None), bool, bytes, dict, list}
+
+
+def update_plan(query: Any, named: dict[str, Any], wrapper: Wrapper) -> Any:
+    """The plan of `update()` for a recorded query; UNPLANNED where an operation has to make it."""
+    kinds = tuple(map(type, named.values()))
+    if not kinds or not _WRITABLE.issuperset(kinds) or query.is_sliced or query.distinct_fields:
+        return None
+    written = Written(named)
+    return plan_of(
+        query.chain_node, (*query.chain_values, *named.values()), wrapper, compile_write,
+        "update", tuple(named), kinds, written=written,
+        djangos=lambda: written.of(djangos(query)),
+    )  # fmt: skip
+
+
+def update(original: Callable[..., Any]) -> Any:
+    """`QuerySet.update()`: of a recorded query, without making it."""
+
+    @functools.wraps(original)
+    def update(self: Any, **kwargs: Any) -> Any:
+        query = self.query
+        if type(query) is Recorded and bridge.in_native_code():
+            self._for_write = True
+            using = self.db
+            wrapper = native_wrapper(using)
+            found: Found | None = None
+            if wrapper is not None:
+                found = update_plan(query, kwargs, wrapper)
+            if found is not None:
+                with transaction.mark_for_rollback_on_error(using):
+                    count = count_of(*found, wrapper)
+                self._result_cache = None
+                return count
+        return original(self, **kwargs)
+
+    return update
+
+
 def raw_delete(original: Callable[..., Any]) -> Any:
     """`QuerySet._raw_delete()`: of a recorded query, without making it."""
 
     def raw_delete(self: Any, using: str) -> Any:
         query = self.query
         if type(query) is Recorded and (wrapper := native_wrapper(using)) is not None:
-            found = plan_of_recorded(query, wrapper, _compile_raw_delete, "delete")
+            found = raw_delete_plan(query, wrapper)
             if found is not None:
                 return count_of(*found, wrapper)
         return original(self, using)
 
     return raw_delete
+
+
+def raw_delete_plan(query: Query, wrapper: Wrapper) -> Found | None:
+    return plan_of_recorded(query, wrapper, _compile_raw_delete, "delete")
 
 
 def _compile_raw_delete(query: Query, wrapper: Wrapper) -> Compiled:

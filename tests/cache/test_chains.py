@@ -524,17 +524,26 @@ DELETES: dict[str, Callable[[Any, int], Any]] = {
 }
 
 
+@pytest.mark.parametrize("way", ["awaited", "in an operation"])
 @pytest.mark.parametrize("name", DELETES)
-async def test_what_is_deleted_is_as_djangos(name: str) -> None:
-    def deleted(reviews: Any, v: int) -> Any:
-        found = attempt(lambda: DELETES[name](reviews, v).delete())
-        return found, [*map(str, reviews.order_by("pk")), *map(str, Tag.objects.order_by("pk"))]
+async def test_what_is_deleted_is_as_djangos(name: str, way: str) -> None:
+    async def deleted(reviews: Any, v: int) -> Any:
+        if way != "awaited" or reviews is not Review.objects:
+            return await asyncorm.native(attempt)(lambda: DELETES[name](reviews, v).delete())
+        try:
+            return await DELETES[name](reviews, v).native_delete()
+        except Exception as exc:
+            return type(exc), str(exc)
+
+    def rest(reviews: Any) -> Any:
+        return [*map(str, reviews.order_by("pk")), *map(str, Tag.objects.order_by("pk"))]
 
     async def rolled_back(reviews: Any, v: int) -> Any:
         async with asyncorm.atomic():
-            found = await asyncorm.native(deleted)(reviews, v)
+            found = await deleted(reviews, v)
+            there = await asyncorm.native(rest)(reviews)
             asyncorm.set_rollback(True)
-        return found
+        return found, there
 
     with hits_checked():
         for v in range(WARM):
@@ -547,6 +556,127 @@ async def test_a_delete_needs_no_query() -> None:
         before = statements.statement_cache_stats()["recorded"]
         await Review.objects.filter(stars=100 + v).native_delete()
     assert statements.statement_cache_stats()["recorded"] > before
+
+
+class Shouted(CharField):
+    """Prepares what is saved in a way of its own."""
+
+    def get_db_prep_save(self, value: Any, connection: Any) -> Any:
+        return None if value == "NOTHING" else str(value).upper()
+
+
+# What is set to, by some number; and which rows.
+SET: dict[str, Callable[[int], dict[str, Any]]] = {
+    "an integer": lambda v: {"pages": pick([v, -1, 2**31, 0, 2**70, 7], v)},
+    "anything": lambda v: {"pages": pick(ANY, v)},
+    "a text": lambda v: {"title": pick([*TEXTS, "\0", 7, None, Book.Language.GERMAN], v)},
+    "several": lambda v: {"pages": v, "title": f"title {v}", "in_print": bool(v % 2)},
+    "as many, in turn": lambda v: {"title": f"title {v}", "pages": v, "isbn": None},
+    "a decimal": lambda v: {"price": pick([Decimal(v), Decimal("1.005"), 1, 2.5, "3", None], v)},
+    "a float": lambda v: {"rating": pick([v / 3, v, None, float("nan"), "2"], v)},
+    "days": lambda v: {"published": dt.date(2024, 1, 1 + v % 28)},
+    "a day or a text": lambda v: {"published": pick([dt.date(2024, 1, 2), "2024-02-30", "x"], v)},
+    "times": lambda v: {"created": dt.datetime(2024, 1, 1 + v % 28, tzinfo=UTC)},
+    "a key": lambda v: {"publisher_id": 1 + v % 2},
+    "a key by the relation's name": lambda v: {"publisher": pick([1, 2, None, "1", "x"], v)},
+    "an instance": lambda v: {"publisher": Publisher(pk=pick([1, 2, None], v))},
+    "documents": lambda v: {"data": {"a": [v, None]}, "extra": pick([None, [v], "x", 1, True], v)},
+    "lists": lambda v: {"keywords": [str(v)], "matrix": pick([None, [[v]], [["x"]]], v)},
+    "an expression": lambda v: {"pages": F("pages") + v},
+    "twice the same": lambda v: {"publisher": 1, "publisher_id": 2},
+    "what is generated": lambda v: {"gross": v, "pages": v},
+    "no such field": lambda v: {"nothing": v},
+    "a relation of many": lambda v: {"tags": v},
+    "nothing": lambda v: {},
+    "the primary key": lambda v: {"pk": 1000 + v},
+}
+UPDATED: dict[str, Callable[[Any, int], Any]] = {
+    "one": lambda books, v: books.filter(pk=1 + v % 3),
+    "all": lambda books, v: books.all(),
+    "listed": lambda books, v: books.order_by("title").exclude(pk__in=[2, 3, *range(v % 4)]),
+    "by a relation": lambda books, v: books.filter(publisher__name__gt=str(v)),
+    "limited": lambda books, v: books.filter(pages__gt=v)[: 1 + v],
+    "distinct": lambda books, v: books.filter(pages__gt=v).distinct(),
+    "distinct by a field": lambda books, v: books.distinct("pages"),
+    "annotated": lambda books, v: books.annotate(more=F("pages") + v).filter(more__gt=v),
+}
+
+
+@pytest.mark.parametrize("way", ["awaited", "in an operation"])
+@pytest.mark.parametrize(
+    ("which", "what"), [*((each, "several") for each in UPDATED), *(("one", each) for each in SET)]
+)
+async def test_what_is_updated_is_as_djangos(which: str, what: str, way: str) -> None:
+    async def updated(books: Any, v: int) -> Any:
+        try:
+            queryset = UPDATED[which](books, v)
+            async with asyncorm.atomic():
+                if way == "awaited" and books is Book.objects:
+                    return await queryset.native_update(**SET[what](v))
+                return await asyncorm.native(queryset.update)(**SET[what](v))
+        except Exception as exc:
+            return type(exc), str(exc)
+
+    async def rolled_back(books: Any, v: int) -> Any:
+        async with asyncorm.atomic():
+            found = await updated(books, v)
+            rows = await asyncorm.native(lambda: repr([*Book.objects.order_by("pk").values()]))()
+            asyncorm.set_rollback(True)
+        return found, rows
+
+    with hits_checked():
+        for v in [*range(2 * WARM), *range(WARM)]:
+            expected = await rolled_back(QuerySet(Book, Query(Book)), v)
+            assert await rolled_back(Book.objects, v) == expected, v
+
+
+async def test_an_update_needs_no_query() -> None:
+    for v in range(WARM):
+        queryset = Review.objects.filter(stars=100 + v)
+        before = statements.statement_cache_stats()["recorded"]
+        await queryset.native_update(stars=1, body=str(v), customer=None)
+        await asyncorm.native(Review.objects.filter(stars=100 + v).update)(stars=1)
+    assert type(queryset.query) is recorded.Recorded
+    assert statements.statement_cache_stats()["recorded"] == before + 2
+
+
+@isolate_apps("tests.project.shop")
+async def test_what_a_field_prepares_is_asked_for_each_time() -> None:
+    class Loud(models.Model):
+        title = Shouted(null=True)
+
+        class Meta:
+            app_label = "shop"
+            db_table = "shop_loud"
+
+    with override_settings(ASYNCORM={"SWAP_MANAGERS": True}):
+        async with asyncorm.atomic(), asyncorm.cursor() as cursor:
+            await cursor.execute(
+                "CREATE TEMPORARY TABLE shop_loud (id bigserial, title text) ON COMMIT DROP"
+            )
+            loud = await Loud.objects.acreate(title="a")
+            for value in ["a", "b", "c", "NOTHING", "d", "NOTHING", None, "e", None]:
+                assert await Loud.objects.filter(pk=loud.pk).aupdate(title=value) == 1
+                expected = loud._meta.get_field("title").get_db_prep_save(value, None)
+                assert await Loud.objects.values_list("title", flat=True).aget() == expected
+
+
+async def test_what_is_put_in_the_place_of_djangos_preparing_is_used_at_once() -> None:
+    async def title(value: str) -> str:
+        async with asyncorm.atomic():
+            await Book.objects.filter(pk=1).native_update(title=value)
+            found = await Book.objects.native_get(pk=1)
+            asyncorm.set_rollback(True)
+        return found.title
+
+    for value in "abc":
+        assert await title(value) == value
+    with mock.patch.object(CharField, "get_db_prep_save", return_value="other"):
+        assert await title("d") == "other"
+    field = Book._meta.get_field("title")
+    with mock.patch.object(field, "get_db_prep_save", return_value="its own"):
+        assert await title("e") == "its own"
+    assert await title("f") == "f"
 
 
 def test_a_naive_datetime_warns_each_time(run: Callable) -> None:
