@@ -25,7 +25,8 @@ from ._wire.adapting import Adapters, text_transformer_of
 from ._wire.cancelling import CANCEL_TIMEOUT, CancellableConnection, finish
 from ._wire.cursors import Answer, in_turn, native_cursor
 from ._wire.locks import NO_LOCK
-from ._wire.settings import REMEMBERED, kept, reported
+from ._wire.noticing import NoticingConnection
+from ._wire.settings import REMEMBERED
 from ._wire.statement import STALE, Command, Statement, Unanswered, checked, sent
 from .bridge import Runner, deliver
 from .pages import see
@@ -50,7 +51,7 @@ _SEEN = len(REMEMBERED)
 _NOT_MADE: Any = (None, (None,), None)
 
 
-class Connection(CancellableConnection):
+class Connection(NoticingConnection, CancellableConnection):
     """What Django sees as its psycopg connection, over the libpq connection of a pooled one.
 
     It owns all Python state (autocommit, isolation level, adapters, prepared statements, notice
@@ -58,10 +59,6 @@ class Connection(CancellableConnection):
 
     Attributes:
         lock: taken by psycopg around each statement; the session that holds the connection sets it.
-        touched: a statement may have set something in the session, as far as its text tells.
-        called: functions that have been called, and that may have left something in the session.
-        configured: whether Django has set time zone, role and so on.
-        pooled: the pool's connection underneath, None when there is none.
         alone: the statement that runs, or the last one, is no part of a transaction, and was sent.
         told: what `reported()` gives, while it stays so; None: to be asked for.
         deferred: it is a `DeferredConnection` and has no server connection yet.
@@ -80,16 +77,12 @@ class Connection(CancellableConnection):
     served_by = 0
     lender: Any = None
     lock: Any
-    configured: bool
 
     def __init__(self, pgconn: Any, row_factory: Any = psycopg.rows.tuple_row) -> None:
         super().__init__(pgconn, row_factory)
         self.lock = NO_LOCK
-        self.configured = False
+        self.held = set()
         self.wire = Wire(pgconn)
-        self.touched = False
-        self.called: frozenset[str] = frozenset()
-        self._start: tuple[Any, ...] | None = None
         self.pooled = None
         self._pool = None  # also tells psycopg not to warn about a connection it did not see closed
         self._made: dict[Any, tuple[Any, Any, Any]] = {}
@@ -107,41 +100,6 @@ class Connection(CancellableConnection):
         conn._adapters = Adapters(psycopg.adapters if context is None else context.adapters)
         conn.prepare_threshold = options.get("prepare_threshold", 5)
         return conn
-
-    def begin(self) -> None:
-        """Take the session as it is now for that of a new connection: Django has configured it."""
-        self.configured = True
-        self.touched = False
-        self.called = frozenset()
-        self._start = self._settings()
-
-    def _settings(self) -> tuple[Any, ...]:
-        """What is set in the session, of what can be seen without asking the server."""
-        handlers = (*self._notice_handlers, *self._notify_handlers)
-        standby = self.pgconn.parameter_status(b"in_hot_standby")
-        return (*reported(self.pgconn), standby, *kept(self), handlers)
-
-    @property
-    def session_dirty(self) -> bool:
-        """Whether something is left in the session that nobody else may see: by a statement, as far
-        as its text tells or the server told, or in psycopg's connection; by a function, perhaps."""
-        if self.touched or self.called:
-            return True
-        if self._start is None or self.pgconn.status != _OK:
-            return False
-        return self._settings() != self._start
-
-    @session_dirty.setter
-    def session_dirty(self, value: bool) -> None:
-        self.touched = value
-
-    def note(self, traces: bool | frozenset[str]) -> None:
-        """A statement that leaves something is about to be sent."""
-        if traces is True:
-            self.touched = True
-        elif traces:
-            home = None if self.pooled is None else self.pooled.home
-            self.called |= traces if home is None else traces - home.harmless
 
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         """As psycopg's."""
@@ -304,6 +262,7 @@ class Connection(CancellableConnection):
         command = sql.SQL("CLOSE {}").format(sql.Identifier(name))
         with self.lock:
             self.wait(self._exec_command(command.as_bytes(self)))
+        self.held.discard(name)
 
     def run(self, command: Command) -> Any:
         """Execute a command and return what it wants of its result.
@@ -399,7 +358,7 @@ class Connection(CancellableConnection):
         if begins := not self._autocommit and self.begins:
             yield from self.whole_results()
         elif not self._autocommit:
-            yield from self._start_query()
+            yield from self.started()
         if statement.traces:
             self.note(statement.traces)
         pgconn = self.pgconn

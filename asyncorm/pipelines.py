@@ -115,7 +115,7 @@ class Pipeline:
         conn = self._conn
         self._begins = self._joins and conn.begins
         if not self._begins:
-            yield from conn._start_query()
+            yield from conn.started()
         yield from conn.whole_results()
         pgconn = conn.pgconn
         book: Any = conn._prepared

@@ -15,18 +15,21 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# What a name consists of, for PostgreSQL: beyond ASCII anything.
+OF_NAMES = r"\w$\x80-\U0010ffff"
+
 # Literals, quoted names, comments. Possessive (*+, ++) where one way to match is the only one, so
 # that the time is linear in the length; runs of the commonest at once.
 _SPECIAL = re.compile(
-    r"""
+    rf"""
     (?P<names>(?:"[\w$]*+"[\s.,=()<>]*+)++)
   | (?P<blanks>(?:--[^\r\n]*+\s*+|/\*[^*/]*+\*/\s*+)++)
   | (?P<literal>'[^']*+(?:''[^']*+)*+'?)
   | (?P<comment>/\*)
-  | (?P<dollars>(?<![\w$])\$(?:[^\W\d]\w*+)?\$)
-  | (?P<escaped>(?<![\w$])[eE]'(?:[^'\\]|\\.|'')*+'?)
+  | (?P<dollars>(?<![{OF_NAMES}])\$(?:[a-zA-Z_\x80-\U0010ffff][\w\x80-\U0010ffff]*+)?\$)
+  | (?P<escaped>(?<![{OF_NAMES}])[eE]'(?:[^'\\]|\\.|'')*+'?)
   | (?P<name>"[^"]*+(?:""[^"]*+)*+"?)
-  | (?P<unknown>(?<![\w$])[uU]&")
+  | (?P<unknown>(?<![{OF_NAMES}])[uU]&")
     """,
     re.DOTALL | re.VERBOSE,
 )

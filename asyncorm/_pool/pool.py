@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import traceback
 from asyncio import CancelledError, Task
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import Context
 from time import monotonic
 from typing import Any
 
@@ -22,6 +24,7 @@ from psycopg_pool.pool_async import AddConnection, ReturnConnection
 
 from .. import conf
 from .._wire.cancelling import CANCEL_TIMEOUT
+from .._wire.texts import traces
 from ..growth import GrowingPool, is_away
 from ..roles import ASK, STANDBY_WANTED, Role, contradicts
 from ..upkeep import Cancelled
@@ -35,14 +38,25 @@ _ELSEWHERE = 10.0  # seconds for which standbys are refused where a primary was 
 _IDLE = pq.TransactionStatus.IDLE
 _ACTIVE = pq.TransactionStatus.ACTIVE
 _MOST_NAMES = 1000
-# Of these functions those that may set something in the session, which one that is not volatile
-# does by set_config() or a lock only. Those in C are PostgreSQL's and its extensions'; their names
-# tell.
-_HARMFUL = """
-    SELECT proname FROM pg_catalog.pg_proc JOIN pg_catalog.pg_language l ON l.oid = prolang
-    WHERE proname = ANY(%s) AND CASE WHEN lanname IN ('internal', 'c')
-        THEN provolatile = 'v' AND proname ~ 'set|connect|lock|session|config|seed|load|open'
-        ELSE provolatile = 'v' OR pg_get_functiondef(pg_proc.oid) ~* 'set_config|advisory' END"""
+# Of these functions and operators' functions those that may set something in the session. One that
+# is not volatile does by what it calls only: its body tells, as aggregates' parts do. Those in C
+# are PostgreSQL's and its extensions'; their names tell, also which execute the SQL that they get.
+_CALLED = """
+    SELECT lanname NOT IN ('internal', 'c', 'sql', 'plpgsql')
+        OR (provolatile = 'v' AND (lanname IN ('sql', 'plpgsql')
+            OR proname ~ 'set|connect|lock|session|config|seed|load|open'))
+        OR proname ~ '_to_xml|^ts_stat$|^ts_rewrite$|^crosstab|^connectby$|^xpath_table$',
+        CASE WHEN prokind = 'a' THEN (
+                SELECT concat_ws('(', aggtransfn, aggfinalfn, aggcombinefn, aggserialfn,
+                    aggdeserialfn, aggmtransfn, aggminvtransfn, aggmfinalfn, '')
+                FROM pg_catalog.pg_aggregate WHERE aggfnoid = p.oid)
+            WHEN lanname IN ('internal', 'c') THEN ''
+            WHEN prosrc = '' THEN pg_catalog.pg_get_functiondef(p.oid) ELSE prosrc END
+    FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid = prolang
+    WHERE proname = ANY(%(names)s) OR p.oid IN (
+        SELECT oprcode FROM pg_catalog.pg_operator WHERE oprname = ANY(%(names)s))"""
+_DYNAMIC = re.compile(r"\bexecute\b", re.IGNORECASE)  # what, nobody can tell
+_HARMLESS_FOR = 60.0  # seconds after which functions are looked at again: they may be others
 
 
 class ConnectionPool(GrowingPool[PooledConnection]):
@@ -252,10 +266,29 @@ class ConnectionPool(GrowingPool[PooledConnection]):
         called, twin.called = twin.called, frozenset()
         if not called or twin.session_dirty or conf.get("RESET_ALWAYS"):
             return False
-        rows = await (await conn.execute(_HARMFUL, [list(called - self.harmless)])).fetchall()
+        if not await self._is_harmless(conn, called):
+            return False
+        if not self.harmless:
+            self._loop.call_later(_HARMLESS_FOR, self.harmless.clear, context=Context())
         if len(self.harmless) < _MOST_NAMES:
-            self.harmless |= called.difference(name for (name,) in rows) - {""}
-        return called <= self.harmless
+            self.harmless |= called
+        return True
+
+    async def _is_harmless(self, conn: PooledConnection, names: frozenset[str]) -> bool:
+        """Whether functions and operators, and all that these call, leave the session alone."""
+        looked = frozenset(self.harmless)
+        while names := names - looked:
+            if "" in names:  # it is not known which
+                return False
+            rows = await (await conn.execute(_CALLED, {"names": list(names)})).fetchall()
+            looked |= names
+            names = frozenset()
+            for harmful, body in rows:
+                left = traces(body)
+                if harmful or left is True or _DYNAMIC.search(body):
+                    return False
+                names |= left or frozenset()
+        return True
 
     def was_reset(self, conn: PooledConnection, task: Task[None]) -> None:
         """The task of `reset()` has ended: one that was cancelled has not taken it back."""

@@ -17,6 +17,7 @@ from psycopg.pq import TransactionStatus
 from .. import _events, bridge, limits, pools
 from .._wire.lazy import DeferredConnection
 from .._wire.locks import NO_LOCK
+from .._wire.texts import tells_of_session
 from ..bridge import Runner
 from ..driver import Connection
 from ..generators import Place
@@ -166,6 +167,7 @@ class Session(StatementLock):
             or not self.pool.current
             or self.pool.start is None
             or not travels(self.source, text)
+            or tells_of_session(text)
         ):
             return None
         self._entitled(getcurrent())
@@ -201,7 +203,7 @@ class Session(StatementLock):
         conn = self.wrapper.connection if self.wrapper is not None else None
         if conn is None or not conn.deferred:
             return None
-        if not travels(self.source, text):
+        if not travels(self.source, text) or tells_of_session(text):
             return None
         self._entitled(getcurrent())
         return queue_of(self.source, self.pool, Session)

@@ -96,6 +96,10 @@ class _Cursor:
             if written.listeners and (alias := getattr(self._conn.lock, "alias", None)) is not None:
                 written.tell(alias, text)
 
+    def _start_query(self: Any, query: Any = None) -> Any:
+        self._conn.watched = True
+        yield from super()._start_query(query)  # type: ignore[misc]
+
     def _watch(self: Any, text: str) -> None:
         """What follows needs the connection to itself."""
         conn = self._conn
@@ -113,13 +117,26 @@ def native_cursor(cls: type) -> Any:
 
 
 class InTurn:
-    """A server-side cursor's part that waits for its turn before psycopg looks for pipelines."""
+    """A server-side cursor's part that waits for its turn before psycopg looks for pipelines, and
+    that notices session state."""
 
     __slots__ = ()
 
-    def execute(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def execute(self: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        declaring = getattr(self._conn, "declaring", None)
+        if declaring is not None:  # None on a synchronous caller's connection
+            declaring(self.name, self.withhold, traces(text_of(query)))
         with self._conn.lock:
-            return super().execute(*args, **kwargs)  # type: ignore[misc]
+            return super().execute(query, *args, **kwargs)  # type: ignore[misc]
+
+    def close(self: Any) -> None:
+        super().close()  # type: ignore[misc]
+        if (held := getattr(self._conn, "held", None)) is not None:
+            held.discard(self.name)
+
+    def _start_query(self: Any, query: Any = None) -> Any:
+        self._conn.watched = True
+        yield from super()._start_query(query)  # type: ignore[misc]
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..session_state import leaves_state, plain, remembered
+from ..session_state import OF_NAMES, leaves_state, plain, remembered
 
 # All of these look at what `plain()` returns.
 _READS = re.compile(r"[\s(]*+(?:select|values|table)\b")
@@ -15,8 +15,8 @@ _WAITS = re.compile(
     r"|\binto\b"
 )
 _WAITING = ("update", "share", "pg_sleep", "lock", "into")  # one is in what that matches
-_INTO = re.compile(r"\binto\s++[\w$\".]++\s*+\(")  # columns follow
-_CALL = re.compile(r"\"\s*+\(|(?<![\w$])([\w$]++)\s*+\(")
+_INTO = re.compile(rf"\binto\s++[{OF_NAMES}\".]++\s*+\(")  # columns follow
+_CALL = re.compile(rf"\"\s*+\(|(?<![{OF_NAMES}])([{OF_NAMES}]++)\s*+\(")
 _PLACEHOLDER = re.compile(r"%(?:\(\w++\))?s")
 _OPERATOR = re.compile(r"[-+*/<>=~!@#%^&|`?]++")
 # What may stand before a parenthesis: functions of PostgreSQL and of extensions that Django knows
@@ -98,19 +98,18 @@ def calls_known(text: str) -> bool:
     """Whether a statement calls no function and no operator but those known to leave the session
     alone: others may set something in it, which the statements behind would run with."""
     command = plain(text)
-    if command is None:
-        return False
-    command = _PLACEHOLDER.sub("", _INTO.sub("into (", command))
-    return _OPERATORS.issuperset(_OPERATOR.findall(command)) and not _unknown_calls(command)
+    return command is not None and not _unknown_calls(command)
 
 
 def _unknown_calls(command: str) -> frozenset[str]:
-    """The names of functions that are not known to leave the session alone; "" for quoted ones."""
+    """The names of functions and operators that are not known to leave the session alone; "" for
+    quoted ones."""
+    command = _PLACEHOLDER.sub("", _INTO.sub("into (", command))
     return frozenset(
         match[1] or ""
         for match in _CALL.finditer(command)
         if match[1] not in _HARMLESS or command[match.start() - 1 : match.start()] == "."
-    )
+    ).union(each for each in _OPERATOR.findall(command) if each not in _OPERATORS)
 
 
 @remembered
@@ -121,7 +120,7 @@ def traces(text: str) -> bool | frozenset[str]:
     command = plain(text)
     if command is None:
         return False
-    called = _unknown_calls(_INTO.sub("into (", command))
+    called = _unknown_calls(command)
     # What is left of set_config() by now is for the transaction only.
     return called if ".set_config" in command else called - {"set_config"}
 
@@ -139,6 +138,16 @@ def only_reads(text: str) -> bool:
     """Whether a statement changes nothing and may be executed again elsewhere, as far as its text
     tells: what views, operators and row policies do is not seen in it."""
     return is_read(text) and calls_known(text) and not _VOLATILE.search(plain(text) or "")
+
+
+_OF_SESSION = re.compile(r"\b(?:nextval|currval|pg_backend_pid)\b")
+
+
+@remembered
+def tells_of_session(text: str) -> bool:
+    """Whether an operation that executes a statement may rely on having the same session next, or
+    relies on having had it: what a sequence gave it, which process serves it."""
+    return _OF_SESSION.search(plain(text) or "") is not None
 
 
 @remembered

@@ -190,10 +190,10 @@ class _Stream(InTurn):
             try:
                 # A cancelled task does not wait for others: the transaction's end closes it, too.
                 if runner is None:
-                    super().close()  # type: ignore[misc]
+                    super().close()
                 elif runner.cleaning_until is None or not session.busy:
                     with session.wrapper.wrap_database_errors, bridge.shield(runner):
-                        super().close()  # type: ignore[misc]
+                        super().close()
             except TransactionManagementError:
                 pass  # the transaction has ended or is aborted, and the cursor goes with it
             except DatabaseError:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import gc
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -10,20 +11,21 @@ from typing import Any
 import pytest
 from django.conf import settings
 from django.contrib.auth.models import Permission
-from django.db import DatabaseError, OperationalError, connection, connections
+from django.db import DatabaseError, OperationalError, connection, connections, transaction
 from django.db.backends.signals import connection_created
 from django.db.models import Func, IntegerField
 from django.db.models.signals import post_init
-from psycopg import IsolationLevel, RawCursor, ServerCursor
+from psycopg import ClientCursor, Cursor, IsolationLevel, RawCursor, ServerCursor
 from psycopg.adapt import PyFormat
 from psycopg.rows import dict_row
 from psycopg.types import TypeInfo
 from psycopg.types.string import StrDumper, TextLoader
 
 import asyncorm
+from asyncorm import pools
 from asyncorm._wire.texts import calls_known, is_read, is_single
 from asyncorm.session_state import leaves_state
-from tests.support import administrator
+from tests.support import administrator, eventually
 
 pytestmark = pytest.mark.usefixtures("one_connection")
 
@@ -94,6 +96,9 @@ async def settled() -> None:
             "4MB",
         ),
         ("SELECT set_config('work_mem', '77MB', 'a,true)' = '')", "SHOW work_mem", "4MB"),
+        ("SELECT 1 AS €$$; SET work_mem = '77MB' --$$", "SHOW work_mem", "4MB"),
+        ("SELECT $€$ ' $€$; SET work_mem = '77MB' --'", "SHOW work_mem", "4MB"),
+        ("SELECT $٣$ /* $٣$; SET work_mem = '77MB'", "SHOW work_mem", "4MB"),
     ],
 )
 async def test_state_is_reset_before_the_next_holder(leave: str, look: str, clean: Any) -> None:
@@ -181,6 +186,115 @@ async def test_what_functions_hide_is_seen_if_the_server_tells_of_it() -> None:
         await value(hidden)
         await settled()
         assert (await value("SHOW timezone"), await value("SHOW datestyle")) == (zone, style)
+
+
+QUIET = """
+    CREATE FUNCTION it_sets() RETURNS text LANGUAGE sql AS
+        $$ SELECT set_config('work_mem', '77MB', false) $$;
+    CREATE FUNCTION it_calls() RETURNS text STABLE LANGUAGE sql AS 'SELECT it_sets()';
+    CREATE FUNCTION it_calls_that() RETURNS text STABLE RETURN it_calls();
+    CREATE FUNCTION it_is_dynamic() RETURNS int STABLE LANGUAGE plpgsql AS
+        $$ BEGIN EXECUTE 'SELECT it_' || 'sets()'; RETURN 1; END $$;
+    CREATE FUNCTION it_adds(int, int) RETURNS int LANGUAGE sql AS 'SELECT length(it_sets())';
+    CREATE FUNCTION "it€s"() RETURNS text LANGUAGE sql AS 'SELECT it_sets()';
+    CREATE OPERATOR @#@ (leftarg = int, rightarg = int, function = it_adds);
+    CREATE AGGREGATE it_aggregates(int) (sfunc = it_adds, stype = int, initcond = '0');
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "SELECT it_calls()",
+        "SELECT it_calls_that()",
+        "SELECT it_is_dynamic()",
+        "SELECT it€s()",
+        "SELECT 1 @#@ 2",
+        "SELECT it_aggregates(1)",
+        "SELECT * FROM ts_stat('SELECT it_sets()::tsvector')",
+        "SELECT ts_rewrite('a', $$SELECT 'a'::tsquery, 'b'::tsquery WHERE it_sets() > ''$$)",
+        "SELECT query_to_xml('SELECT it_sets()', true, true, '')",
+    ],
+)
+async def test_what_functions_reach_through_others_is_reset(call: str) -> None:
+    await value(QUIET)
+    try:
+        for _ in range(2):
+            with contextlib.suppress(DatabaseError):  # a server may have been built without XML
+                await value(call)
+            await settled()
+            assert await value("SHOW work_mem") == "4MB"
+    finally:
+        await value("DROP FUNCTION it_sets, it_calls, it_adds CASCADE")
+        await value('DROP FUNCTION IF EXISTS it_calls_that, it_is_dynamic, "it€s"')
+
+
+async def test_a_function_that_is_replaced_is_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("asyncorm._pool.pool._HARMLESS_FOR", 0.01)
+    create = "CREATE OR REPLACE FUNCTION it_changes() RETURNS text LANGUAGE sql"
+    await value(f"{create} STABLE AS $$ SELECT '1' $$")
+    try:
+        await value("SELECT it_changes()")
+        await settled()
+        await value(f"{create} VOLATILE AS $$ SELECT set_config('work_mem', '77MB', false) $$")
+        pool = pools.find("default")
+        await eventually(lambda: "it_changes" not in pool.connections.harmless)  # type: ignore[union-attr]
+        await value("SELECT it_changes()")
+        await settled()
+        assert await value("SHOW work_mem") == "4MB"
+    finally:
+        await value("DROP FUNCTION it_changes")
+
+
+@pytest.mark.parametrize("cursor_class", [Cursor, ClientCursor, RawCursor])
+async def test_what_cursors_of_psycopgs_own_leave_is_reset(cursor_class: Any) -> None:
+    def leave() -> None:
+        connection.ensure_connection()
+        with cursor_class(connection.connection) as cursor:
+            cursor.execute("SET work_mem = '77MB'")
+
+    await asyncorm.native(leave)()
+    await settled()
+    assert await value("SHOW work_mem") == "4MB"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_what_named_cursors_leave_is_reset() -> None:
+    def leave(query: str, **options: Any) -> None:
+        connection.ensure_connection()
+        with transaction.atomic():
+            cursor = connection.connection.cursor("left_behind", **options)
+            cursor.execute(query)
+            assert cursor.fetchone() is not None
+            if not options:
+                cursor.close()
+
+    await asyncorm.native(leave)("SELECT set_config('work_mem', '77MB', false)")
+    await settled()
+    assert await value("SHOW work_mem") == "4MB"
+    await asyncorm.native(leave)("SELECT generate_series(1, 100)", withhold=True)
+    gc.collect()
+    await settled()
+    assert await value("SELECT count(*) FROM pg_cursors WHERE is_holdable") == 0
+
+
+async def test_an_operation_has_what_sequences_gave_it_while_the_pool_is_crowded() -> None:
+    def draw() -> None:
+        number = execute("SELECT nextval('it_counts')")
+        execute("SELECT 1")
+        assert execute("SELECT currval('it_counts')") == number
+        process = execute("SELECT pg_backend_pid()")
+        execute("SELECT 1")
+        assert execute("SELECT pg_backend_pid()") == process
+
+    await value("CREATE SEQUENCE it_counts")
+    try:
+        await asyncio.gather(*(asyncorm.native(draw)() for _ in range(50)))
+        await asyncorm.batch(*[draw] * 10)
+    finally:
+        await value("DROP SEQUENCE it_counts")
 
 
 @contextlib.asynccontextmanager
