@@ -127,12 +127,27 @@ class GrowingPool(UpkeptPool[C]):
             self._lose_one()
             raise
         self._had_one, self._away_since, self._pause = True, None, 0.0
-        await self._add_to_pool(conn)
-        async with self._lock:
+        try:
+            await self._add_to_pool(conn)
+        except BaseException:  # cancelled
+            self._lose(conn)
+            raise
+        finally:
             if growing:
                 self._growing = False
-            if growing and (self._nconns < self._min_size or self._waiting):
-                self._maybe_grow_pool()
+        if growing and (self._nconns < self._min_size or self._waiting):
+            self._maybe_grow_pool()
+
+    async def _return_connection(self, conn: C, from_getconn: bool) -> None:
+        try:
+            await super()._return_connection(conn, from_getconn)
+        except BaseException:  # psycopg_pool would lose it
+            self._lose(conn)
+            raise
+
+    def _lose(self, conn: C) -> None:
+        self.discard(conn)
+        self._lose_one()
 
     def _lose_one(self) -> None:
         # Who still waits, or comes later, is served all the same.
@@ -141,10 +156,9 @@ class GrowingPool(UpkeptPool[C]):
             self._maybe_grow_pool()
 
     async def _refused(self, exc: Exception, growing: bool) -> None:
-        async with self._lock:
-            self._nconns -= 1
-            if growing:
-                self._growing = False
+        self._nconns -= 1
+        if growing:
+            self._growing = False
         if is_full(exc):
             self._shed()
         passes = self.passes(exc)

@@ -143,7 +143,7 @@ class Queue:
     Attributes:
         waiting: how many wait now.
         pending: how many pipelines wait for a connection.
-        starting: how many of them have not got into line yet.
+        starting: those of them that have not got into line yet.
     """
 
     def __init__(self, source: Source) -> None:
@@ -152,7 +152,7 @@ class Queue:
         self._tasks: set[Task[None]] = set()
         self.waiting = 0
         self.pending = 0
-        self.starting = 0
+        self.starting: dict[Task[None] | None, _Segment] = {}
 
     def seal(self) -> None:
         """Somebody waits for a connection to himself: what comes later stands behind him."""
@@ -203,10 +203,10 @@ class Queue:
     def _start(self, segment: _Segment) -> None:
         segment.pipelines += 1
         self.pending += 1
-        self.starting += 1
         task = get_running_loop().create_task(
             bridge.run(self._run_pipeline, segment, monotonic()), context=Context()
         )
+        self.starting[task] = segment
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
@@ -214,6 +214,11 @@ class Queue:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # the requests have been told
+        elif (segment := self.starting.pop(task, None)) is not None:  # it has not begun
+            segment.pipelines -= 1
+            self.pending -= 1
+            if not all(request.future.done() for request in segment.waiting):
+                self._start(segment)
 
     def _leave(self, request: _Request) -> None:
         if request.waits:
@@ -233,7 +238,7 @@ class Queue:
 
     def _run_pipeline(self, segment: _Segment, started: float) -> None:
         runner = bridge.running()
-        self.starting -= 1
+        self.starting.pop(current_task(), None)
         requests: list[_Request] | None = None
         try:
             with self._source.connection() as conn:

@@ -21,6 +21,7 @@ from psycopg_pool import PoolClosed, PoolTimeout
 
 from . import between, bridge, conf, elsewhere
 from ._pool import refusals, registry
+from ._pool.callbacks import natively
 from ._pool.connection import PooledConnection
 from ._pool.options import pool_options
 from ._pool.pool import ConnectionPool
@@ -35,7 +36,6 @@ from ._pool.registry import (
     total_stats,
 )
 from ._wire.lazy import DeferredConnection, Start
-from ._wire.locks import OwnLock
 from .driver import Connection
 from .growth import is_away
 from .pages import see
@@ -257,7 +257,9 @@ class Pool:
             return 0
         waiting = self.connections.waiting
         if self.queue is not None:
-            waiting += self.queue.waiting - min(self.queue.pending - self.queue.starting, waiting)
+            waiting += self.queue.waiting - min(
+                self.queue.pending - len(self.queue.starting), waiting
+            )
         return waiting
 
     def asked(self, admitted: bool = False) -> Asking:
@@ -336,7 +338,8 @@ class Pool:
             min_size = options.pop("min_size")
             options.pop("max_waiting", None)  # see asked()
             callbacks = {
-                name: _natively(options.pop(name, None)) for name in ("check", "configure", "reset")
+                name: natively(name, options.pop(name, None), options["timeout"])
+                for name in ("check", "configure", "reset")
             }
             if self.settings_dict["CONN_HEALTH_CHECKS"] and callbacks["check"] is None:
                 callbacks["check"] = ConnectionPool.check_connection
@@ -458,18 +461,3 @@ class Pool:
             "pool_min": self.options["min_size"],
             "pool_max": self.size,
         }
-
-
-def _natively(callback: Callable[..., Any] | None) -> Any:
-    """Django's pool callbacks take a synchronous connection: run them natively on the twin."""
-    if callback is None:
-        return None
-
-    async def run(conn: PooledConnection) -> None:
-        held, conn.twin.lock = conn.twin.lock, OwnLock()  # nobody else has the connection now
-        try:
-            await bridge.run(callback, conn.twin)
-        finally:
-            conn.twin.lock = held
-
-    return run

@@ -292,9 +292,8 @@ class ConnectionPool(GrowingPool[PooledConnection]):
 
     def was_reset(self, conn: PooledConnection, task: Task[None]) -> None:
         """The task of `reset()` has ended: one that was cancelled has not taken it back."""
-        if task.cancelled():
-            self.discard(conn)
-            self._lose_one()
+        if task.cancelled() or task.exception() is not None:
+            self._lose(conn)
 
     # The server's role
 
@@ -346,8 +345,8 @@ class ConnectionPool(GrowingPool[PooledConnection]):
             workers = [*self._workers]
             for worker in workers:
                 worker.cancel()
-            if workers:
-                await asyncio.gather(*workers, return_exceptions=True)
+            if workers:  # a callback of the user's may do what it likes with that
+                await asyncio.wait(workers, timeout=CANCEL_TIMEOUT)
             busy = [conn for conn in self.live if conn.pgconn.transaction_status == _ACTIVE]
             if busy:
                 with suppress(CancelledError, Exception):
