@@ -131,6 +131,10 @@ def _wait(func: Method, /, *args: Any, sensitive: bool, **kwargs: Any) -> Any:
 class _Call:
     """A call whose arguments no repr() shows: asgiref's frames have it."""
 
+    # No __dict__: older versions of asgiref copy it into what they have made of this, which has a
+    # `func` of its own.
+    __slots__ = ("__name__", "_args", "_kwargs", "func")
+
     def __init__(self, func: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.func, self._args, self._kwargs = func, args, kwargs  # as partial's: who looks at it
         self.__name__ = func.__name__
