@@ -17,6 +17,7 @@ from django.db import connections
 
 from .. import __version__, conf, internals, patches, pools
 from .._cache.parts import unknown_attributes
+from .._pool.options import problems
 from .._requests import checks as request_checks
 from .._requests import middleware
 from .._sessions import engines
@@ -70,6 +71,9 @@ def _databases() -> Iterator[str]:
         engine = database["ENGINE"]
         if engines.native_class(alias) is None:
             yield f"{alias}: {engine}, not native"
+            continue
+        if any(problems(alias, database)):
+            yield f"{alias}: {engine}; its pool cannot be made: see the checks below"
             continue
         size = pools.pool_options(alias, database)["max_size"]
         plain = f"up to {size}" if database["OPTIONS"].get("pool") else "one for each thread"

@@ -17,6 +17,7 @@ from django.db.backends.utils import CursorWrapper
 from asyncorm import internals, patches
 from asyncorm._commands.bench import _largest
 from tests.project.shop.models import Tag
+from tests.support import database
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +87,16 @@ def test_status_prints_settings(settings: Any, django_db_blocker: Any) -> None:
     assert values["SWAP_MANAGERS"] == "True"
     assert values["LOCK_TIMEOUT"] == "30.0 (default)"
     assert section(text, "Off") == ["STATEMENT_CACHE: ASYNCORM says so"]
+
+
+def test_wrong_options_of_a_pool_are_one_clear_line() -> None:
+    """`status` goes on, and `sizing` ends without a traceback."""
+    with database(OPTIONS={"pool": {"max_size": "3"}}):
+        printed = shown("status")
+        assert "extra: asyncorm.backends.postgresql; its pool cannot be made" in printed
+        assert printed.count("['max_size'] must be a number of connections") == 1
+        with pytest.raises(CommandError, match="'max_size'"):
+            shown("sizing")
 
 
 def test_status_prints_what_is_off(monkeypatch: pytest.MonkeyPatch) -> None:

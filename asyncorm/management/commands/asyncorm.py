@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from ..._commands import SUBCOMMANDS
@@ -31,4 +32,7 @@ class Command(BaseCommand):
         if subcommand is None:
             names = "".join(f"\n  {name}: {text}" for name, text in SUBCOMMANDS.items())
             raise CommandError(f"SUBCOMMAND is one of these:{names}", returncode=2)
-        _module(subcommand).run(options, self.stdout.write)
+        try:
+            _module(subcommand).run(options, self.stdout.write)
+        except ImproperlyConfigured as exc:
+            raise CommandError(str(exc)) from exc
