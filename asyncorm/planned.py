@@ -21,6 +21,7 @@ from ._hooks import aggregate, create, get, insert, iterate, switch, terminals, 
 from .statements import clear, plans
 
 _ROWS = "rows are read by a plan of the statement cache"
+_SHARED = "tasks may evaluate one queryset at the same time"
 _WRITES = "writes take their SQL from the statement cache"
 _ALONE = "outside a block an INSERT needs no transaction of its own"
 _BULK = "bulk_create() takes its values by columns"
@@ -33,6 +34,7 @@ def _replacements() -> Iterator[tuple[Any, str, Any, str]]:
         yield cls, "__iter__", iterate.planned(cls), _ROWS
     raw = query.RawModelIterable
     yield raw, "__iter__", iterate.raw(raw.__iter__), _ROWS
+    yield querysets, "_fetch_all", iterate.fetch_all(querysets._fetch_all), _SHARED
     yield querysets, "get", get.get(querysets.get), _ROWS
     yield querysets, "get_or_create", create.get_or_create(querysets.get_or_create), _ALONE
     yield Query, "has_results", aggregate.has_results(Query.has_results), _ROWS

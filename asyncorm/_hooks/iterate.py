@@ -87,6 +87,22 @@ def raw(original: _Iterate) -> _Iterate:
     return __iter__
 
 
+def fetch_all(original: Callable[[Any], None]) -> Any:
+    """`_fetch_all()`: where tasks evaluate a queryset at the same time, it keeps the first items.
+
+    Others in their place would be taken for those that were prefetched for.
+    """
+
+    def _fetch_all(self: Any) -> None:
+        if self._result_cache is None and type(getcurrent()) is Runner:
+            made = list(self._iterable_class(self))
+            if self._result_cache is None:
+                self._result_cache = made
+        original(self)
+
+    return _fetch_all
+
+
 def _each(parts: Any, queryset: QuerySet[Any], plan: Plan) -> Iterator[Any]:
     try:
         for part in parts:

@@ -192,7 +192,8 @@ def _delete(queryset: Any, args: Any, kwargs: Any, wrapper: Any) -> Found | None
 
 
 def _keep(queryset: _Queryset, plan: Plan, made: list[Any]) -> None:
-    queryset._result_cache = related(queryset, plan, made)
+    if queryset._result_cache is None:  # another task may have evaluated it meanwhile
+        queryset._result_cache = related(queryset, plan, made)
 
 
 def _take_first(queryset: _Queryset, plan: Plan, made: list[Any]) -> Any:

@@ -660,3 +660,39 @@ async def test_a_block_that_ends_while_a_lookup_is_fetched() -> None:
     ended.set()
     with pytest.raises(TransactionManagementError, match="has ended"):
         await task
+
+
+REVIEWED = Prefetch("reviews", Review.objects.order_by("pk"), to_attr="reviewed")
+SHARED = {
+    "attribute": lambda: Book.objects.prefetch_related(REVIEWED).order_by("pk"),
+    "managers": lambda: Book.objects.prefetch_related("tags", "reviews").order_by("pk"),
+    "none": lambda: Book.objects.order_by("pk"),
+}
+
+
+@pytest.mark.parametrize("which", SHARED)
+@pytest.mark.parametrize("way", ["list", "async for"])
+async def test_tasks_that_evaluate_one_queryset_at_the_same_time(which: str, way: str) -> None:
+    """Each finds what was prefetched, in the same instances."""
+    for turns in range(12):
+        queryset = SHARED[which]()
+
+        async def evaluate(number: int, queryset: Any = queryset, turns: int = turns) -> Any:
+            for _ in range(number * turns):
+                await asyncio.sleep(0)
+            if way == "list":
+                found = await native(list)(queryset)
+            else:
+                found = [book async for book in queryset]
+            for book in found:
+                if which == "attribute":
+                    assert all(review.book_id == book.pk for review in book.reviewed)
+                elif which != "none":
+                    assert "tags" in book._prefetched_objects_cache
+            return found
+
+        with override_settings(ASYNCORM={"SWAP_MANAGERS": True}):
+            first, *others = await asyncio.gather(*[evaluate(number) for number in range(3)])
+        assert first
+        for other in others:
+            assert list(map(id, other)) == list(map(id, first))
