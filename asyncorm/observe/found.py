@@ -16,11 +16,16 @@ from django.apps import apps
 
 
 def find() -> None:
-    """Set up what is found when the project starts: Datadog, New Relic and django-prometheus."""
+    """Set up what is found when the project starts.
+
+    Datadog, New Relic, Elastic APM and django-prometheus.
+    """
     if getattr(psycopg, "_datadog_patch", False) or _datadog_wraps_cursors():
         _try("datadog", lambda module: module.install())
     if "newrelic.core.trace_cache" in sys.modules:
         _try("newrelic", lambda module: module.install())
+    if apps.is_installed("elasticapm.contrib.django"):
+        _try("elastic", lambda module: module.install())
     if apps.is_installed("django_prometheus"):
         _try("prometheus", lambda module: module.install())
 

@@ -1,6 +1,7 @@
-"""Sentry and Datadog see native statements as they see Django's, each once, and no cursor for it.
+"""Tracers see native statements as they see Django's, each once, and no cursor for it.
 
-The same work on Django's engine and on ours, each in a process of its own: the spans are compared.
+Sentry, Datadog, Elastic APM: the same work on Django's engine and on ours, each in a process of
+its own; the spans are compared.
 """
 
 import json
@@ -108,6 +109,32 @@ async def traced(work):
 )
 
 
+ELASTIC = (
+    """
+import tests.project.settings as base
+base.INSTALLED_APPS = [*base.INSTALLED_APPS, "elasticapm.contrib.django"]
+base.ELASTIC_APM = {"DISABLE_SEND": True, "CENTRAL_CONFIG": False, "CLOUD_PROVIDER": "none",
+    "SERVICE_NAME": "shop", "SPAN_COMPRESSION_ENABLED": False}
+""",
+    """
+import elasticapm
+client, kept = elasticapm.get_client(), []
+client.tracer.queue_func = lambda kind, data, **options: kept.append((kind, data))
+async def traced(work):
+    kept.clear()
+    client.begin_transaction("request")
+    await work()
+    client.end_transaction("page", "ok")
+    return [sorted((
+        [span["name"], span["type"], span["subtype"], span["action"], span["outcome"],
+         span["context"]["db"], span["context"]["destination"],
+         span["parent_id"] == span["transaction_id"], span["duration"] >= 0]
+        for kind, span in kept if kind == "span" and span["action"] != "connect"
+        and "TimeZone" not in span["context"]["db"]["statement"]), key=str)]
+""",
+)
+
+
 def traced(before: str, after: str = "", **environment: str) -> list[Any]:
     found = []
     for stock in "1", "":
@@ -124,6 +151,15 @@ def test_sentrys_spans_and_breadcrumbs(shop_data: Any) -> None:
     assert len(ours) >= 7
     assert ours == theirs
     assert said == heard
+    assert cursors <= 1  # of what extra() adds
+
+
+def test_elastics_spans(shop_data: Any) -> None:
+    """Its app is found; its agent looks at the cursors of psycopg.connect()."""
+    pytest.importorskip("elasticapm")
+    (theirs,), (ours, cursors) = traced(*ELASTIC)
+    assert len(ours) >= 7
+    assert ours == theirs
     assert cursors <= 1  # of what extra() adds
 
 
