@@ -112,8 +112,7 @@ def _check_database(alias: str) -> Iterator[CheckMessage]:
             id="asyncorm.E002",
         )
     if wrong := list(options.problems(alias, database)):
-        for id, text, advice in wrong:
-            yield Error(text, hint=advice, id=id)
+        yield from wrong
         return
     most = options.pool_options(alias, database)["max_size"]
     if database["OPTIONS"].get("pool") and 2 * most > MANY_CONNECTIONS:

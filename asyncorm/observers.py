@@ -346,22 +346,36 @@ def entering(own: Wrapper, wrapper: Callable[..., Any]) -> Iterator[None]:
             _entered.set(before)
 
 
+class _WithEntered:
+    """Calls a function with what native code has entered.
+
+    Attributes:
+        func: the function, as partial's, for who looks at what it calls.
+    """
+
+    # No __dict__: older versions of asgiref copy it into what they have made of this, which has a
+    # `func` of its own.
+    __slots__ = ("_entered", "func")
+
+    def __init__(self, func: Callable[..., Any], entered: Any) -> None:
+        self.func, self._entered = func, entered
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for alias, wrapper in self._entered:
+                # Not as what this thread installs: native code inside has it already.
+                wrappers = connections[alias].execute_wrappers
+                list.append(wrappers, wrapper)
+                stack.callback(list.remove, wrappers, wrapper)
+            stack.callback(_entered.set, self._entered)
+            _entered.set(())  # they are there
+            return self.func(*args, **kwargs)
+
+
 def with_entered(func: Callable[..., Any]) -> Callable[..., Any]:
     """Have a function that is to work in a thread call what native code around it has entered."""
     entered = _entered.get()
     if not entered:
         return func
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            for alias, wrapper in entered:
-                # Not as what this thread installs: native code inside has it already.
-                wrappers = connections[alias].execute_wrappers
-                list.append(wrappers, wrapper)
-                stack.callback(list.remove, wrappers, wrapper)
-            stack.callback(_entered.set, entered)
-            _entered.set(())  # they are there
-            return func(*args, **kwargs)
-
-    call.func = func  # type: ignore[attr-defined]  # as partial's, for who looks at what it calls
-    return call
+    return _WithEntered(func, entered)

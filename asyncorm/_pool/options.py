@@ -7,6 +7,7 @@ from inspect import iscoroutinefunction
 from threading import TIMEOUT_MAX
 from typing import Any
 
+from django.core.checks import Error
 from django.core.exceptions import ImproperlyConfigured
 
 from ..conf import SECONDS, MustBe, is_count, is_seconds, is_switch, misfits
@@ -65,31 +66,32 @@ _MUST_BE: dict[str, MustBe] = {
 _AGE: dict[str, MustBe] = {"CONN_MAX_AGE": ("a number of seconds, or None", _is_age, (None,))}
 
 
-def problems(alias: str, database: dict[str, Any]) -> Iterator[tuple[str, str, str | None]]:
-    """What is wrong with an alias's pool: the check's id, what it is, what to do."""
+def problems(alias: str, database: dict[str, Any]) -> Iterator[Error]:
+    """What is wrong with an alias's pool, for `check` and for the first use."""
     name = f"DATABASES[{alias!r}]"
     age = {"CONN_MAX_AGE": database["CONN_MAX_AGE"]}
     for text in misfits(name, age, _AGE):
-        yield "asyncorm.E007", text, None
+        yield Error(text, id="asyncorm.E007")
     name += "['OPTIONS']['pool']"
     option = database["OPTIONS"].get("pool")
     if not option or option is True:
         return
     if not isinstance(option, dict):
-        yield "asyncorm.E003", f"{name} must be True or a dict, not {option!r}.", None
+        yield Error(f"{name} must be True or a dict, not {option!r}.", id="asyncorm.E003")
         return
     wrong = list(misfits(name, option, _MUST_BE))
     for text in wrong:
         advice = "What psycopg connects with stands beside 'pool' in OPTIONS."
-        yield "asyncorm.E007", text, advice if "unknown key" in text else None
+        hint = advice if "unknown key" in text else None
+        yield Error(text, hint=hint, id="asyncorm.E007")
     sizes = _resolved(option)
     least, most = sizes["min_size"], sizes["max_size"]
     if not wrong and (not 0 <= least <= most or most < 1):
-        yield (
-            "asyncorm.E004",
+        yield Error(
             f"{name} has min_size {least} and max_size {most}.",
-            "min_size must not be negative nor above max_size; max_size must be at least 1. "
+            hint="min_size must not be negative nor above max_size; max_size must be at least 1. "
             "What is not said is 4, and min_size.",
+            id="asyncorm.E004",
         )
 
 
@@ -105,7 +107,7 @@ def _resolved(option: dict[str, Any]) -> dict[str, Any]:
 def validate(alias: str, database: dict[str, Any]) -> None:
     """Raise ImproperlyConfigured when an alias has a pool that cannot be made."""
     if found := list(problems(alias, database)):
-        words = (" ".join(filter(None, (text, advice))) for _, text, advice in found)
+        words = (" ".join(filter(None, (each.msg, each.hint))) for each in found)
         raise ImproperlyConfigured(" ".join(words) + see("deployment#pools"))
 
 

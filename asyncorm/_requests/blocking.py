@@ -131,8 +131,7 @@ def _wait(func: Method, /, *args: Any, sensitive: bool, **kwargs: Any) -> Any:
 class _Call:
     """A call whose arguments no repr() shows: asgiref's frames have it."""
 
-    # No __dict__: older versions of asgiref copy it into what they have made of this, which has a
-    # `func` of its own.
+    # No __dict__, as observers.with_entered().
     __slots__ = ("__name__", "_args", "_kwargs", "func")
 
     def __init__(self, func: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
