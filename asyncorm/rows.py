@@ -39,6 +39,7 @@ from django.db.models.query_utils import DeferredAttribute
 from django.db.models.signals import post_init, pre_init
 from django.db.models.sql.compiler import SQLCompiler
 from django.db.models.utils import AltersData
+from psycopg.adapt import AdaptersMap
 from psycopg.pq.abc import PGresult
 from psycopg.types.string import TextLoader
 
@@ -50,6 +51,9 @@ from .shapes import NotCacheable
 
 _TIMESTAMPTZ, _JSONB = 1184, 3802
 _NO_TEXTS: frozenset[int] = frozenset()
+_plain = AdaptersMap()
+_plain.register_loader(_JSONB, TextLoader)
+_AS_TEXT = _plain.get_loader(_JSONB, 0)  # type: ignore[arg-type]  # psycopg's in C takes its place
 _DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)
 _WITH_MODES = hasattr(ModelState, "fetch_mode")
 
@@ -236,7 +240,7 @@ def _loaders(conn: Connection) -> tuple[Any, Any, frozenset[int]]:
     """The loaders of a connection, that of timestamps if those stay as text, and what does."""
     texts = set()
     times: Any = None
-    if conn.adapters.get_loader(_JSONB, 0) is TextLoader:  # type: ignore[arg-type]
+    if conn.adapters.get_loader(_JSONB, 0) is _AS_TEXT:  # type: ignore[arg-type]
         texts.add(_JSONB)  # as Django registers it: nobody else's loader
     if _in_utc(conn):
         texts.add(_TIMESTAMPTZ)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import gc
+import sys
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from decimal import Decimal
@@ -916,6 +917,25 @@ async def test_a_loader_of_the_connection_for_json() -> None:
     for _ in range(2):
         assert differences(usual, await Book.objects.order_by("pk").anative()) == []
         assert differences(expected, await asyncorm.native(read)()) == []
+
+
+async def test_json_is_read_without_a_call_for_each_row() -> None:
+    """By the loader that Django registers, whichever of psycopg's implementations it is of."""
+    books = await Book.objects.order_by("pk").anative()
+    assert len(books) > 1
+    asked = []
+
+    def note(frame: Any, event: str, arg: object) -> None:
+        if frame.f_code is models.JSONField.from_db_value.__code__:
+            asked.append(frame)
+
+    sys.setprofile(note)
+    try:
+        again = await Book.objects.order_by("pk").anative()
+    finally:
+        sys.setprofile(None)
+    assert [book.data for book in again] == [book.data for book in books]
+    assert not asked
 
 
 async def test_timestamps_that_python_does_not_know() -> None:
