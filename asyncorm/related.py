@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import functools
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from inspect import getattr_static
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, connections, router
@@ -77,7 +78,10 @@ class Relation:
         field: the foreign key that leads back, or forward; None for a many-to-many relation.
         key: the attribute of an instance that is looked for.
         manager: the first instance's related manager; None if the foreign key leads forward.
+        grouped: rows, and the same by the key that they lead back to, once they are there.
     """
+
+    grouped: tuple[Any, dict[Any, list[Any]]] = None, {}
 
     def __init__(self, field: Any, key: str, manager: Any) -> None:
         self.field = field
@@ -159,8 +163,11 @@ def relation(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Relati
     ):
         return None
     for key in {target.attname, opts.pk.attname}:
-        # No expressions, nothing unset, nothing deferred.
-        if not {type(obj.__dict__.get(key)) for obj in instances} <= _KEYS:
+        try:
+            kinds = set(map(type, map(itemgetter(key), map(vars, instances))))
+        except KeyError:  # unset, or deferred
+            return None
+        if not kinds <= _KEYS:  # an expression
             return None
     return Relation(field, target.attname, prefetcher)
 
@@ -192,16 +199,25 @@ def get_prefetch_querysets(
     if rows is None:
         rows = narrow()
     (source,) = field.local_related_fields
-    of_row = attrgetter(source.attname)
-    name = field.cache_name
+    name, attname = field.cache_name, source.attname
+    of_row = attrgetter(attname)
+    model = manager.model
+    plain = type(getattr_static(model, attname, None)) in _COLUMNS
+    plain = plain and {model}.issuperset(map(type, rows))
+    groups: defaultdict[Any, list[Any]] = defaultdict(list)
     for part in _parts(rows, instances):
         for row in part:
+            # By its attribute a foreign key's value costs a call.
+            state = row.__dict__
+            value = state[attname] if plain and attname in state else of_row(row)
+            groups[value].append(row)
             cache = row._state.fields_cache
             if name not in cache:
                 try:
-                    cache[name] = parents[of_row(row)]
+                    cache[name] = parents[value]
                 except KeyError as exc:
                     raise KeyError(exc.args) from None  # of a tuple, as from Django
+    along.grouped = rows, groups
     return rows, of_row, of_instance, False, field.remote_field.cache_name, False
 
 
@@ -263,15 +279,12 @@ def assign(along: Relation, instances: Any, fetched: Any) -> Any:
     if new is None:
         return None
     objs = list(rows)
-    groups: dict[Any, list[Any]] = {}
-    for part in _parts(objs, instances):
-        for obj in part:
-            value = of_row(obj)
-            group = groups.get(value)
-            if group is None:
-                groups[value] = [obj]
-            else:
-                group.append(obj)
+    grouped, groups = along.grouped
+    if grouped is not rows:
+        groups = defaultdict(list)
+        for part in _parts(objs, instances):
+            for obj in part:
+                groups[of_row(obj)].append(obj)
     if along.field is not None:  # the managers would ask which connection is read from
         if router.routers:
             for obj in instances:
