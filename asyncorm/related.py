@@ -56,7 +56,8 @@ _DESCRIPTORS = (ForwardManyToOneDescriptor, ReverseManyToOneDescriptor, ManyToMa
 _QUERYSET = (
     "__new__", "__init__", "__iter__", "__setattr__", "_fetch_all", "_add_hints", "db", "query",
     "using", "filter", "_filter_or_exclude", "_filter_or_exclude_inplace", "_chain", "_clone",
-    "_next_is_sticky", "_avoid_cloning", "_disable_cloning", "_enable_cloning", "_query",
+    "_next_is_sticky", "_avoid_cloning", "_disable_cloning", "_enable_cloning", "_query", "_hints",
+    "_deferred_filter", "_known_related_objects",
     "__getstate__", "__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__setstate__",
     "__getattribute__", "__getattr__", "__delattr__",
 )  # fmt: skip
@@ -375,17 +376,17 @@ def _maker(along: Relation, first: Any) -> Callable[[Any, Any, list[Any]], Any] 
     state["_prefetch_done"] = True
     names = {f"s{i}": shared for i, shared in enumerate(state.values())}
     lines = [f"new.{own} = {i}" for own, i in zip(state, names, strict=True)]
-    value = "key" if field is None else "obj"
-    lines += [
-        "new._hints = {'instance': obj}",
-        f"new.{_MAKES} = copied",
-        f"new._deferred_filter = (False, (), {{{name!r}: {value}}})",
-        f"new._known_related_objects = {'{}' if field is None else '{field: {key: obj}}'}",
-        "new._result_cache = found",
-    ]
+    lines += [f"new.{_MAKES} = makes, obj, key", "new._result_cache = found"]
     if mode is not None:
         lines.append("new._fetch_mode = obj._state.fetch_mode")
-    names |= {"create": object.__new__, "cls": type(first), "copied": copied, "field": field}
+
+    def makes(obj: Any, key: Any) -> Any:
+        yield "_query", copied()
+        yield "_hints", {"instance": obj}
+        yield "_deferred_filter", (False, (), {name: key if field is None else obj})
+        yield "_known_related_objects", {} if field is None else {field: {key: obj}}
+
+    names |= {"create": object.__new__, "cls": type(first), "makes": makes}
     code = "\n    ".join(["def new(obj, key, found):", "new = create(cls)", *lines, "return new"])
     exec(_compiled(code), names)
     return names["new"]  # type: ignore[no-any-return]
@@ -431,45 +432,55 @@ def _copier(query: Query) -> Callable[[], Any] | None:
     return copied
 
 
-_MAKES = "_asyncorm_query"  # what makes the query, while nobody has asked for it
+_MAKES = "_asyncorm_later"  # what makes the rest of a queryset, while nobody has asked for it
+_LATER = ("_query", "_hints", "_deferred_filter", "_known_related_objects")
 
 
-class _Query:
-    """`QuerySet._query` of the querysets made here: hardly anybody ever needs their queries."""
+class _Later:
+    """An attribute of the querysets made here: hardly anybody ever needs their queries.
+
+    Each object that is not made is one that the garbage collector does not go through.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __get__(self, queryset: Any, owner: Any = None) -> Any:
         if queryset is None:
             return self
         state = queryset.__dict__
-        make = state.get(_MAKES)
-        if make is not None:
-            state.setdefault("_query", make())
+        later = state.get(_MAKES)
+        if later is not None:
+            makes, obj, key = later
+            for name, value in makes(obj, key):
+                state.setdefault(name, value)
             state.pop(_MAKES, None)
-        if "_query" not in state:
+        if self.name not in state:
             raise AttributeError(
-                f"{type(queryset).__name__!r} object has no attribute '_query'",
-                name="_query",
+                f"{type(queryset).__name__!r} object has no attribute {self.name!r}",
+                name=self.name,
                 obj=queryset,
             )
-        return state["_query"]
+        return state[self.name]
 
 
-def _with_query(original: Callable[..., Any]) -> Any:
+def _completed(original: Callable[..., Any]) -> Any:
     """A method of QuerySet that goes through the attributes."""
 
     @functools.wraps(original)
     def method(self: Any, *args: Any) -> Any:
         if _MAKES in self.__dict__:
-            self._query  # noqa: B018
+            self._hints  # noqa: B018
         return original(self, *args)
 
     return method
 
 
 def install() -> None:
-    """Let querysets do without a query until somebody asks for it, once."""
+    """Let querysets do without a query and what goes with it until somebody asks, once."""
     if "_query" not in vars(QuerySet):
         why = "a related queryset makes its query when somebody asks for it"
-        patches.replace(QuerySet, "_query", _Query(), why)
+        for name in _LATER:
+            patches.replace(QuerySet, name, _Later(name), why)
         for name in ("__getstate__", "__deepcopy__"):
-            patches.replace(QuerySet, name, _with_query(getattr(QuerySet, name)), why)
+            patches.replace(QuerySet, name, _completed(getattr(QuerySet, name)), why)
