@@ -26,7 +26,7 @@ from ._wire.cancelling import CANCEL_TIMEOUT, CancellableConnection, finish
 from ._wire.cursors import Answer, in_turn, native_cursor
 from ._wire.locks import NO_LOCK
 from ._wire.noticing import NoticingConnection
-from ._wire.settings import REMEMBERED
+from ._wire.settings import REMEMBERED, reported
 from ._wire.statement import STALE, Command, Statement, Unanswered, checked, sent
 from .bridge import Runner, deliver
 from .pages import see
@@ -60,7 +60,6 @@ class Connection(NoticingConnection, CancellableConnection):
     Attributes:
         lock: taken by psycopg around each statement; the session that holds the connection sets it.
         alone: the statement that runs, or the last one, is no part of a transaction, and was sent.
-        told: what `reported()` gives, while it stays so; None: to be asked for.
         deferred: it is a `DeferredConnection` and has no server connection yet.
         wire: waits for the socket.
         served_by: the server process that ran the last statement of a deferred one.
@@ -70,7 +69,6 @@ class Connection(NoticingConnection, CancellableConnection):
     """
 
     alone = False
-    told: tuple[bytes | None, ...] | None = None
     deferred = False
     streamed = False
     has_pipelines = psycopg.capabilities.has_pipeline()
@@ -286,13 +284,18 @@ class Connection(NoticingConnection, CancellableConnection):
         except psycopg.errors._NO_TRACEBACK as exc:
             raise self.lost(exc, command.text).with_traceback(None)  # noqa: B904
 
-    async def awaited(self, command: Command) -> Any:
+    async def awaited(self, command: Command, last: bool = False) -> Any:
         """As `run()`, for a coroutine that has the connection to itself.
 
         If it is cancelled, the statement is stopped, or the connection closed.
+
+        Args:
+            last: the caller takes `told` away before anything more is read from it.
         """
         try:
             result = await self.drive(self._run(command.bind(self)))
+            if last:
+                self.told = reported(self.pgconn)
             return command.read(self, result)
         except psycopg.errors._NO_TRACEBACK as exc:
             raise self.lost(exc, command.text).with_traceback(None)  # noqa: B904

@@ -23,7 +23,7 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib import import_module
 from itertools import repeat
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -174,8 +174,8 @@ class Ground:
     """
 
     __slots__ = (
-        "_fields", "_kept", "_lookups", "_mocks", "_of_fields", "_of_metas", "_of_models",
-        "_of_orm", "_options", "_others", "_registered", "_registries",
+        "_columns", "_fields", "_kept", "_lookups", "_mocks", "_of_fields", "_of_metas",
+        "_of_models", "_of_orm", "_options", "_others", "_registered", "_registries",
     )  # fmt: skip
 
     def __init__(self, classes: Iterable[type], models: Iterable[Any] = ()) -> None:
@@ -202,7 +202,8 @@ class Ground:
         self._registered = [*map(list, self._registries)]
         fields = [vars(field) for field in concrete]
         # A mock on a field itself makes it larger; then it has to be the same one.
-        self._fields = [(field, len(field), field["column"]) for field in fields]
+        self._fields = fields
+        self._columns = [*map(len, fields), *map(_COLUMN, fields)]
         self._mocks = [
             (own, name, own[name])
             for own, cls in zip(fields, map(type, concrete), strict=True)
@@ -230,9 +231,9 @@ class Ground:
             look.find(look.cls)
             if seen.number != look.name.looks and not seen.holds():
                 return False
-        for field, size, column in self._fields:
-            if len(field) != size or field["column"] != column:
-                return False
+        fields = self._fields
+        if [*map(len, fields), *map(_COLUMN, fields)] != self._columns:
+            return False
         for own, name, value in self._mocks:
             if own.get(name) is not value:
                 return False
@@ -256,6 +257,7 @@ registered_lookups: Callable[[], Any] = functools.partial(
     vars(RegisterLookupMixin)["get_class_lookups"].__func__, Field
 )
 _TABLE = attrgetter("db_table", "concrete_fields", "managed")
+_COLUMN = itemgetter("column")
 
 
 class Classes:

@@ -35,6 +35,7 @@ logger = logging.getLogger("asyncorm")
 
 _WAIT_R, _WAIT_W = waiting.WAIT_R, waiting.WAIT_W
 _READY_R, _READY_W = waiting.READY_R, waiting.READY_W
+_INPUT = select.POLLIN
 _ERRORS = select.POLLERR | select.POLLHUP | select.POLLNVAL
 _OK = pq.ConnStatus.OK
 _ACTIVE = pq.TransactionStatus.ACTIVE
@@ -176,7 +177,10 @@ class Wire:
         """Run such a generator, which waits for what `state` says, to its end."""
         try:
             while True:
-                state = gen.send(await self.ready(state))
+                if state & _WAIT_W:
+                    state = gen.send(await self.ready(state))
+                else:
+                    state = gen.send(await self._wait(get_running_loop(), state))
         except StopIteration as stop:
             return stop.value
         except Exception:  # or it would go on when the garbage collector closes it
@@ -198,10 +202,8 @@ class Wire:
                 await sleep(0)
                 self.yielded = monotonic()
         else:
-            ready = await self._wait(get_running_loop(), state)
+            return await self._wait(get_running_loop(), state)
         if self.pgconn.pgconn_ptr is None:
-            # Closed meanwhile. psycopg's generators keep a pointer into memory that is free now:
-            # they must not go on.
             raise psycopg.OperationalError(CLOSED)
         return ready
 
@@ -214,7 +216,12 @@ class Wire:
                 self._attach(loop)
             if state & _WAIT_W:
                 loop.add_writer(fileno, wakeup.wake, _READY_W)
-            return await wakeup
+            ready = await wakeup
+            if self.pgconn.pgconn_ptr is None:
+                # Closed meanwhile. psycopg's generators keep a pointer into memory that is free
+                # now: they must not go on.
+                raise psycopg.OperationalError(CLOSED)
+            return ready
         except OSError as exc:
             raise psycopg.OperationalError("The connection's socket is closed.") from exc
         finally:
@@ -273,6 +280,8 @@ class Wire:
     def is_open(self) -> bool:
         """Whether the server has kept a connection open that nobody uses, as far as one can see."""
         # The reader may not have run since the loop was kept from it.
+        if self._polled == _INPUT and self.pgconn.status == _OK and not self._poller.poll(0):
+            return True
         try:
             for _ in range(3):  # a last message, then the end of the stream
                 if not self._poll(_WAIT_R):

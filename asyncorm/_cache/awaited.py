@@ -175,7 +175,7 @@ class _Free:
         if _events.checkouts:
             _events.checked_out(self.alias, conn, self)
         try:
-            return await conn.awaited(command)
+            return await conn.awaited(command, last=True)
         except ReadOnlySqlTransaction as exc:  # an operation finds out what became of the server
             raise NotServed from exc
 
@@ -185,7 +185,10 @@ class _Free:
             conn.lock = NO_LOCK
             if _events.checkouts:
                 _events.checked_in(conn)
-            self._source.checkin(conn)
+            try:
+                self._source.checkin(conn)
+            finally:
+                conn.told = None
             self._conn = None
 
 

@@ -25,6 +25,7 @@ class NoticingConnection(psycopg.Connection[Any]):
         configured: whether Django has set time zone, role and so on.
         pooled: the pool's connection underneath, None when there is none.
         watched: what the next statement leaves is noted by who executes it.
+        told: what `reported()` gives, while it stays so; None: to be asked for.
     """
 
     pooled: PooledConnection | None
@@ -32,6 +33,7 @@ class NoticingConnection(psycopg.Connection[Any]):
     touched = False
     called: frozenset[str] = frozenset()
     watched = False
+    told: tuple[bytes | None, ...] | None = None
     held: set[str]
     _start: tuple[Any, ...] | None = None
 
@@ -46,7 +48,8 @@ class NoticingConnection(psycopg.Connection[Any]):
         """What is set in the session, of what can be seen without asking the server."""
         handlers = (*self._notice_handlers, *self._notify_handlers)
         standby = self.pgconn.parameter_status(b"in_hot_standby")
-        return (*reported(self.pgconn), standby, *kept(self), handlers)
+        told = reported(self.pgconn) if self.told is None else self.told
+        return (*told, standby, *kept(self), handlers)
 
     @property
     def session_dirty(self) -> bool:
