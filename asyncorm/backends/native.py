@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import _thread
 import inspect
-from asyncio import sleep
+import threading
+from asyncio import _get_running_loop, sleep
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import cached_property
+from threading import get_ident
 from time import monotonic
 from typing import Any
 from weakref import WeakSet
@@ -30,6 +33,7 @@ from ..roles import ASK
 from .cursors import cursors_are_patched
 from .synchronous import SynchronousWrapper
 
+_settings = vars(settings)
 _AGAIN = 0.2  # seconds until a connection that was lost at once is made again
 
 
@@ -141,11 +145,30 @@ def _known(wrapper: SynchronousWrapper) -> Any:
 def _djangos(alias: str) -> Any:
     local = connections._connections.local  # type: ignore[attr-defined]
     try:
-        own = local._get_storage()._storage().data.get(alias)
+        if _here.local is local and _get_running_loop() is not None:
+            storage = _here.storages.get(None)
+            mine = storage is not None and storage.thread_id == get_ident()
+            own = storage.data.get(alias) if mine else None
+        else:
+            found = local._get_storage()
+            own = found._storage().data.get(alias)
+            storages = getattr(found, "_data", None)
+            if type(storages) is ContextVar:
+                _here.local, _here.storages = local, storages
     except AttributeError:  # in a synchronous thread, and in other versions of asgiref
         own = getattr(local, alias, None)
     # One of native code may have been put there, to hand it to a thread.
     return None if isinstance(own, NativeWrapper) else own
+
+
+class _Here(threading.local):
+    """Where asgiref keeps what a Local has on this thread's event loops, looked up once."""
+
+    local: Any = None
+    storages: Any = None
+
+
+_here = _Here()
 
 
 def _own(alias: str) -> Any:
@@ -208,7 +231,10 @@ class NativeWrapper(SynchronousWrapper):
         if self.unpooled:
             return super().watched
         state = self.__dict__
-        if settings.DEBUG or "cursor" in state or cursors_are_patched():
+        debug = _settings.get("DEBUG")  # what `settings` has found once
+        if debug is None:
+            debug = settings.DEBUG
+        if debug or "cursor" in state or cursors_are_patched():
             return True
         own = _known(self)
         return bool(
