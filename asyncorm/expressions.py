@@ -131,11 +131,17 @@ def add_unresolved(value: Any, key: list[Any]) -> None:
         key += (cls, value.name)
     elif cls in _EXPRESSIONS:
         args, named = value._constructor_args
-        if any(isinstance(arg, Field) for arg in (*args, *named.values())):
-            raise NotCacheable
+        for arg in (*args, *named.values()):
+            if isinstance(arg, Field):
+                raise NotCacheable
         key.append(cls)
         for name, each in value.__dict__.items():
-            if name not in _DERIVED:
+            if name in _DERIVED:
+                continue
+            kind = type(each)
+            if each is None or kind is bool or kind is str:  # as below, without a call
+                key += (name, kind, each)
+            else:
                 key.append(name)
                 add_unresolved(each, key)
     elif value is None or cls is bool or cls is str:
