@@ -103,7 +103,7 @@ def ready_of(field: Any) -> Ready | None:
 
 def as_is(field: Field[Any, Any]) -> Ready | None:
     """Which values of a field psycopg takes as they are, None: all have to be prepared."""
-    ready = ready_of(field)
+    ready = _READY.get(type(field)) or ready_of(field)
     return None if ready is _JSON else ready
 
 

@@ -45,7 +45,7 @@ class Plan:
         picked: for each parameter, which of the shape's it is; None: as the shape has them.
         shared: pairs of the shape's places whose parameters are taken to be of one node.
         columns: of the models that are selected beside the query's own, which the key has.
-        ready: for each field of an INSERT, which values need not be prepared (bulk.py).
+        ready: for each field of an INSERT what gives its value, and which need not be prepared.
         classes: of the nodes that the SQL was compiled of: lookups, expressions.
         only_reads: Django made its whole text, and it may be executed again elsewhere.
     """

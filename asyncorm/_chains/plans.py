@@ -280,9 +280,9 @@ def _parts(
         if type(value) is tuple:
             if count != len(value):
                 raise _Unknown  # of equal ones Django takes one: wait for others
-            parts.append((place, _maker_of_list(leaf, own), None if start in arrays else count))
+            parts.append((place, maker_of_list(leaf, own), None if start in arrays else count))
         elif count == 1:
-            parts.append((place, _maker(leaf, value, own[0]), 0))
+            parts.append((place, maker(leaf, value, own[0]), 0))
         else:
             raise NotCacheable
         start += count
@@ -295,7 +295,7 @@ def _parts(
     return parts
 
 
-def _maker_of_list(lookup: Any, params: Any) -> Callable[[Any, Any], Any]:
+def maker_of_list(lookup: Any, params: Any) -> Callable[[Any, Any], Any]:
     """What makes the parameters of a list of values of one type, as the lookup does."""
     cls, lhs = type(lookup), lookup.lhs
 
@@ -307,9 +307,9 @@ def _maker_of_list(lookup: Any, params: Any) -> Callable[[Any, Any], Any]:
 
     kinds = set(map(type, params))
     kind = kinds.pop()
-    if kinds or kind not in _MOST or not is_djangos(lhs.output_field):
+    most = _most(kind, lhs.output_field)
+    if kinds or most is None or not is_djangos(lhs.output_field):
         return prepared
-    most = _MOST[kind]
 
     def numbered(values: Sequence[Any], wrapper: Wrapper) -> Any:
         if type(values[0]) is not int or min(values) < 0 or max(values) >= most:
@@ -317,6 +317,11 @@ def _maker_of_list(lookup: Any, params: Any) -> Callable[[Any, Any], Any]:
         return [*map(kind, dict.fromkeys(values))]
 
     return numbered
+
+
+def _most(kind: Any, field: Any) -> int | None:
+    """What integers are below that a field makes parameters of a class of."""
+    return _MOST_KEYS.get(type(target_of(field))) if kind is int else _MOST.get(kind)
 
 
 def of_integers(param: Any, prepared: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -334,7 +339,7 @@ def _numbered(
     return numbered
 
 
-def _maker(lookup: Any, value: Any, param: Any) -> Callable[[Any, Any], Any]:
+def maker(lookup: Any, value: Any, param: Any) -> Callable[[Any, Any], Any]:
     """What makes the parameter of a value of this type, as the lookup does."""
     cls, lhs = type(lookup), lookup.lhs
 
@@ -347,7 +352,7 @@ def _maker(lookup: Any, value: Any, param: Any) -> Callable[[Any, Any], Any]:
     if cls not in COMPARISONS or not is_djangos(lhs.output_field):
         return prepared  # for one value it may be as it is, for another not
     kind: Any = type(param)
-    most = _MOST_KEYS.get(type(target_of(lhs.output_field))) if kind is int else _MOST.get(kind)
+    most = _most(kind, lhs.output_field)
     if type(value) is int and most is not None and param == value:
         return _numbered(kind, most, prepared)
     if type(value) is str and param is value:

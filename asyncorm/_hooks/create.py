@@ -95,7 +95,7 @@ def inserts_alone(queryset: QuerySet[Any], params: dict[str, Any]) -> bool:
         type(queryset).create is QuerySet.create
         and (names := saved_plainly(queryset.model)) is not None
         and names.issuperset(params)
-        and all(map(_is_plain, params.values()))
+        and (_VALUES.issuperset(map(type, params.values())) or all(map(_is_plain, params.values())))
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 from django.db.models import Field, Manager, Model, query
@@ -66,7 +67,7 @@ def do_insert(original: Any) -> Any:
             key = _insert_key(wrapper, manager.model, raw, columns, returning)
             plan = recall(key)
             if plan is not None and plan is not UNPLANNED:
-                params = _insert_params(columns, self, raw, wrapper, plan.ready)
+                params = _insert_params(columns, self, wrapper, plan.ready)
                 if params is not None and hit(
                     key, plan, params, 0, lambda: bulk.compiled_again(
                         manager.model, columns, [self], returning, wrapper
@@ -92,14 +93,18 @@ def _insert_key(
 
 
 def _insert_params(
-    fields: tuple[Any, ...], obj: Model, raw: bool, wrapper: Wrapper, ready: Sequence[Any]
+    fields: tuple[Any, ...], obj: Model, wrapper: Wrapper, ready: Sequence[Any]
 ) -> list[Any] | None:
     """The values of an object as Django prepares them, None if that is to be left to it."""
     params = []
     try:
-        for field, as_is in zip(fields, ready, strict=True):
-            value = getattr(obj, field.attname) if raw else field.pre_save(obj, True)
-            if as_is is not None and as_is.takes(value):
+        for field, (get, as_is) in zip(fields, ready, strict=True):
+            value = get(obj)
+            if (
+                as_is is not None
+                and type(value) in as_is.types
+                and (as_is.fits is None or as_is.fits(value))
+            ):
                 params.append(value)
                 continue
             if hasattr(value, "resolve_expression"):
@@ -111,6 +116,13 @@ def _insert_params(
     except Exception:
         return None
     return params
+
+
+def _getter(field: Any, raw: bool) -> Callable[[Any], Any]:
+    """What gives the value of an object that is to be saved, as `pre_save()` does."""
+    if raw or type(field).pre_save is Field.pre_save:
+        return attrgetter(field.attname)
+    return lambda obj: field.pre_save(obj, True)
 
 
 def _inserted(plan: Plan, params: list[Any], wrapper: Wrapper) -> list[Any]:
@@ -131,7 +143,8 @@ def _insert_plan(
     plan = recall(key)
     params: Any = None
     if plan is not None and all(type(field).pre_save in columnar.PRE_SAVES for field in fields):
-        params = _insert_params(fields, query.objs[0], query.raw, wrapper, [None] * len(fields))
+        ready = [(_getter(field, query.raw), None) for field in fields]
+        params = _insert_params(fields, query.objs[0], wrapper, ready)
     if params is None:
         count("unfit")
         return None
@@ -163,7 +176,8 @@ def _plan_insert(
     maker = bulk.maker_of_returned(compiler, wrapper, returning)
     kinds = [family(field, wrapper) for field in fields]
     plan = Plan(sql, kinds, maker, (fields, returning), by_server=writes_as_django(wrapper))
-    plan.ready = [columnar.as_is(field) for field in fields]
+    raw = compiler.query.raw
+    plan.ready = [(_getter(field, raw), columnar.as_is(field)) for field in fields]
     params[:] = found
     return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())
 

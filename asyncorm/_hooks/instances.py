@@ -8,12 +8,10 @@ prepared everything. What follows is done here. So it is only for models of whic
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import router
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Model, base
 from django.db.models.query import QuerySet
 from greenlet import getcurrent
@@ -103,9 +101,9 @@ async def _saved(obj: Model, options: _Keywords) -> Any:
 
     def find(wrapper: Wrapper) -> Found | None:
         nonlocal asked, error, done
+        switch.asking[id(obj)] = wrapper  # what it would execute is raised, not executed
         try:
-            with _asking(obj, wrapper):
-                obj.save(**options)
+            obj.save(**options)
             done = True  # there is nothing to be saved
         except Asked as exc:
             asked = exc
@@ -114,6 +112,8 @@ async def _saved(obj: Model, options: _Keywords) -> Any:
                 wrapper.needs_rollback, wrapper.rollback_exc = False, None
         except Exception as exc:
             error = exc
+        finally:
+            del switch.asking[id(obj)]
         return None if asked is None else asked.found
 
     result = await awaited(options["using"], find, writes=True)
@@ -141,16 +141,6 @@ def _go_on(obj: Model, options: _Keywords) -> None:
         obj.save(**options)
     finally:
         switch.missed.pop(runner, None)
-
-
-@contextmanager
-def _asking(obj: object, wrapper: BaseDatabaseWrapper) -> Iterator[None]:
-    """Have what `obj` would execute inside raised, not executed."""
-    switch.asking[id(obj)] = wrapper
-    try:
-        yield
-    finally:
-        del switch.asking[id(obj)]
 
 
 def install() -> Iterator[tuple[Any, Callable[..., Any]]]:

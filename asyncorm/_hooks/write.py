@@ -17,7 +17,7 @@ from greenlet import getcurrent
 from .. import bridge, columnar, grounds, verifying
 from .._cache.execute import count_of
 from .._cache.plan import Plan
-from .._chains.plans import Found, Part, of_integers, plan_of
+from .._chains.plans import Found, Part, maker, maker_of_list, of_integers, plan_of
 from .._chains.plans import plan_for as plan_of_recorded
 from .._chains.recorded import Recorded, is_untouched
 from .._chains.twins import djangos
@@ -166,22 +166,20 @@ class _ByKey:
 
     Attributes:
         lookup: that of the primary key: its class and left side.
-        sql: of its right side.
     """
 
-    def __init__(self, plan: Plan, leaf: Any, wrapper: Wrapper, kept: Any = ()) -> None:
-        self.plan = plan
+    def __init__(self, found: Found, leaf: Any, key: Any, kept: Any = ()) -> None:
+        self.plan, params, _ = found
         self.lookup = type(leaf), leaf.lhs
-        self.sql = leaf.process_rhs(None, wrapper)[0]
         self.kept = kept
+        is_list = type(key) is list
+        self._make = maker_of_list(leaf, params) if is_list else maker(leaf, key, params[-1])
+        self._is_list = is_list
 
     def params(self, key: Any, wrapper: Wrapper) -> list[Any]:
         """The parameters for a key, or for a list of one."""
-        cls, lhs = self.lookup
-        sql, params = cls(lhs, key).process_rhs(None, wrapper)
-        if sql != self.sql:
-            raise NotCacheable
-        return list(params)
+        made = self._make(key, wrapper)
+        return made if self._is_list else [made]
 
 
 def do_update(original: Callable[..., Any]) -> Any:
@@ -227,12 +225,10 @@ def _save_plan(
     key: list[Any] = [wrapper.alias, UpdateQuery, base_qs.model, type(pk)]
     try:
         for field, _, value in values:
-            if type(value) not in PLAIN_VALUES and (
-                hasattr(value, "resolve_expression") or hasattr(value, "prepare_database_save")
-            ):
-                return None
-            as_is = columnar.as_is(field)
-            if as_is is None or not as_is.takes(value):
+            kind, as_is = type(value), columnar.as_is(field)
+            if as_is is None or kind not in as_is.types or (as_is.fits and not as_is.fits(value)):
+                if kind not in PLAIN_VALUES and _is_written_otherwise(value):
+                    return None
                 value = field.get_db_prep_save(value, connection=wrapper)
             key += (id(field), value is None)
             params.append(value)
@@ -257,6 +253,10 @@ def _save_plan(
     return (plan, params) if hit(whole, plan, params, 0, compile) else None
 
 
+def _is_written_otherwise(value: object) -> bool:
+    return hasattr(value, "resolve_expression") or hasattr(value, "prepare_database_save")
+
+
 def _update_of(base_qs: QuerySet[Any], pk: object, values: list[Any]) -> Any:
     """What `QuerySet._update()` would execute."""
     update: Any = base_qs.filter(pk=pk).query.chain(UpdateQuery)
@@ -272,7 +272,9 @@ def _plan_save(
     if found is None or len(update.where.children) != 1 or len(update.values) != len(values):
         raise NotCacheable
     kept = [field for field, _, _ in values]
-    known = _ByKey(found[0], update.where.children[0], wrapper, kept)
+    known = _ByKey(found, update.where.children[0], pk, kept)
+    if not verifying.equal(known.params(pk, wrapper), found[1][-1:]):
+        raise NotCacheable
     return known, _ground_by_key(update, known, wrapper)
 
 
@@ -328,7 +330,7 @@ def _plan_delete(model: Any, wrapper: Any, keys: list[Any]) -> tuple[_ByKey, Gro
     found = plan_for(delete, wrapper, compile_write)
     if found is None or found[0].picked is not None or len(delete.where.children) != 1:
         raise NotCacheable
-    known = _ByKey(found[0], delete.where.children[0], wrapper)
+    known = _ByKey(found, delete.where.children[0], keys)
     if not verifying.equal(known.params(keys, wrapper), found[1]):
         raise NotCacheable
     return known, _ground_by_key(delete, known, wrapper)

@@ -317,6 +317,11 @@ def of_thread(alias: str | None = None) -> bool:
     """
     if _is_outside():
         return False
+    scope = _innermost(current_task_or_none(), generators.around())
+    while scope is not None and not (scope.block is not None and scope.block.of_thread):
+        scope = scope.prev
+    if scope is None:  # whichever of them the task is in
+        return False
     return any(block.of_thread and block.inner is None for block in _blocks(alias))
 
 
