@@ -33,7 +33,8 @@ _FULL = re.compile(
     r"too many (?:clients|connections)|connection slots are reserved|no more connections allowed"
 )
 _PASSING = re.compile(
-    r"the database system is |(?:session|server) is (?:not )?(?:read-only|in hot standby)"
+    r"the database system is |terminating connection (?:due|because)"
+    r"|(?:session|server) is (?:not )?(?:read-only|in hot standby)"
 )
 _AWAY = re.compile(
     r"Connection refused|No such file or directory|timeout expired|timed out|No route to host"

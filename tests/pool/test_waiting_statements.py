@@ -199,6 +199,36 @@ async def test_those_that_wait_while_all_connections_are_killed() -> None:
             await waiting
 
 
+async def test_those_that_wait_while_a_new_connection_is_killed_too() -> None:
+    """The server said so to that connection, not to all who wait for one."""
+    killed: list[int] = []
+
+    def receive(connection: Any, **kwargs: Any) -> None:
+        if len(killed) < 3:
+            killed.append(connection.connection.info.backend_pid)
+            ask("SELECT pg_terminate_backend(%s, 10000)", killed[-1])
+            connection.connection.execute("SELECT 1")
+
+    async with few():
+        with administrator() as ask:
+            holders = [asyncio.create_task(row("SELECT pg_sleep(600)")) for _ in range(2)]
+            sleeping = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+            await eventually(lambda: ask(sleeping) == 2)
+            waiting = asyncio.gather(*[values() for _ in range(20)])
+            await asyncio.sleep(0.05)
+            connection_created.connect(receive)
+            try:
+                ask(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE wait_event = 'PgSleep'"
+                )
+                await asyncio.gather(*holders, return_exceptions=True)
+                await waiting
+            finally:
+                connection_created.disconnect(receive)
+            assert len(killed) == 3
+
+
 async def test_values_that_cannot_be_sent_concern_nobody_else() -> None:
     async with few():
         tasks = [row("SELECT %s::text", "\0" if n % 5 == 2 else f"{n}") for n in range(40)] + [
