@@ -17,7 +17,7 @@ from psycopg.pq import TransactionStatus
 from .. import _events, bridge, limits, pools
 from .._wire.lazy import DeferredConnection
 from .._wire.locks import NO_LOCK
-from .._wire.texts import tells_of_session
+from .._wire.texts import asks_who_serves, draws
 from ..bridge import Runner
 from ..driver import Connection
 from ..generators import Place
@@ -166,12 +166,19 @@ class Session(StatementLock):
             or not self._shares
             or not self.pool.current
             or self.pool.start is None
-            or not travels(self.source, text)
-            or tells_of_session(text)
+            or not self._joins(text)
         ):
             return None
         self._entitled(getcurrent())
         return queue_of(self.source, self.pool, Session)
+
+    def _joins(self, text: str) -> bool:
+        """Whether a statement travels; not what the operation's next may rely on."""
+        return (
+            travels(self.source, text)
+            and not draws(text)
+            and (self.source.batching or not asks_who_serves(text))  # all are on one connection
+        )
 
     def _checkout(self) -> Connection:
         if self.source.batching and (conn := self.source.take()) is not None:
@@ -203,7 +210,7 @@ class Session(StatementLock):
         conn = self.wrapper.connection if self.wrapper is not None else None
         if conn is None or not conn.deferred:
             return None
-        if not travels(self.source, text) or tells_of_session(text):
+        if not self._joins(text):
             return None
         self._entitled(getcurrent())
         return queue_of(self.source, self.pool, Session)

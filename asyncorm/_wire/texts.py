@@ -140,14 +140,19 @@ def only_reads(text: str) -> bool:
     return is_read(text) and calls_known(text) and not _VOLATILE.search(plain(text) or "")
 
 
-_OF_SESSION = re.compile(r"\b(?:nextval|currval|pg_backend_pid)\b")
+_OF_SEQUENCES = re.compile(r"\b(?:nextval|currval)\b")
 
 
 @remembered
-def tells_of_session(text: str) -> bool:
-    """Whether an operation that executes a statement may rely on having the same session next, or
-    relies on having had it: what a sequence gave it, which process serves it."""
-    return _OF_SESSION.search(plain(text) or "") is not None
+def draws(text: str) -> bool:
+    """Whether a statement has a number from a sequence that the same session is asked for again."""
+    return _OF_SEQUENCES.search(plain(text) or "") is not None
+
+
+@remembered
+def asks_who_serves(text: str) -> bool:
+    """Whether a statement asks which process serves it, whose statements are to follow."""
+    return "pg_backend_pid" in (plain(text) or "")
 
 
 @remembered
