@@ -90,14 +90,18 @@ def raw(original: _Iterate) -> _Iterate:
 def fetch_all(original: Callable[[Any], None]) -> Any:
     """`_fetch_all()`: where tasks evaluate a queryset at the same time, it keeps the first items.
 
-    Others in their place would be taken for those that were prefetched for.
+    Others in their place would be taken for those that were prefetched for. Nobody sees them
+    before that is done.
     """
 
     def _fetch_all(self: Any) -> None:
         if self._result_cache is None and type(getcurrent()) is Runner:
-            made = list(self._iterable_class(self))
+            made, lookups = list(self._iterable_class(self)), self._prefetch_related_lookups
+            if prefetched := bool(lookups) and not self._prefetch_done:
+                query.prefetch_related_objects(made, *lookups)
             if self._result_cache is None:
                 self._result_cache = made
+                self._prefetch_done |= prefetched
         original(self)
 
     return _fetch_all

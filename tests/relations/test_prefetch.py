@@ -706,3 +706,22 @@ async def test_tasks_that_evaluate_one_queryset_at_the_same_time(which: str, way
         assert first
         for other in others:
             assert list(map(id, other)) == list(map(id, first))
+
+
+async def test_items_of_another_task_are_not_seen_before_their_prefetch() -> None:
+    queryset = Book.objects.prefetch_related(REVIEWED).order_by("pk")
+
+    async def look() -> int:
+        looks = 0
+        while not task.done():
+            await asyncio.sleep(0)
+            for book in queryset._result_cache or ():
+                assert hasattr(book, "reviewed")
+            looks += 1
+        return looks
+
+    task = asyncio.create_task(native(list)(queryset))
+    assert await look() > 1
+    assert queryset._result_cache is not None
+    assert queryset._prefetch_done
+    await task
