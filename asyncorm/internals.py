@@ -323,7 +323,11 @@ REQUESTS = {
         ),
         Names("django.core.handlers.asgi", "get_script_prefix", "the same"),
         Names("django.core.asgi", "ASGIHandler", "Django's function makes our handler; replaced"),
-        Names("django.http.response:HttpResponseBase", "_resource_closers", "what closing runs"),
+        Names(
+            "django.http.response:HttpResponseBase",
+            "_resource_closers _handler_class",
+            "what closing runs, and who is told to have served the request",
+        ),
         Names("django.utils.deprecation:MiddlewareMixin", "__acall__", "only hops to a thread"),
         Names("django.dispatch:Signal", "_live_receivers", "sends a request's signals on the loop"),
         Names("django.core.cache.backends.base", "sync_to_async", "asynchronous caches; replaced"),

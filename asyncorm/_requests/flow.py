@@ -27,13 +27,14 @@ class Running:
     Attributes:
         gone: the client has gone away, or the server wants the request to end.
         native_view: the view runs natively, and so does what its response leaves to be done.
-        finished: the senders of each `request_finished` that is still to be sent.
+        finished: while the response is being closed, the senders of each `request_finished` that
+            is to be sent after that; None before and afterwards.
     """
 
     def __init__(self) -> None:
         self.gone = False
         self.native_view = False
-        self.finished: list[Any] = []
+        self.finished: list[Any] | None = None
         self._told = False
         self._inside: Task[Any] | None = None
 

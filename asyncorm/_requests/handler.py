@@ -192,18 +192,28 @@ class NativeHandler(ASGIHandler):
             finally:
                 await self._finish(running, response)
 
+    async def run_get_response(self, request: HttpRequest) -> Any:
+        response: Any = await super().run_get_response(request)
+        response._handler_class = SENDER
+        return response
+
     async def _finish(self, running: flow.Running, response: Any) -> None:
-        if response is None:
-            running.finished.append(type(self))
-        elif _only_closes_the_request(response):
+        running.finished = finished = [SENDER] if response is None else []
+        try:
+            if response is not None:
+                await self._close(running, response)
+        finally:
+            running.finished = None
+            for sender in finished:
+                await signals.send(signals.request_finished, sender)
+
+    async def _close(self, running: flow.Running, response: Any) -> None:
+        if _only_closes_the_request(response):
             response.close()
         elif running.native_view and not flow.goes_to_thread():
             await bridge.run(response.close)
         else:
             await sync_to_async(response.close)()
-        for sender in running.finished:
-            sender = SENDER if sender is type(self) else sender
-            await signals.send(signals.request_finished, sender)
 
     async def send_response(self, response: Any, send: Any) -> None:
         if not response.streaming or response.is_async:

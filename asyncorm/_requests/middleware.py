@@ -137,10 +137,13 @@ class _Native:
 
     def __call__(self, get_response: Callable[..., Any]) -> Any:
         middleware = self._factory(get_response)
-        for name in (*_METHODS, "process_request", "process_response"):
-            method = getattr(middleware, name, None)
-            if method is not None and not iscoroutinefunction(method):
-                setattr(middleware, name, flow.after_others(method))
+        try:
+            for name in (*_METHODS, "process_request", "process_response"):
+                method = getattr(middleware, name, None)
+                if method is not None and not iscoroutinefunction(method):
+                    setattr(middleware, name, flow.after_others(method))
+        except AttributeError:  # __slots__, or a property
+            return _Guest(middleware, middleware, flow.after_others)
         return middleware
 
 
@@ -169,32 +172,38 @@ class _Foreign:
             get_response = neighbour or async_to_sync(flow.on_the_loop(get_response))
         middleware = self._factory(get_response)
         self._inner.threaded = not self._asynchronous
-        return middleware and _Guest(middleware, self._threaded)
+        if middleware is None:
+            return None  # Django refuses it
+        if not self._threaded:
+            return _Guest(middleware, middleware, flow.in_thread)
+        threaded = convert_exception_to_response(middleware)
+        return _Guest(middleware, flow.in_thread(threaded), flow.in_thread, threaded)
 
 
 class _Guest:
-    """One of other people's middleware in a native chain.
+    """A middleware in a native chain that is called, or whose hooks are, in another way.
 
-    Attributes:
+    Args:
+        call: what stands for the middleware.
+        hook: makes its synchronous hooks what the chain calls.
         threaded: what a neighbour in the request's thread calls.
     """
 
-    threaded: Callable[..., Any] | None = None
-
-    def __init__(self, middleware: Any, threaded: bool) -> None:
-        if threaded:
-            self.threaded = convert_exception_to_response(middleware)
-            self._call = flow.in_thread(self.threaded)
-        else:
-            self._call = middleware
-            if iscoroutinefunction(middleware):
-                markcoroutinefunction(self)
+    def __init__(
+        self,
+        middleware: Any,
+        call: Callable[..., Any],
+        hook: Callable[..., Any],
+        threaded: Callable[..., Any] | None = None,
+    ) -> None:
+        self._call = call
+        self.threaded = threaded
+        if iscoroutinefunction(call):
+            markcoroutinefunction(self)
         for name in _METHODS:
             method = getattr(middleware, name, None)
             if method is not None:
-                setattr(
-                    self, name, method if iscoroutinefunction(method) else flow.in_thread(method)
-                )
+                setattr(self, name, method if iscoroutinefunction(method) else hook(method))
 
     def __call__(self, request: HttpRequest) -> Any:
         return self._call(request)

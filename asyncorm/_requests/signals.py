@@ -77,7 +77,7 @@ def _of_requests(signal: Signal, original: Callable[..., Any]) -> Callable[..., 
         running = flow.current()
         if running is None or scopes.current_task_or_none() is None:  # in a thread
             return original(sender, **named)
-        if signal is request_finished:  # of response.close(), which the handler calls
+        if signal is request_finished and running.finished is not None:  # of response.close()
             running.finished.append(sender)
         elif bridge.in_native_code() and not scopes.in_block():
             bridge.await_(flow.while_handling(sys.exception(), send, signal, sender, **named))

@@ -302,6 +302,18 @@ async def test_other_peoples_receivers_of_requests_signals(item: Item) -> None:
     assert seen == [(request_started, "thread", 1), (request_finished, "thread", 1)]
 
 
+class Closes(HttpResponse):
+    def close(self) -> None:  # which runs in the request's thread
+        super().close()
+
+
+def closes(request: Any) -> HttpResponse:
+    return Closes()
+
+
+urlpatterns.append(path("closes/", closes))
+
+
 async def test_receivers_that_are_connected_for_djangos_handler_are_called() -> None:
     def receiver(signal: Any, **kwargs: Any) -> None:
         seen.append(signal)
@@ -310,12 +322,12 @@ async def test_receivers_that_are_connected_for_djangos_handler_are_called() -> 
     for signal in signals:
         signal.connect(receiver, sender=ASGIHandler)
     try:
-        for path in "/empty/", "/broken/", "/natively/", "/threaded/":
+        for path in "/empty/", "/broken/", "/natively/", "/threaded/", "/closes/":
             await ask(get_asgi_application(), path)
     finally:
         for signal in signals:
             signal.disconnect(receiver, sender=ASGIHandler)
-    assert seen == signals * 4
+    assert seen == signals * 5
 
 
 async def test_receivers_of_exceptions_see_them() -> None:
@@ -327,6 +339,71 @@ async def test_receivers_of_exceptions_see_them() -> None:
     with receivers((got_request_exception, receiver)):
         assert (await ask(get_asgi_application(), "/broken/")).status == 500
     assert seen == [("/broken/", "thread", ZeroDivisionError)]
+
+
+def sends(request: Any) -> HttpResponse:
+    """As a middleware does that puts another response in the place of one, and closes that."""
+    request_finished.send(sender=sends)
+    seen.append("sent")
+    HttpResponse().close()
+    seen.append("closed")
+    return HttpResponse()
+
+
+async def sends_later(request: Any) -> HttpResponse:
+    async def later() -> None:
+        await request.ended.wait()
+        request_finished.send(sender=later)
+        seen.append("sent")
+        HttpResponse().close()
+        seen.append("closed")
+
+    request.ended = asyncio.Event()
+    outliving.append((asyncio.create_task(later()), request.ended))
+    return HttpResponse()
+
+
+class FailsToClose(Closes):
+    def close(self) -> None:
+        super().close()
+        raise ZeroDivisionError("close")
+
+
+async def fails_to_close(request: Any) -> HttpResponse:
+    return FailsToClose()
+
+
+urlpatterns += [
+    path("sends/", sends), path("sends/natively/", native_view(lambda request: sends(request))),
+    path("sends/later/", sends_later), path("fails/to/close/", fails_to_close),
+]  # fmt: skip
+outliving: list[tuple[asyncio.Task[None], asyncio.Event]] = []
+
+
+@pytest.mark.parametrize(
+    "url", ["/sends/", "/sends/natively/", "/sends/later/", "/fails/to/close/"]
+)
+async def test_a_signal_of_other_code_is_sent_when_it_sends_it(url: str) -> None:
+    """The end of the request has its own; nothing is kept for it, or for after it."""
+
+    def receiver(sender: Any, **kwargs: Any) -> None:
+        seen.append(getattr(sender, "__name__", None))
+
+    async def steps(app: Any) -> list[Any]:
+        try:
+            await ask(app, url)
+        except ZeroDivisionError:
+            seen.append("failed")
+        while outliving:
+            task, ended = outliving.pop()
+            ended.set()
+            await task
+        found = list(seen)
+        seen.clear()
+        return found
+
+    with receivers((request_finished, receiver)):
+        assert await steps(get_asgi_application()) == await steps(djangos())
 
 
 # Context

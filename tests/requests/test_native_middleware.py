@@ -123,6 +123,26 @@ class Plain:
         return answer("plain's process_exception")
 
 
+class Slots:
+    """Nothing can be set on it, nor on its class's property."""
+
+    __slots__ = ("get_response",)
+
+    def __init__(self, get_response: Any) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: Any) -> Any:
+        note("slots in")
+        return self.get_response(request)
+
+    def process_view(self, request: Any, view: Any, args: Any, kwargs: Any) -> None:
+        note("slots view")
+
+    @property
+    def process_exception(self) -> Any:
+        return lambda request, exception: note("slots exception")
+
+
 class Asynchronous(AsynchronousMiddleware):
     async def __call__(self, request: Any) -> Any:
         note("asynchronous in")
@@ -181,7 +201,7 @@ class FailsInTemplate(MiddlewareMixin):
 
 
 KINDS: list[Any] = [
-    function, coroutine, either, Mixin, Hooks, Plain, Asynchronous, Unused, Refuses,
+    function, coroutine, either, Mixin, Hooks, Plain, Slots, Asynchronous, Unused, Refuses,
     RefusesView, FailsBefore, FailsAfter, FailsInView, FailsInException, FailsInTemplate,
 ]  # fmt: skip
 OWN = [
