@@ -189,12 +189,17 @@ def threads_may(django_db_blocker: Any) -> Iterator[None]:
 
 
 def synchronously(alias: str) -> int:
-    """The thread of sync_to_async() keeps a wrapper of another alias of this name for nobody."""
+    """The thread of sync_to_async() has no wrapper of another test's alias of this name."""
+    forget(alias)
     try:
         return backend_pid(alias)
     finally:
-        connections[alias].close()
-        del connections[alias]
+        forget(alias)
+
+
+def forget(alias: str) -> None:
+    connections[alias].close()
+    del connections[alias]
 
 
 async def is_refused(alias: str, message: CheckMessage) -> None:
