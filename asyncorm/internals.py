@@ -183,8 +183,9 @@ DJANGO = (
     Names(
         f"{_QUERYSET}:QuerySet",
         "_iterable_class _fields _known_related_objects _query _result_cache _fetch_all _for_write"
-        " _prefetch_related_lookups _prefetch_done _sticky_filter _deferred_filter"
-        " _defer_next_filter _hints _db _for_write _add_hints _update _insert _clone _chain",
+        " _prefetch_related_lookups _prefetch_related_objects _prefetch_done _sticky_filter"
+        " _deferred_filter _defer_next_filter _hints _db _for_write _add_hints _update _insert"
+        " _clone _chain",
         "what iteration, get() and prefetching depend on",
     ),
     Names(

@@ -13,7 +13,7 @@ from django.db.models.sql.query import Query
 from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 
-from .. import rows
+from .. import grounds, rows
 from .._cache.awaited import Found
 from .._cache.execute import chunks, items
 from .._cache.plan import Plan
@@ -95,7 +95,11 @@ def fetch_all(original: Callable[[Any], None]) -> Any:
     """
 
     def _fetch_all(self: Any) -> None:
-        if self._result_cache is None and type(getcurrent()) is Runner:
+        if (
+            self._result_cache is None
+            and type(getcurrent()) is Runner
+            and grounds.is_djangos_function(type(self)._prefetch_related_objects)
+        ):
             made, lookups = list(self._iterable_class(self)), self._prefetch_related_lookups
             if prefetched := bool(lookups) and not self._prefetch_done:
                 query.prefetch_related_objects(made, *lookups)

@@ -7,6 +7,7 @@ import pickle
 import time
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import django
 import pytest
@@ -18,6 +19,7 @@ from django.db.models import (
     Func,
     IntegerField,
     Prefetch,
+    QuerySet,
     TextField,
     Value,
     prefetch_related_objects,
@@ -725,3 +727,17 @@ async def test_items_of_another_task_are_not_seen_before_their_prefetch() -> Non
     assert queryset._result_cache is not None
     assert queryset._prefetch_done
     await task
+
+
+async def test_a_queryset_that_prefetches_in_its_own_way() -> None:
+    class Own(QuerySet[Book]):
+        def _prefetch_related_objects(self) -> None:
+            super()._prefetch_related_objects()  # type: ignore[misc]
+            self.prefetched_for = len(self._result_cache)
+
+    queryset = Own(Book).prefetch_related("tags")
+    found = await native(list)(queryset)
+    assert found and queryset.prefetched_for == len(found)
+    with mock.patch.object(QuerySet, "_prefetch_related_objects") as patched:
+        assert await native(list)(Book.objects.prefetch_related("tags"))
+    assert patched.call_count  # it does not say that it is done: list() asks twice
