@@ -45,7 +45,7 @@ class Written(Protocol):
         """Django's UPDATE of what a query selects."""
 
     def parts(self, shaped: Sequence[Any], start: int) -> list[Part]:
-        """Where its parameters come from; there is none for NULL.
+        """Where its parameters come from.
 
         Args:
             shaped: its values as the shape has them.

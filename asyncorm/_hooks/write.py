@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import django
 from django.db import transaction
 from django.db.models import Model, query
 from django.db.models.query import QuerySet
@@ -74,7 +75,17 @@ class Written:
                 raise NotCacheable
             if not is_null:
                 parts.append((place, _preparing(field, value, param), 0))
+            elif _SENDS_NULL:
+                parts.append((place, _as_is, 0))
         return parts
+
+
+# Earlier versions of Django write it into the statement.
+_SENDS_NULL = django.VERSION >= (6, 1)
+
+
+def _as_is(value: Any, wrapper: Any) -> Any:
+    return value
 
 
 def _is_others(field: Any) -> bool:

@@ -39,7 +39,7 @@ NO_PAGE = {
         "on_commit() cannot be used in manual transaction management",
         "The rollback flag doesn't work outside of an 'atomic' block.",
         "Chunk size must be strictly positive.",
-        " object has no attribute '_query'",
+        " object has no attribute ",
         "the cursor is closed",
         "pipeline aborted",
         "must be at least 1",  # argparse prints how the command is called
@@ -57,7 +57,7 @@ NO_PAGE = {
         "The thread has not called the execute wrapper.",
         "Native code may call the synchronous ORM.",
         "database ",
-        "min_size ",
+        "OPTIONS['pool'][",
         "wait timeout expired",
     },
 }
