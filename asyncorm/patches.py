@@ -37,8 +37,8 @@ class Patch:
 
     @property
     def in_force(self) -> bool:
-        """Whether nobody has replaced it again since."""
-        return vars(self.owner).get(self.name) is self.by
+        """Whether nobody else has replaced it again since."""
+        return vars(self.owner).get(self.name) is _of(self.owner, self.name)[-1].by
 
     @property
     def new(self) -> str:
@@ -78,7 +78,11 @@ def _label(owner: Any) -> str:
 
 def replaced_by_us(owner: object, name: str) -> bool:
     """Whether `replace()` was called for an attribute and is not undone."""
-    return any(patch.owner is owner and patch.name == name for patch in _patches)
+    return bool(_of(owner, name))
+
+
+def _of(owner: object, name: str) -> list[Patch]:
+    return [patch for patch in _patches if patch.owner is owner and patch.name == name]
 
 
 def all_patches() -> list[Patch]:
@@ -88,9 +92,10 @@ def all_patches() -> list[Patch]:
 
 def undo(owner: object, name: str) -> None:
     """Put back what was there before the last replacement, unless somebody replaced it since."""
-    patch = next(p for p in reversed(_patches) if p.owner is owner and p.name == name)
+    patch = _of(owner, name)[-1]
+    in_force = patch.in_force
     _patches.remove(patch)
-    if not patch.in_force:
+    if not in_force:
         return
     if patch.before is _ABSENT:
         delattr(owner, name)

@@ -149,6 +149,21 @@ def test_what_somebody_replaced_since_is_left_alone() -> None:
     assert thing.name == "theirs"
 
 
+def test_what_we_replaced_again_is_in_force() -> None:
+    thing = types.SimpleNamespace(name="mine")
+    patches.replace(thing, "name", "ours", "a test", label="thing")
+    patches.replace(thing, "name", "ours, too", "a test", label="thing")
+    first, second = patches.all_patches()[-2:]
+    assert first.in_force and second.in_force
+    thing.name = "theirs"
+    assert not first.in_force and not second.in_force
+    thing.name = "ours, too"
+    patches.undo(thing, "name")
+    assert first.in_force
+    patches.undo(thing, "name")
+    assert thing.name == "mine"
+
+
 def test_for_the_duration_of_a_block() -> None:
     number = len(patches.all_patches())
     with pytest.raises(ZeroDivisionError), patches.replaced(patches, "_label", len, "a test"):
