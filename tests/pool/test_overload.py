@@ -49,14 +49,17 @@ async def test_ten_thousand_tasks_on_twenty_connections(
     pool(max_size=20, timeout=300)
     while asyncorm.pool_stats().get("pool_size", 0) < 20:
         await asyncio.gather(*[value("SELECT pg_sleep(0.1)") for _ in range(20)])
-    with override_settings(ASYNCORM={"MULTIPLEXING": multiplexing}):
-        served, waited = await crowd("default", 10_000)
-    assert sorted(served) == list(range(10_000))
-    # Within a window of the pool's size (and its workers) the server decides who is done first. A
-    # process of the server that does not run for a while keeps one connection's back.
-    late = [abs(place - number) for place, number in enumerate(served)]
     window = 20 * MOST if multiplexing else 200
-    assert sum(each >= window for each in late) < 500 and max(late) < 5_000, max(late)
+    # Within a window of the pool's size (and its workers) the server decides who is done first.
+    # Beside busy processes it is more now and then: not in each of three crowds.
+    for _ in range(3):
+        with override_settings(ASYNCORM={"MULTIPLEXING": multiplexing}):
+            served, waited = await crowd("default", 10_000)
+        assert sorted(served) == list(range(10_000))
+        late = max(abs(place - number) for place, number in enumerate(served))
+        if late < window:
+            break
+    assert late < window, late
     print(quantiles(waited))
     stats = await all_given_back()
     assert stats["pool_size"] == 20
