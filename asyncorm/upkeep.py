@@ -16,6 +16,7 @@ from asyncio import AbstractEventLoop, CancelledError, Task, TimerHandle
 from contextvars import Context
 from typing import Any, TypeVar
 
+from greenlet import GreenletExit
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 from psycopg_pool.pool_async import ReturnConnection, ShrinkPool
@@ -80,6 +81,8 @@ class UpkeptPool(AsyncConnectionPool[C]):
 
     def _ended(self, worker: Task[None]) -> None:
         self._workers.remove(worker)
+        if not worker.cancelled():
+            worker.exception()  # KeyboardInterrupt or SystemExit, which the loop has raised
         self._employ()  # work may have come since it looked for the last time
 
     async def _maintain(self) -> None:
@@ -94,7 +97,7 @@ class UpkeptPool(AsyncConnectionPool[C]):
                     await work.run()
             except Cancelled:
                 raise CancelledError from None
-            except (Exception, CancelledError) as exc:
+            except (Exception, CancelledError, GreenletExit) as exc:
                 logger.warning("%s failed: %s: %s", work, type(exc).__name__, exc)
             if task.cancelling():
                 raise CancelledError
