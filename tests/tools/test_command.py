@@ -42,7 +42,7 @@ def section(text: str, title: str) -> list[str]:
 
 
 def test_without_a_subcommand_it_says_which_there_are() -> None:
-    with pytest.raises(CommandError, match=r"(?s)SUBCOMMAND.*status.*hops.*sizing.*bench"):
+    with pytest.raises(CommandError, match=r"(?s)SUBCOMMAND.*status.*hops.*sizing.*live.*bench"):
         shown()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from django.core.management import CommandError
 from django.http import HttpResponse
 from django.urls import path
 
@@ -20,6 +21,7 @@ from tests.asgi_client import ask
 from tests.browser import WIDTHS, browser, program
 from tests.project.shop.models import Book, Tag
 from tests.support import eventually
+from tests.tools.test_command import shown
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 
@@ -99,6 +101,35 @@ async def served(app: Any) -> AsyncIterator[str]:
     finally:
         server.should_exit = server.force_exit = True
         await serving
+
+
+async def test_in_a_terminal(settings: Any) -> None:
+    settings.ALLOWED_HOSTS = ["127.0.0.1", "testserver"]
+    app = get_asgi_application()
+    async with served(app) as address:
+
+        async def look() -> str:
+            return await asyncio.to_thread(shown, "live", address, "--every", "0")
+
+        await ask(app, "/work/first")
+        busy = asyncio.create_task(ask(app, "/hold/"))
+        await eventually(lambda: live.snapshot()["statements"])
+        text = await look()
+        assert re.search(r"default: \d+ of \d+ open, [1-9]\d* in use, 0 wait\n", text), text
+        assert re.search(r"\n  \d+ for [\d.]+ ms: the transaction block that began at", text), text
+        assert re.search(r"\n  \d+, [\d.]+ ms: SELECT '<b>' \|\| pg_sleep", text), text
+        assert re.search(r"\nGET /hold/: 0 queries, not ended\n", text), text
+        assert re.search(r"\nGET /work/first: \d+ queries, [\d.]+ ms\n", text), text
+        await busy
+
+        settings.DEBUG = False
+        with pytest.raises(CommandError, match="answers 404; it answers with DEBUG only"):
+            await look()
+    with pytest.raises(CommandError, match="does not answer"):
+        await look()
+    settings.ROOT_URLCONF = "tests.project.urls"
+    with pytest.raises(CommandError, match=r"path\(.*live\.view\)"):
+        await look()
 
 
 @pytest.mark.slow
