@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import django
+from django.db import InterfaceError, OperationalError
 from django.db.models import query
 from django.db.models.query import QuerySet
 from django.db.models.sql.constants import GET_ITERATOR_CHUNK_SIZE as _WHOLE
@@ -13,7 +14,7 @@ from django.db.models.sql.query import Query
 from django.db.models.utils import create_namedtuple_class
 from greenlet import getcurrent
 
-from .. import grounds, rows
+from .. import elsewhere, grounds, rows
 from .._cache.awaited import Found
 from .._cache.execute import chunks, items
 from .._cache.plan import Plan
@@ -100,7 +101,11 @@ def fetch_all(original: Callable[[Any], None]) -> Any:
             and type(getcurrent()) is Runner
             and grounds.is_djangos_function(type(self)._prefetch_related_objects)
         ):
-            made, lookups = list(self._iterable_class(self)), self._prefetch_related_lookups
+            try:
+                made = list(self._iterable_class(self))
+            except (OperationalError, InterfaceError) as exc:
+                made = elsewhere.again(self, exc, lambda: list(self._iterable_class(self)))
+            lookups = self._prefetch_related_lookups
             if prefetched := bool(lookups) and not self._prefetch_done:
                 query.prefetch_related_objects(made, *lookups)
             if self._result_cache is None:

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 from django.db import InterfaceError, OperationalError, connections, transaction
 from django.db.models import Count, Func, IntegerField, Max
+from django.db.models.query import QuerySet
 
 import asyncorm
+from asyncorm import elsewhere, patches
+from asyncorm._hooks import iterate
 from asyncorm.replicas import ReplicaRouter
 from tests.pool.test_standby import ask
 from tests.project.myapp.models import Item
@@ -187,6 +190,24 @@ async def test_each_way_of_reading(
                 print(name)
                 await run(functools.partial(unreachable, read))
     await run(connections.close_all)
+
+
+async def test_a_router_that_the_settings_make(
+    router: ReplicaRouter, servers: Servers, kept: Item
+) -> None:
+    """It comes before the app, whose own methods of querysets are then put over the router's."""
+    of_the_router: Any = QuerySet._fetch_all  # type: ignore[attr-defined]
+    elsewhere.replaced(of_the_router, hook := iterate.fetch_all(of_the_router))
+    with patches.replaced(QuerySet, "_fetch_all", hook, "the app is set up"), paused(router):
+        for read in (
+            lambda: asyncorm.native(list)(items.filter(name="kept")),
+            lambda: items.filter(name="kept").anative(),
+        ):
+            router.watcher.replicas["r1"].problem = None
+            with on_first():
+                await items.native_count()
+                with await killed(servers, 0):
+                    assert [each.pk for each in await read()] == [kept.pk]
 
 
 @contextmanager
