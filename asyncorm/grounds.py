@@ -159,9 +159,14 @@ _orm, _of_fields, _metas = Family(_ORM - _FIELDS), Family(_FIELDS), Family(_META
 
 @functools.cache
 def _overridable(cls: Any) -> frozenset[str]:
-    """Which attributes of a field itself would be in place of a method."""
+    """Which attributes of a field itself would be in place of a method, or say how rows are read.
+
+    The latter: JSON of a field without a decoder is read by a plan's own code.
+    """
     return frozenset(
-        _ASKED_FOR.union(name for name in dir(cls) if callable(getattr(cls, name, None)))
+        _ASKED_FOR.union(
+            {"decoder"}, (name for name in dir(cls) if callable(getattr(cls, name, None)))
+        )
     )
 
 

@@ -5,6 +5,7 @@ what Django gives synchronously.
 """
 
 import contextvars
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -153,6 +154,11 @@ def as_sql(self: Any, *args: Any, **kwargs: Any) -> Any:
     return sql.replace('"shop_tag"."name"', 'upper("shop_tag"."name")', 1), params
 
 
+class Constant(json.JSONDecoder):
+    def decode(self, *args: Any) -> Any:
+        return "decoded"
+
+
 def patched(self: Any, value: Any, *args: Any) -> Any:
     return f"patched {value}"
 
@@ -203,6 +209,10 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "db_table": (other_table, lambda: Tag.objects.count()),
     "managed": (lambda: mock.patch.object(Tag._meta, "managed", False), read),
     "column": (lambda: column(column="id"), lambda: Tag.objects.values_list("name").first()),
+    "decoder": (
+        lambda: mock.patch.object(Book._meta.get_field("data"), "decoder", Constant),
+        lambda: [Book.objects.get(pk=1).data, Book.objects.values_list("data").order_by("pk")[0]],
+    ),
     "a manager": (
         changed(models.Manager, "get_queryset", lambda s: QuerySet(s.model)[:1]), prefetch,
     ),
@@ -240,6 +250,11 @@ async def test_a_hook(name: str) -> None:
     before = statements.counts["hits"]
     await native(function)
     assert statements.counts["hits"] > before
+    statements.clear()
+    for _ in range(2):
+        assert differences(plain, await native(function)) == []
+    with hook():  # there later
+        assert differences(hooked, await native(function)) == []
 
 
 tenant = contextvars.ContextVar("tenant", default="a")
