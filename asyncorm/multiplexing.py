@@ -8,9 +8,10 @@ error and, outside a transaction block, its own implicit transaction.
 
 from __future__ import annotations
 
-from asyncio import CancelledError, Future, Task, current_task, get_running_loop, sleep
+from asyncio import CancelledError, Future, Lock, Task, current_task, get_running_loop, sleep
 from collections import OrderedDict, deque
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
 from copy import copy
 from time import monotonic
@@ -150,6 +151,7 @@ class Queue:
         self._source = source
         self._open: _Segment | None = None
         self._tasks: set[Task[None]] = set()
+        self._taking = Lock()
         self.waiting = 0
         self.pending = 0
         self.starting: dict[Task[None] | None, _Segment] = {}
@@ -242,12 +244,19 @@ class Queue:
         requests: list[_Request] | None = None
         try:
             with self._source.connection() as conn:
-                while requests := self._take(segment, first=requests is None):
-                    self._send(runner, conn, requests)
+                with self._taking_turns(runner):
+                    conn.give_turn()  # before any is taken
+                    requests = self._take(segment, first=True)
+                    travelling, bound = self._bind(conn, requests)
+                while requests:
+                    self._send(runner, conn, travelling, bound)
                     if self._source.size > 1 or (
                         conn.session_dirty and not self._source.keeps_state
                     ):
                         break
+                    if not (requests := self._take(segment, first=False)):
+                        break
+                    travelling, bound = self._bind(conn, requests)
             if segment.waiting and not segment.pipelines:
                 self._start(segment)
         except BaseException as exc:
@@ -257,6 +266,16 @@ class Queue:
                 _fail(request.future, exc)
             if not isinstance(exc, Exception):
                 raise
+
+    @contextmanager
+    def _taking_turns(self, runner: Runner) -> Iterator[None]:
+        """What one connection takes is bound before another one takes more: the statements are sent
+        in the order in which they came, though other tasks have turns while they are bound."""
+        bridge.wait_for(runner, self._taking.acquire())
+        try:
+            yield
+        finally:
+            self._taking.release()
 
     def _take(self, segment: _Segment, first: bool) -> list[_Request]:
         share = -(-len(segment.waiting) // max(segment.pipelines, 1))
@@ -286,14 +305,14 @@ class Queue:
             self._start(segment)
         return unserved
 
-    def _send(self, runner: Runner, conn: Connection, requests: list[_Request]) -> None:
-        travelling = _Travelling(requests)
+    def _send(
+        self,
+        runner: Runner,
+        conn: Connection,
+        travelling: _Travelling,
+        bound: dict[_Request, Statement],
+    ) -> None:
         before = None if self._source.keeps_state else reported(conn.pgconn)
-        conn.told = before
-        try:
-            bound = self._bind(conn, requests)
-        finally:
-            conn.told = None
         requests = list(bound)
         if _events.statements and len(requests) > 1:
             _events.pipelined(request.command for request in requests)
@@ -373,17 +392,24 @@ class Queue:
         # In a block it is rolled back, whatever the server has done.
         return exc if self._source.in_order else Unanswered.of(exc, text)
 
-    def _bind(self, conn: Connection, requests: list[_Request]) -> dict[_Request, Statement]:
+    def _bind(
+        self, conn: Connection, requests: list[_Request]
+    ) -> tuple[_Travelling, dict[_Request, Statement]]:
         """The statements of those whose values can be sent; the others are told why not."""
+        travelling = _Travelling(requests)
         bound: dict[_Request, Statement] = {}
-        for request in requests:
-            try:
-                bound[request] = request.command.bind(conn)
-            except Exception as exc:
-                if not request.future.done():
-                    request.future.set_exception(exc)
-            conn.give_turn()
-        return bound
+        conn.told = None if self._source.keeps_state else reported(conn.pgconn)
+        try:
+            for request in requests:
+                try:
+                    bound[request] = request.command.bind(conn)
+                except Exception as exc:
+                    if not request.future.done():
+                        request.future.set_exception(exc)
+                conn.give_turn()
+        finally:
+            conn.told = None
+        return travelling, bound
 
     def _give_all(self, runner: Runner, answers: list[_Answer]) -> None:
         broken = False  # a statement before this one failed, or its operation was cancelled
