@@ -44,10 +44,11 @@ def alone():
 
 async def main():
     global seen
-    seen = before = await asyncio.gather(*[native(backend_pid)() for _ in range(2)])
+    seen = await asyncio.gather(*[native(backend_pid)() for _ in range(2)])
     global held, live
     held = [pools.find("default")]
     live = list(held[0].connections.live)
+    pids = [conn.info.backend_pid for conn in live]
     async with asyncorm.atomic():
         inside = await native(backend_pid)()
         waiting = asyncio.create_task(native(value)("SELECT pg_sleep(0.3)"))
@@ -56,7 +57,8 @@ async def main():
         in_child(alone)
         await waiting
         assert await native(backend_pid)() == inside
-    assert await native(backend_pid)() in before
+    there = "SELECT array_agg(pid) FROM pg_stat_activity WHERE pid = ANY(%s)"
+    assert sorted(await native(value)(there, [pids])) == sorted(pids)
     await asyncorm.close_pools()
 
 asyncio.run(main())
