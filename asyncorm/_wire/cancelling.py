@@ -121,7 +121,11 @@ class CancellableConnection(psycopg.Connection[Any]):
         Asks again and again: a server process that has not read the statement yet, or is between
         two of them, ignores a request to cancel.
         """
-        task = get_running_loop().create_task(over())
+        await self._ask_until(over())
+        await self._absorb_cancel()
+
+    async def _ask_until(self, over: Coroutine[Any, Any, Any]) -> None:
+        task = get_running_loop().create_task(over)
         try:
             while not task.done():
                 await self._request_cancel()
@@ -130,20 +134,30 @@ class CancellableConnection(psycopg.Connection[Any]):
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        await self._absorb_cancel()
 
     async def silence(self) -> None:
         """Have the server stop what runs, for who closes the connection then: it would go on, and
         notice that at the end only. Not for ever: the caller sets a limit."""
         answered = False
         while self.pgconn.status == _OK and self.pgconn.transaction_status == _ACTIVE:
+            if self.pgconn.pipeline_status and not self.wire.waiting:
+                await self._ask_until(self._complete(self._rest_of_pipeline()))
+                return
             await self._request_cancel()
             await asyncio.sleep(CANCEL_AGAIN)
             if self.wire.has_input and not self.wire.waiting:  # who waits reads it
                 self.pgconn.consume_input()
                 answered = True
-            elif answered:  # all statements of the pipeline
+            elif answered:
                 return
+
+    def _rest_of_pipeline(self) -> Generator[int, int, None]:
+        # The server may have answered all that it was sent, and wait for more: only the answer to
+        # a sync says that it runs nothing. (A pipeline is ACTIVE for libpq until that is read.)
+        self.pgconn.pipeline_sync()
+        yield from generators.send(self.pgconn)
+        while self.pgconn.status == _OK and self.pgconn.transaction_status == _ACTIVE:
+            yield from generators.fetch_many(self.pgconn)
 
     async def _absorb_cancel(self) -> None:
         # The request may have reached the server after the statement had ended: give it something

@@ -992,6 +992,7 @@ async def test_of_more_shapes_than_it_holds_a_share_is_found() -> None:
         assert 60 <= hits() - before <= 200
 
 
+@pytest.mark.slow
 async def test_a_shape_takes_little_memory() -> None:
     await rotate(20)
     before = asyncorm.statement_cache_stats()["size"]

@@ -15,7 +15,15 @@ from asyncorm import native
 from tests.cancellation.test_cancellation import by_anyio, by_cancel, by_many_cancels, by_timeout
 from tests.project.myapp.models import Item
 from tests.project.shop.models import Book
-from tests.support import administrator, all_given_back, database, eventually, sleep, value
+from tests.support import (
+    administrator,
+    all_given_back,
+    backend_pid,
+    database,
+    eventually,
+    sleep,
+    value,
+)
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 ALIAS = "few"
@@ -245,6 +253,25 @@ async def test_executemany_is_stopped_on_the_server(few: str) -> None:
             await task
         await eventually(lambda: not ask(asleep))
     await native(sleep)(0)
+
+
+async def test_a_cancelled_executemany_costs_one_connection(few: str) -> None:
+    """It is not taken for a server that hangs (5 s, then all connections were retired), whatever of
+    its pipeline the server has answered."""
+
+    async def both() -> set[int]:
+        async with asyncorm.atomic(few):
+            first = await native(backend_pid)(few)
+            async with asyncorm.detached(), asyncorm.atomic(few):
+                return {first, await native(backend_pid)(few)}
+
+    for n in range(1, 1000):
+        before = await both()
+        reached = await asyncio.create_task(by_cancel(many(), n))
+        assert before & await both()
+        if not reached:
+            break
+    assert n > 4
 
 
 async def test_operations_of_a_batch_that_did_not_begin(few: str) -> None:

@@ -18,7 +18,13 @@ def server() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("multiplexing", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("fault", chaos.FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=pytest.mark.slow if fault == "burst" else ())
+        for fault in chaos.FAULTS
+    ],
+)
 def test_the_bank_survives(
     fault: str, multiplexing: bool, server: Any, django_db_blocker: Any
 ) -> None:

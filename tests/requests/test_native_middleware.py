@@ -306,7 +306,16 @@ async def compared(settings: Any, kinds: tuple[Any, ...], same: Callable[..., An
     return differences
 
 
-@pytest.mark.parametrize("kinds", [PAIRS, MIXED], ids=["alone and in pairs", "among Django's own"])
+both_sets = pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(PAIRS, id="alone and in pairs", marks=pytest.mark.slow),
+        pytest.param(MIXED, id="among Django's own"),
+    ],
+)
+
+
+@both_sets
 async def test_other_peoples_middleware_keeps_djangos_rules(settings: Any, kinds: Any) -> None:
     """The same answers and the same steps, in the same order, each in the same place."""
     settings.ASYNCORM = {}
@@ -316,7 +325,7 @@ async def test_other_peoples_middleware_keeps_djangos_rules(settings: Any, kinds
     assert not differences, "\n".join([str(len(differences)), *differences[:8]])
 
 
-@pytest.mark.parametrize("kinds", [PAIRS, MIXED], ids=["alone and in pairs", "among Django's own"])
+@both_sets
 async def test_middleware_that_is_named_does_the_same_on_the_loop(
     settings: Any, kinds: Any
 ) -> None:
