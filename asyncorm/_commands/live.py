@@ -17,6 +17,7 @@ from django.core.management.base import CommandError
 from django.urls import NoReverseMatch, reverse
 
 from ..observe import live
+from ..pages import see
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def run(options: dict[str, Any], write: Callable[[str], Any]) -> None:
     except NoReverseMatch:
         raise CommandError(
             "No URL of the project leads to the view that tells what happens in it. "
-            'In urls.py: path("asyncorm/", asyncorm.observe.live.view)'
+            'In urls.py: path("asyncorm/", asyncorm.observe.live.view).' + see("command#live")
         ) from None
     try:
         while True:
@@ -63,9 +64,9 @@ def _ask(url: str) -> dict[str, Any]:
             return now
     except HTTPError as error:
         why = "; it answers with DEBUG only" if error.code == 404 else ""
-        raise CommandError(f"{url} answers {error.code}{why}") from None
+        raise CommandError(f"{url} answers {error.code}{why}.{see('command#live')}") from None
     except (OSError, ValueError) as error:  # nobody is there; it is somebody else
-        raise CommandError(f"{url} does not answer: {error}") from None
+        raise CommandError(f"{url} does not answer: {error}.{see('command#live')}") from None
 
 
 def _lines(now: dict[str, Any]) -> Iterator[str]:

@@ -59,6 +59,7 @@ NO_PAGE = {
         "database ",
         "OPTIONS['pool'][",
         "wait timeout expired",
+        "not an address of HTTP",
     },
 }
 
