@@ -128,6 +128,6 @@ def leaves_state(statement: str) -> bool:
         return True
     if _BEGINS.search(text) is not None:
         return True
-    if "pg_temp" in statement or ("pg_settings" in text and "update" in text):
+    if "pg_temp" in statement.lower() or ("pg_settings" in text and "update" in text):
         return True
     return any(sign in text for sign in _SIGNS) and _ANYWHERE.search(text) is not None

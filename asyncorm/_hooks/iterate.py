@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from typing import Any
 
 import django
@@ -78,14 +79,32 @@ def give_turn(wrapper: Wrapper) -> None:
 
 
 def raw(original: _Iterate) -> _Iterate:
-    """`__iter__` of the iterable class of raw querysets: with turns."""
+    """`__iter__` of the iterable class of raw querysets: with turns.
+
+    Each has a cursor of its own: Django keeps one in the query, and tasks that evaluate a raw
+    queryset at the same time would read each other's.
+    """
 
     def __iter__(self: Any) -> Iterator[Any]:
-        wrapper = native_wrapper(self.queryset.db)
-        made = original(self)
-        return made if wrapper is None else _in_turns(made, wrapper)
+        queryset = self.queryset
+        wrapper = native_wrapper(queryset.db)
+        if wrapper is None:
+            return original(self)
+        own, own.queryset = copy(self), copy(queryset)
+        own.queryset.query = copy(queryset.query)
+        return _in_turns(_known(original(own), queryset, own.queryset), wrapper)
 
     return __iter__
+
+
+def _known(made: Iterator[Any], queryset: Any, own: Any) -> Iterator[Any]:
+    """What is made; what is known of its columns then is known to its queryset, as in Django."""
+    try:
+        yield from made
+    finally:
+        queryset.query.cursor = own.query.cursor
+        if "columns" in vars(own):
+            vars(queryset)["columns"] = own.columns
 
 
 def fetch_all(original: Callable[[Any], None]) -> Any:
@@ -101,10 +120,13 @@ def fetch_all(original: Callable[[Any], None]) -> Any:
             and type(getcurrent()) is Runner
             and grounds.is_djangos_function(type(self)._prefetch_related_objects)
         ):
+            iterable = getattr(self, "_iterable_class", query.RawModelIterable)
             try:
-                made = list(self._iterable_class(self))
+                made = list(iterable(self))
             except (OperationalError, InterfaceError) as exc:
-                made = elsewhere.again(self, exc, lambda: list(self._iterable_class(self)))
+                if iterable is query.RawModelIterable:  # nobody knows what raw SQL does
+                    raise
+                made = elsewhere.again(self, exc, lambda: list(iterable(self)))
             lookups = self._prefetch_related_lookups
             if prefetched := bool(lookups) and not self._prefetch_done:
                 query.prefetch_related_objects(made, *lookups)

@@ -85,6 +85,11 @@ async def settled() -> None:
         ),
         ("CREATE TABLE pg_temp.left_behind (a int)", "SELECT to_regclass('left_behind')", None),
         ("SELECT 1 AS a INTO pg_temp.left_behind", "SELECT to_regclass('left_behind')", None),
+        (
+            "SELECT set_config('search_path', 'PG_TEMP', true); CREATE TABLE left_behind (a int)",
+            "SELECT to_regclass('left_behind')",
+            None,
+        ),
         ("SELECT 1 AS a INTO TEMP left_behind", "SELECT to_regclass('left_behind')", None),
         ("SET/**/LOCAL work_mem = '1MB'; SET/**/work_mem = '77MB'", "SHOW work_mem", "4MB"),
         ("SELECT $a$ $$ $a$; SET work_mem = '77MB'", "SHOW work_mem", "4MB"),
