@@ -34,8 +34,9 @@ def _replacements() -> Iterator[tuple[Any, str, Any, str]]:
         yield cls, "__iter__", iterate.planned(cls), _ROWS
     raw = query.RawModelIterable
     yield raw, "__iter__", iterate.raw(raw.__iter__), _ROWS
-    for cls in (querysets, query.RawQuerySet):
-        yield cls, "_fetch_all", iterate.fetch_all(cls._fetch_all), _SHARED
+    raws: Any = query.RawQuerySet
+    for each in (querysets, raws):
+        yield each, "_fetch_all", iterate.fetch_all(each._fetch_all), _SHARED
     yield querysets, "get", get.get(querysets.get), _ROWS
     yield querysets, "get_or_create", create.get_or_create(querysets.get_or_create), _ALONE
     yield Query, "has_results", aggregate.has_results(Query.has_results), _ROWS
