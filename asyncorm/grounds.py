@@ -29,7 +29,10 @@ from typing import Any
 
 from django.core.exceptions import FieldDoesNotExist
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.base.features import BaseDatabaseFeatures
 from django.db.backends.postgresql import operations
+from django.db.backends.postgresql.base import DatabaseWrapper
+from django.db.backends.postgresql.features import DatabaseFeatures
 from django.db.models import Field, Model, expressions, fields, lookups, query
 from django.db.models.base import ModelBase
 from django.db.models.query_utils import RegisterLookupMixin
@@ -50,7 +53,8 @@ _CLASSES = (
     compiler.SQLUpdateCompiler, compiler.SQLDeleteCompiler, compiler.SQLAggregateCompiler,
     where.WhereNode, datastructures.BaseTable, Join, expressions.BaseExpression,
     expressions.Expression, expressions.Col, expressions.F, lookups.IsNull,
-    operations.DatabaseOperations,
+    operations.DatabaseOperations, query.ModelIterable, query.ValuesIterable,
+    query.ValuesListIterable, query.NamedValuesListIterable, query.FlatValuesListIterable,
 )  # fmt: skip
 # Names that Django looks for without having them in its base classes.
 _ASKED_FOR = {
@@ -151,7 +155,7 @@ _ORM = {
     and cls.__module__.startswith("django.db.")
     and not issubclass(cls, BaseException | tuple | list | type)
     and "__slots__" not in vars(cls)
-} | {Node}
+} | {Node, BaseDatabaseWrapper, DatabaseWrapper, BaseDatabaseFeatures, DatabaseFeatures}
 _FIELDS = {cls for cls in _ORM if issubclass(cls, Field)}  # each new field changes a counter there
 _METAS: set[type] = {ModelBase}
 _orm, _of_fields, _metas = Family(_ORM - _FIELDS), Family(_FIELDS), Family(_METAS)
@@ -334,7 +338,8 @@ def of_query(
         and all(speaks_for_itself(f, short) for f in of_relations | columns)
     ):
         raise NotCacheable
-    return Ground([made, ops, *compared, *map(type, of_relations), *more], models)
+    of_backend = _ORM.intersection((*type(wrapper).__mro__, *type(wrapper.features).__mro__))
+    return Ground([made, ops, *of_backend, *compared, *map(type, of_relations), *more], models)
 
 
 def _ordered_by(asked: Any) -> Iterator[Any]:

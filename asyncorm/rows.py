@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from typing import Any
 
@@ -36,7 +36,7 @@ from django.db.models.fields.files import FileDescriptor
 from django.db.models.fields.mixins import FieldCacheMixin
 from django.db.models.fields.related_descriptors import ForeignKeyDeferredAttribute
 from django.db.models.query_utils import DeferredAttribute
-from django.db.models.signals import post_init, pre_init
+from django.db.models.signals import ModelSignal, post_init, pre_init
 from django.db.models.sql.compiler import SQLCompiler
 from django.db.models.utils import AltersData
 from psycopg.adapt import AdaptersMap
@@ -57,6 +57,7 @@ _AS_TEXT = _plain.get_loader(_JSONB, 0)  # type: ignore[arg-type]  # psycopg's i
 _DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)
 _WITH_MODES = hasattr(ModelState, "fetch_mode")
 
+_send = ModelSignal.send
 _read_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _read_timestamp = datetime.datetime.fromisoformat
 
@@ -81,8 +82,14 @@ def is_plain(model: type[Model]) -> bool:
 
 def is_watched(models: tuple[Any, ...]) -> bool:
     """Whether a receiver of pre_init or post_init is connected for one of the models."""
-    return bool(pre_init.receivers or post_init.receivers) and any(
-        signal.has_listeners(model) for signal in (pre_init, post_init) for model in models
+    return is_heard((pre_init, post_init), models)
+
+
+def is_heard(signals: Iterable[ModelSignal], models: Iterable[Any]) -> bool:
+    """Whether somebody hears of one of the models: a receiver, or what stands for `send()`."""
+    return ModelSignal.send is not _send or any(
+        (signal.receivers and any(map(signal.has_listeners, models))) or "send" in vars(signal)
+        for signal in signals
     )
 
 

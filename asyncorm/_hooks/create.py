@@ -25,6 +25,7 @@ from greenlet import getcurrent
 from ..bridge import Runner
 from ..columnar import PRE_SAVES
 from ..grounds import Ground, is_anothers
+from ..rows import is_heard
 from ..shapes import NotCacheable
 from ..statements import UNPLANNED, learn, recall
 from .get import PLAIN_VALUES
@@ -102,9 +103,7 @@ def inserts_alone(queryset: QuerySet[Any], params: dict[str, Any]) -> bool:
 def saved_plainly(model: type[Model]) -> frozenset[str] | None:
     """The names of the fields of a model if instances are made and saved by nobody's code but
     Django's, by one statement for each; otherwise None."""
-    if _methods(vars(models.Model)) != _DJANGOS or any(
-        signal.receivers and signal.has_listeners(model) for signal in _SIGNALS
-    ):
+    if _methods(vars(models.Model)) != _DJANGOS or is_heard(_SIGNALS, (model,)):
         return None
     key = QuerySet.get_or_create, model
     known = recall(key)

@@ -5,6 +5,7 @@ what Django gives synchronously.
 """
 
 import contextvars
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,10 +13,12 @@ from unittest import mock
 
 import pytest
 from django.db import models
-from django.db.models import Aggregate, Count, Expression, F, Func, QuerySet, Value
+from django.db.backends.postgresql.base import DatabaseWrapper
+from django.db.models import Aggregate, Count, Expression, F, Func, QuerySet, Value, query
 from django.db.models.base import ModelBase
 from django.db.models.expressions import Col, OrderBy
 from django.db.models.lookups import Exact
+from django.db.models.signals import post_init, post_save, pre_init, pre_save
 from django.db.models.sql import compiler
 from django.db.models.sql.query import Query
 from django.test.utils import isolate_apps, register_lookup
@@ -213,6 +216,17 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
         lambda: mock.patch.object(Book._meta.get_field("data"), "decoder", Constant),
         lambda: [Book.objects.get(pk=1).data, Book.objects.values_list("data").order_by("pk")[0]],
     ),
+    "operators": (
+        changed(DatabaseWrapper, "operators", {**DatabaseWrapper.operators, "exact": "<> %s"}),
+        lambda: (Tag.objects.filter(pk=1).count(), Tag.objects.exclude(name="C").exists()),
+    ),
+    "pattern_esc": (
+        changed(DatabaseWrapper, "pattern_esc", "'x'"),
+        lambda: Book.objects.filter(title__startswith=F("title")).count(),
+    ),
+    "an iterable": (
+        changed(query.ModelIterable, "__iter__", lambda s: iter([Tag(name="x")])), named,
+    ),
     "a manager": (
         changed(models.Manager, "get_queryset", lambda s: QuerySet(s.model)[:1]), prefetch,
     ),
@@ -255,6 +269,44 @@ async def test_a_hook(name: str) -> None:
         assert differences(plain, await native(function)) == []
     with hook():  # there later
         assert differences(hooked, await native(function)) == []
+
+
+@pytest.mark.parametrize("signal", [pre_init, post_init, pre_save, post_save])
+@pytest.mark.parametrize("owner", ["the signal", "Signal"])
+async def test_what_stands_for_a_signal_is_called(signal: Any, owner: str) -> None:
+    """As by tests that ask whether a signal is sent, without a receiver."""
+
+    numbers = itertools.count()
+
+    async def work() -> None:
+        tag = await Tag.objects.native_create(name=f"sent {next(numbers)}")
+        tag.name = f"again {next(numbers)}"
+        await tag.native_save()
+        await Tag.objects.native_get(pk=tag.pk)
+        assert await Tag.objects.filter(pk=tag.pk).anative()
+
+    for _ in range(2):
+        await work()
+    with mock.patch.object(signal if owner == "the signal" else type(signal), "send") as send:
+        await work()
+    times = 3 if signal in (pre_init, post_init) else 2
+    assert send.call_count == (times if owner == "the signal" else 10)
+    await Tag.objects.filter(name__startswith="again").native_delete()
+
+
+async def test_an_iterable_that_is_replaced_later() -> None:
+    def tags() -> Any:
+        return Tag.objects.filter(pk__lt=4).order_by("pk")
+
+    def items(iterable: Any) -> Any:
+        yield "patched"
+
+    for _ in range(3):
+        assert len(await tags().anative()) == 3
+    with mock.patch.object(query.ModelIterable, "__iter__", items):
+        assert await tags().anative() == ["patched"]
+        assert await tags().native_first() == "patched"
+    assert len(await tags().anative()) == 3
 
 
 tenant = contextvars.ContextVar("tenant", default="a")
