@@ -57,7 +57,7 @@ _AS_TEXT = _plain.get_loader(_JSONB, 0)  # type: ignore[arg-type]  # psycopg's i
 _DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)
 _WITH_MODES = hasattr(ModelState, "fetch_mode")
 
-_send = ModelSignal.send
+_send, _of_pre_init, _of_post_init = ModelSignal.send, vars(pre_init), vars(post_init)
 _read_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _read_timestamp = datetime.datetime.fromisoformat
 
@@ -82,7 +82,9 @@ def is_plain(model: type[Model]) -> bool:
 
 def is_watched(models: tuple[Any, ...]) -> bool:
     """Whether a receiver of pre_init or post_init is connected for one of the models."""
-    return is_heard((pre_init, post_init), models)
+    if pre_init.receivers or post_init.receivers:
+        return is_heard((pre_init, post_init), models)
+    return ModelSignal.send is not _send or "send" in _of_pre_init or "send" in _of_post_init
 
 
 def is_heard(signals: Iterable[ModelSignal], models: Iterable[Any]) -> bool:
