@@ -29,10 +29,7 @@ from typing import Any
 
 from django.core.exceptions import FieldDoesNotExist
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.backends.base.features import BaseDatabaseFeatures
 from django.db.backends.postgresql import operations
-from django.db.backends.postgresql.base import DatabaseWrapper
-from django.db.backends.postgresql.features import DatabaseFeatures
 from django.db.models import Field, Model, expressions, fields, lookups, query
 from django.db.models.base import ModelBase
 from django.db.models.query_utils import RegisterLookupMixin
@@ -155,7 +152,7 @@ _ORM = {
     and cls.__module__.startswith("django.db.")
     and not issubclass(cls, BaseException | tuple | list | type)
     and "__slots__" not in vars(cls)
-} | {Node, BaseDatabaseWrapper, DatabaseWrapper, BaseDatabaseFeatures, DatabaseFeatures}
+} | {Node}
 _FIELDS = {cls for cls in _ORM if issubclass(cls, Field)}  # each new field changes a counter there
 _METAS: set[type] = {ModelBase}
 _orm, _of_fields, _metas = Family(_ORM - _FIELDS), Family(_FIELDS), Family(_METAS)
@@ -225,9 +222,14 @@ class Ground:
         self._kept = [*map(list, self._others)]
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Whether all is as it was, as far as that can be seen."""
         # For each use of a plan: without the calls that a change needs.
-        _orm.cls.unchanged, _of_fields.cls.unchanged, _metas.cls.unchanged  # noqa: B018
+        try:
+            _orm.cls.unchanged, _of_fields.cls.unchanged, _metas.cls.unchanged  # noqa: B018
+            for seen in self._of_models:
+                seen.look.find(seen.look.cls)
+        except AttributeError:  # see `Name`
+            return False
         if not (
             (self._of_orm.number == _orm.name.looks or self._of_orm.holds())
             and (self._of_fields.number == _of_fields.name.looks or self._of_fields.holds())
@@ -236,9 +238,7 @@ class Ground:
         ):
             return False
         for seen in self._of_models:
-            look = seen.look
-            look.find(look.cls)
-            if seen.number != look.name.looks and not seen.holds():
+            if seen.number != seen.look.name.looks and not seen.holds():
                 return False
         fields = self._fields
         if [*map(len, fields), *map(_COLUMN, fields)] != self._columns:
@@ -281,7 +281,10 @@ class Classes:
         self._kept = [*map(list, self._others)]
 
     def are_as_they_were(self) -> bool:
-        _orm.cls.unchanged, _of_fields.cls.unchanged  # noqa: B018
+        try:
+            _orm.cls.unchanged, _of_fields.cls.unchanged  # noqa: B018
+        except AttributeError:  # see `Name`
+            return False
         for seen in self._seen:
             if seen.number != seen.look.name.looks and not seen.holds():
                 return False
@@ -295,7 +298,10 @@ _sound = all(map(is_djangos, _CLASSES))
 def are_sound() -> bool:
     """Whether what every plan rests on is Django's own."""
     global _base, _sound
-    _orm.cls.unchanged  # noqa: B018
+    try:
+        _orm.cls.unchanged  # noqa: B018
+    except AttributeError:  # see `Name`
+        return False
     if _base.number != _orm.name.looks and not _base.holds():
         _base = Seen(_orm, set(_CLASSES))
         _sound = all(map(is_djangos, _CLASSES))
@@ -338,8 +344,7 @@ def of_query(
         and all(speaks_for_itself(f, short) for f in of_relations | columns)
     ):
         raise NotCacheable
-    of_backend = _ORM.intersection((*type(wrapper).__mro__, *type(wrapper.features).__mro__))
-    return Ground([made, ops, *of_backend, *compared, *map(type, of_relations), *more], models)
+    return Ground([made, ops, *compared, *map(type, of_relations), *more], models)
 
 
 def _ordered_by(asked: Any) -> Iterator[Any]:

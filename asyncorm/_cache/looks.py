@@ -71,7 +71,10 @@ class Look:
 
     def changes(self) -> int:
         """A number that is another one once something has been changed."""
-        self.find(self.cls)
+        try:
+            self.find(self.cls)
+        except AttributeError:  # see `Name`
+            return -1
         return self.name.looks
 
     def contents(self, cls: type, number: int) -> Any:

@@ -13,7 +13,6 @@ from unittest import mock
 
 import pytest
 from django.db import models
-from django.db.backends.postgresql.base import DatabaseWrapper
 from django.db.models import Aggregate, Count, Expression, F, Func, QuerySet, Value, query
 from django.db.models.base import ModelBase
 from django.db.models.expressions import Col, OrderBy
@@ -215,14 +214,6 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "decoder": (
         lambda: mock.patch.object(Book._meta.get_field("data"), "decoder", Constant),
         lambda: [Book.objects.get(pk=1).data, Book.objects.values_list("data").order_by("pk")[0]],
-    ),
-    "operators": (
-        changed(DatabaseWrapper, "operators", {**DatabaseWrapper.operators, "exact": "<> %s"}),
-        lambda: (Tag.objects.filter(pk=1).count(), Tag.objects.exclude(name="C").exists()),
-    ),
-    "pattern_esc": (
-        changed(DatabaseWrapper, "pattern_esc", "'x'"),
-        lambda: Book.objects.filter(title__startswith=F("title")).count(),
     ),
     "an iterable": (
         changed(query.ModelIterable, "__iter__", lambda s: iter([Tag(name="x")])), named,

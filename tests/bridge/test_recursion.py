@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from django.db import connections
+from django.db.models.lookups import Exact
 
 import asyncorm
-from asyncorm import await_, native
+from asyncorm import await_, grounds, native
 from tests.project.shop.models import Tag
 from tests.support import all_given_back, database
 
@@ -126,3 +127,18 @@ async def test_while_others_wait(alias: str) -> None:
     finally:
         await end()
         await asyncorm.close_pools(alias)
+
+
+def test_a_class_that_has_changed_is_looked_at_at_any_depth() -> None:
+    """Python takes a comparison that fails there for an attribute that is not there."""
+    sound, found = grounds.are_sound(), set()
+    try:
+        for depth in range(sys.getrecursionlimit() - 200, sys.getrecursionlimit()):
+            Exact.changed = depth  # type: ignore[attr-defined]
+            try:
+                found.add(deep(depth, grounds.are_sound))
+            except RecursionError:
+                found.add(None)
+    finally:
+        del Exact.changed  # type: ignore[attr-defined]
+    assert sound and {True, None} <= found <= {True, False, None}
