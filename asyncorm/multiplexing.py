@@ -120,10 +120,17 @@ class _Request:
 
 
 class _Travelling:
-    """Statements under way together, and the task that waits for their results."""
+    """Statements under way together, and the task that waits for their results.
 
-    def __init__(self, requests: list[_Request]) -> None:
+    Attributes:
+        told: what the server had reported when their values were bound; None if that is kept.
+        bound: those whose values can be sent.
+    """
+
+    def __init__(self, requests: list[_Request], told: Any) -> None:
         self.requests = requests
+        self.told = told
+        self.bound: dict[_Request, Statement] = {}
         self.task = current_task()
         for request in requests:
             request.travelling = self
@@ -247,16 +254,15 @@ class Queue:
                 with self._taking_turns(runner):
                     conn.give_turn()  # before any is taken
                     requests = self._take(segment, first=True)
-                    travelling, bound = self._bind(conn, requests)
+                    travelling = self._bind(conn, requests)
                 while requests:
-                    self._send(runner, conn, travelling, bound)
+                    self._send(runner, conn, travelling)
                     if self._source.size > 1 or (
                         conn.session_dirty and not self._source.keeps_state
                     ):
                         break
-                    if not (requests := self._take(segment, first=False)):
-                        break
-                    travelling, bound = self._bind(conn, requests)
+                    if requests := self._take(segment, first=False):
+                        travelling = self._bind(conn, requests)
             if segment.waiting and not segment.pipelines:
                 self._start(segment)
         except BaseException as exc:
@@ -305,19 +311,12 @@ class Queue:
             self._start(segment)
         return unserved
 
-    def _send(
-        self,
-        runner: Runner,
-        conn: Connection,
-        travelling: _Travelling,
-        bound: dict[_Request, Statement],
-    ) -> None:
-        before = None if self._source.keeps_state else reported(conn.pgconn)
-        requests = list(bound)
+    def _send(self, runner: Runner, conn: Connection, travelling: _Travelling) -> None:
+        before, requests = travelling.told, list(travelling.bound)
         if _events.statements and len(requests) > 1:
             _events.pipelined(request.command for request in requests)
         harmless = conn.begins and all(only_reads(each.command.text) for each in requests[1:])
-        pipeline = Pipeline(conn, list(bound.values()), harmless)
+        pipeline = Pipeline(conn, list(travelling.bound.values()), harmless)
         pid, now = conn.pgconn.backend_pid, monotonic()
         for request in requests:
             request.pid, request.sent = pid, now
@@ -392,24 +391,22 @@ class Queue:
         # In a block it is rolled back, whatever the server has done.
         return exc if self._source.in_order else Unanswered.of(exc, text)
 
-    def _bind(
-        self, conn: Connection, requests: list[_Request]
-    ) -> tuple[_Travelling, dict[_Request, Statement]]:
-        """The statements of those whose values can be sent; the others are told why not."""
-        travelling = _Travelling(requests)
-        bound: dict[_Request, Statement] = {}
-        conn.told = None if self._source.keeps_state else reported(conn.pgconn)
+    def _bind(self, conn: Connection, requests: list[_Request]) -> _Travelling:
+        """Bind the values of those whose values can be sent; the others are told why not."""
+        told = None if self._source.keeps_state else reported(conn.pgconn)
+        travelling = _Travelling(requests, told)
+        conn.told = told
         try:
             for request in requests:
                 try:
-                    bound[request] = request.command.bind(conn)
+                    travelling.bound[request] = request.command.bind(conn)
                 except Exception as exc:
                     if not request.future.done():
                         request.future.set_exception(exc)
                 conn.give_turn()
         finally:
             conn.told = None
-        return travelling, bound
+        return travelling
 
     def _give_all(self, runner: Runner, answers: list[_Answer]) -> None:
         broken = False  # a statement before this one failed, or its operation was cancelled

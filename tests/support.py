@@ -58,6 +58,16 @@ def backend_pid(using: str = "default") -> int:
     return int(value("SELECT pg_backend_pid()", using=using))
 
 
+async def two_pids(using: str) -> set[int]:
+    """The server processes of two connections at once."""
+    from asyncorm import atomic, detached, native
+
+    async with atomic(using=using):
+        first = await native(backend_pid)(using)
+        async with detached(), atomic(using=using):
+            return {first, await native(backend_pid)(using)}
+
+
 def value(sql: str, params: Any = None, using: str = "default") -> Any:
     """The one value of a query, through Django's connection of the caller."""
     with connections[using].cursor() as cursor:

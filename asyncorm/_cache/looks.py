@@ -74,7 +74,7 @@ class Look:
         try:
             self.find(self.cls)
         except AttributeError:  # see `Name`
-            return -1
+            self.name.looks += 1
         return self.name.looks
 
     def contents(self, cls: type, number: int) -> Any:

@@ -18,10 +18,10 @@ from tests.project.shop.models import Book
 from tests.support import (
     administrator,
     all_given_back,
-    backend_pid,
     database,
     eventually,
     sleep,
+    two_pids,
     value,
 )
 
@@ -259,16 +259,10 @@ async def test_a_cancelled_executemany_costs_one_connection(few: str) -> None:
     """It is not taken for a server that hangs (5 s, then all connections were retired), whatever of
     its pipeline the server has answered."""
 
-    async def both() -> set[int]:
-        async with asyncorm.atomic(few):
-            first = await native(backend_pid)(few)
-            async with asyncorm.detached(), asyncorm.atomic(few):
-                return {first, await native(backend_pid)(few)}
-
     for n in range(1, 1000):
-        before = await both()
+        before = await two_pids(few)
         reached = await asyncio.create_task(by_cancel(many(), n))
-        assert before & await both()
+        assert before & await two_pids(few)
         if not reached:
             break
     assert n > 4

@@ -15,7 +15,14 @@ from greenlet import GreenletExit
 
 import asyncorm
 from asyncorm import growth, native, pools
-from tests.support import administrator, backend_pid, database, eventually, server_connections
+from tests.support import (
+    administrator,
+    backend_pid,
+    database,
+    eventually,
+    server_connections,
+    two_pids,
+)
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 
@@ -56,14 +63,6 @@ def act(conn: psycopg.Connection[Any], what: str) -> None:
         conn.close()
 
 
-async def both(alias: str) -> set[int]:
-    """Two connections at once."""
-    async with asyncorm.atomic(using=alias):
-        first = await native(backend_pid)(alias)
-        async with asyncorm.detached(), asyncorm.atomic(using=alias):
-            return {first, await native(backend_pid)(alias)}
-
-
 def recovers(loop: asyncio.AbstractEventLoop, alias: str) -> None:
     """What fails at first works in the end, each time within the pool's timeout, or so."""
 
@@ -77,7 +76,7 @@ def recovers(loop: asyncio.AbstractEventLoop, alias: str) -> None:
         async with asyncio.timeout(20):
             while True:
                 try:
-                    return await bounded(lambda: both(alias))
+                    return await bounded(lambda: two_pids(alias))
                 except OperationalError:
                     continue
 
@@ -216,7 +215,7 @@ def test_who_is_told_of_failed_connections(what: str, loop: asyncio.AbstractEven
             except (KeyboardInterrupt, SystemExit):
                 stopped(loop)
         assert len(called) == 4
-        loop.run_until_complete(both(alias))
+        loop.run_until_complete(two_pids(alias))
         loop.run_until_complete(sound(alias))
     # (isinstance() would ask the lazy objects that other tests have left.)
     tasks = [task for task in gc.get_objects() if issubclass(type(task), asyncio.Task)]
@@ -269,5 +268,5 @@ async def test_a_pool_whose_workers_are_cancelled() -> None:
                 worker.cancel()
             await asyncio.wait([task])
         async with asyncio.timeout(10):
-            await both(alias)
+            await two_pids(alias)
         await sound(alias)

@@ -57,6 +57,7 @@ async def main():
         in_child(alone)
         await waiting
         assert await native(backend_pid)() == inside
+    assert set(live) <= set(held[0].connections.live)
     there = "SELECT array_agg(pid) FROM pg_stat_activity WHERE pid = ANY(%s)"
     assert sorted(await native(value)(there, [pids])) == sorted(pids)
     await asyncorm.close_pools()
