@@ -62,7 +62,10 @@ class Written:
         update = query.chain(UpdateQuery)
         update.add_update_values(self._named)
         update.order_by = tuple(update.order_by)  # so it is in the key
-        update.clear_select_clause()
+        if _CLEARS_SELECT:
+            update.clear_select_clause()
+        else:
+            update.annotations = {}
         return update
 
     def parts(self, shaped: Sequence[Any], start: int) -> list[Part]:
@@ -80,6 +83,8 @@ class Written:
         return parts
 
 
+# Django 5.2.0 clears the annotations instead, which is another shape.
+_CLEARS_SELECT = django.VERSION >= (5, 2, 1)
 # Earlier versions of Django write it into the statement.
 _SENDS_NULL = django.VERSION >= (6, 1)
 
