@@ -39,11 +39,11 @@ def section(place: str) -> str:
     """
     name, _, anchor = place.removeprefix(PAGES).partition("#")
     page = name.removesuffix(".md")
-    path = folder() / f"{page}.md"
-    known = sorted(each.stem for each in folder().glob("*.md"))
-    if page not in known:
-        raise LookupError(f"There is no page {page!r}. There are: {', '.join(known)}.")
-    lines = path.read_text().splitlines()
+    known = [each.relative_to(folder()).with_suffix("") for each in folder().rglob("*.md")]
+    names = sorted(map(Path.as_posix, known))
+    if page not in names:
+        raise LookupError(f"There is no page {page!r}. There are: {', '.join(names)}.")
+    lines = _text(folder() / f"{page}.md").splitlines()
     if not anchor:
         return "\n".join(lines)
     headings = list(_headings(lines))
@@ -53,6 +53,30 @@ def section(place: str) -> str:
             return "\n".join(lines[at : next(ends, None)])
     anchors = ", ".join(found for _, _, found in headings)
     raise LookupError(f"The page {page!r} has no heading {anchor!r}. It has: {anchors}.")
+
+
+def contents() -> str:
+    """The pages by name and title, in the groups of the start page."""
+    lines = []
+    for group, links in re.findall(r"^\*\*(\w+)\*\*: (.+)$", _text(folder() / "index.md"), re.M):
+        lines += ["", group]
+        lines += [
+            f"  {name:<19} {title}" for title, name in re.findall(r"\[(.+?)\]\((.+?)\.md\)", links)
+        ]
+    return "\n".join([*lines[1:], "", "`manage.py asyncorm docs PAGE` prints one of them."])
+
+
+def _text(path: Path) -> str:
+    """A page, with those that it includes whole (a wheel has not all of them)."""
+
+    def included(directive: re.Match[str]) -> str:
+        found = path.parent / directive[1]
+        if not found.is_file():
+            return f"(In the repository: {directive[1].removeprefix('../')})"
+        return re.sub("^#", "##" if directive[2] else "#", found.read_text(), flags=re.M)
+
+    directives = r"^```\{include\} (\S+)\n(:heading-offset: 1\n)?```$"
+    return re.sub(directives, included, path.read_text(), flags=re.M)
 
 
 def _headings(lines: list[str]) -> Iterator[tuple[int, int, str]]:

@@ -16,15 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "place",
         nargs="?",
-        default="index",
         metavar="PAGE#HEADING",
         help="as an error names it, or a page alone; without it the list of pages",
     )
 
 
 def run(options: dict[str, Any], write: Callable[[str], Any]) -> None:
-    """Print a page or a part of it."""
+    """Print a page, a part of it, or which pages there are."""
     try:
-        write(pages.section(options["place"]))
+        write(pages.section(options["place"]) if options["place"] else pages.contents())
     except LookupError as error:
         raise CommandError(error.args[0]) from None

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,10 +55,23 @@ def test_docs_prints_what_an_error_names() -> None:
     assert text.startswith("## Tasks inside a block\n") and "\n## " not in text[1:]
     assert text == shown("docs", "transactions#tasks-inside-a-block")
     assert shown("docs", "transactions").startswith("# ") and text in shown("docs", "transactions")
-    assert "transactions.md" in shown("docs")  # the list of pages
     for place, named in {"nowhere": "transactions", "transactions#x": "a-lost-connection"}.items():
         with pytest.raises(CommandError, match=named):
             shown("docs", place)
+
+
+def test_docs_without_a_page_lists_all_of_them() -> None:
+    text = shown("docs")
+    assert "  transactions        transactions and tasks\n" in text
+    assert not re.search(r"[{}*]|\]\(|\.md", text)  # nothing of their markup
+    listed = re.findall(r"^  (\S+) +\S", text, re.M)
+    pages = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")}
+    reached = {path.with_suffix("").as_posix() for path in pages}
+    assert sorted(listed) == sorted(
+        each for each in reached if each != "index" and ("/" not in each or "README" in each)
+    )
+    for page in listed:
+        assert shown("docs", page).startswith("# ") and "{include}" not in shown("docs", page)
 
 
 # status
