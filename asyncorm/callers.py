@@ -39,7 +39,7 @@ from . import between, bridge, conf, driver, sessions
 from ._sessions import callsite, scopes
 from ._sessions.blocks import Block, Loan, PlainBlock
 from ._sessions.session import Session
-from ._wire.cancelling import CANCEL_AGAIN
+from ._wire.cancelling import pauses
 from .bridge import Runner
 from .pages import see
 from .wrappers import Wrapper
@@ -259,9 +259,11 @@ class SynchronousSession(Session):
         if self._native is not None and self._native.waiting:
             until = monotonic() + STOP_TIMEOUT
             with suppress(psycopg.Error):  # or the server would go on, and keep its locks
-                while not self._native.wire.has_input and monotonic() < until:
+                for pause in pauses():  # it ignores that if it has not read the statement yet
                     self._conn.cancel_safe(timeout=STOP_TIMEOUT)
-                    sleep(CANCEL_AGAIN)  # it ignores that if it has not read the statement yet
+                    sleep(pause)
+                    if self._native.wire.has_input or monotonic() > until:
+                        break
             self.terminate()
 
     @property

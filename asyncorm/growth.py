@@ -40,11 +40,10 @@ _AWAY = re.compile(
     r"Connection refused|No such file or directory|timeout expired|timed out|No route to host"
     r"|unreachable"
 )
-_CUT = re.compile(
-    r"closed the connection unexpectedly|reset by peer|cannot connect to server"
-    r"|server login has been failing"
-)
+_CUT = re.compile(r"closed the connection unexpectedly|reset by peer")
+_NO_SERVER = re.compile(r"cannot connect to server|server login (?:has been failing|failed)")
 
+AGAIN = 0.2  # seconds until what a pooler without a server refused is tried again
 RESTART = 1.0  # seconds for which nothing need listen, where only one server is known
 # The first and the longest wait before the next attempt, in seconds.
 _PACE = 0.05, 0.2
@@ -62,8 +61,13 @@ def is_full(exc: BaseException | None) -> bool:
 def is_away(exc: BaseException) -> bool:
     """Whether a connection was refused for a reason that passes by itself, sooner or later."""
     text = str(exc)
-    found = (each.search(text) for each in (_FULL, _PASSING, _CUT, _AWAY))
+    found = (each.search(text) for each in (_FULL, _PASSING, _CUT, _NO_SERVER, _AWAY))
     return _LASTING.search(text) is None and any(found)
+
+
+def has_no_server(exc: BaseException | None) -> bool:
+    """Whether a pooler said that it has no server: what it was sent has reached none."""
+    return exc is not None and _NO_SERVER.search(str(exc)) is not None
 
 
 class GrowingPool(UpkeptPool[C]):
@@ -107,7 +111,7 @@ class GrowingPool(UpkeptPool[C]):
             return False
         if _PASSING.search(text):
             return True
-        if _CUT.search(text):  # by a proxy that has no server now
+        if _CUT.search(text) or _NO_SERVER.search(text):  # by a proxy that has no server now
             return self.several_hosts or self._had_one
         if not _AWAY.search(text):
             return False

@@ -7,7 +7,7 @@ not certain to be the same there is left to an operation.
 
 from __future__ import annotations
 
-from asyncio import _get_running_loop
+from asyncio import _get_running_loop, sleep
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -27,7 +27,7 @@ from ..bridge import Runner
 from ..driver import SLICE, Connection
 from ..turns import Turns
 from ..wrappers import Wrapper
-from .execute import NotServed, Planned, may_repeat, told
+from .execute import Lost, NotServed, Planned, told
 from .plan import Plan
 
 Found: TypeAlias = tuple[Plan, list[Any], int]  # with the parameters, and the offset
@@ -57,7 +57,8 @@ async def awaited(
         django.db.Error: as Django's cursor does.
         TransactionManagementError: the task has outlived its block.
     """
-    for is_first in (True, False):
+    lost = None
+    while True:
         place = place_of(alias, writes)
         if place is None or (found := _found(find, place.wrapper)) is None:
             return UNSERVED
@@ -70,11 +71,15 @@ async def awaited(
         except Exception as exc:
             if writes:
                 _mark_for_rollback(place.wrapper, exc)
-            again = is_first and not place.kept and isinstance(exc, OperationalError)
-            if not (again and may_repeat(plan, exc)):
+            if place.kept or not isinstance(exc, OperationalError):
+                raise
+            lost = Lost(plan, exc, lost)
+            if not lost.may_repeat(place.pool):
                 raise
         finally:
             bridge.release(place)
+        if lost.pause:
+            await sleep(lost.pause)
 
 
 def _found(find: Callable[[Any], Found | None], wrapper: Wrapper) -> Found | None:
@@ -128,8 +133,12 @@ class _Place(Protocol):
 
     Attributes:
         wrapper: for what depends on Django's.
+        pool: whose connections serve it.
         kept: a connection that is lost is not replaced.
     """
+
+    @property
+    def pool(self) -> Any: ...
 
     @property
     def wrapper(self) -> Any: ...
@@ -151,14 +160,15 @@ class _Place(Protocol):
 class _Free:
     """A connection of the pool that nobody has; in a session's place as its lock."""
 
-    __slots__ = ("_conn", "_source", "alias", "wrapper")
+    __slots__ = ("_conn", "_source", "alias", "pool", "wrapper")
 
     kept = False
     exclusive = True
     root = None
 
-    def __init__(self, source: limits.Source, wrapper: Any) -> None:
+    def __init__(self, source: limits.Source, pool: pools.Pool, wrapper: Any) -> None:
         self.alias: str = wrapper.alias
+        self.pool = pool
         self.wrapper = wrapper
         self._source = source
         self._conn: Connection | None = None
@@ -220,13 +230,14 @@ class Crowd:
 class _Held:
     """The connection of the task's transaction block, or of its `connection()`."""
 
-    __slots__ = ("_block", "_holds", "_session", "wrapper")
+    __slots__ = ("_block", "_holds", "_session", "pool", "wrapper")
 
     kept = True
     exclusive = True
 
     def __init__(self, session: Session, block: Block | None) -> None:
         self.wrapper = session.wrapper
+        self.pool = session.pool
         self._session = session
         self._block = block
         self._holds = False
@@ -278,7 +289,7 @@ def place_of(alias: str, writes: bool = False) -> _Place | None:
     if source.batching:
         return Crowd(source, pool, wrapper)
     if source.has_free:
-        return _Free(source, wrapper)
+        return _Free(source, pool, wrapper)
     return Crowd(source, pool, wrapper) if not writes and shares() else None
 
 

@@ -6,18 +6,21 @@ value is not of its column's usual type, a cursor of Django's executes Django's 
 
 from __future__ import annotations
 
+from asyncio import sleep
 from collections.abc import Iterator
 from contextlib import suppress
+from time import monotonic
 from typing import Any
 
 from django.db import OperationalError
 from psycopg.pq import Format
 from psycopg.pq.abc import PGresult
 
-from .. import _events, conf
+from .. import _events, bridge, conf
 from .._wire.statement import Statement, Unanswered, Unsent
 from ..backends.cursors import has_djangos_cursors
 from ..driver import SLICE, Connection
+from ..growth import AGAIN, has_no_server
 from ..turns import Turns
 from ..wrappers import Wrapper
 from .plan import Plan, djangos
@@ -75,21 +78,40 @@ class Planned:
 
 
 def _run(plan: Plan, params: list[Any], offset: int, wrapper: Wrapper) -> tuple[Any, Any]:
-    """What `Planned` gives, or else None and Django's cursor; a second time if the connection was
-    lost with a statement that only reads."""
-    try:
-        return _run_once(plan, params, offset, wrapper)
-    except OperationalError as exc:
-        session = wrapper.session
-        if not may_repeat(plan, exc) or session is None or not session.give_up_lost():
-            raise
-    return _run_once(plan, params, offset, wrapper)
+    """What `Planned` gives, or else None and Django's cursor; again if the connection was lost with
+    a statement that only reads."""
+    lost = None
+    while True:
+        try:
+            return _run_once(plan, params, offset, wrapper)
+        except OperationalError as exc:
+            session = wrapper.session
+            lost = Lost(plan, exc, lost)
+            if session is None or not lost.may_repeat(session.pool) or not session.give_up_lost():
+                raise
+        if lost.pause:
+            bridge.wait_for(bridge.running(), sleep(lost.pause))
 
 
-def may_repeat(plan: Plan, exc: Exception) -> bool:
-    """Whether a statement is executed again that failed so: its connection was lost."""
-    lost = isinstance(exc, _LOST) or isinstance(exc.__cause__, _LOST)
-    return lost and plan.only_reads and bool(conf.get("RETRY_READS"))
+class Lost:
+    """An execution that failed: whether it is repeated since it lost its connection.
+
+    Attributes:
+        pause: seconds until then.
+    """
+
+    def __init__(self, plan: Plan, exc: Exception, before: Lost | None) -> None:
+        self.since: float = monotonic() if before is None else before.since
+        self.pause = 0.0 if before is None else AGAIN
+        self._plan = plan
+        self._exc: Any = exc if isinstance(exc, _LOST) else exc.__cause__
+
+    def may_repeat(self, pool: Any) -> bool:
+        """Once; and where a pooler has no server as long as a new connection is waited for."""
+        exc = self._exc
+        if not isinstance(exc, _LOST) or not self._plan.only_reads or not conf.get("RETRY_READS"):
+            return False
+        return not self.pause or (has_no_server(exc) and pool.bears(exc, self.since))
 
 
 def _run_once(plan: Plan, params: list[Any], offset: int, wrapper: Wrapper) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import CancelledError, get_running_loop
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,24 @@ if TYPE_CHECKING:
 
 # Seconds for the server to answer a cancel request, or to end a COMMIT, once the task is cancelled.
 CANCEL_TIMEOUT = 5.0
-CANCEL_AGAIN = 0.05  # seconds until a request that did nothing is repeated
+_AGAIN = 0.05, 1.0  # seconds until a request that did nothing is repeated: at first, at most
+# Seconds for a request under way when the caller's time is up: PgBouncer before 1.20 may end itself
+# when who asks goes away meanwhile (its #801).
+_PARTING = 0.5
 _ACTIVE = pq.TransactionStatus.ACTIVE
 _UNKNOWN = pq.TransactionStatus.UNKNOWN
 _OK = pq.ConnStatus.OK
 _PIPELINE_SYNC = pq.ExecStatus.PIPELINE_SYNC
 _COPY_IN, _COPY_OUT = pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait after each request to cancel: twice as long each time, since a pooler makes a
+    connection for each, and a server that hangs answers none."""
+    pause, most = _AGAIN
+    while True:
+        yield pause
+        pause = min(2 * pause, most)
 
 
 async def finish(task: asyncio.Task[Any], timeout: float) -> bool:
@@ -127,9 +139,11 @@ class CancellableConnection(psycopg.Connection[Any]):
     async def _ask_until(self, over: Coroutine[Any, Any, Any]) -> None:
         task = get_running_loop().create_task(over)
         try:
-            while not task.done():
+            for pause in pauses():
                 await self._request_cancel()
-                await asyncio.wait((task,), timeout=CANCEL_AGAIN)
+                await asyncio.wait((task,), timeout=pause)
+                if task.done():
+                    break
             await task
         finally:
             task.cancel()
@@ -139,12 +153,14 @@ class CancellableConnection(psycopg.Connection[Any]):
         """Have the server stop what runs, for who closes the connection then: it would go on, and
         notice that at the end only. Not for ever: the caller sets a limit."""
         answered = False
-        while self.pgconn.status == _OK and self.pgconn.transaction_status == _ACTIVE:
+        for pause in pauses():
+            if self.pgconn.status != _OK or self.pgconn.transaction_status != _ACTIVE:
+                return
             if self.pgconn.pipeline_status and not self.wire.waiting:
                 await self._ask_until(self._complete(self._rest_of_pipeline()))
                 return
             await self._request_cancel()
-            await asyncio.sleep(CANCEL_AGAIN)
+            await asyncio.sleep(pause)
             if self.wire.has_input and not self.wire.waiting:  # who waits reads it
                 self.pgconn.consume_input()
                 answered = True
@@ -217,10 +233,18 @@ class CancellableConnection(psycopg.Connection[Any]):
 
     async def _request_cancel(self) -> None:
         """Have the server stop the statement that runs."""
-        if psycopg.capabilities.has_cancel_safe():
-            await waiting.wait_conn_async(self._cancel_gen(), 0.1)
-        else:
+        if not psycopg.capabilities.has_cancel_safe():
             await asyncio.to_thread(self.cancel)
+            return
+        asking = waiting.wait_conn_async(self._cancel_gen(), 0.1)
+        request = get_running_loop().create_task(asking)
+        try:
+            await asyncio.shield(request)
+        except CancelledError:
+            await asyncio.wait((request,), timeout=_PARTING)
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+            raise
 
     def close(self) -> None:
         """As psycopg's."""

@@ -28,13 +28,13 @@ from .._pool.connection import PooledConnection
 from .._sessions.session import UNKNOWN, Session
 from .._wire.locks import ENDED
 from ..driver import Connection
+from ..growth import AGAIN
 from ..pages import see
 from ..roles import ASK
 from .cursors import cursors_are_patched
 from .synchronous import SynchronousWrapper
 
 _settings = vars(settings)
-_AGAIN = 0.2  # seconds until a connection that was lost at once is made again
 
 
 class _Errors(fate.Errors):
@@ -275,7 +275,7 @@ class NativeWrapper(SynchronousWrapper):
             since = since or monotonic()
             if not session.pool.bears(error, since):
                 raise error
-            bridge.wait_for(bridge.running(), sleep(_AGAIN))
+            bridge.wait_for(bridge.running(), sleep(AGAIN))
 
     def _connect(self, session: Session) -> psycopg.OperationalError | None:
         """What it says if a new connection was made and lost again at once."""

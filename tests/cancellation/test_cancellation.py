@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -582,6 +583,39 @@ async def test_a_cancellation_that_overtakes_its_statement(
     await healthy(alias, watch)
     assert before <= {pid for pid, _ in watch.states()}, "the connections are used again"
     assert watch.rows() == []
+
+
+@pytest.mark.parametrize("timeout", [2.0, 0.05])
+async def test_requests_to_cancel(
+    timeout: float, alias: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pooler makes a connection for each: they are few, and PgBouncer before 1.20 ends itself
+    where one is given up while it is under way."""
+    fates: list[bool] = []
+
+    async def slowly(gen: Any, interval: float) -> Any:
+        fates.append(False)
+        await asyncio.sleep(0.1)
+        await psycopg.waiting.wait_conn_async(gen, interval)
+        fates[-1] = True
+
+    slow = SimpleNamespace(wait_conn_async=slowly)
+    monkeypatch.setattr("asyncorm._wire.cancelling.waiting", slow)
+    set_cancel_timeout(monkeypatch, timeout)
+    await sleep_on_server(alias, 0)
+    stopped = {pid for pid, _ in watch.states()}
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await sleep_on_server(alias, 0)
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    assert fates
+    assert all(fates)
+    assert len(fates) <= 7
 
 
 async def many(alias: str) -> None:

@@ -13,9 +13,11 @@ from django.db import NotSupportedError, OperationalError, connection, connectio
 from django.db.models import Sum
 
 import asyncorm
+from asyncorm.demo.postgres import postgres_server
 from tests import bouncer
 from tests.compare import differences
 from tests.operations import RAISES, READS, WRITES, Do, Native
+from tests.pool.test_standby import CREATE_ITEM, ask
 from tests.project.myapp.models import Item
 from tests.stock import Stock
 from tests.support import administrator, database, eventually
@@ -396,3 +398,52 @@ async def test_restart_of_pgbouncer(django_db_setup: Any, django_db_blocker: Any
             first.start()
             async with asyncio.timeout(5):
                 assert await scalar(alias, "SELECT 1") == 1
+
+
+async def test_reads_while_pgbouncer_has_no_server(
+    django_db_setup: Any, django_db_blocker: Any
+) -> None:
+    """It ends each client at its statement then: reads are repeated until the pool's timeout."""
+    with (
+        django_db_blocker.unblock(),
+        postgres_server(own=True) as server,
+        bouncer.pgbouncer(server.settings) as running,
+    ):
+        ask(server, CREATE_ITEM)
+        changes = {**server.settings, **behind(running)}
+        hasty = behind(running)["OPTIONS"]
+        hasty["pool"] |= {"timeout": 0.5}
+        with (
+            database("bounced", **changes) as alias,
+            database("hasty", **{**changes, "OPTIONS": hasty}) as impatient,
+        ):
+
+            async def read(number: int, alias: str = alias) -> list[Any]:
+                found = items(alias).filter(remote_id=number)
+                if number % 2:
+                    return await found.anative()
+                return await asyncorm.native(lambda: list(found))()
+
+            async def failing() -> None:
+                # PgBouncer has one of them wait until it asks for the server again.
+                several = [asyncio.create_task(read(number, impatient)) for number in range(6)]
+                await asyncio.wait(several, return_when=asyncio.FIRST_EXCEPTION)
+                errors = [each.exception() for each in several if each.done()]
+                assert errors and isinstance(errors[0], OperationalError)
+                assert "server login has been failing" in str(errors[0])
+                for each in several:
+                    each.cancel()
+                await asyncio.wait(several)
+
+            for each in (alias, impatient):
+                await asyncio.gather(*(read(number, each) for number in range(6)))
+            await asyncio.to_thread(server.stop, "immediate")
+            async with asyncio.TaskGroup() as group:
+                reads = []
+                for number in range(20):
+                    reads.append(group.create_task(read(number)))
+                    await asyncio.sleep(0.02)
+                await failing()
+                assert not all(each.done() for each in reads)
+                await asyncio.to_thread(server.start)
+            assert [each.result() for each in reads] == [[]] * 20

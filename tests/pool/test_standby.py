@@ -18,6 +18,8 @@ from tests.project.myapp.models import Item
 from tests.support import database, eventually
 
 ids = count(1)
+CREATE_ITEM = """CREATE TABLE myapp_item (id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    remote_id integer UNIQUE, name varchar(50))"""
 POOL = {"options": None, "pool": {"min_size": 0, "max_size": 5}}
 
 
@@ -69,11 +71,7 @@ def replicated() -> Iterator[tuple[Server, Server]]:
         postgres_server(own=True) as primary,
         postgres_server(standby_of=primary) as standby,
     ):
-        ask(
-            primary,
-            "CREATE TABLE myapp_item (id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,"
-            " remote_id integer UNIQUE, name varchar(50))",
-        )
+        ask(primary, CREATE_ITEM)
         for statement in (
             "ALTER SYSTEM SET synchronous_standby_names = '*'",
             "ALTER SYSTEM SET synchronous_commit = 'remote_apply'",
