@@ -241,9 +241,8 @@ class CancellableConnection(psycopg.Connection[Any]):
         try:
             await asyncio.shield(request)
         except CancelledError:
-            await asyncio.wait((request,), timeout=_PARTING)
-            request.cancel()
-            await asyncio.gather(request, return_exceptions=True)
+            if await finish(request, _PARTING):
+                request.exception()  # nobody wants it any more
             raise
 
     def close(self) -> None:
