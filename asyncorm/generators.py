@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from inspect import CO_ASYNC_GENERATOR, CO_OPTIMIZED
 from opcode import opmap
 from types import AsyncGeneratorType, FrameType
@@ -87,7 +87,7 @@ def enter(entry: Entry) -> None:
     """Register `entry` with the generators that the caller runs in, innermost first."""
     _follow()
     found: list[Place] = []
-    for frame in _frames():
+    for frame in _frames(CO_ASYNC_GENERATOR):
         place = places.get(id(frame))
         # A new frame may have the number and the code of one whose generator is gone.
         if place is None or place.generator() is None or not place.holds(frame):
@@ -112,7 +112,7 @@ def around() -> tuple[Place, ...]:
     """The generators with something entered that the caller runs in, innermost first."""
     if not places:
         return ()
-    found = ((places.get(id(frame)), frame) for frame in _frames())
+    found = ((places.get(id(frame)), frame) for frame in _frames(CO_ASYNC_GENERATOR))
     return tuple(place for place, frame in found if place is not None and place.holds(frame))
 
 
@@ -126,9 +126,9 @@ def is_left(entry: Entry) -> bool:
     if generator is None or generator.ag_running:
         return False
     unknown = sys.getrefcount(generator) - 2  # that of here and the argument
-    for frame in _stack():
+    for frame in _frames(CO_OPTIMIZED):
         code = frame.f_code
-        if not code.co_flags & CO_OPTIMIZED or _GET_ANEXT not in code.co_code[::2]:
+        if _GET_ANEXT not in code.co_code[::2]:
             continue
         names = {*code.co_varnames, *code.co_cellvars}
         variables = frame.f_locals
@@ -139,17 +139,13 @@ def is_left(entry: Entry) -> bool:
     return unknown <= 0
 
 
-def _frames() -> Iterator[FrameType]:
-    """The frames of asynchronous generators that the caller runs in, innermost first."""
-    return (frame for frame in _stack() if frame.f_code.co_flags & CO_ASYNC_GENERATOR)
-
-
-def _stack() -> Iterator[FrameType]:
-    """The frames that the caller runs in, innermost first.
+def _frames(flag: int) -> list[FrameType]:
+    """The frames that the caller runs in and whose code has a flag, innermost first.
 
     Of its own task only: an eager task begins on the stack of the one that starts it.
     """
-    frame: FrameType | None = sys._getframe(1)
+    found = []
+    frame: FrameType | None = sys._getframe(2)  # not the caller, which would keep its own frame
     greenlet: Any = getcurrent()
     try:
         task = asyncio.current_task()
@@ -158,12 +154,13 @@ def _stack() -> Iterator[FrameType]:
     outermost = None if task is None else getattr(task.get_coro(), "cr_frame", None)
     while True:
         while frame is not None:
-            yield frame
+            if frame.f_code.co_flags & flag:
+                found.append(frame)
             if frame is outermost:
-                return
+                return found
             frame = frame.f_back
         if (greenlet := greenlet.parent) is None:
-            return
+            return found
         frame = greenlet.gr_frame
 
 

@@ -20,7 +20,7 @@ from ..bridge import Runner
 from ..driver import Connection
 from ..multiplexing import Queue
 from ..pages import see
-from .scopes import Scope, current_scope
+from .scopes import Scope, current_scope, of_threads
 
 if TYPE_CHECKING:
     from .session import Session
@@ -300,6 +300,8 @@ class PlainBlock(Block):
         before = flags.get("_plain_needs_rollback", False)
         super().__init__(session, parent, origin)
         flags["_plain_needs_rollback"] = before
+        if self.of_thread:
+            of_threads.add(self)
 
     @property
     def needs_rollback(self) -> bool:

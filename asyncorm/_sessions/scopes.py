@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import Context, ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from django.db import connections
 from django.db.transaction import TransactionManagementError
@@ -92,6 +92,19 @@ class Scope:
     def is_within(self, around: tuple[Place, ...]) -> bool:
         """Whether one of the generators `around` entered it."""
         return bool(around) and not set(around).isdisjoint(self.places)
+
+    def is_plainly(self, alias: str, task: Task[Any] | None) -> bool:
+        """Whether a task uses `alias` in it, and that needs no further look (`find_scope()`)."""
+        session, mine = self.session, self._task
+        return (
+            self.alias == alias
+            and not (self.ended or self.places or self.left)
+            and task is not None
+            and mine is not None
+            and mine() is task
+            and session is not None
+            and not session.is_lost
+        )
 
     def is_for(self, task: Task[Any] | None) -> bool:
         """Whether `task` stands for the one that entered it; other child tasks do not inherit
@@ -173,6 +186,10 @@ current_scope: ContextVar[Scope | None] = ContextVar("asyncorm_scope", default=N
 # the variables of a Context into another.
 _entered: WeakKeyDictionary[Task[Any], Scope] = WeakKeyDictionary()
 _tasks: Any = _entered.data  # type: ignore[attr-defined]  # of which one asks each time: a dict
+
+# Blocks that synchronous code in other threads, which waits, is in: usually there are none.
+of_threads: WeakSet[Block] = WeakSet()
+_of_threads: Any = of_threads.data  # type: ignore[attr-defined]  # of which one asks each time: a set
 
 _roll_back: Callable[[Block], Coroutine[Any, Any, None]]
 
@@ -257,6 +274,8 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
     task = current_task_or_none()
     around = generators.around()
     scope = _innermost(task, around)
+    if scope is not None and not around and scope.is_plainly(alias, task):
+        return scope
     context = None
     while scope is not None:
         if scope.alias == alias or scope.alias is None:
@@ -315,7 +334,7 @@ def of_thread(alias: str | None = None) -> bool:
     Not while native blocks are open on it: a statement would wait for those, and keep the thread
     from others.
     """
-    if _is_outside():
+    if not _of_threads or _is_outside():
         return False
     scope = _innermost(current_task_or_none(), generators.around())
     while scope is not None and not (scope.block is not None and scope.block.of_thread):
