@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
@@ -107,6 +107,57 @@ def as_is(field: Field[Any, Any]) -> Ready | None:
     return None if ready is _JSON else ready
 
 
+_MOST_KINDS = 64  # combinations of types that are kept
+
+
+class Preparing:
+    """What `get_db_prep_save()` makes of the values of one object.
+
+    Of values of the same types the same ones are as they are: those are found once.
+
+    Args:
+        ready: for each field which of its values are; None: all have to be prepared.
+    """
+
+    def __init__(self, fields: Sequence[Any], ready: Sequence[Ready | None]) -> None:
+        self._fields = fields
+        self._ready = ready
+        self._others: dict[Any, list[tuple[int, Any, Callable[[Any], Any] | None]]] = {}
+
+    def params(self, values: Sequence[Any], wrapper: Wrapper) -> list[Any] | None:
+        """The values as Django prepares them, None if that is to be left to it: an expression, or
+        the column's default."""
+        kinds = tuple(map(type, values))
+        others = self._others.get(kinds)
+        if others is None:
+            others = self._find_others(kinds)
+        params = list(values)
+        for place, field, fits in others:
+            value = params[place]
+            if fits is not None and fits(value):
+                continue
+            if hasattr(value, "resolve_expression") or hasattr(value, "prepare_database_save"):
+                return None
+            made = field.get_db_prep_save(value, connection=wrapper)
+            if hasattr(made, "as_sql"):
+                return None
+            params[place] = made
+        return params
+
+    def _find_others(self, kinds: tuple[type, ...]) -> Any:
+        places = enumerate(zip(self._fields, self._ready, kinds, strict=True))
+        others: list[Any] = []
+        for place, (field, ready, kind) in places:
+            known = ready is not None and kind in ready.types
+            fits = ready.fits if ready is not None and known else None
+            if not known or fits is not None:
+                others.append((place, field, fits))
+        if len(self._others) >= _MOST_KINDS:
+            self._others.clear()
+        self._others[kinds] = others
+        return others
+
+
 def _texts(field: Field[Any, Any], values: list[Any], style: Style) -> list[str] | None:
     """The values as PostgreSQL reads them; None if each has to be prepared first."""
     ready = ready_of(field)
@@ -190,11 +241,16 @@ PRE_SAVES = {
 }
 
 
+def is_stored(field: Any) -> bool:
+    """Whether what an object has is saved as it is, at least for now."""
+    return type(field).pre_save in PRE_SAVES and not (
+        getattr(field, "auto_now", False) or getattr(field, "auto_now_add", False)
+    )
+
+
 def getter(field: Field[Any, Any]) -> Callable[[Any], Any]:
     """What gives an object's value to be saved."""
-    if type(field).pre_save in PRE_SAVES and not (
-        getattr(field, "auto_now", False) or getattr(field, "auto_now_add", False)
-    ):
+    if is_stored(field):
         return attrgetter(field.attname)
     return lambda obj: field.pre_save(obj, True)
 

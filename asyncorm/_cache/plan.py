@@ -45,7 +45,7 @@ class Plan:
         picked: for each parameter, which of the shape's it is; None: as the shape has them.
         shared: pairs of the shape's places whose parameters are taken to be of one node.
         columns: of the models that are selected beside the query's own, which the key has.
-        ready: for each field of an INSERT what gives its value, and which need not be prepared.
+        ready: of an INSERT what gives an object's values, and what prepares them.
         classes: of the nodes that the SQL was compiled of: lookups, expressions.
         only_reads: Django made its whole text, and it may be executed again elsewhere.
     """
@@ -89,6 +89,7 @@ class Plan:
             self.lists = ()
             self.query = _numbered(sql, len(self.families), ())
         self.formats = [PyFormat.TEXT] * len(self.families)
+        self._sent: dict[tuple[type, ...], _Sent] = {}
         self.text = sql if self.query is None else self.query.decode()
         self.traces = traces(sql)
 
@@ -143,8 +144,15 @@ class Plan:
             return None
         if self.lists:
             return self._bound_arrays(conn, params)
-        found = _dumped(conn, params, self.families, self.formats)
-        return None if found is None else self._statement(*found)
+        kinds = tuple(map(type, params))
+        sent = self._sent.get(kinds)
+        if sent is None:
+            if (sent := _sent(kinds, self.families)) is None:
+                return None
+            if len(self._sent) >= _MOST_KINDS:
+                self._sent.clear()
+            self._sent[kinds] = sent
+        return self._statement(*_dumped(conn, params, sent, self.formats))
 
     def _statement(self, values: Sequence[Any], oids: Iterable[int]) -> Statement:
         assert self.query is not None
@@ -155,13 +163,12 @@ class Plan:
         oids: list[int] = []
         done = 0
         for start, count in (*self.lists, (len(params), 0)):
-            found = _dumped(
-                conn, params[done:start], self.families[done:start], self.formats[done:start]
-            )
-            if found is None:
+            part = params[done:start]
+            if (sent := _sent(map(type, part), self.families[done:start])) is None:
                 return None
-            values += found[0]
-            oids += found[1]
+            dumped, types = _dumped(conn, part, sent, self.formats[done:start])
+            values += dumped
+            oids += types
             done = start + count
             if count:
                 array = _array(params[start:done], self.families[start])
@@ -179,35 +186,44 @@ def djangos(plan: Plan, params: list[Any], offset: int) -> tuple[str, tuple[Any,
     return f"{plan.sql} OFFSET {offset}" if offset else plan.sql, tuple(params)
 
 
+# The oids of values of certain types, and the places of those which the value says, or psycopg.
+_Sent = tuple[list[int], list[int], list[int], list[int]]
+_MOST_KINDS = 64  # combinations of types kept for a plan
+
+
+def _sent(kinds: Iterable[type], families: Sequence[Any]) -> _Sent | None:
+    """How values of these types are sent; None if one is not of its family."""
+    oids = [family.get(kind) for kind, family in zip(kinds, families, strict=True)]
+    if None in oids:
+        return None
+    return oids, *(
+        [place for place, oid in enumerate(oids) if oid == said]
+        for said in (INTEGER, NUMBER, AS_DUMPED)
+    )  # type: ignore[return-value]
+
+
 def _dumped(
-    conn: Connection, params: Sequence[Any], families: Sequence[Any], formats: Sequence[Any]
-) -> tuple[Sequence[Any], list[int]] | None:
-    """Values as they are sent, and their types' oids; None if one is not of its family."""
-    oids: list[int] = []
-    dumped = False
-    for value, family in zip(params, families, strict=True):
-        oid = family.get(type(value))
-        if oid is None:
-            return None
-        if oid == INTEGER:
-            oid = _INT4 if -_HALF <= value < _HALF else _of_literal(value)
-        elif oid == AS_DUMPED:
-            dumped = True
-        elif oid == NUMBER:
-            oid = _of_literal(value)
-        oids.append(oid)
+    conn: Connection, params: Sequence[Any], sent: _Sent, formats: Sequence[Any]
+) -> tuple[Sequence[Any], list[int]]:
+    """Values as they are sent, and their types' oids."""
+    oids, integers, numbers, dumped = sent
+    oids = oids.copy()
+    for place in integers:
+        oids[place] = _INT4 if -_HALF <= params[place] < _HALF else _of_literal(params[place])
+    for place in numbers:
+        oids[place] = _of_literal(params[place])
     transformer = conn.transformer
     values = transformer.dump_sequence(params, formats)
     if dumped:
-        oids = [
-            got if oid == AS_DUMPED else oid
-            for oid, got in zip(oids, transformer.types or (), strict=True)
-        ]
+        types = transformer.types
+        for place in dumped:
+            oids[place] = types[place]
     return values, oids
 
 
 _INT4, _INT8, _FLOAT8, _NUMERIC = 23, 20, 701, 1700
 _HALF = 1 << 31
+_ONE = Decimal(1)
 
 
 def _of_literal(value: Any) -> int:
@@ -215,7 +231,7 @@ def _of_literal(value: Any) -> int:
     if isinstance(value, float):
         return _NUMERIC if isfinite(value) else _FLOAT8  # 'NaN'::float8
     if isinstance(value, Decimal):
-        if value.as_tuple().exponent != 0:  # with a point, or not finite: 'NaN'::numeric
+        if not value.same_quantum(_ONE):  # with a point, or not finite: 'NaN'::numeric
             return _NUMERIC
         value = int(value)
     if -_HALF <= value < _HALF:

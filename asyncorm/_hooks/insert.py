@@ -67,7 +67,7 @@ def do_insert(original: Any) -> Any:
             key = _insert_key(wrapper, manager.model, raw, columns, returning)
             plan = recall(key)
             if plan is not None and plan is not UNPLANNED:
-                params = _insert_params(columns, self, wrapper, plan.ready)
+                params = _insert_params(self, wrapper, *plan.ready)
                 if params is not None and hit(
                     key, plan, params, 0, lambda: bulk.compiled_again(
                         manager.model, columns, [self], returning, wrapper
@@ -93,36 +93,29 @@ def _insert_key(
 
 
 def _insert_params(
-    fields: tuple[Any, ...], obj: Model, wrapper: Wrapper, ready: Sequence[Any]
+    obj: Model,
+    wrapper: Wrapper,
+    values: Callable[[Any], Sequence[Any]],
+    preparing: columnar.Preparing,
 ) -> list[Any] | None:
     """The values of an object as Django prepares them, None if that is to be left to it."""
-    params = []
     try:
-        for field, (get, as_is) in zip(fields, ready, strict=True):
-            value = get(obj)
-            if (
-                as_is is not None
-                and type(value) in as_is.types
-                and (as_is.fits is None or as_is.fits(value))
-            ):
-                params.append(value)
-                continue
-            if hasattr(value, "resolve_expression"):
-                return None  # an expression or the column's default
-            value = field.get_db_prep_save(value, connection=wrapper)
-            if hasattr(value, "as_sql"):
-                return None
-            params.append(value)
+        return preparing.params(values(obj), wrapper)
     except Exception:
         return None
-    return params
 
 
-def _getter(field: Any, raw: bool) -> Callable[[Any], Any]:
-    """What gives the value of an object that is to be saved, as `pre_save()` does."""
-    if raw or type(field).pre_save is Field.pre_save:
-        return attrgetter(field.attname)
-    return lambda obj: field.pre_save(obj, True)
+def _getter(fields: tuple[Any, ...], raw: bool) -> Callable[[Any], Sequence[Any]]:
+    """What gives the values of an object that are to be saved, as `pre_save()` does."""
+    others = [] if raw else [f for f in fields if type(f).pre_save is not Field.pre_save]
+    get = attrgetter(*(field.attname for field in fields))
+
+    def values(obj: Any) -> Sequence[Any]:
+        if all(map(columnar.is_stored, others)):
+            return get(obj) if len(fields) > 1 else (get(obj),)
+        return [getattr(obj, f.attname) if raw else f.pre_save(obj, True) for f in fields]
+
+    return values
 
 
 def _inserted(plan: Plan, params: list[Any], wrapper: Wrapper) -> list[Any]:
@@ -143,8 +136,8 @@ def _insert_plan(
     plan = recall(key)
     params: Any = None
     if plan is not None and all(type(field).pre_save in columnar.PRE_SAVES for field in fields):
-        ready = [(_getter(field, query.raw), None) for field in fields]
-        params = _insert_params(fields, query.objs[0], wrapper, ready)
+        whole = columnar.Preparing(fields, [None] * len(fields))
+        params = _insert_params(query.objs[0], wrapper, _getter(fields, query.raw), whole)
     if params is None:
         count("unfit")
         return None
@@ -176,8 +169,8 @@ def _plan_insert(
     maker = bulk.maker_of_returned(compiler, wrapper, returning)
     kinds = [family(field, wrapper) for field in fields]
     plan = Plan(sql, kinds, maker, (fields, returning), by_server=writes_as_django(wrapper))
-    raw = compiler.query.raw
-    plan.ready = [(_getter(field, raw), columnar.as_is(field)) for field in fields]
+    preparing = columnar.Preparing(fields, [*map(columnar.as_is, fields)])
+    plan.ready = _getter(fields, compiler.query.raw), preparing
     params[:] = found
     return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import django
@@ -182,7 +184,12 @@ class _ByKey:
 
     Attributes:
         lookup: that of the primary key: its class and left side.
+        preparing: of an UPDATE, what prepares its values.
+        nulls: which of them are NULL.
     """
+
+    preparing: columnar.Preparing
+    nulls: list[bool]
 
     def __init__(self, found: Found, leaf: Any, key: Any, kept: Any = ()) -> None:
         self.plan, params, _ = found
@@ -237,18 +244,10 @@ def _save_plan(
 ) -> tuple[Plan, list[Any]] | None:
     if type(pk) not in PLAIN_VALUES or not is_untouched(base_qs._query):
         return None
-    params: list[Any] = []
-    key: list[Any] = [wrapper.alias, UpdateQuery, base_qs.model, type(pk)]
     try:
-        for field, _, value in values:
-            kind, as_is = type(value), columnar.as_is(field)
-            if as_is is None or kind not in as_is.types or (as_is.fits and not as_is.fits(value)):
-                if kind not in PLAIN_VALUES and _is_written_otherwise(value):
-                    return None
-                value = field.get_db_prep_save(value, connection=wrapper)
-            key += (id(field), value is None)
-            params.append(value)
-        whole = tuple(key)
+        fields, _, objs = zip(*values, strict=True)
+        kinds = tuple(map(type, objs))
+        whole = wrapper.alias, UpdateQuery, base_qs.model, type(pk), tuple(map(id, fields)), kinds
         known: Any = recall(whole)
         if known is None:
             return None
@@ -259,6 +258,9 @@ def _save_plan(
             known = learn(whole, base_qs.model, make)
             if known is None:
                 return None
+        params = known.preparing.params(objs, wrapper)
+        if params is None or _nulls(params) != known.nulls:
+            return None
         plan: Plan = known.plan
         if plan.skips_null:
             params = [value for value in params if value is not None]
@@ -269,8 +271,8 @@ def _save_plan(
     return (plan, params) if hit(whole, plan, params, 0, compile) else None
 
 
-def _is_written_otherwise(value: object) -> bool:
-    return hasattr(value, "resolve_expression") or hasattr(value, "prepare_database_save")
+def _nulls(params: list[Any]) -> list[bool]:
+    return [*map(is_, params, repeat(None))]
 
 
 def _update_of(base_qs: QuerySet[Any], pk: object, values: list[Any]) -> Any:
@@ -289,6 +291,11 @@ def _plan_save(
         raise NotCacheable
     kept = [field for field, _, _ in values]
     known = _ByKey(found, update.where.children[0], pk, kept)
+    known.preparing = columnar.Preparing(kept, [*map(columnar.as_is, kept)])
+    params = known.preparing.params([value for *_, value in values], wrapper)
+    if params is None:
+        raise NotCacheable
+    known.nulls = _nulls(params)
     if not verifying.equal(known.params(pk, wrapper), found[1][-1:]):
         raise NotCacheable
     return known, _ground_by_key(update, known, wrapper)

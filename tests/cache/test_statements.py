@@ -1319,15 +1319,29 @@ class TestWrites:
         assert order.placed == now and order.remark is None
         assert await Profile.objects.filter(pk=1).native_update(bio=Value("b")) in (0, 1)
 
+    async def test_values_of_one_type_some_of_which_are_null(self) -> None:
+        event = await Event.objects.native_create(name="At", address="10.0.0.1")
+        for address in ("10.0.0.2", "", "10.0.0.3", None, "", "10.0.0.4"):
+            event.address = address
+            await event.native_save()
+            await event.native_refresh_from_db()
+            assert event.address == (address or None)
+            other = await Event.objects.native_create(name="At", address=address)
+            await other.native_refresh_from_db()
+            assert other.address == (address or None)
+
 
 async def test_a_time_that_the_field_sets_is_the_same_in_the_row_and_in_the_object(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Customer._meta.get_field("joined"), "auto_now_add", True)
-    for _ in range(2):  # compiled, then from the cache
-        customer = await Customer.objects.native_create(name="New")
-        again = await Customer.objects.native_get(pk=customer.pk)
-        assert again.joined == customer.joined
+    given = timezone.now() - dt.timedelta(days=1)
+    for sets in (True, False, True):
+        monkeypatch.setattr(Customer._meta.get_field("joined"), "auto_now_add", sets)
+        for _ in range(2):  # compiled, then from the cache
+            customer = await Customer.objects.native_create(name="New", joined=given)
+            assert (customer.joined != given) is sets
+            again = await Customer.objects.native_get(pk=customer.pk)
+            assert again.joined == customer.joined
 
 
 async def test_a_mock_on_a_field_is_honoured_after_another_one(
