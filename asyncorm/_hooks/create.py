@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from enum import EnumMeta
 from operator import itemgetter
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
+import django
 from django.db import IntegrityError, models, transaction
 from django.db.models import NOT_PROVIDED, Field, Manager, Model, QuerySet
 from django.db.models.base import ModelBase
@@ -41,12 +42,13 @@ _UNCALLED = {
     "delete", "adelete", "refresh_from_db", "arefresh_from_db", "asave", "from_db",
     "serializable_value", "prepare_database_save",
 }  # fmt: skip
-_CALLED = {
+CALLED = {
     name for name, value in vars(models.Model).items() if isinstance(value, FunctionType | property)
 } - _UNCALLED | {"__new__", "__setattr__", "__getattribute__", "__getattr__"}  # fmt: skip
-_METHODS = sorted(_CALLED & vars(models.Model).keys() - {"_do_insert", "_do_update"})
+_METHODS = sorted(CALLED & vars(models.Model).keys() - {"_do_insert", "_do_update"})
 _methods = itemgetter(*_METHODS)
 _DJANGOS = _methods(vars(models.Model))
+_IS_KNOWN = django.VERSION < (6, 2)  # what these do between `save()` and the statement
 # Where callables come from that do nothing but make a value.
 _MODULES = {"builtins", "datetime", "decimal", "uuid", "random", "secrets", "django.utils.timezone"}
 
@@ -90,19 +92,40 @@ def _is_outside(using: str) -> bool:
     )
 
 
-def inserts_alone(queryset: QuerySet[Any], params: dict[str, Any]) -> bool:
-    """Whether `create()` there is one INSERT, and nobody else's code runs around it."""
-    return (
+class Plain(NamedTuple):
+    """A model whose instances nobody's code but Django's makes and saves, by one statement each.
+
+    Attributes:
+        names: of its fields.
+        key: the primary key.
+        fields: what is inserted; None, as the others, where it is not known what Django does.
+        keyless: the same where the database makes the key; None where it does not.
+        others: what is updated.
+        returned: what an INSERT returns.
+    """
+
+    names: frozenset[str]
+    key: Any
+    fields: tuple[Any, ...] | None
+    keyless: tuple[Any, ...] | None
+    others: tuple[Any, ...] | None
+    returned: tuple[Any, ...]
+
+
+def inserts_alone(queryset: QuerySet[Any], params: dict[str, Any]) -> Plain | None:
+    """The model if `create()` there is one INSERT, and nobody else's code runs around it."""
+    if (
         type(queryset).create is QuerySet.create
-        and (names := saved_plainly(queryset.model)) is not None
-        and names.issuperset(params)
+        and (plain := saved_plainly(queryset.model)) is not None
+        and plain.names.issuperset(params)
         and (_VALUES.issuperset(map(type, params.values())) or all(map(_is_plain, params.values())))
-    )
+    ):
+        return plain
+    return None
 
 
-def saved_plainly(model: type[Model]) -> frozenset[str] | None:
-    """The names of the fields of a model if instances are made and saved by nobody's code but
-    Django's, by one statement for each; otherwise None."""
+def saved_plainly(model: type[Model]) -> Plain | None:
+    """A model if it is a plain one."""
     if _methods(vars(models.Model)) != _DJANGOS or is_heard(_SIGNALS, (model,)):
         return None
     key = QuerySet.get_or_create, model
@@ -112,8 +135,7 @@ def saved_plainly(model: type[Model]) -> frozenset[str] | None:
     return known  # type: ignore[no-any-return]
 
 
-def _looked_at(model: Any) -> tuple[frozenset[str], Ground]:
-    """The names of the fields whose values make an instance and nothing else."""
+def _looked_at(model: Any) -> tuple[Plain, Ground]:
     opts = model._meta
     fields = opts.concrete_fields
     own = model.__mro__[: model.__mro__.index(models.Model)]
@@ -123,12 +145,18 @@ def _looked_at(model: Any) -> tuple[frozenset[str], Ground]:
         or opts.order_with_respect_to
         or type(opts.base_manager) is not Manager
         or any(map(is_anothers, _DJANGOS))
-        or any(not _CALLED.isdisjoint(vars(cls)) for cls in own)
+        or any(not CALLED.isdisjoint(vars(cls)) for cls in own)
         or not all(map(_is_djangos, fields))
     ):
         raise NotCacheable
     names = frozenset(name for field in fields for name in (field.name, field.attname))
-    return names, Ground((), [model])
+    key, all_fields, returned = opts.pk, tuple(fields), tuple(opts.db_returning_fields)
+    if not _IS_KNOWN or any(field.generated for field in fields):
+        return Plain(names, key, None, None, None, returned), Ground((), [model])
+    others = tuple(field for field in fields if field not in opts.pk_fields)
+    made = key is opts.auto_field and not (key.has_default() or key.has_db_default())
+    plain = Plain(names, key, all_fields, others if made else None, others, returned)
+    return plain, Ground((), [model])
 
 
 def _is_djangos(field: Field[Any, Any]) -> bool:

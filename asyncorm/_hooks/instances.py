@@ -20,7 +20,8 @@ from .. import bridge, grounds
 from .._cache.awaited import UNSERVED, Found, awaited
 from ..wrappers import Wrapper
 from . import switch
-from .create import inserts_alone, saved_plainly
+from .create import CALLED, Plain, inserts_alone, saved_plainly
+from .get import PLAIN_VALUES
 from .iterate import mode_of
 from .switch import Asked
 from .write import delete_plan
@@ -31,16 +32,15 @@ _Keywords = dict[str, Any]
 
 async def save(obj: Model, args: _Arguments, kwargs: _Keywords) -> Any:
     """`Model.save()`; UNSERVED if it has to be an operation."""
-    cls = type(obj)
-    if args or saved_plainly(cls) is None or obj.get_deferred_fields():
+    if args or (plain := saved_plainly(type(obj))) is None or obj.get_deferred_fields():
         return UNSERVED
     alias = _alias_of(obj, kwargs)
-    return UNSERVED if alias is None else await _saved(obj, {**kwargs, "using": alias})
+    return UNSERVED if alias is None else await _saved(obj, {**kwargs, "using": alias}, plain)
 
 
 async def create(queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
     """`QuerySet.create()`; UNSERVED if it has to be an operation."""
-    if args or not inserts_alone(queryset, kwargs):
+    if args or (plain := inserts_alone(queryset, kwargs)) is None:
         return UNSERVED
     try:
         obj = queryset.model(**kwargs)
@@ -48,7 +48,7 @@ async def create(queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
         options = {"force_insert": True, "using": queryset.db}
     except SynchronousOnlyOperation:
         return UNSERVED
-    if await _saved(obj, options) is UNSERVED:
+    if await _saved(obj, options, plain) is UNSERVED:
         await bridge.run(obj.save, **options)
     if (mode := mode_of(queryset)) is not None:
         obj._state.fetch_mode = mode
@@ -94,7 +94,7 @@ def _alias_of(obj: Model, kwargs: _Keywords) -> str | None:
         return None
 
 
-async def _saved(obj: Model, options: _Keywords) -> Any:
+async def _saved(obj: Model, options: _Keywords, plain: Plain) -> Any:
     asked: Any = None
     error: Exception | None = None
     done = False
@@ -103,6 +103,7 @@ async def _saved(obj: Model, options: _Keywords) -> Any:
         nonlocal asked, error, done
         switch.asking[id(obj)] = wrapper  # what it would execute is raised, not executed
         try:
+            _ask(obj, options, plain)
             obj.save(**options)
             done = True  # there is nothing to be saved
         except Asked as exc:
@@ -133,6 +134,38 @@ async def _saved(obj: Model, options: _Keywords) -> Any:
     return None
 
 
+_hooked: Any = None  # what comes before each statement
+_NO_OPTIONS: _Keywords = {
+    "using": None, "force_insert": False, "force_update": False, "update_fields": None,
+}  # fmt: skip
+
+
+def _ask(obj: Any, options: _Keywords, plain: Plain) -> None:
+    """Raise `Asked` as `save()` does, without what it does for other models than such a one."""
+    others = {**_NO_OPTIONS, **options}
+    inserts = others["force_insert"]
+    if (
+        type(inserts) is not bool
+        or {**others, "using": None, "force_insert": False} != _NO_OPTIONS
+        or (Model._do_insert, Model._do_update) != _hooked
+        or not CALLED.isdisjoint(vars(obj))
+    ):
+        return
+    key, using, manager = getattr(obj, plain.key.attname), options["using"], obj._meta.base_manager
+    fields = None
+    if key is None:
+        inserts, fields = True, plain.keyless
+    elif type(key) in PLAIN_VALUES and (inserts or not obj._state.adding):
+        fields = plain.fields if inserts else plain.others
+    if fields is None:
+        return
+    obj._prepare_related_fields_for_save(operation_name="save")
+    if inserts:
+        obj._do_insert(manager, using, fields, plain.returned, False)
+    values = [(field, None, field.pre_save(obj, False)) for field in fields]
+    obj._do_update(manager.using(using), using, key, values, None, False)
+
+
 def _go_on(obj: Model, options: _Keywords) -> None:
     """Do what `save()` does after an UPDATE that found no row: insert it, or refuse."""
     runner = getcurrent()
@@ -145,6 +178,8 @@ def _go_on(obj: Model, options: _Keywords) -> None:
 
 def install() -> Iterator[tuple[Any, Callable[..., Any]]]:
     """Django's methods as they are now, each with what is awaited in its place."""
+    global _hooked
+    _hooked = Model._do_insert, Model._do_update
     yield Model.save, save
     yield Model.delete, delete
     yield QuerySet.create, create

@@ -576,6 +576,40 @@ async def test_replaced_methods_are_called(few: str, monkeypatch: pytest.MonkeyP
     assert await items().acount() == 250
 
 
+@pytest.mark.parametrize("of", ["all models", "the instance"])
+@pytest.mark.parametrize(
+    "name",
+    ["_prepare_related_fields_for_save", "save_base", "_save_table", "_do_insert", "_do_update"],
+)
+async def test_replaced_steps_of_saving_are_called(
+    few: str, name: str, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    djangos = getattr(models.Model, name)
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self)
+        return djangos(self, *args, **kwargs)
+
+    async def save() -> set[Any]:
+        made, changed = Item(remote_id=1000), await items().aget(pk=7)
+        if of == "the instance":
+            for each in (made, changed):
+                monkeypatch.setattr(each, name, functools.partial(step, each))
+        seen.clear()
+        await made.asave(using=few)
+        await changed.asave()
+        assert await items().filter(pk=made.pk).adelete() == (1, {"myapp.Item": 1})
+        return {"made" if each is made else "changed" for each in seen}
+
+    expected = {"_do_insert": {"made"}, "_do_update": {"changed"}}.get(name, {"made", "changed"})
+    if of == "all models":
+        assert await save() == set()
+        monkeypatch.setattr(models.Model, name, step)
+    for _ in range(2):
+        assert await save() == expected
+
+
 async def test_signals_of_instances(few: str, operations: Counter[str]) -> None:
     await items().afirst()
     seen: list[Any] = []

@@ -1319,6 +1319,20 @@ class TestWrites:
         assert order.placed == now and order.remark is None
         assert await Profile.objects.filter(pk=1).native_update(bio=Value("b")) in (0, 1)
 
+    async def test_instances_that_others_refer_to(self) -> None:
+        for _ in range(3):  # compiled, then from the cache
+            customer = Customer(name="Later")
+            order = Order(customer=customer, placed=timezone.now())
+            with pytest.raises(ValueError, match="unsaved related object 'customer'"):
+                await order.native_save()
+            await customer.native_save()
+            await order.native_save()
+            assert order.customer_id == customer.pk and order.customer is customer
+            order.customer_id = 1
+            await order.native_save()
+            assert not Order._meta.get_field("customer").is_cached(order)
+            assert await Order.objects.filter(pk=order.pk, customer_id=1).native_exists()
+
     async def test_values_of_one_type_some_of_which_are_null(self) -> None:
         event = await Event.objects.native_create(name="At", address="10.0.0.1")
         for address in ("10.0.0.2", "", "10.0.0.3", None, "", "10.0.0.4"):
