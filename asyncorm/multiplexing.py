@@ -135,6 +135,11 @@ class _Travelling:
         for request in requests:
             request.travelling = self
 
+    def end(self) -> None:
+        """They are under way no more; each of them would keep all others, and they each other."""
+        self.task = None
+        self.requests, self.bound = [], {}
+
 
 class _Segment:
     """Statements that wait, nobody else between them, and how many pipelines are to take
@@ -359,7 +364,7 @@ class Queue:
             raise
         finally:
             looking.end()
-            travelling.task = None
+            travelling.end()
         self._give_all(runner, together)
         if len(requests) > 1:
             self._source.pool.pipelines += 1

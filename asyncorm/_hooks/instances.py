@@ -107,7 +107,7 @@ async def _saved(obj: Model, options: _Keywords, plain: Plain) -> Any:
             obj.save(**options)
             done = True  # there is nothing to be saved
         except Asked as exc:
-            asked = exc
+            asked = exc.with_traceback(None)  # which refers to all this
         except SynchronousOnlyOperation as exc:  # Django may have marked the block
             if wrapper.in_atomic_block and wrapper.rollback_exc is exc:
                 wrapper.needs_rollback, wrapper.rollback_exc = False, None

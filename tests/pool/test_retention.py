@@ -11,9 +11,11 @@ from greenlet import greenlet
 
 import asyncorm
 from asyncorm import await_, bridge, native, pools
+from asyncorm._sessions.scopes import current_scope
 from asyncorm._wire.lazy import DeferredConnection
 from asyncorm.bridge import Runner
 from asyncorm.driver import Connection
+from asyncorm.multiplexing import _Request
 from tests.project.shop.models import Book, Tag
 from tests.support import database, sleep
 
@@ -151,6 +153,33 @@ async def test_idle_connections_keep_no_result() -> None:
             assert twin.text_transformer.pgresult is None
         gc.collect()
         assert not [ref for refs in some for ref in refs if ref() is not None]
+        await asyncorm.close_pools(alias)
+
+
+async def test_what_is_saved_and_read_ends_without_the_garbage_collector(fresh_shop: Any) -> None:
+    async def operations(using: str) -> list[weakref.ref[Any]]:
+        tags = Tag.objects.using(using)
+        made = await tags.native_create(name="New")
+        made.name = "Newer"
+        await made.native_save()
+        async with asyncorm.atomic(using):
+            block = weakref.ref(current_scope.get().block)
+            await made.native_save()
+        read = await asyncio.gather(*[tags.native_get(pk=made.pk) for _ in range(20)])
+        await made.native_delete()
+        return [block, *map(weakref.ref, [made, *read])]
+
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
+        for _ in range(3):  # then the statements are known
+            await operations(alias)
+        gc.collect()
+        gc.disable()
+        try:
+            left = await operations(alias)
+            requests = sum(type(thing) is _Request for thing in gc.get_objects())
+        finally:
+            gc.enable()
+        assert ([ref() for ref in left], requests) == ([None] * 22, 0)
         await asyncorm.close_pools(alias)
 
 
