@@ -121,11 +121,12 @@ async def _made(place: _Place, planned: Planned, mode: object) -> Any:
 async def _told(place: _Place, planned: Planned) -> Any:
     """What `Planned` gives, with listeners told of it."""
     wrapper = planned.wrapper
-    with (
-        told(planned.plan, planned.params, planned.offset, wrapper) as statement,
-        wrapper.wrap_database_errors,  # they hear of Django's error
-    ):
-        return await place.run(_events.followed(planned, statement))
+    with told(planned.plan, planned.params, planned.offset, wrapper) as statement:
+        try:
+            return await place.run(_events.followed(planned, statement))
+        except Exception:
+            with wrapper.wrap_database_errors:  # they hear of Django's error
+                raise
 
 
 class _Place(Protocol):

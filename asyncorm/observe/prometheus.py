@@ -84,9 +84,10 @@ class Collector(_Collector, _events.Listener):
         if not statement.native:
             return
         alias, counts = statement.alias, self._counts
+        seconds: Any = statement.ended - statement.sent
         with self._lock:
             counts["statements"][alias] += 1
-            counts["statement_seconds"][alias] += statement.seconds  # type: ignore[assignment]
+            counts["statement_seconds"][alias] += seconds
             if statement.pipelined:
                 counts["statements_pipelined"][alias] += 1
             if statement.cache is not None:

@@ -883,10 +883,12 @@ async def test_stats_are_numbers() -> None:
 
 async def test_stats_tell_of_waiting_tasks() -> None:
     with database(OPTIONS={"pool": {"min_size": 0, "max_size": 1}}) as alias:
-        tasks = [asyncio.create_task(native(nap)(alias, 0.2)) for _ in range(3)]
-        await asyncio.sleep(0.1)
-        assert asyncorm.pool_stats(alias)["requests_waiting"] == 2
+        async with asyncorm.connection(alias):
+            await native(backend_pid)(alias)
+            tasks = [asyncio.create_task(native(backend_pid)(alias)) for _ in range(2)]
+            await eventually(lambda: asyncorm.pool_stats(alias)["requests_waiting"] == 2)
         await asyncio.gather(*tasks)
+        assert asyncorm.pool_stats(alias).get("requests_waiting", 0) == 0
 
 
 async def test_waiting_tasks_are_served_in_order() -> None:

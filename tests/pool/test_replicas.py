@@ -170,10 +170,10 @@ async def test_deciding_is_cheap(router: ReplicaRouter) -> None:
     await read_by(router, *REPLICAS)
 
     def decide() -> float:
-        began = time.perf_counter()
+        began = time.thread_time()  # others may have the processor meanwhile
         for _ in range(2000):
             router.db_for_read(Item)
-        return (time.perf_counter() - began) / 2000
+        return (time.thread_time() - began) / 2000
 
     with request():
         assert min(decide() for _ in range(20)) < 20e-6  # 5 us are meant, by an idle machine
