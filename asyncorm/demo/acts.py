@@ -43,8 +43,9 @@ async def in_a_batch() -> Rows:
 
 
 async def price(product: int) -> Any:
+    sql = "SELECT price FROM demo_shop_product WHERE id = %s"
     async with asyncorm.cursor() as cursor:
-        await cursor.execute("SELECT price FROM demo_shop_product WHERE id = %s", [product])
+        await cursor.execute(sql, [product])
         return await cursor.fetchone()
 
 
@@ -54,7 +55,8 @@ async def prices(count: int) -> Rows:
 
 async def whole_products() -> Rows:
     products = Product.objects.order_by("-pk")[:10]
-    everything = products.prefetch_related("category", "reviews__customer", "lines__order")
+    relations = ("category", "reviews__customer", "lines__order")
+    everything = products.prefetch_related(*relations)
     return [product async for product in everything]
 
 
@@ -70,7 +72,8 @@ async def on_two_connections() -> Rows:
 async def export(read_ahead: int) -> Rows:
     sent = []
     orders = Order.objects.order_by("pk")[:1_000]
-    async for order in orders.native_iterator(chunk_size=200, read_ahead=read_ahead):
+    stream = orders.native_iterator(chunk_size=200, read_ahead=read_ahead)
+    async for order in stream:
         sent.append(order)
         if len(sent) % 200 == 0:
             await asyncio.sleep(0.01)  # send them somewhere
@@ -78,8 +81,9 @@ async def export(read_ahead: int) -> Rows:
 
 
 async def add_reviews(**how: Any) -> Rows:
-    facts = {"product_id": 7, "customer_id": 7, "stars": 5, "written_at": DECEMBER}
-    new = [Review(pk=FIRST + n, text=f"Review {n}", **facts) for n in range(5_000)]
+    facts = {"product_id": 7, "customer_id": 7, "written_at": DECEMBER}
+    keys = range(FIRST, FIRST + 5_000)
+    new = [Review(pk=key, stars=5, text="Fine", **facts) for key in keys]
     async with asyncorm.atomic():
         await Review.objects.native_bulk_create(new, **how)
         added = await Review.objects.filter(pk__gte=FIRST).acount()

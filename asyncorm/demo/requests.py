@@ -52,7 +52,8 @@ async def request(url: str) -> str:
 async def requests(count: int, products: int) -> list[str]:
     async def client(first: int) -> list[str]:
         numbers = range(first, count, CLIENTS)
-        return [await request(f"/{1 + number % products}/") for number in numbers]
+        pages = (1 + number % products for number in numbers)
+        return [await request(f"/{page}/") for page in pages]
 
-    answers = await asyncio.gather(*(client(first) for first in range(CLIENTS)))
+    answers = await asyncio.gather(*map(client, range(CLIENTS)))
     return [each for answer in answers for each in answer]

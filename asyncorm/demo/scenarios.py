@@ -47,51 +47,60 @@ async def slow_query(number: int) -> Product:
 
 
 async def slow_queries(count: int) -> Rows:
-    return await asyncio.gather(*(slow_query(number) for number in range(1, count + 1)))
+    return await asyncio.gather(*map(slow_query, range(1, count + 1)))
 
 
 async def many_gets(count: int, products: int) -> Rows:
-    gets = (Product.objects.aget(pk=1 + number % products) for number in range(count))
+    keys = (1 + number % products for number in range(count))
+    gets = (Product.objects.aget(pk=key) for key in keys)
     return await asyncio.gather(*gets)
 
 
 @named
 async def revenue_by_month() -> Rows:
-    months = OrderLine.objects.annotate(month=TruncMonth("order__placed_at")).values("month")
+    month = TruncMonth("order__placed_at")
+    months = OrderLine.objects.annotate(month=month).values("month")
     revenue = months.annotate(revenue=Sum(F("quantity") * F("unit_price")))
     return [row async for row in revenue.order_by("month")]
 
 
 @named
 async def revenue_by_country() -> Rows:
-    countries = OrderLine.objects.values(country=F("order__customer__country"))
+    country = F("order__customer__country")
+    countries = OrderLine.objects.values(country=country)
     revenue = countries.annotate(revenue=Sum(F("quantity") * F("unit_price")))
     return [row async for row in revenue.order_by("-revenue")]
 
 
 @named
 async def best_sellers() -> Rows:
-    sold = Product.objects.select_related("category").annotate(sold=Sum("lines__quantity"))
-    return [product async for product in sold.filter(sold__gt=0).order_by("-sold", "pk")[:10]]
+    products = Product.objects.select_related("category")
+    sold = products.annotate(sold=Sum("lines__quantity")).filter(sold__gt=0)
+    return [product async for product in sold.order_by("-sold", "pk")[:10]]
 
 
 @named
 async def best_customers() -> Rows:
     total = Sum(F("orders__lines__quantity") * F("orders__lines__unit_price"))
     spent = Customer.objects.annotate(spent=total).filter(spent__gt=0)
-    return [customer async for customer in spent.order_by("-spent", "pk")[:10]]
+    best = spent.order_by("-spent", "pk")[:10]
+    return [customer async for customer in best]
 
 
 @named
 async def best_rated() -> Rows:
-    rated = Product.objects.annotate(stars=Avg("reviews__stars"), votes=Count("reviews"))
-    return [p async for p in rated.filter(votes__gte=3).order_by("-stars", "-votes", "pk")[:10]]
+    stars = {"stars": Avg("reviews__stars"), "votes": Count("reviews")}
+    rated = Product.objects.annotate(**stars).filter(votes__gte=3)
+    best = rated.order_by("-stars", "-votes", "pk")[:10]
+    return [product async for product in best]
 
 
 @named
 async def running_out() -> Rows:
-    demand = Sum("lines__quantity", filter=Q(lines__order__placed_at__gte=DECEMBER))
-    low = Product.objects.annotate(demand=demand).filter(stock__lt=F("demand"))
+    lately = Q(lines__order__placed_at__gte=DECEMBER)
+    demand = Sum("lines__quantity", filter=lately)
+    products = Product.objects.annotate(demand=demand)
+    low = products.filter(stock__lt=F("demand"))
     return [product async for product in low.order_by("stock", "pk")[:10]]
 
 
@@ -99,13 +108,15 @@ async def running_out() -> Rows:
 async def average_basket() -> Rows:
     total = Sum(F("lines__quantity") * F("lines__unit_price"))
     baskets = Order.objects.annotate(total=total)
-    return [await baskets.aaggregate(average=Avg("total"), largest=Max("total"))]
+    figures = {"average": Avg("total"), "largest": Max("total")}
+    return [await baskets.aaggregate(**figures)]
 
 
 @named
 async def latest_orders() -> Rows:
-    latest = Order.objects.select_related("customer").prefetch_related("lines__product")
-    return [order async for order in latest.order_by("-placed_at")[:20]]
+    orders = Order.objects.select_related("customer")
+    latest = orders.prefetch_related("lines__product").order_by("-placed_at")
+    return [order async for order in latest[:20]]
 
 
 async def dashboard() -> Rows:

@@ -84,12 +84,12 @@ def show_loading(console: Console, rows: int) -> Iterator[Callable[[str, int], N
 
 def show_settings(console: Console) -> None:
     """The settings that differ, and what the comparison is."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("settings.py", *TITLES):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     table.add_row("ENGINE", *(f'"{half.engine}"' for half in HALVES))
     table.add_row("INSTALLED_APPS", *(_python([*half.apps, "..."]) for half in HALVES))
-    table.add_row("asgi.py imports from", *(half.handler for half in HALVES))
+    table.add_row("asgi.py from", *(half.handler for half in HALVES))
     for name in ASYNCORM.extra:
         table.add_row(name, *(_python(half.extra.get(name)) for half in HALVES))
     console.print()
@@ -153,7 +153,9 @@ def show_end(console: Console, report: Report, svg: Path, json: Path | None) -> 
     if json is not None:
         console.print(f"Figures: {json}", soft_wrap=True)
     console.print()
-    console.print(summary(report.comparisons), style="bold", soft_wrap=True)
+    # A terminal would break it within its figures.
+    one_line = not console.is_terminal
+    console.print(summary(report.comparisons), style="bold", soft_wrap=one_line)
 
 
 def _python(value: Any) -> str:

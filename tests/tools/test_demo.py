@@ -176,6 +176,29 @@ def test_output_shows_the_code_that_ran(result: Result) -> None:
         assert "\n".join(f"  {line}" for line in code.splitlines()) in result.output
 
 
+_SHOWN = """
+from asyncorm.demo.settings import ASYNCORM, configure
+configure(ASYNCORM, {}, pool=None)
+from asyncorm.demo import acts, scenarios, show
+console = show.make_console()
+show.show_settings(console)
+for each in (*scenarios.scenarios(9).values(), *acts.acts(9).values()):
+    show.show_code(console, each.title, each.source())
+"""
+
+
+def test_no_code_is_broken_at_80_columns() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-c", _SHOWN],
+        env={**os.environ, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},
+        cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=60,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert '"django.db.backends.postgresql"  "asyncorm.backends.postgresql"' in shown.stdout
+    assert "def revenue_by_month" in shown.stdout and "def add_reviews" in shown.stdout
+    assert [line for line in shown.stdout.splitlines() if len(line) > 80 or "…" in line] == []
+
+
 def test_last_line_is_the_summary_with_the_measured_figures(result: Result) -> None:
     last = result.output.splitlines()[-1]
     assert last == result.figures["summary"]
