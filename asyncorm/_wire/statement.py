@@ -9,6 +9,7 @@ import psycopg
 from psycopg import pq
 from psycopg.pq.abc import PGconn, PGresult
 
+from ..growth import has_no_server
 from .texts import traces
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ class Unanswered(psycopg.OperationalError):
         self.text = text
 
     @classmethod
-    def of(cls, exc: BaseException, text: str) -> Unanswered:
-        """What to raise for an error of a connection that is lost."""
+    def of(cls, exc: BaseException, text: str) -> psycopg.OperationalError:
+        """What to raise for an error of a connection that is lost; `Unsent` if it had no server."""
+        if has_no_server(exc):
+            return Unsent.of(exc)
         lost = "The connection was lost before the server had answered this statement."
         unanswered = cls(f"{lost} {exc}", text)
         unanswered.__cause__ = exc
@@ -44,12 +47,13 @@ class Unanswered(psycopg.OperationalError):
 
 
 class Unsent(psycopg.OperationalError):
-    """The connection was lost before a statement was sent: the server has not executed it."""
+    """The connection was lost before a statement was sent, or had reached a server: none has
+    executed it."""
 
     @classmethod
     def of(cls, exc: BaseException) -> Unsent:
         """What to raise for an error of a connection that is lost."""
-        unsent = cls(f"The connection was lost before this statement was sent. {exc}")
+        unsent = cls(f"The connection was lost before this statement had reached a server. {exc}")
         unsent.__cause__ = exc
         return unsent
 

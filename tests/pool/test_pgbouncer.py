@@ -416,6 +416,7 @@ async def test_reads_while_pgbouncer_has_no_server(
         with (
             database("bounced", **changes) as alias,
             database("hasty", **{**changes, "OPTIONS": hasty}) as impatient,
+            database("writing", **changes),
         ):
 
             async def read(number: int, alias: str = alias) -> list[Any]:
@@ -424,18 +425,18 @@ async def test_reads_while_pgbouncer_has_no_server(
                     return await found.anative()
                 return await asyncorm.native(lambda: list(found))()
 
-            async def failing() -> None:
+            async def failing(awaitables: Any) -> None:
                 # PgBouncer has one of them wait until it asks for the server again.
-                several = [asyncio.create_task(read(number, impatient)) for number in range(6)]
+                several = [asyncio.create_task(each) for each in awaitables]
                 await asyncio.wait(several, return_when=asyncio.FIRST_EXCEPTION)
                 errors = [each.exception() for each in several if each.done()]
-                assert errors and isinstance(errors[0], OperationalError)
+                assert [type(each) for each in errors] == [OperationalError] * len(errors)
                 assert "server login has been failing" in str(errors[0])
                 for each in several:
                     each.cancel()
                 await asyncio.wait(several)
 
-            for each in (alias, impatient):
+            for each in (alias, impatient, "writing"):
                 await asyncio.gather(*(read(number, each) for number in range(6)))
             await asyncio.to_thread(server.stop, "immediate")
             async with asyncio.TaskGroup() as group:
@@ -443,7 +444,8 @@ async def test_reads_while_pgbouncer_has_no_server(
                 for number in range(20):
                     reads.append(group.create_task(read(number)))
                     await asyncio.sleep(0.02)
-                await failing()
+                await failing(read(number, impatient) for number in range(6))
+                await failing(add("writing") for _ in range(6))
                 assert not all(each.done() for each in reads)
                 await asyncio.to_thread(server.start)
             assert [each.result() for each in reads] == [[]] * 20
