@@ -261,9 +261,10 @@ class SynchronousSession(Session):
             with suppress(psycopg.Error):  # or the server would go on, and keep its locks
                 for pause in pauses():  # it ignores that if it has not read the statement yet
                     self._conn.cancel_safe(timeout=STOP_TIMEOUT)
-                    sleep(pause)
-                    if self._native.wire.has_input or monotonic() > until:
+                    left = until - monotonic()
+                    if self._native.wire.has_input or left <= 0:
                         break
+                    sleep(min(pause, left))
             self.terminate()
 
     @property

@@ -493,7 +493,8 @@ def test_a_statement_whose_loop_is_gone_is_stopped(
         await asyncorm.native(value)("SELECT 1")
         os.kill(pid, signal.SIGSTOP)
         left.append(asyncio.create_task(asyncorm.native(value)("SELECT pg_sleep(600)")))
-        await asyncio.sleep(0.05)
+        for _ in range(100):  # until it is sent, however busy the machine is
+            await asyncio.sleep(0)
 
     left: list[asyncio.Task[Any]] = []
     loop = asyncio.new_event_loop()
