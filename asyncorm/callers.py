@@ -29,7 +29,7 @@ from typing import Any
 import anyio
 import psycopg
 from asgiref.sync import async_to_sync, sync_to_async
-from django.db import DatabaseError, InterfaceError, connections
+from django.db import InterfaceError, connections
 from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
 from psycopg import sql
@@ -458,9 +458,13 @@ class LentSession(SynchronousSession):
             self._loan.end()
             self.part()
             self.case_lock.release()
-        for name in self._dropped:
-            with suppress(DatabaseError), self.wrapper.cursor() as cursor:
-                cursor.execute(sql.SQL("CLOSE {}").format(sql.Identifier(name)))
+        conn = self.wrapper.connection
+        for name in self._dropped if conn is not None else ():
+            with suppress(psycopg.Error), conn.cursor() as cursor:
+                # One that is gone with its savepoint would fail the caller's transaction.
+                cursor.execute("SELECT 1 FROM pg_cursors WHERE name = %s", [name])
+                if cursor.rowcount:
+                    cursor.execute(sql.SQL("CLOSE {}").format(sql.Identifier(name)))
 
 
 @contextmanager

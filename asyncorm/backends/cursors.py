@@ -28,6 +28,7 @@ from .. import bridge, written
 from .._sessions.session import Session
 from .._wire.cursors import InTurn
 from .._wire.statement import text_of
+from ..driver import Connection
 from ..session_state import leaves_state
 
 _CURSORS = ("cursor", "_cursor", "_prepare_cursor", "make_cursor", "create_cursor")
@@ -157,12 +158,48 @@ def noticing(cls: type) -> Any:
 
 
 @cache
-def stream_class(cls: type) -> Any:
-    return type(cls.__name__, (_Stream, cls), {"__slots__": (), "__module__": cls.__module__})
+def stream_class(cls: type, native: bool = True) -> Any:
+    base = _Stream if native else _Finalised
+    return type(cls.__name__, (base, cls), {"__slots__": (), "__module__": cls.__module__})
 
 
-class _Stream(InTurn):
+class _Finalised:
     """A server-side cursor that may be finalised by the garbage collector, outside native code."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """psycopg's; without native code around, the session closes it later."""
+        cursor: Any = self
+        session = cursor._conn.lock
+        if not isinstance(session, Session):
+            if not isinstance(cursor._conn, Connection):  # a caller's, which is not lent any more
+                super().close()  # type: ignore[misc]
+            cursor._closed = True  # with the session that it belonged to
+        elif session.serves(runner := bridge.current()):
+            try:
+                # A cancelled task does not wait for others: the transaction's end closes it, too.
+                if runner is None:
+                    super().close()  # type: ignore[misc]
+                elif runner.cleaning_until is None or not session.busy:
+                    with session.wrapper.wrap_database_errors, bridge.shield(runner):
+                        super().close()  # type: ignore[misc]
+                elif session.synchronous and not cursor._closed:  # its transaction goes on
+                    session.abandon(cursor.name)
+            except TransactionManagementError:
+                pass  # the transaction has ended or is aborted, and the cursor goes with it
+            except DatabaseError:
+                if runner is None or runner.cleaning_until is None:  # else the connection is closed
+                    raise
+            finally:
+                cursor._closed = True  # or it would keep the connection
+        elif not cursor._closed:
+            cursor._closed = True
+            (getattr(cursor._conn, "lender", None) or session).abandon(cursor.name)
+
+
+class _Stream(_Finalised, InTurn):
+    """One of native code's."""
 
     __slots__ = ()
 
@@ -179,31 +216,6 @@ class _Stream(InTurn):
         cursor: Any = self
         if not cursor.withhold:
             cursor._closed = True
-
-    def close(self) -> None:
-        """psycopg's; without native code around, the session closes it later."""
-        cursor: Any = self
-        session = cursor._conn.lock
-        if not isinstance(session, Session):
-            cursor._closed = True  # with the session that it belonged to
-        elif session.serves(runner := bridge.current()):
-            try:
-                # A cancelled task does not wait for others: the transaction's end closes it, too.
-                if runner is None:
-                    super().close()
-                elif runner.cleaning_until is None or not session.busy:
-                    with session.wrapper.wrap_database_errors, bridge.shield(runner):
-                        super().close()
-            except TransactionManagementError:
-                pass  # the transaction has ended or is aborted, and the cursor goes with it
-            except DatabaseError:
-                if runner is None or runner.cleaning_until is None:  # else the connection is closed
-                    raise
-            finally:
-                cursor._closed = True  # or it would keep the connection
-        elif not cursor._closed:
-            cursor._closed = True
-            (cursor._conn.lender or session).abandon(cursor.name)
 
 
 class _CopyCursor:

@@ -139,11 +139,11 @@ class SynchronousWrapper(_Django):
         return block if block is not None and block.needs_rollback and not acting else None
 
     def create_cursor(self, name: str | None = None) -> Any:
-        """Django's; one that native code in a test's transaction leaves open does no harm."""
+        """Django's; on a connection that is shared with native code, one that the event loop closes
+        waits for nobody there."""
         cursor = super().create_cursor(name)
-        native = self.session is not None and bridge.in_native_code()
-        if name and native and isinstance(cursor, psycopg.Cursor):
-            cursor.__class__ = stream_class(type(cursor))  # type: ignore[arg-type]
+        if name and self.session is not None and isinstance(cursor, psycopg.Cursor):
+            cursor.__class__ = stream_class(type(cursor), bridge.in_native_code())  # type: ignore[arg-type]
         return cursor
 
     @property

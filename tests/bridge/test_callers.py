@@ -916,6 +916,82 @@ def test_asynchronous_generators(run: Any, alike: None) -> None:
     run(body)
 
 
+@pytest.mark.parametrize("method", ["aiterator", "native_iterator"])
+def test_a_stream_that_the_loop_closes_while_a_thread_has_the_connection(
+    method: str, run: Any, alike: None
+) -> None:
+    async def work() -> None:
+        entered = asyncio.Event()
+        stream = getattr(Group.objects.order_by("pk"), method)(chunk_size=1)
+        assert (await anext(stream)).name == "a"
+
+        async def close() -> None:  # as the loop does after a `break`, not in the thread's block
+            await entered.wait()
+            await stream.aclose()
+
+        closing = asyncio.create_task(close())
+
+        async def within() -> int:
+            entered.set()
+            await closing
+            return await Group.objects.acount()
+
+        def inside() -> int:
+            with transaction.atomic():
+                return async_to_sync(within)()
+
+        assert await sync_to_async(inside)() == 2
+
+    def body() -> None:
+        Group.objects.bulk_create([Group(name="a"), Group(name="b")])
+        execute("SET application_name TO 'mine'")
+        with CaptureQueriesContext(connection) as queries:
+            called(work)
+        assert not any("CLOSE" in query["sql"] for query in queries)
+        assert sessions.test_sessions or value("SELECT count(*) FROM pg_cursors") == 0
+
+    run(body)
+
+
+def test_a_stream_that_is_gone_with_its_savepoint(run: Any) -> None:
+    async def work() -> None:
+        streams = [Group.objects.order_by("pk").iterator(chunk_size=1)]
+
+        def inside() -> None:
+            with contextlib.suppress(Undo), transaction.atomic():
+                assert next(streams[0]).name == "a"
+                raise Undo
+
+        await sync_to_async(inside)()
+        streams.clear()
+
+    def body() -> None:
+        with contextlib.suppress(Undo), transaction.atomic():
+            Group.objects.bulk_create([Group(name="a"), Group(name="b")])
+            called(work)
+            assert Group.objects.count() == 2
+            raise Undo
+
+    run(body)
+
+
+def test_a_stream_that_outlives_the_coroutine(run: Any, alike: None) -> None:
+    async def work() -> Iterator[Group]:
+        rows = Group.objects.order_by("pk").iterator(chunk_size=1)
+        assert (await sync_to_async(next)(rows)).name == "a"
+        return rows
+
+    def body() -> None:
+        Group.objects.bulk_create([Group(name="a"), Group(name="b")])
+        execute("SET application_name TO 'mine'")
+        rows = called(work)
+        assert next(rows).name == "b"
+        rows.close()  # type: ignore[attr-defined]
+        assert value("SELECT count(*) FROM pg_cursors") == 0
+
+    run(body)
+
+
 def test_a_cancelled_coroutine(run: Any) -> None:
     async def work() -> None:
         with contextlib.suppress(TimeoutError):
