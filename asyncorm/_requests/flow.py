@@ -4,21 +4,24 @@ A request's middleware and views are called as synchronous code that runs native
 step may be awaited (`awaited`), another work in the request's thread (`in_thread`); what is called
 from a coroutine or a thread comes back by `on_the_loop`. Coroutines of the project are cancelled
 when the client goes away. Native code is not, as it would not be in a thread: a payment must not
-stop between two statements.
+stop between two statements. Nor does it when middleware cancels it, with `asyncio.timeout()` say:
+that waits until it has ended.
 """
 
 from __future__ import annotations
 
 import sys
-from asyncio import CancelledError, Task, current_task, sleep
+from asyncio import CancelledError, Task, current_task, get_running_loop, sleep, wait
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from functools import partial, wraps
 from typing import Any, cast
 
 from asgiref.sync import async_to_sync, sync_to_async
+from greenlet import getcurrent
 
 from .. import bridge, conf, observers
+from .._sessions.scopes import current_scope
 
 
 class Running:
@@ -69,35 +72,72 @@ def begin(running: Running) -> None:
     _running.set(running)
 
 
+class Protecting(Task[Any]):
+    """A task of a request, which whoever wants to cancel it cannot do while native code runs.
+
+    The cancellation is kept until that has ended, or awaits something.
+    """
+
+    def __init__(self, coro: Coroutine[Any, Any, Any], context: Any = None) -> None:
+        self._protects = self._kept = False
+        super().__init__(coro, loop=get_running_loop(), context=context)
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        if self._protects and not self.done():
+            self._kept = True
+            return True
+        return super().cancel(msg)
+
+    def protect(self, protects: bool) -> tuple[bool, bool]:
+        """Say whether native code runs from now on; whether it did before, and whether the task is
+        to be cancelled now."""
+        before, self._protects = self._protects, protects
+        told = self._kept and not protects
+        if told:
+            self._kept = False
+            super().cancel()
+        return before, told
+
+
 async def cancellable(
     call: Callable[..., Coroutine[Any, Any, Any]], /, *args: Any, **kwargs: Any
 ) -> Any:
     """Await code that is cancelled when the client goes away."""
-    return await _awaited(current_task(), call, *args, **kwargs)
+    return await _awaited(current_task(), False, call, *args, **kwargs)
 
 
 async def protected(
     call: Callable[..., Coroutine[Any, Any, Any]], /, *args: Any, **kwargs: Any
 ) -> Any:
     """Await code that goes on to its end, as synchronous code in a thread does."""
-    return await _awaited(None, call, *args, **kwargs)
+    return await _awaited(None, call is bridge.run, call, *args, **kwargs)
 
 
 async def _awaited(
-    cancelled: Task[Any] | None, call: Callable[..., Any], /, *args: Any, **kwargs: Any
+    cancelled: Task[Any] | None, native: bool, call: Callable[..., Any], /, *args: Any, **kw: Any
 ) -> Any:
     if (running := _running.get()) is None:
-        return await call(*args, **kwargs)
+        return await call(*args, **kw)
     before = running.enter(cancelled)
+    task = current_task()
+    protecting = task if isinstance(task, Protecting) else None
+    if protecting is not None:
+        was_native, _ = protecting.protect(native)
+        told = protecting.cancelling()
     try:
-        return await call(*args, **kwargs)
+        return await call(*args, **kw)
     finally:
         ending = isinstance(sys.exception(), CancelledError | GeneratorExit)
+        late = running.gone and cancelled is not None
+        if protecting is not None and protecting.cancelling() > told:
+            late = True
         try:
-            if running.gone and cancelled is not None and not ending:
+            if late and not ending:
                 await sleep(0)  # a cancellation that is still to come is not for the next step
         finally:
             running.enter(before)
+            if protecting is not None and protecting.protect(was_native)[1] and not ending:
+                await sleep(0)  # the one that was kept arrives here
 
 
 def goes_to_thread() -> bool:
@@ -129,11 +169,26 @@ def after_others(func: Callable[..., Any]) -> Callable[..., Any]:
     return _method_like(func, call)
 
 
+def _has_scope() -> bool:
+    """Whether the current task is in something that another one would not be in."""
+    scope = current_scope.get()
+    return scope is not None and (scope.block is None or scope.task is current_task())
+
+
 def on_the_loop(func: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
     """Make a coroutine function of a native step."""
 
     async def call(*args: Any) -> Any:
-        return await natively(func, *args)
+        if _running.get() is None or isinstance(current_task(), Protecting) or _has_scope():
+            return await natively(func, *args)
+        # A task of the project's, or of asgiref's, which may be cancelled: not what it waits for.
+        task = Protecting(natively(func, *args), getcurrent().gr_context)
+        while not task.done():
+            try:
+                await wait([task])
+            except CancelledError:
+                task.cancel()
+        return task.result()
 
     return call
 

@@ -57,4 +57,4 @@ async def from_thread(content: Iterator[bytes], send: Send) -> None:
         left = True
         room.release()
         await asyncio.wait([working])
-    working.result()
+        working.result()  # whether the client is still there or not

@@ -5,7 +5,7 @@ import contextvars
 import gc
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -566,6 +566,57 @@ async def test_native_synchronous_views_go_on_to_their_end(settings: Any, way: s
     await all_given_back()
 
 
+def limits(wait: Callable[..., Any]) -> Any:
+    @async_only_middleware
+    def factory(get_response: Any) -> Any:
+        async def middleware(request: Any) -> Any:
+            try:
+                return await wait(get_response, request)
+            except TimeoutError:
+                await Item.objects.acreate(remote_id=504)
+                return HttpResponse(status=504)
+
+        return middleware
+
+    return factory
+
+
+async def within(get_response: Any, request: Any) -> Any:
+    async with asyncio.timeout(0.3):
+        return await get_response(request)
+
+
+by_timeout = limits(within)
+by_wait_for = limits(lambda get_response, request: asyncio.wait_for(get_response(request), 0.3))
+
+
+@pytest.mark.parametrize("around", [None, "atomically", "passes", "finishes"])
+@pytest.mark.parametrize("way", ["by_timeout", "by_wait_for"])
+async def test_so_do_they_when_middleware_gives_up(
+    settings: Any, way: str, around: str | None
+) -> None:
+    """They are awaited, and what the middleware does then is as it is on Django's handler."""
+    settings.MIDDLEWARE = [f"{__name__}.{name}" for name in (around, way) if name]
+    if around == "finishes":  # in the request's thread, with the middleware around it
+        settings.MIDDLEWARE.reverse()
+    if around == "atomically":
+        settings.ASYNCORM = {
+            "SWAP_MANAGERS": True, "NATIVE_MIDDLEWARE": settings.MIDDLEWARE[:1],
+        }  # fmt: skip
+    app = get_asgi_application()
+    answer = await ask(app, "/pays/")
+    assert (answer.status, seen) == (504, ["begun", "paid"])
+    written = {n async for n in Item.objects.values_list("remote_id", flat=True)}
+    assert written == (set() if around == "atomically" else {1, 2, 504})  # it rolls back
+    await all_given_back()
+    await Item.objects.all().adelete()
+    seen.clear()
+    assert (await ask(app, "/waits/")).status == 504
+    assert seen == ["begun", "cancelled"]  # asynchronous views do not
+    assert (await ask(app, "/empty/")).status == 200
+    await all_given_back()
+
+
 released = threading.Event()
 
 
@@ -768,6 +819,30 @@ async def test_a_client_that_goes_away_ends_an_endless_stream(native: bool) -> N
     await asyncio.wait([task], timeout=10)
     assert task.done()
     assert seen[-1] == f"closed ({'loop' if native else 'thread'})"
+
+
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
+async def test_a_stream_that_fails_after_the_client_went_away_is_no_secret() -> None:
+    def view(request: Any) -> StreamingHttpResponse:
+        def content() -> Iterator[bytes]:
+            seen.append("begun")
+            assert released.wait(10)
+            raise ZeroDivisionError
+            yield b""
+
+        return StreamingHttpResponse(content())
+
+    urlpatterns.append(path("fails/later/", view))
+    clear_url_caches()
+    released.clear()
+    gone = asyncio.Event()
+    task = asyncio.create_task(ask(get_asgi_application(), "/fails/later/", gone=gone))
+    await eventually(lambda: seen)
+    gone.set()
+    await asyncio.sleep(0.05)
+    released.set()
+    with pytest.raises(ZeroDivisionError):  # the server logs it
+        await asyncio.wait_for(task, 10)
 
 
 async def test_a_stream_that_cancels_itself_ends_the_answer() -> None:
