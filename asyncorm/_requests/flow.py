@@ -76,15 +76,18 @@ class Protecting(Task[Any]):
     """A task of a request, which whoever wants to cancel it cannot do while native code runs.
 
     The cancellation is kept until that has ended, or awaits something.
+
+    Attributes:
+        kept: there is one.
     """
 
     def __init__(self, coro: Coroutine[Any, Any, Any], context: Any = None) -> None:
-        self._protects = self._kept = False
+        self._protects = self.kept = False
         super().__init__(coro, loop=get_running_loop(), context=context)
 
     def cancel(self, msg: Any | None = None) -> bool:
         if self._protects and not self.done():
-            self._kept = True
+            self.kept = True
             return True
         return super().cancel(msg)
 
@@ -92,9 +95,9 @@ class Protecting(Task[Any]):
         """Say whether native code runs from now on; whether it did before, and whether the task is
         to be cancelled now."""
         before, self._protects = self._protects, protects
-        told = self._kept and not protects
+        told = self.kept and not protects
         if told:
-            self._kept = False
+            self.kept = False
             super().cancel()
         return before, told
 
@@ -167,6 +170,14 @@ def after_others(func: Callable[..., Any]) -> Callable[..., Any]:
         return (threaded if goes_to_thread() else func)(*args, **kwargs)
 
     return _method_like(func, call)
+
+
+def deliver() -> None:
+    """Raise the cancellation that was kept while a native view ran: middleware around it sees that,
+    as on Django's handler."""
+    task = current_task()
+    if isinstance(task, Protecting) and task.kept:
+        bridge.await_(cancellable(sleep, 0))
 
 
 def _has_scope() -> bool:

@@ -47,6 +47,11 @@ class Chain(BaseHandler):
         """Call the chain natively: what `get_response_async()` awaits in the place of its own."""
         return await flow.natively(self._middleware_chain, request)  # type: ignore[attr-defined]
 
+    def _get_response(self, request: HttpRequest) -> Any:
+        response: Any = super()._get_response(request)  # type: ignore[misc]
+        flow.deliver()
+        return response
+
     def adapt_method_mode(
         self,
         is_async: bool,

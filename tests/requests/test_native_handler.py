@@ -590,24 +590,32 @@ by_timeout = limits(within)
 by_wait_for = limits(lambda get_response, request: asyncio.wait_for(get_response(request), 0.3))
 
 
-@pytest.mark.parametrize("around", [None, "atomically", "passes", "finishes"])
+def commits(get_response: Any) -> Any:
+    def middleware(request: Any) -> Any:
+        with transaction.atomic():
+            return get_response(request)
+
+    return middleware
+
+
+@pytest.mark.parametrize("other", [None, "atomically", "passes", "finishes", "commits"])
 @pytest.mark.parametrize("way", ["by_timeout", "by_wait_for"])
 async def test_so_do_they_when_middleware_gives_up(
-    settings: Any, way: str, around: str | None
+    settings: Any, way: str, other: str | None
 ) -> None:
     """They are awaited, and what the middleware does then is as it is on Django's handler."""
-    settings.MIDDLEWARE = [f"{__name__}.{name}" for name in (around, way) if name]
-    if around == "finishes":  # in the request's thread, with the middleware around it
-        settings.MIDDLEWARE.reverse()
-    if around == "atomically":
-        settings.ASYNCORM = {
-            "SWAP_MANAGERS": True, "NATIVE_MIDDLEWARE": settings.MIDDLEWARE[:1],
-        }  # fmt: skip
+    names = [f"{__name__}.{name}" for name in (other, way) if name]
+    settings.ASYNCORM = {"SWAP_MANAGERS": True}
+    if other in ("atomically", "commits"):
+        settings.ASYNCORM["NATIVE_MIDDLEWARE"] = names[:1]
+    inside = other in ("finishes", "commits")  # the first of them in the request's thread
+    settings.MIDDLEWARE = names[::-1] if inside else names
     app = get_asgi_application()
     answer = await ask(app, "/pays/")
     assert (answer.status, seen) == (504, ["begun", "paid"])
     written = {n async for n in Item.objects.values_list("remote_id", flat=True)}
-    assert written == (set() if around == "atomically" else {1, 2, 504})  # it rolls back
+    rolled_back = {"atomically": set(), "commits": {504}}  # the one as it does, the other by that
+    assert written == rolled_back.get(str(other), {1, 2, 504})
     await all_given_back()
     await Item.objects.all().adelete()
     seen.clear()
