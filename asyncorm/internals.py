@@ -297,6 +297,7 @@ UNVERIFIED = {
     "_prefetched_objects_cache": "Django: what prefetching keeps on an instance",
     "_non_atomic_requests": "Django: the mark of a view",
     "_registry": "Django: the ModelAdmins of an AdminSite, which `check` looks through",
+    "_iterator": "Django: what a response streams, closed when it is not sent to its end",
     "_run_parallel": "Django 6.1: asynchronous receivers of a signal get scopes of their own",
     "_log_destroy_pending": "asyncio: a task that ends with its loop is no mistake",
     "_get_storage": "asgiref: what a Local has in this thread and context, without an error",
@@ -312,7 +313,8 @@ REQUESTS = {
     "Django": (
         Names(
             "django.core.handlers.base:BaseHandler",
-            "adapt_method_mode make_view_atomic _middleware_chain _template_response_middleware",
+            "adapt_method_mode make_view_atomic _get_response _middleware_chain"
+            " _template_response_middleware",
             "the handler calls Django's synchronous chain of middleware and views natively",
         ),
         Names("django.core.handlers.base", "import_string", "where each middleware runs; replaced"),

@@ -6,7 +6,7 @@
   is a handler without threads.
 - `BaseHandler.make_view_atomic`, `ASGIHandler.send_response`: where middleware has left something
   on the connection of the request's thread, that waits for an asynchronous view, or stream, which
-  gets its connection.
+  gets its connection. A stream that is not sent to its end is closed.
 - `BaseHandler.load_middleware`: that of an AsyncClient makes a native chain where that is asked
   for.
 - `sync_to_async` in django.core.handlers.base: logging a response of our handler needs no thread.
@@ -44,7 +44,7 @@ def install() -> None:
         patches.replace(BaseHandler, name, wrap(getattr(BaseHandler, name)), why)
     patches.replace(
         ASGIHandler, "send_response", _send_response(ASGIHandler.send_response),
-        "a stream is in what middleware has begun",
+        "a stream is in what middleware has begun, and closed",
     )  # fmt: skip
     patches.replace(base, "sync_to_async", _dispatch, "logging a response needs no thread")
 
@@ -99,15 +99,20 @@ def _make_view_atomic(original: Callable[..., Any]) -> Callable[..., Any]:
 def _send_response(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     async def send_response(self: Any, response: Any, send: Any) -> None:
-        if (
-            response.streaming
-            and response.is_async
-            and (flow.current() is not None or swap.active())
-            and observers.left_behind()
+        if not (response.streaming and response.is_async) or (
+            flow.current() is None and not swap.active()
         ):
-            await flow.lent(original)(self, response, send)
-        else:
             await original(self, response, send)
+            return
+        try:
+            await (flow.lent(original) if observers.left_behind() else original)(
+                self, response, send
+            )
+        finally:
+            # Of a client that went away meanwhile: it may hold a connection.
+            stream = getattr(response, "_iterator", None)
+            if (close := getattr(stream, "aclose", None)) is not None:
+                await close()
 
     return send_response
 

@@ -175,7 +175,7 @@ def after_others(func: Callable[..., Any]) -> Callable[..., Any]:
 def deliver() -> None:
     """Raise the cancellation that was kept while a native view ran: middleware around it sees that,
     as on Django's handler."""
-    task = current_task()
+    task = current_task() if bridge.in_native_code() else None
     if isinstance(task, Protecting) and task.kept:
         bridge.await_(cancellable(sleep, 0))
 

@@ -11,8 +11,10 @@ from django.db import connection
 from django.http import HttpResponse, StreamingHttpResponse
 from django.test import AsyncClient
 from django.urls import path
+from django.utils.decorators import async_only_middleware
 
 import asyncorm
+from asyncorm.asgi import get_asgi_application as ours
 from asyncorm.asgi import lifespan
 from tests.project.myapp.models import Item
 from tests.support import all_given_back, eventually
@@ -165,3 +167,49 @@ async def test_a_client_that_goes_away_frees_the_connection(path: str) -> None:
     await sent.wait(5)
     await all_given_back()
     assert await Item.objects.native_count() == 50
+
+
+@pytest.mark.parametrize("handler", [get_asgi_application, ours], ids=["djangos", "ours"])
+async def test_a_stream_ends_with_a_client_that_goes_away_while_it_is_sent(
+    handler: Any, settings: Any
+) -> None:
+    """The server waits for a slow client then, and the stream for the server: whoever else knows
+    the response, its generators are not left to the collector."""
+    settings.MIDDLEWARE = [f"{__name__}.keeping"]
+    settings.ASYNCORM = {"SWAP_MANAGERS": True}
+    await Item.objects.native_bulk_create([Item(remote_id=n) for n in range(50)])
+    sending, gone = asyncio.Event(), asyncio.Event()
+    asked = iter([{"type": "http.request"}])
+
+    async def receive() -> Any:
+        if (message := next(asked, None)) is None:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            sending.set()
+            await asyncio.sleep(10)
+
+    scope = {"type": "http", "method": "GET", "path": "/endless/", "headers": []}
+    app = handler()
+    task = asyncio.create_task(app({**scope, "query_string": b""}, receive, send))
+    await asyncio.wait_for(sending.wait(), 5)
+    gone.set()
+    await asyncio.wait([task], timeout=5)
+    assert kept
+    await all_given_back()
+    kept.clear()
+
+
+kept: list[Any] = []
+
+
+@async_only_middleware
+def keeping(get_response: Any) -> Any:
+    async def middleware(request: Any) -> Any:
+        kept.append(await get_response(request))
+        return kept[-1]
+
+    return middleware
