@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
@@ -110,9 +110,8 @@ def _send_response(original: Callable[..., Any]) -> Callable[..., Any]:
             )
         finally:
             # Of a client that went away meanwhile: it may hold a connection.
-            stream = getattr(response, "_iterator", None)
-            if (close := getattr(stream, "aclose", None)) is not None:
-                await close()
+            if isinstance(stream := getattr(response, "_iterator", None), AsyncGenerator):
+                await stream.aclose()
 
     return send_response
 
