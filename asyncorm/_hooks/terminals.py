@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import OperationalError
+from django.db import OperationalError, router
 from django.db.models import query as models_query
 from django.db.models.query import QuerySet
 
@@ -29,6 +29,12 @@ from .write import Written, compile_write, raw_delete_plan, update_plan
 _Queryset = QuerySet[Any]
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
+
+
+class _Chosen(NamedTuple):
+    """That a statement is not known, and the alias that a router has chosen for it."""
+
+    alias: str
 
 
 class _Terminal(NamedTuple):
@@ -52,9 +58,24 @@ async def run(method: Any, /, *args: Any, **kwargs: Any) -> Any:
     terminal = _terminals.get(getattr(method, "__func__", None))
     if terminal is not None and switch.is_on:
         value = await terminal(method.__self__, args, kwargs)
+        if type(value) is _Chosen:
+            return await _run_there(value.alias, method, args, kwargs)
         if value is not UNSERVED:
             return value
     return await bridge.run(method, *args, **kwargs)
+
+
+async def _run_there(alias: str, method: Any, args: _Args, kwargs: _Kwargs) -> Any:
+    """Run a queryset's method on the alias that was chosen for it.
+
+    A router that takes turns, asked a second time, would choose the same alias each time.
+    """
+    queryset = method.__self__
+    queryset._db = alias
+    try:
+        return await bridge.run(method, *args, **kwargs)
+    finally:
+        queryset._db = None
 
 
 async def fetched(queryset: Any) -> list[Any]:
@@ -89,8 +110,12 @@ async def _awaited(terminal: _Terminal, queryset: Any, args: _Args, kwargs: _Kwa
         if terminal.writes or not elsewhere.gone(queryset, exc):
             raise
         return UNSERVED
+    if value is UNSERVED:
+        # ReplicaRouter is asked again: it may have to choose another one if this one is gone.
+        is_routed = router.routers and queryset._db is None and not elsewhere.routers()
+        return _Chosen(alias) if is_routed else UNSERVED
     try:
-        return value if value is UNSERVED else terminal.finish(queryset, plan, value)
+        return terminal.finish(queryset, plan, value)
     except SynchronousOnlyOperation:  # of whether two instances may be related
         return UNSERVED
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
-from django.db import connections, models, transaction
+from django.db import connections, models, router, transaction
 from django.db.models import Count, F, Max, QuerySet, Sum, Value
 from django.db.models.functions import Concat
 from django.db.models.signals import post_init, post_save, pre_delete, pre_save
@@ -20,7 +20,8 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext, isolate_apps
 
 import asyncorm
-from asyncorm import _events, bridge, native
+from asyncorm import _events, bridge, native, statements
+from asyncorm._hooks import terminals
 from tests.cancellation.test_cancellation import by_anyio, by_cancel, by_many_cancels, by_timeout
 from tests.project.myapp.models import Item
 from tests.project.shop.models import Author, Book, Publisher
@@ -893,6 +894,47 @@ async def test_somebodys_code_may_ask_the_database(few: str, name: str) -> None:
             assert re.sub("0x\\w+", "", str(shown(found))) == re.sub(
                 "0x\\w+", "", str(shown(expected))
             )
+
+
+class Turns:
+    """A router that reads from two aliases in turn."""
+
+    def __init__(self) -> None:
+        self.chosen: list[str] = []
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        self.chosen.append((ALIAS, "default")[len(self.chosen) % 2])
+        return self.chosen[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "queryset"),
+    [
+        ("count", lambda: Item.objects.filter(remote_id__gt=3)),
+        ("exists", lambda: Item.objects.filter(remote_id__gt=3)),
+        ("_fetch_all", lambda: Item.objects.filter(remote_id__gt=3)),
+        ("_fetch_all", lambda: Book.objects.prefetch_related("authors").filter(pk__lt=0)),
+        ("_fetch_all", lambda: Item.objects.extra(where=["remote_id > %s"], params=[240])),
+        ("first", lambda: Item.objects.order_by("-remote_id")),
+        ("last", lambda: Item.objects.extra(order_by=["remote_id"])),
+        ("get", lambda: Item.objects.filter(remote_id=3)),
+    ],
+)
+async def test_a_router_is_asked_once_for_a_read(few: str, name: str, queryset: Any) -> None:
+    """One that takes turns would otherwise give the same alias to all of them."""
+    for alias in (ALIAS, "default"):
+        await Item.objects.using(alias).acount()  # who connects first asks for types as well
+    statements.clear()
+    read: list[str] = []
+    with override_settings(DATABASE_ROUTERS=[Turns()]):
+        chosen = router.routers[0].chosen
+        for _ in range(4):
+            asked = queryset()
+            with Statements() as statement:
+                await terminals.run(getattr(asked, name))
+            assert asked._db is None
+            read += [each.alias for each in statement.ended]
+        assert read == chosen == [ALIAS, "default"] * 2
 
 
 async def test_a_router_may_ask_the_database_where_to_write(few: str) -> None:
