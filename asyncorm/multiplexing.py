@@ -468,8 +468,10 @@ class _Looking:
 
     def _look(self) -> None:
         answered = self._pipeline.answered
-        # If this process was busy with other things, the answer has been there for long.
-        if answered == self._answered and self._conn.wire.unanswered:
+        # All are answered where some are executed again. If this process was busy with other
+        # things, the answer has been there for long.
+        waits = answered == self._answered < len(self._requests)
+        if waits and self._conn.wire.unanswered:
             slow.add(self._requests[answered].command.text)
         self._later()
 

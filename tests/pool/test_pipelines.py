@@ -10,11 +10,12 @@ from typing import Any
 
 import psycopg
 import pytest
-from django.db import IntegrityError, OperationalError
+from django.db import IntegrityError, OperationalError, connections
 
 import asyncorm
 from asyncorm import multiplexing, pools
 from asyncorm.demo.postgres import ServerError, find_bindir, postgres_server
+from tests.project.myapp.models import Item
 from tests.support import administrator, all_given_back, database, eventually
 
 ALIAS = "piped"
@@ -244,3 +245,35 @@ async def test_only_the_statement_that_is_slow_counts_as_such() -> None:
         finally:
             ask("DROP VIEW piped_pause")
         await asyncorm.close_pools(ALIAS)
+
+
+async def test_what_is_executed_again_may_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has answered all of a pipeline, but one with: there is no such prepared one."""
+    monkeypatch.setattr(multiplexing, "SLOW", 0.02)
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    options = {"prepare_threshold": 0, "pool": {"min_size": 0, "max_size": 1}}
+    items = Item.objects.using(ALIAS)
+
+    def forget() -> None:
+        connections[ALIAS].ensure_connection()
+        connections[ALIAS].connection.pgconn.exec_(b"DEALLOCATE ALL")
+
+    async def counts() -> Any:
+        return await asyncorm.batch(items.native_count(), items.native_exists(), using=ALIAS)
+
+    with administrator() as ask, database(ALIAS, OPTIONS=options):
+        for _ in range(3):
+            assert await counts() == [0, False]
+        await asyncorm.native(forget)()
+        multiplexing.slow._seen.clear()
+        ask("BEGIN")
+        ask("LOCK TABLE myapp_item IN ACCESS EXCLUSIVE MODE")
+        counting = asyncio.create_task(counts())
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        await eventually(lambda: ask(waiting))
+        await asyncio.sleep(0.1)
+        ask("ROLLBACK")
+        assert await counting == [0, False]
+        await all_given_back(ALIAS)
+    assert not reported
