@@ -11,7 +11,7 @@ that waits until it has ended.
 from __future__ import annotations
 
 import sys
-from asyncio import CancelledError, Task, current_task, get_running_loop, sleep, wait
+from asyncio import CancelledError, Task, create_task, current_task, get_running_loop, sleep, wait
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from functools import partial, wraps
@@ -81,9 +81,9 @@ class Protecting(Task[Any]):
         kept: there is one.
     """
 
-    def __init__(self, coro: Coroutine[Any, Any, Any], context: Any = None) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._protects = self.kept = False
-        super().__init__(coro, loop=get_running_loop(), context=context)
+        super().__init__(*args, **kwargs)
 
     def cancel(self, msg: Any | None = None) -> bool:
         if self._protects and not self.done():
@@ -100,6 +100,17 @@ class Protecting(Task[Any]):
             self.kept = False
             super().cancel()
         return before, told
+
+
+def protecting(coro: Coroutine[Any, Any, Any], context: Any = None) -> Task[Any]:
+    """Start such a task, where tools look for new ones."""
+    loop = get_running_loop()
+    factory = loop.get_task_factory()
+    loop.set_task_factory(lambda loop, coro, **kwargs: Protecting(coro, loop=loop, **kwargs))
+    try:
+        return create_task(coro, context=context)
+    finally:
+        loop.set_task_factory(factory)
 
 
 async def cancellable(
@@ -123,23 +134,23 @@ async def _awaited(
         return await call(*args, **kw)
     before = running.enter(cancelled)
     task = current_task()
-    protecting = task if isinstance(task, Protecting) else None
-    if protecting is not None:
-        was_native, _ = protecting.protect(native)
-        told = protecting.cancelling()
+    shield = task if isinstance(task, Protecting) else None
+    if shield is not None:
+        was_native, _ = shield.protect(native)
+        told = shield.cancelling()
     try:
         return await call(*args, **kw)
     finally:
         ending = isinstance(sys.exception(), CancelledError | GeneratorExit)
         late = running.gone and cancelled is not None
-        if protecting is not None and protecting.cancelling() > told:
+        if shield is not None and shield.cancelling() > told:
             late = True
         try:
             if late and not ending:
                 await sleep(0)  # a cancellation that is still to come is not for the next step
         finally:
             running.enter(before)
-            if protecting is not None and protecting.protect(was_native)[1] and not ending:
+            if shield is not None and shield.protect(was_native)[1] and not ending:
                 await sleep(0)  # the one that was kept arrives here
 
 
@@ -193,7 +204,7 @@ def on_the_loop(func: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, A
         if _running.get() is None or isinstance(current_task(), Protecting) or _has_scope():
             return await natively(func, *args)
         # A task of the project's, or of asgiref's, which may be cancelled: not what it waits for.
-        task = Protecting(natively(func, *args), getcurrent().gr_context)
+        task = protecting(natively(func, *args), getcurrent().gr_context)
         while not task.done():
             try:
                 await wait([task])

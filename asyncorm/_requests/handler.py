@@ -132,7 +132,7 @@ class NativeHandler(ASGIHandler):
         except RequestAborted:
             return
         running = flow.Running()
-        task = flow.Protecting(self._serve(running, scope, body_file, send))
+        task = flow.protecting(self._serve(running, scope, body_file, send))
         await self._watch(running, task, receive)
 
     async def _watch(
