@@ -68,14 +68,20 @@ async def run(method: Any, /, *args: Any, **kwargs: Any) -> Any:
 async def _run_there(alias: str, method: Any, args: _Args, kwargs: _Kwargs) -> Any:
     """Run a queryset's method on the alias that was chosen for it.
 
-    A router that takes turns, asked a second time, would choose the same alias each time.
+    A router that takes turns, asked a second time, would choose the same alias each time. Others
+    may have the queryset, too, and make theirs of it meanwhile: a copy has the alias.
     """
     queryset = method.__self__
-    queryset._db = alias
+    there = object.__new__(type(queryset))
+    queryset.query  # noqa: B018 - what a relation has put off is done once
+    there.__dict__.update(vars(queryset), _db=alias)
+    before = there._result_cache
     try:
-        return await bridge.run(method, *args, **kwargs)
+        return await bridge.run(method.__func__, there, *args, **kwargs)
     finally:
-        queryset._db = None
+        cache = there._result_cache
+        if cache is not before and (cache is None or queryset._result_cache is None):
+            queryset._result_cache, queryset._prefetch_done = cache, there._prefetch_done
 
 
 async def fetched(queryset: Any) -> list[Any]:
