@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import django
 import pytest
 from django.db import models
 from django.db.models import CharField, F, Q, QuerySet, Transform
@@ -921,8 +922,9 @@ async def test_get_goes_by_what_is_recorded() -> None:
                 await Book.objects.native_get(pk__gt=0)
             with pytest.raises(TypeError, match="slice"):
                 await Book.objects.all()[:3].native_get(pk=1)
-            with pytest.raises(TypeError, match="_connector"):
-                await Book.objects.native_get(_connector="OR", pk=1)
+            if django.VERSION >= (5, 2, 8):  # those before take it for the connector
+                with pytest.raises(TypeError, match="_connector"):
+                    await Book.objects.native_get(_connector="OR", pk=1)
             with pytest.raises(Document.DoesNotExist):
                 await Document.objects.native_get(key="NOTHING")
 
