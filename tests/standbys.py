@@ -10,7 +10,7 @@ import asyncorm
 from asyncorm.demo.postgres import Server, postgres_server
 from asyncorm.replicas import ReplicaRouter, positions
 from tests.pool.test_standby import ask, reach
-from tests.support import database, eventually
+from tests.support import CREATE_ITEM, database, eventually
 
 ids = count(1)
 POOL = {"options": None, "pool": {"min_size": 0, "max_size": 5}}
@@ -40,11 +40,7 @@ def trio() -> Iterator[Servers]:
     """The servers, with a table for items and a function that adds one."""
     with ExitStack() as stack:
         primary = stack.enter_context(postgres_server(own=True))
-        ask(
-            primary,
-            "CREATE TABLE myapp_item (id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,"
-            " remote_id integer UNIQUE, name varchar(50))",
-        )
+        ask(primary, CREATE_ITEM)
         ask(
             primary,
             "CREATE FUNCTION add(number int) RETURNS int LANGUAGE sql AS"

@@ -45,6 +45,10 @@ class Kept(TraceFilter):
 tracer.configure(trace_processors=[Kept()])
 """
 
+# The table of items on a server of a test's own.
+CREATE_ITEM = """CREATE TABLE myapp_item (id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    remote_id integer UNIQUE, name varchar(50))"""
+
 
 def set_cancel_timeout(monkeypatch: Any, seconds: float) -> None:
     """Have a cancelled task wait so long for the server's answer, wherever it waits."""

@@ -925,6 +925,9 @@ async def test_get_goes_by_what_is_recorded() -> None:
             if django.VERSION >= (5, 2, 8):  # those before take it for the connector
                 with pytest.raises(TypeError, match="_connector"):
                     await Book.objects.native_get(_connector="OR", pk=1)
+            else:
+                book = await Book.objects.native_get(_connector="OR", pk=1, title="NOTHING")
+                assert book.pk == 1
             with pytest.raises(Document.DoesNotExist):
                 await Document.objects.native_get(key="NOTHING")
 

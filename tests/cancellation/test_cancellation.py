@@ -25,7 +25,7 @@ from asyncorm import pools
 from asyncorm.demo.postgres import postgres_server
 from tests.chaos import Proxy
 from tests.project.myapp.models import Item
-from tests.support import next_socket, set_cancel_timeout
+from tests.support import CREATE_ITEM, next_socket, set_cancel_timeout
 
 PATIENCE = 30  # seconds: reached only when something hangs
 ids = count(1)
@@ -46,10 +46,7 @@ def server() -> Iterator[Any]:
         with psycopg.connect(**address(server.settings), autocommit=True) as observer:
             observer.execute("SET application_name = 'observer'")
             observer.execute("SET lock_timeout = '20s'")
-            observer.execute(
-                "CREATE TABLE myapp_item (id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,"
-                " remote_id integer UNIQUE, name varchar(50))"
-            )
+            observer.execute(CREATE_ITEM)
             server.observer = observer  # type: ignore[attr-defined]
             yield server
         for alias in hosts:

@@ -17,10 +17,10 @@ from asyncorm.demo.postgres import postgres_server
 from tests import bouncer
 from tests.compare import differences
 from tests.operations import RAISES, READS, WRITES, Do, Native
-from tests.pool.test_standby import CREATE_ITEM, ask
+from tests.pool.test_standby import ask
 from tests.project.myapp.models import Item
 from tests.stock import Stock
-from tests.support import administrator, database, eventually
+from tests.support import CREATE_ITEM, administrator, database, eventually
 from tests.ways import outcome, synchronously
 
 pytestmark = pytest.mark.skipif(

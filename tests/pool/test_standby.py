@@ -15,11 +15,9 @@ from django.db.models import BooleanField, Func
 import asyncorm
 from asyncorm.demo.postgres import Server, postgres_server
 from tests.project.myapp.models import Item
-from tests.support import database, eventually
+from tests.support import CREATE_ITEM, database, eventually
 
 ids = count(1)
-CREATE_ITEM = """CREATE TABLE myapp_item (id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
-    remote_id integer UNIQUE, name varchar(50))"""
 POOL = {"options": None, "pool": {"min_size": 0, "max_size": 5}}
 
 

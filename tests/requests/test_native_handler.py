@@ -528,6 +528,15 @@ def pays(request: Any) -> HttpResponse:
 urlpatterns += [path("waits/", waits), path("pays/", pays)]
 
 
+async def left(url: str) -> asyncio.Task[Any]:
+    """A request whose client goes away once something of it is `seen`."""
+    gone = asyncio.Event()
+    task = asyncio.create_task(ask(get_asgi_application(), url, gone=gone))
+    await eventually(lambda: seen)
+    gone.set()
+    return task
+
+
 @pytest.mark.parametrize("way", ["disconnect", "cancel"])
 async def test_a_client_that_goes_away_cancels_asynchronous_views(way: str) -> None:
     gone = asyncio.Event()
@@ -655,10 +664,7 @@ async def test_middleware_around_a_threaded_view_goes_on_to_its_end(
     if named:
         settings.ASYNCORM = {"NATIVE_MIDDLEWARE": [f"{__name__}.finishes"]}
     released.clear()
-    gone = asyncio.Event()
-    task = asyncio.create_task(ask(get_asgi_application(), "/blocks/", gone=gone))
-    await eventually(lambda: seen)
-    gone.set()
+    task = await left("/blocks/")
     await asyncio.sleep(0.1)
     released.set()
     await asyncio.wait([task], timeout=5)
@@ -668,10 +674,7 @@ async def test_middleware_around_a_threaded_view_goes_on_to_its_end(
 async def test_a_view_is_cancelled_that_begins_after_the_client_went_away(settings: Any) -> None:
     settings.MIDDLEWARE = [f"{__name__}.slowly"]
     settings.ASYNCORM = {"NATIVE_MIDDLEWARE": "__all__"}
-    gone = asyncio.Event()
-    task = asyncio.create_task(ask(get_asgi_application(), "/waits/", gone=gone))
-    await eventually(lambda: seen)
-    gone.set()
+    task = await left("/waits/")
     await asyncio.wait([task], timeout=5)
     assert seen == ["middleware", "begun", "cancelled"]
 
@@ -696,10 +699,7 @@ async def test_a_cancellation_that_comes_too_late_for_one_step_does_not_hit_the_
     settings.ASYNCORM = {"SWAP_MANAGERS": True, "NATIVE_MIDDLEWARE": "__all__"}
     finished: list[Any] = []
     with receivers((request_finished, receiver := lambda **kwargs: finished.append(kwargs))):
-        gone = asyncio.Event()
-        task = asyncio.create_task(ask(get_asgi_application(), url, gone=gone))
-        await eventually(lambda: seen)
-        gone.set()
+        task = await left(url)
         await asyncio.wait([task], timeout=5)
     assert receiver
     assert task.done() and not task.cancelled() and task.exception() is None
@@ -843,10 +843,7 @@ async def test_a_stream_that_fails_after_the_client_went_away_is_no_secret() -> 
     urlpatterns.append(path("fails/later/", view))
     clear_url_caches()
     released.clear()
-    gone = asyncio.Event()
-    task = asyncio.create_task(ask(get_asgi_application(), "/fails/later/", gone=gone))
-    await eventually(lambda: seen)
-    gone.set()
+    task = await left("/fails/later/")
     await asyncio.sleep(0.05)
     released.set()
     with pytest.raises(ZeroDivisionError):  # the server logs it

@@ -27,14 +27,10 @@ from asyncorm.demo.postgres import Server, postgres_server
 from asyncorm.driver import Connection
 from tests.pool.test_standby import ask
 from tests.project.myapp.models import Item
-from tests.support import database, eventually
+from tests.support import CREATE_ITEM, database, eventually
 from tests.transactions.test_fate import Proxy
 
 ALIAS = "lossy"
-TABLE = (
-    "CREATE TABLE myapp_item (id bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,"
-    " remote_id integer UNIQUE, name varchar(50))"
-)
 LOUD = (
     "CREATE FUNCTION loud() RETURNS int LANGUAGE plpgsql AS"
     " $$BEGIN RAISE NOTICE 'heard'; RETURN 1; END$$"
@@ -45,7 +41,7 @@ ids = count(1)
 @pytest.fixture(scope="module")
 def server(django_db_setup: Any) -> Iterator[Server]:
     with postgres_server(own=True, tcp=True) as server:
-        for sql in (TABLE, LOUD):
+        for sql in (CREATE_ITEM, LOUD):
             ask(server, sql, password=server.settings["PASSWORD"])
         yield server
 
