@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from types import CodeType
 from typing import Any
 
@@ -454,7 +455,9 @@ def _assigns(owner: object, name: str) -> bool:
     if inspect.ismodule(owner):
         return False
     cls = owner if inspect.isclass(owner) else type(owner)
-    return any(any(_stores(member, name) for member in vars(base).values()) for base in cls.__mro__)
+    members = [member for base in cls.__mro__ for member in vars(base).values()]
+    inits = [vars(base).get("__init__") for base in cls.__mro__]  # most do it: the first to look at
+    return any(_stores(member, name) for member in chain(inits, members))
 
 
 def _stores(member: Any, name: str) -> bool:
@@ -463,6 +466,10 @@ def _stores(member: Any, name: str) -> bool:
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType) or name not in code.co_names:
         return False
-    return any(
-        step.opname == "STORE_ATTR" and step.argval == name for step in dis.get_instructions(code)
-    )
+    return name in _stored(code)
+
+
+@cache
+def _stored(code: CodeType) -> set[str]:
+    steps = dis.get_instructions(code)
+    return {step.argval for step in steps if step.opname == "STORE_ATTR"}

@@ -108,9 +108,8 @@ class Family(Look):
     """Classes of Django's: an heir of all of them is looked at."""
 
     def __init__(self, classes: set[type]) -> None:
-        leaves = [cls for cls in classes if not any(cls in each.__mro__[1:] for each in classes)]
-        leaves.sort(key=lambda cls: (-len(cls.__mro__), cls.__qualname__))
-        self._leaves = tuple(leaves)
+        leaves = classes.difference(*(each.__mro__[1:] for each in classes))
+        self._leaves = tuple(sorted(leaves, key=lambda cls: (-len(cls.__mro__), cls.__qualname__)))
         super().__init__(None, Name("unchanged"))
         self._move()
 

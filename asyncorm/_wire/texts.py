@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..session_state import OF_NAMES, leaves_state, plain, remembered
+from ..session_state import OF_NO_NAME, leaves_state, plain, remembered
 
 # All of these look at what `plain()` returns.
 _READS = re.compile(r"[\s(]*+(?:select|values|table)\b")
@@ -15,8 +15,8 @@ _WAITS = re.compile(
     r"|\binto\b"
 )
 _WAITING = ("update", "share", "pg_sleep", "lock", "into")  # one is in what that matches
-_INTO = re.compile(rf"\binto\s++[{OF_NAMES}\".]++\s*+\(")  # columns follow
-_CALL = re.compile(rf"\"\s*+\(|(?<![{OF_NAMES}])([{OF_NAMES}]++)\s*+\(")
+_INTO = re.compile(rf"\binto\s++(?:[^{OF_NO_NAME}]|[\".])++\s*+\(")  # columns follow
+_CALL = re.compile(rf"\"\s*+\(|(?<![^{OF_NO_NAME}])([^{OF_NO_NAME}]++)\s*+\(")
 _PLACEHOLDER = re.compile(r"%(?:\(\w++\))?s")
 _OPERATOR = re.compile(r"[-+*/<>=~!@#%^&|`?]++")
 # What may stand before a parenthesis: functions of PostgreSQL and of extensions that Django knows
