@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,8 @@ def contents() -> str:
 
 
 def _text(path: Path) -> str:
-    """A page, with those that it includes whole (a wheel has not all of them)."""
+    """A page, with those that it includes whole (a wheel has not all of them), and of the
+    docstrings that Sphinx would include how they begin."""
 
     def included(directive: re.Match[str]) -> str:
         found = path.parent / directive[1]
@@ -75,8 +77,16 @@ def _text(path: Path) -> str:
             return f"(In the repository: {directive[1].removeprefix('../')})"
         return re.sub("^#", "##" if directive[2] else "#", found.read_text(), flags=re.M)
 
+    def documented(directive: re.Match[str]) -> str:
+        lines = []
+        for name in re.findall(r"^\.\. auto\w+:: (\S+)$", directive[0], re.M):
+            text, *_ = pydoc.getdoc(pydoc.locate(name)).split("\n\n")
+            lines.append(f"- `help({name})`: {text.rstrip(':')}")
+        return "\n".join(lines)
+
     directives = r"^```\{include\} (\S+)\n(:heading-offset: 1\n)?```$"
-    return re.sub(directives, included, path.read_text(), flags=re.M)
+    text = re.sub(directives, included, path.read_text(), flags=re.M)
+    return re.sub(r"^```\{(?:eval-rst|toctree)\}\n[\s\S]+?^```$", documented, text, flags=re.M)
 
 
 def _headings(lines: list[str]) -> Iterator[tuple[int, int, str]]:
