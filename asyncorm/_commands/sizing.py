@@ -9,19 +9,19 @@ from typing import Any
 from .. import sizing
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
+def number(text: str) -> int:
+    if (wanted := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    return wanted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How many processes."""
     parser.add_argument(
-        "--workers", type=_positive, default=1, help="processes of the service, 1 by default"
+        "--workers", type=number, default=1, help="processes of the service, 1 by default"
     )
     parser.add_argument(
-        "--threads", type=_positive, default=1, help="threads of each for synchronous code, 1"
+        "--threads", type=number, default=1, help="threads of each for synchronous code, 1"
     )
 
 
