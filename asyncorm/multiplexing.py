@@ -199,6 +199,9 @@ class Queue:
             except CancelledError as exc:
                 await self._drop(request, exc)
                 raise
+            except BaseException:
+                del request  # it has the error, whose traceback has this
+                raise
         self.served_by = request.pid
         if _events.waits and request.sent - request.since > 0.001:
             source = self._source
@@ -273,8 +276,8 @@ class Queue:
         except BaseException as exc:
             if requests is None:
                 requests = self._unserved(segment, started)
-            for request in requests:
-                _fail(request.future, exc)
+            _fail_all(requests, exc)
+            del requests  # they have the error, whose traceback has this
             if not isinstance(exc, Exception):
                 raise
 
@@ -478,6 +481,11 @@ class _Looking:
     def end(self) -> None:
         """Look no more."""
         self._handle.cancel()
+
+
+def _fail_all(requests: list[_Request], exc: BaseException) -> None:
+    for request in requests:
+        _fail(request.future, exc)
 
 
 def _fail(future: Future[Any], exc: BaseException) -> None:

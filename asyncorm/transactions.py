@@ -60,8 +60,9 @@ class Atomic:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        task = scopes.current_task_or_none()
-        entry = next((e for e in reversed(self._entered) if e[1].is_of(task)), None)
+        # In no variable: the task keeps an error, whose traceback keeps this.
+        mine = (e for e in reversed(self._entered) if e[1].is_of(scopes.current_task_or_none()))
+        entry = next(mine, None)
         block, scope = entry = entry or self._entered[-1]
         self._entered.remove(entry)
         if block.ended:  # with the block around it, by force

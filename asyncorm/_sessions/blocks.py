@@ -106,6 +106,7 @@ class Block:
     def end(self) -> None:
         """Take no more statements but of who leaves it."""
         self.ended = True
+        self.queue = None  # which has the block
         if self.event is not None:  # by force, if it is not told already
             self.event.end(rolled_back=True)
         if (scope := self.scope) is not None:
@@ -266,6 +267,7 @@ class Block:
         loop = get_running_loop()
         session = self.session
         began = monotonic()
+        context = Context()  # the loop keeps timers that were cancelled for their time
         handle: TimerHandle
         with anyio.CancelScope() as scope:
 
@@ -275,14 +277,15 @@ class Block:
                 if quiet >= timeout and not session.waits_for_server:
                     scope.cancel()
                 else:
-                    handle = loop.call_later(max(timeout - quiet, 0.01), look)
+                    handle = loop.call_later(max(timeout - quiet, 0.01), look, context=context)
 
-            handle = loop.call_later(timeout, look)
+            handle = loop.call_later(timeout, look, context=context)
             try:
                 await self.lock.acquire()
                 return
             finally:
                 handle.cancel()
+                del look  # which knows itself
         holder = f"the block that began at {self.inner.origin}" if self.inner else "another task"
         raise TransactionManagementError(
             f"Waited {timeout:g} s for the transaction block that began at {self.origin}: "

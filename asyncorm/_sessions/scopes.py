@@ -289,6 +289,7 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
                     if scope is current_scope.get():  # for the tasks that are started from here
                         current_scope.set(scope.prev)
                 elif outlived and (block := scope.block) is not None and block.is_transaction:
+                    task = None  # it keeps the error, whose traceback keeps this
                     raise block.outlived_error()
             elif mine or not shared or scope.task is None or scope.task.done():
                 # A scope that shares this Context but belongs to another running task is a
@@ -300,6 +301,7 @@ def find_scope(alias: str, *, outlived: bool = True, detached: bool = True) -> S
                     block = scope.block
                     if block is not None and scope.places and not scope.is_within(around):
                         if outlived and generators.is_left(scope):
+                            task = None
                             raise block.left_error()
                         block.joined = True
                     return scope

@@ -7,6 +7,9 @@ import weakref
 from typing import Any
 
 import pytest
+from django.db import transaction
+from django.db.transaction import TransactionManagementError
+from django.test import override_settings
 from greenlet import greenlet
 
 import asyncorm
@@ -17,7 +20,7 @@ from asyncorm.bridge import Runner
 from asyncorm.driver import Connection
 from asyncorm.multiplexing import _Request
 from tests.project.shop.models import Book, Tag
-from tests.support import database, sleep
+from tests.support import database, eventually, sleep
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 
@@ -168,7 +171,7 @@ async def test_what_is_saved_and_read_ends_without_the_garbage_collector(fresh_s
         await made.native_save()
         async with asyncorm.atomic(using):
             block = weakref.ref(current_scope.get().block)
-            await made.native_save()
+            await asyncio.gather(*[made.native_save() for _ in range(3)])
         read = await asyncio.gather(*[tags.native_get(pk=made.pk) for _ in range(20)])
         await made.native_delete()
         return [block, *map(weakref.ref, [made, *read])]
@@ -182,6 +185,54 @@ async def test_what_is_saved_and_read_ends_without_the_garbage_collector(fresh_s
             before = requests()
             left = await operations(alias)
             assert ([ref() for ref in left], requests()) == ([None] * 22, before)
+        finally:
+            gc.enable()
+        await asyncorm.close_pools(alias)
+
+
+@pytest.mark.parametrize("native_child", [False, True])
+async def test_a_block_that_ends_by_force_ends_without_the_garbage_collector(
+    fresh_shop: Any, native_child: bool
+) -> None:
+    async def nested(using: str, go: asyncio.Event) -> None:
+        async with asyncorm.atomic(using):
+            await Tag.objects.using(using).native_count()
+            await go.wait()
+
+    def native_nested(using: str, go: asyncio.Event) -> None:
+        with transaction.atomic(using):
+            Tag.objects.using(using).count()
+            await_(go.wait())
+
+    async def operation(using: str) -> weakref.ref[Any]:
+        go = asyncio.Event()
+        with pytest.raises(TransactionManagementError, match="does nothing"):
+            async with asyncorm.atomic(using):
+                block = weakref.ref(current_scope.get().block)
+                await Tag.objects.using(using).native_count()
+                child = asyncio.create_task(
+                    native(native_nested)(using, go) if native_child else nested(using, go)
+                )
+                await eventually(lambda: block().inner is not None)
+                waiting = asyncio.create_task(Tag.objects.using(using).native_count())
+                await asyncio.sleep(0)
+        go.set()
+        await asyncio.wait((child, waiting))
+        for task in (child, waiting):
+            assert isinstance(task.exception(), TransactionManagementError)
+        return block
+
+    with (
+        database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias,
+        override_settings(ASYNCORM={"LOCK_TIMEOUT": 0.1}),
+    ):
+        await operation(alias)
+        gc.collect()
+        gc.disable()
+        try:
+            before = requests()
+            block = await operation(alias)
+            assert (block(), requests()) == (None, before)
         finally:
             gc.enable()
         await asyncorm.close_pools(alias)
