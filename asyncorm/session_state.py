@@ -44,6 +44,7 @@ _BEGINS = re.compile(
         set(?!\s+(?:local|transaction|constraints)\b(?!\s*\.))
       | reset | discard | listen | unlisten | load | deallocate | prepare(?!\s+transaction\b)
       | do | call
+      | create  # temporary, where the search path says so
     )(?![\w$])
     """,
     re.VERBOSE,
@@ -56,10 +57,11 @@ _ANYWHERE = re.compile(
   | \b(?:create|into|local|global|replace)\s+temp(?:orary)?\b
   | \bpg_temp
   | \bwith\s+hold\b
+  | (?:(?<!\s)(?<!insert)(?<!merge)\s++|[)'"\]])into\b  # as CREATE
     """,
     re.VERBOSE,
 )
-_SIGNS = ("set_config", "advisory_lock", "temp", "hold")
+_SIGNS = ("set_config", "advisory_lock", "temp", "hold", "into")
 
 
 def plain(text: str) -> str | None:

@@ -271,21 +271,21 @@ class Block:
         handle: TimerHandle
         with anyio.CancelScope() as scope:
 
-            def look() -> None:
+            def look(again: Any) -> None:  # itself, which it does not keep
                 nonlocal handle
                 quiet = monotonic() - max(session.active, began)
                 if quiet >= timeout and not session.waits_for_server:
                     scope.cancel()
                 else:
-                    handle = loop.call_later(max(timeout - quiet, 0.01), look, context=context)
+                    left = max(timeout - quiet, 0.01)
+                    handle = loop.call_later(left, again, again, context=context)
 
-            handle = loop.call_later(timeout, look, context=context)
+            handle = loop.call_later(timeout, look, look, context=context)
             try:
                 await self.lock.acquire()
                 return
             finally:
                 handle.cancel()
-                del look  # which knows itself
         holder = f"the block that began at {self.inner.origin}" if self.inner else "another task"
         raise TransactionManagementError(
             f"Waited {timeout:g} s for the transaction block that began at {self.origin}: "

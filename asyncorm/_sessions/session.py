@@ -10,6 +10,7 @@ from typing import Any, cast
 from weakref import WeakSet
 
 import psycopg
+from django.db import NotSupportedError
 from django.db.transaction import TransactionManagementError
 from greenlet import getcurrent
 from psycopg.pq import TransactionStatus
@@ -17,11 +18,12 @@ from psycopg.pq import TransactionStatus
 from .. import _events, bridge, limits, pools
 from .._wire.lazy import DeferredConnection
 from .._wire.locks import NO_LOCK
-from .._wire.texts import asks_who_serves, draws
+from .._wire.texts import asks_for_drawn, asks_who_serves, draws, is_read
 from ..bridge import Runner
 from ..driver import Connection
 from ..generators import Place
 from ..multiplexing import Queue
+from ..pages import see
 from .blocks import Block, Loan
 from .callsite import caller
 from .crowding import is_crowded, queue_of, travels
@@ -47,8 +49,10 @@ class Session(StatementLock):
         own: Django's own wrapper of the task that uses the session, None if there is none.
         opened: other cursors; open ones keep the connection while the operation awaits something.
         fate: what the open transaction settles by, if it does (fate.py).
+        drew: what may have drawn from a sequence has gone with others' statements of a batch.
     """
 
+    drew = False
     fate: Any = None
     pipelining = False
     settling = False
@@ -174,11 +178,17 @@ class Session(StatementLock):
 
     def _joins(self, text: str) -> bool:
         """Whether a statement travels; not what the operation's next may rely on."""
-        return (
-            travels(self.source, text)
-            and not draws(text)
-            and (self.source.batching or not asks_who_serves(text))  # all are on one connection
-        )
+        joins = travels(self.source, text) and not draws(text)
+        if not self.source.batching:
+            return joins and not asks_who_serves(text)
+        if self.drew and asks_for_drawn(text):
+            raise NotSupportedError(
+                "currval() and lastval() would give the number of another operation of batch(), "
+                "whose INSERT was sent behind this one's. Use INSERT ... RETURNING."
+                + see("parallelism#batch-several-operations-in-one-round-trip")
+            )
+        self.drew = self.drew or (joins and not is_read(text))
+        return joins
 
     def _checkout(self) -> Connection:
         if self.source.batching and (conn := self.source.take()) is not None:

@@ -141,6 +141,13 @@ def only_reads(text: str) -> bool:
 
 
 _OF_SEQUENCES = re.compile(r"\b(?:nextval|currval)\b")
+_LAST_DRAWN = re.compile(r"\b(?:currval|lastval)\b")
+
+
+@remembered
+def asks_for_drawn(text: str) -> bool:
+    """Whether a statement asks for the number that another one had from a sequence."""
+    return _LAST_DRAWN.search(plain(text) or "") is not None
 
 
 @remembered

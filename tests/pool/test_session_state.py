@@ -132,6 +132,17 @@ async def test_state_of_a_transaction_is_not_reset_for_nothing() -> None:
     assert await value("SHOW work_mem") == "4MB"
 
 
+@pytest.mark.parametrize(
+    "create", ["CREATE TABLE left_behind (a int)", "SELECT 1 AS a INTO left_behind"]
+)
+async def test_what_is_temporary_by_the_search_path_is_reset(create: str) -> None:
+    async with asyncorm.atomic():
+        await value("SELECT set_config('search_path', %s, true)", ["pg_temp"])
+        await value(create)
+    await settled()
+    assert await value("SELECT to_regclass('left_behind')") is None
+
+
 async def test_what_functions_hide_is_reset() -> None:
     async with function("SET work_mem = 99999") as hidden:
         assert not leaves_state(hidden)
@@ -433,6 +444,8 @@ async def test_what_connection_created_receivers_set_is_there_after_a_reset() ->
         "-- ; SET\nSELECT 1 /* ; SET /* ; RESET */ ; RESET ALL */",
         "SELECT temp, a$b$c FROM weather WHERE d$b$e = ';SET x = 1'",
         "INSERT INTO a VALUES (%s) ON CONFLICT DO NOTHING",
+        "WITH a AS (SELECT 1) INSERT/**/INTO b SELECT * FROM a",
+        "MERGE\n  INTO a USING b ON a.id = b.id WHEN MATCHED THEN DELETE",
         "SET TRANSACTION READ ONLY",
         "PREPARE TRANSACTION 'a'",
     ],
@@ -670,6 +683,8 @@ async def test_a_second_connection_for_what_is_awaited_names_the_holder() -> Non
         "SELECT 'a\\'; SET x = 1; --'",  # with standard_conforming_strings off it is one literal
         "CREATE OR REPLACE TEMPORARY VIEW a AS SELECT 1",
         "DECLARE a CURSOR WITH/**/HOLD FOR SELECT 1",
+        "SELECT (1)INTO a",
+        "WITH a AS (SELECT 1) SELECT * /**/ INTO b FROM a",
         "SELECT 'it''s' -- it's\n; SET x = 1",
         'SELECT 1 AS "a""b"; SET x = 1',
         "SET ROLE a",

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +126,36 @@ async def test_writes_stand_alone(items: None) -> None:
     )
     assert isinstance(results[1], IntegrityError)
     assert await Item.objects.native_count() == 2
+
+
+@pytest.mark.parametrize("last", ["lastval()", "currval('myapp_item_id_seq')"])
+async def test_the_number_of_another_ones_insert_is_not_given(items: None, last: str) -> None:
+    ids = itertools.count(1)
+
+    def insert(raw: bool) -> tuple[int, int]:
+        with connection.cursor() as cursor:
+            if raw:
+                cursor.execute(
+                    "INSERT INTO myapp_item (remote_id, name) VALUES (%s, 'a') RETURNING id",
+                    [next(ids)],
+                )
+                made = cursor.fetchone()[0]
+            else:
+                made = Item.objects.create(remote_id=next(ids), name="a").pk
+            cursor.execute(f"SELECT {last}")
+            return made, cursor.fetchone()[0]
+
+    def alone(raw: bool) -> tuple[int, int]:
+        with transaction.atomic():
+            return insert(raw)
+
+    for raw in (True, False):
+        results = await asyncorm.batch(
+            *[functools.partial(each, raw) for each in (insert, insert, alone, alone)],
+            return_exceptions=True,
+        )
+        assert [type(each) for each in results[:2]] == [NotSupportedError] * 2
+        assert all(made == found for made, found in results[2:])
 
 
 async def test_transactions_of_operations(items: None) -> None:
