@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from django.http import HttpRequest
+
 from .. import conf, internals
-from . import blocking, checks, signals
+from . import blocking, checks, flow, signals
 from .handler import Chain, NativeHandler
 
 
-def chain_for_client() -> Chain | None:
-    """The native chain of an AsyncClient's handler; None where Django's own is to serve it."""
+def chain_for_client() -> Callable[[HttpRequest], Coroutine[Any, Any, Any]] | None:
+    """Calls the native chain for an AsyncClient; None where Django's own is to serve it."""
     if not _is_asked_for():
         return None
     internals.require_for_requests()
@@ -16,7 +21,16 @@ def chain_for_client() -> Chain | None:
     blocking.install()
     chain = Chain()
     chain.load_middleware()
-    return chain
+
+    async def respond(request: HttpRequest) -> Any:
+        around = flow.current()
+        flow.begin(flow.Running())
+        try:
+            return await chain.respond(request)
+        finally:
+            flow.begin(around)
+
+    return respond
 
 
 def _is_asked_for() -> bool:

@@ -122,8 +122,8 @@ def _load_middleware(original: Callable[..., Any]) -> Callable[..., Any]:
         if is_async and type(self).__module__ == "django.test.client":
             from . import client
 
-            if (chain := client.chain_for_client()) is not None:
-                self._middleware_chain = chain.respond
+            if (respond := client.chain_for_client()) is not None:
+                self._middleware_chain = respond
                 return
         original(self, is_async)
 

@@ -67,48 +67,74 @@ def current() -> Running | None:
     return _running.get()
 
 
-def begin(running: Running) -> None:
-    """Have the current task, and those that it starts, belong to a request."""
+def begin(running: Running | None) -> None:
+    """Have the current task, and those that it starts, belong to a request, or to none."""
     _running.set(running)
 
 
-class Protecting(Task[Any]):
-    """A task of a request, which whoever wants to cancel it cannot do while native code runs.
+class Shield:
+    """Stands for the `cancel()` of a request's task: nothing is cancelled while native code runs.
 
-    The cancellation is kept until that has ended, or awaits something.
+    The cancellation is kept until that has ended, or awaits something. Any task can have one,
+    whatever factory of the project's has made it.
 
     Attributes:
-        kept: there is one.
+        kept: how many there are.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._protects = self.kept = False
-        super().__init__(*args, **kwargs)
+    def __init__(self, task: Task[Any]) -> None:
+        self._task, self._cancel = task, task.cancel
+        self._protects = False
+        self._message: Any = None  # anyio knows its own cancellations by that
+        self.kept = 0
 
-    def cancel(self, msg: Any | None = None) -> bool:
-        if self._protects and not self.done():
-            self.kept = True
+    def __call__(self, msg: Any | None = None) -> bool:
+        if self._protects and not self._task.done():
+            self.kept += 1
+            self._message = msg
             return True
-        return super().cancel(msg)
+        return self._cancel(msg)
 
     def protect(self, protects: bool) -> tuple[bool, bool]:
         """Say whether native code runs from now on; whether it did before, and whether the task is
         to be cancelled now."""
         before, self._protects = self._protects, protects
-        told = self.kept and not protects
-        if told:
-            self.kept = False
-            super().cancel()
-        return before, told
+        if protects or not self.kept:
+            return before, False
+        for _ in range(self.kept):  # who has asked takes his back by uncancel()
+            self._cancel(self._message)
+        self.kept = 0
+        return before, True
 
 
-def protecting(coro: Coroutine[Any, Any, Any], context: Any = None) -> Task[Any]:
-    """Start such a task, where tools look for new ones."""
+def _shield_of(task: Task[Any] | None) -> Shield | None:
+    shield: Any = getattr(task, "cancel", None)
+    return shield if isinstance(shield, Shield) else None
+
+
+async def shielded(
+    call: Callable[..., Coroutine[Any, Any, Any]], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Await code of a request, in a task that has nothing else to do."""
+    task: Any = current_task()
+    task.cancel = Shield(task)
+    try:
+        return await call(*args, **kwargs)
+    finally:
+        del task.cancel  # or the task would keep itself
+
+
+def _in_own_task(coro: Coroutine[Any, Any, Any]) -> Task[Any]:
+    """Go on in another task, which is in the current context, where tools look for new tasks.
+
+    The project's factory has no part in it: on Django's handler there is no other task, and an
+    eager one would enter the context twice.
+    """
     loop = get_running_loop()
     factory = loop.get_task_factory()
-    loop.set_task_factory(lambda loop, coro, **kwargs: Protecting(coro, loop=loop, **kwargs))
+    loop.set_task_factory(None)
     try:
-        return create_task(coro, context=context)
+        return create_task(coro, context=getcurrent().gr_context)
     finally:
         loop.set_task_factory(factory)
 
@@ -133,17 +159,16 @@ async def _awaited(
     if (running := _running.get()) is None:
         return await call(*args, **kw)
     before = running.enter(cancelled)
-    task = current_task()
-    shield = task if isinstance(task, Protecting) else None
-    if shield is not None:
+    task: Any = current_task()
+    if (shield := _shield_of(task)) is not None:
         was_native, _ = shield.protect(native)
-        told = shield.cancelling()
+        told = task.cancelling()
     try:
         return await call(*args, **kw)
     finally:
         ending = isinstance(sys.exception(), CancelledError | GeneratorExit)
         late = running.gone and cancelled is not None
-        if shield is not None and shield.cancelling() > told:
+        if shield is not None and task.cancelling() > told:
             late = True
         try:
             if late and not ending:
@@ -186,8 +211,8 @@ def after_others(func: Callable[..., Any]) -> Callable[..., Any]:
 def deliver() -> None:
     """Raise the cancellation that was kept while a native view ran: middleware around it sees that,
     as on Django's handler."""
-    task = current_task() if bridge.in_native_code() else None
-    if isinstance(task, Protecting) and task.kept:
+    shield = _shield_of(current_task()) if bridge.in_native_code() else None
+    if shield is not None and shield.kept:
         bridge.await_(cancellable(sleep, 0))
 
 
@@ -201,15 +226,15 @@ def on_the_loop(func: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, A
     """Make a coroutine function of a native step."""
 
     async def call(*args: Any) -> Any:
-        if _running.get() is None or isinstance(current_task(), Protecting) or _has_scope():
+        if _running.get() is None or _shield_of(current_task()) or _has_scope():
             return await natively(func, *args)
         # A task of the project's, or of asgiref's, which may be cancelled: not what it waits for.
-        task = protecting(natively(func, *args), getcurrent().gr_context)
+        task = _in_own_task(shielded(natively, func, *args))
         while not task.done():
             try:
                 await wait([task])
-            except CancelledError:
-                task.cancel()
+            except CancelledError as exc:
+                task.cancel(*exc.args)
         return task.result()
 
     return call

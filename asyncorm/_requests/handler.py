@@ -45,7 +45,7 @@ class Chain(BaseHandler):
 
     async def respond(self, request: HttpRequest) -> Any:
         """Call the chain natively: what `get_response_async()` awaits in the place of its own."""
-        return await flow.natively(self._middleware_chain, request)  # type: ignore[attr-defined]
+        return await flow.on_the_loop(self._middleware_chain)(request)  # type: ignore[attr-defined]
 
     def _get_response(self, request: HttpRequest) -> Any:
         response: Any = super()._get_response(request)  # type: ignore[misc]
@@ -132,7 +132,7 @@ class NativeHandler(ASGIHandler):
         except RequestAborted:
             return
         running = flow.Running()
-        task = flow.protecting(self._serve(running, scope, body_file, send))
+        task = asyncio.create_task(flow.shielded(self._serve, running, scope, body_file, send))
         await self._watch(running, task, receive)
 
     async def _watch(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import anyio
 import pytest
 from asgiref.sync import sync_to_async
 from django.contrib.auth import login
@@ -595,8 +596,21 @@ async def within(get_response: Any, request: Any) -> Any:
         return await get_response(request)
 
 
+async def fail_after(get_response: Any, request: Any) -> Any:
+    with anyio.fail_after(0.3):
+        return await get_response(request)
+
+
+async def move_on_after(get_response: Any, request: Any) -> Any:
+    """The inner one of two that want to cancel."""
+    with anyio.move_on_after(10), anyio.move_on_after(0.3):
+        return await get_response(request)
+    raise TimeoutError
+
+
 by_timeout = limits(within)
 by_wait_for = limits(lambda get_response, request: asyncio.wait_for(get_response(request), 0.3))
+by_fail_after, by_move_on_after = limits(fail_after), limits(move_on_after)
 
 
 def commits(get_response: Any) -> Any:
@@ -607,21 +621,37 @@ def commits(get_response: Any) -> Any:
     return middleware
 
 
-@pytest.mark.parametrize("other", [None, "atomically", "passes", "finishes", "commits"])
-@pytest.mark.parametrize("way", ["by_timeout", "by_wait_for"])
+async def by_client(app: Any, path: str) -> Any:
+    response: Any = await AsyncClient().get(path)
+    return response
+
+
+@pytest.mark.parametrize(
+    ("way", "other", "asks"),
+    [
+        *((way, other, ask) for way in ("by_timeout", "by_wait_for")
+          for other in (None, "atomically", "passes", "finishes", "commits")),
+        ("by_fail_after", None, ask),
+        ("by_move_on_after", "atomically", ask),
+        ("by_timeout", "commits", by_client),
+        ("by_wait_for", "atomically", by_client),
+        ("by_fail_after", None, by_client),
+    ],
+)  # fmt: skip
 async def test_so_do_they_when_middleware_gives_up(
-    settings: Any, way: str, other: str | None
+    settings: Any, way: str, other: str | None, asks: Any
 ) -> None:
     """They are awaited, and what the middleware does then is as it is on Django's handler."""
     names = [f"{__name__}.{name}" for name in (other, way) if name]
-    settings.ASYNCORM = {"SWAP_MANAGERS": True}
+    settings.ASYNCORM = {"SWAP_MANAGERS": True, "NATIVE_HANDLER": True}
     if other in ("atomically", "commits"):
         settings.ASYNCORM["NATIVE_MIDDLEWARE"] = names[:1]
     inside = other in ("finishes", "commits")  # the first of them in the request's thread
     settings.MIDDLEWARE = names[::-1] if inside else names
     app = get_asgi_application()
-    answer = await ask(app, "/pays/")
-    assert (answer.status, seen) == (504, ["begun", "paid"])
+    answer = await asks(app, "/pays/")
+    status = getattr(answer, "status_code", None) or answer.status
+    assert (status, seen) == (504, ["begun", "paid"])
     written = {n async for n in Item.objects.values_list("remote_id", flat=True)}
     rolled_back = {"atomically": set(), "commits": {504}}  # the one as it does, the other by that
     assert written == rolled_back.get(str(other), {1, 2, 504})
@@ -631,6 +661,42 @@ async def test_so_do_they_when_middleware_gives_up(
     assert (await ask(app, "/waits/")).status == 504
     assert seen == ["begun", "cancelled"]  # asynchronous views do not
     assert (await ask(app, "/empty/")).status == 200
+    await all_given_back()
+
+
+class TheirTask(asyncio.Task[Any]):
+    pass
+
+
+THEIR_FACTORIES: dict[str, Any] = {
+    "tasks": lambda loop, coro, **kwargs: asyncio.Task(coro, loop=loop, **kwargs),
+    "their tasks": lambda loop, coro, **kwargs: TheirTask(coro, loop=loop, **kwargs),
+    "eager tasks": getattr(asyncio, "eager_task_factory", None),
+}
+
+
+@pytest.mark.parametrize("kind", THEIR_FACTORIES)
+async def test_the_projects_own_task_factory_makes_the_requests_task(
+    settings: Any, kind: str
+) -> None:
+    if (theirs := THEIR_FACTORIES[kind]) is None:
+        pytest.skip("since Python 3.12")
+    settings.MIDDLEWARE = [f"{__name__}.by_wait_for", f"{__name__}.by_timeout"]
+    app = get_asgi_application()
+    names: list[str] = []
+
+    def factory(loop: Any, coro: Any, **kwargs: Any) -> Any:
+        names.append(coro.__qualname__)
+        return theirs(loop, coro, **kwargs)
+
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(factory)
+    try:
+        assert (await ask(app, "/pays/")).status == 504
+    finally:
+        loop.set_task_factory(None)
+    assert seen == ["begun", "paid"]
+    assert names.count("shielded") == 1
     await all_given_back()
 
 
