@@ -29,8 +29,8 @@ from typing import Any
 
 from django.core.exceptions import FieldDoesNotExist
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.backends.postgresql import operations
-from django.db.models import Field, Model, expressions, fields, lookups, query
+from django.db.backends.postgresql import base, features, operations
+from django.db.models import Field, Model, Q, expressions, fields, lookups, query
 from django.db.models.base import ModelBase
 from django.db.models.query_utils import RegisterLookupMixin
 from django.db.models.sql import compiler, datastructures, subqueries, where
@@ -48,7 +48,7 @@ _CLASSES = (
     query.QuerySet, sql_query.Query, subqueries.UpdateQuery, subqueries.InsertQuery,
     subqueries.DeleteQuery, compiler.SQLCompiler, compiler.SQLInsertCompiler,
     compiler.SQLUpdateCompiler, compiler.SQLDeleteCompiler, compiler.SQLAggregateCompiler,
-    where.WhereNode, datastructures.BaseTable, Join, expressions.BaseExpression,
+    where.WhereNode, Q, datastructures.BaseTable, Join, expressions.BaseExpression,
     expressions.Expression, expressions.Col, expressions.F, lookups.IsNull,
     operations.DatabaseOperations, query.ModelIterable, query.ValuesIterable,
     query.ValuesListIterable, query.NamedValuesListIterable, query.FlatValuesListIterable,
@@ -135,6 +135,8 @@ def is_djangos_function(function: Callable[..., Any]) -> bool:
     return not is_anothers(function)
 
 
+# SQL depends on what they say: operators, types, flags.
+_BACKEND = {*base.DatabaseWrapper.__mro__, *features.DatabaseFeatures.__mro__} - {object}
 # Modules whose classes make SQL, and items of rows.
 _MAKERS = """
     models.query models.lookups models.expressions models.aggregates models.functions models.fields
@@ -152,7 +154,7 @@ _ORM = {
     and cls.__module__.startswith("django.db.")
     and not issubclass(cls, BaseException | tuple | list | type)
     and "__slots__" not in vars(cls)
-} | {Node}
+} | {Node, Q, *_BACKEND}
 _FIELDS = {cls for cls in _ORM if issubclass(cls, Field)}  # each new field changes a counter there
 _METAS: set[type] = {ModelBase}
 _orm, _of_fields, _metas = Family(_ORM - _FIELDS), Family(_FIELDS), Family(_METAS)
@@ -344,7 +346,7 @@ def of_query(
         and all(speaks_for_itself(f, short) for f in of_relations | columns)
     ):
         raise NotCacheable
-    return Ground([made, ops, *compared, *map(type, of_relations), *more], models)
+    return Ground([made, ops, *_BACKEND, *compared, *map(type, of_relations), *more], models)
 
 
 def _ordered_by(asked: Any) -> Iterator[Any]:

@@ -29,7 +29,7 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, connections, router
-from django.db.models import ForeignKey, Manager, OneToOneField, Prefetch, Q, QuerySet
+from django.db.models import ForeignKey, Manager, Model, OneToOneField, Prefetch, Q, QuerySet
 from django.db.models.constants import LOOKUP_SEP
 from django.db.models.fields.related_descriptors import (
     ForeignKeyDeferredAttribute,
@@ -52,6 +52,7 @@ from ._hooks.switch import native_wrapper
 _SLICE = 500
 _KEYS = {int, str, uuid.UUID}  # types that are compared alike as keys by everybody
 _COLUMNS = (DeferredAttribute, ForeignKeyDeferredAttribute)
+_PK: Any = Model.pk  # rows are told apart by it; without one of its own, by the column
 _DESCRIPTORS = (ForwardManyToOneDescriptor, ReverseManyToOneDescriptor, ManyToManyDescriptor)
 _QUERYSET = (
     "__new__", "__init__", "__iter__", "__setattr__", "_fetch_all", "_add_hints", "db", "query",
@@ -101,6 +102,7 @@ def _forward(instances: Sequence[Any], descriptor: Any) -> Relation | None:
     managers: Any = type(manager)
     if (
         field.primary_key
+        or remote.pk is not _PK
         or model._meta.parents
         or field.model._meta.concrete_model is not model._meta.concrete_model
         or type(getattr_static(model, field.attname, None)) not in _COLUMNS
@@ -157,7 +159,9 @@ def relation(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Relati
     (target,) = source.foreign_related_fields
     opts = model._meta
     if (
-        opts.parents
+        model.pk is not _PK
+        or (source.primary_key and source.model.pk is not _PK)
+        or opts.parents
         or target.model._meta.concrete_model is not opts.concrete_model
         or type(getattr_static(model, target.attname, None)) not in _COLUMNS
         or set(map(type, instances)) != {model}

@@ -29,7 +29,7 @@ from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.psycopg_any import BaseTzLoader
-from django.db.models import JSONField, Model
+from django.db.models import JSONField, Model, query
 from django.db.models.base import ModelState
 from django.db.models.expressions import Col, ColPairs
 from django.db.models.fields.files import FileDescriptor
@@ -57,6 +57,7 @@ _AS_TEXT = _plain.get_loader(_JSONB, 0)  # type: ignore[arg-type]  # psycopg's i
 _DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)
 _WITH_MODES = hasattr(ModelState, "fetch_mode")
 
+_populators = query.get_related_populators
 _send, _of_pre_init, _of_post_init = ModelSignal.send, vars(pre_init), vars(post_init)
 _read_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _read_timestamp = datetime.datetime.fromisoformat
@@ -81,7 +82,9 @@ def is_plain(model: type[Model]) -> bool:
 
 
 def is_watched(models: tuple[Any, ...]) -> bool:
-    """Whether a receiver of pre_init or post_init is connected for one of the models."""
+    """Whether instances of the models are made by others, too, or with receivers of signals."""
+    if query.get_related_populators is not _populators:
+        return True
     if pre_init.receivers or post_init.receivers:
         return is_heard((pre_init, post_init), models)
     return ModelSignal.send is not _send or "send" in _of_pre_init or "send" in _of_post_init

@@ -13,9 +13,12 @@ from unittest import mock
 
 import pytest
 from django.db import models
-from django.db.models import Aggregate, Count, Expression, F, Func, QuerySet, Value, query
+from django.db.backends.postgresql.base import DatabaseWrapper as PostgreSQL
+from django.db.backends.postgresql.features import DatabaseFeatures
+from django.db.models import Aggregate, Count, Expression, F, Func, Q, QuerySet, Value, query
 from django.db.models.base import ModelBase
 from django.db.models.expressions import Col, OrderBy
+from django.db.models.functions import Cast
 from django.db.models.lookups import Exact
 from django.db.models.signals import post_init, post_save, pre_init, pre_save
 from django.db.models.sql import compiler
@@ -133,6 +136,7 @@ def _emptied(queryset: Any) -> Any:
 
 
 _count, _init = Query.get_count, models.Model.__init__
+_q, _lookup = Q.__init__, models.Lookup.__init__
 
 
 def from_db(cls: Any, *args: Any) -> Any:
@@ -154,6 +158,19 @@ def init_of_book(self: Any, *args: Any, **kwargs: Any) -> None:
 def as_sql(self: Any, *args: Any, **kwargs: Any) -> Any:
     sql, params = _as_sql(self, *args, **kwargs)
     return sql.replace('"shop_tag"."name"', 'upper("shop_tag"."name")', 1), params
+
+
+def init_of_q(self: Any, *args: Any, **kwargs: Any) -> None:
+    _q(self, *args, **{name: 3 if name == "pk" else value for name, value in kwargs.items()})
+
+
+def init_of_lookup(self: Any, lhs: Any, rhs: Any) -> None:
+    _lookup(self, lhs, [rhs[0]] if isinstance(rhs, list) else rhs)
+
+
+def by_pk() -> Any:
+    publishers = list(Publisher.objects.order_by("id").prefetch_related("books"))
+    return [(each.pk, [book.title for book in each.books.all()]) for each in publishers]
 
 
 class Constant(json.JSONDecoder):
@@ -234,6 +251,27 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
         lambda: noting(models.CharField, "get_db_prep_save"), lambda: set(write()),
     ),
     "add_filter": (lambda: noting(Query, "add_filter"), write),
+    "__init__ of Q": (changed(Q, "__init__", init_of_q), read),
+    "__init__ of Lookup, prefetched": (
+        changed(models.Lookup, "__init__", init_of_lookup), prefetch,
+    ),
+    "get_related_populators": (
+        changed(query, "get_related_populators", lambda *a: []),
+        lambda: [book.__dict__ for book in Book.objects.select_related("publisher")],
+    ),
+    "operators": (
+        changed(PostgreSQL, "operators", PostgreSQL.operators | {"exact": "<> %s"}),
+        lambda: Tag.objects.filter(name="C").count(),
+    ),
+    "data_types": (
+        changed(PostgreSQL, "data_types", PostgreSQL.data_types | {"TextField": "varchar(1)"}),
+        lambda: list(Tag.objects.annotate(t=Cast("name", models.TextField())).values_list("t")),
+    ),
+    "features": (
+        changed(DatabaseFeatures, "supports_over_clause", False),
+        lambda: list(Tag.objects.annotate(n=models.Window(Count("pk"))).values_list("n")),
+    ),
+    "pk": (changed(Publisher, "pk", property(lambda self: 7 - self.id)), by_pk),
 }  # fmt: skip
 
 
