@@ -14,7 +14,7 @@ from django.db.models.manager import BaseManager
 from django.db.models.query import QuerySet, RawQuerySet
 
 from . import bridge, copying, patches, streams, swap
-from ._hooks import terminals
+from ._hooks import routing, terminals
 from ._sessions import engines
 from .pages import see
 
@@ -91,7 +91,7 @@ async def _anative(self: QuerySet[Any] | RawQuerySet[Any]) -> list[Any]:
     _check(self.__iter__, (), {})
     if isinstance(self, QuerySet):
         return await terminals.fetched(self)
-    return await bridge.run(list, self)
+    return await routing.once(bridge.run(list, self))
 
 
 async def _anative_of_manager(self: BaseManager[Any]) -> list[Any]:
@@ -126,7 +126,7 @@ async def native_bulk_create(
         )
     _check(self.bulk_create, (), {})
     if method == "insert":
-        return await bridge.run(self.bulk_create, objs, *args, **options)
+        return await routing.once(bridge.run(self.bulk_create, objs, *args, **options))
     given = inspect.signature(QuerySet.bulk_create).bind(self, objs, *args, **options).arguments
     del given["self"], given["objs"]
     batch_size = given.pop("batch_size", None)

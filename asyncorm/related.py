@@ -291,8 +291,8 @@ def assign(along: Relation, instances: Any, fetched: Any) -> Any:
             for obj in part:
                 groups[of_row(obj)].append(obj)
     if along.field is not None:  # the managers would ask which connection is read from
-        if router.routers:
-            for obj in instances:
+        if router.routers:  # that of the first one has asked
+            for obj in list({id(obj): obj for obj in instances}.values())[1:]:
                 connections[router.db_for_read(along.manager.model, instance=obj)]
         else:
             for alias in {obj._state.db for obj in instances}:

@@ -25,10 +25,13 @@ from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.core.exceptions import SynchronousOnlyOperation
 from django.core.signals import setting_changed
-from django.db import connections, router
+from django.db import connections
+from django.db.models import Model
+from django.db.models.manager import BaseManager
+from django.db.models.query import QuerySet, RawQuerySet
 
 from . import bridge, conf, observers, patches, pools
-from ._hooks import terminals
+from ._hooks import routing, terminals
 from ._sessions import engines, scopes
 
 # Module: the app that must be installed for it to be importable.
@@ -71,7 +74,7 @@ def dispatch(func: Callable[..., Any] | None = None, **options: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Awaitable[Any]:
         if is_native(func, args, kwargs) and not _of_thread(func, args, kwargs):
             return terminals.run(func, *args, **kwargs)
-        return sync_to_async(func, **options)(*args, **kwargs)
+        return routing.once(sync_to_async(func, **options)(*args, **kwargs))
 
     return call
 
@@ -155,11 +158,30 @@ def alias_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
             target = getattr(iterable, "queryset", target)
         if isinstance(target, list | tuple) and target:
             target = target[0]
-    state = getattr(target, "_state", None)
-    if state is not None:
-        return router.db_for_write(type(target), instance=target)
-    alias = getattr(target, "db", None)
-    return alias if isinstance(alias, str) else None
+    return _routed(target, getattr(func, "__name__", "") in _WRITING)
+
+
+_WRITING = {
+    "save", "delete", "create", "get_or_create", "update_or_create", "bulk_create", "bulk_update",
+    "update", "add", "remove", "clear", "set",
+}  # fmt: skip
+
+
+def _routed(target: Any, writes: bool) -> str | None:
+    """The alias of an instance, a queryset or a manager."""
+    known = None
+    model: Any = type(target)
+    hints: Any = {"instance": target}
+    if isinstance(target, Model):
+        known = None if writes else target._state.db
+    elif isinstance(target, BaseManager) and writes and hasattr(target, "instance"):
+        model, hints = getattr(target, "through", target.model), {"instance": target.instance}
+    elif issubclass(model, QuerySet | RawQuerySet | BaseManager):
+        known, model, hints = target._db, target.model, target._hints
+        writes = writes or getattr(target, "_for_write", False)
+    else:
+        return None
+    return known or routing.ask("db_for_write" if writes else "db_for_read", model, **hints)
 
 
 def has_foreign() -> bool:
@@ -201,8 +223,6 @@ def _replace_in(module: ModuleType) -> None:
 def install() -> None:
     """Put `dispatch` in the place of sync_to_async, once, and follow the setting."""
     global _django_aiterator
-    from django.db.models.query import QuerySet
-
     for name, app in MODULES.items():
         if app is None or apps.is_installed(app):
             _replace_in(importlib.import_module(name))

@@ -66,9 +66,10 @@ def get_or_create(original: Callable[..., Any]) -> Any:
         except self.model.DoesNotExist:
             params = self._extract_model_params(defaults, **kwargs)
             try:
-                if _is_outside(self.db) and inserts_alone(self, params):
+                using = self.db
+                if _is_outside(using) and inserts_alone(self, params):
                     return self.create(**params), True
-                with transaction.atomic(using=self.db):
+                with transaction.atomic(using=using):
                     params = dict(resolve_callables(params))
                     return self.create(**params), True
             except IntegrityError:

@@ -26,6 +26,7 @@ from .._chains.values import kind_of
 from ..bridge import Runner
 from ..statements import UNPLANNED
 from ..wrappers import Wrapper
+from . import routing
 from .iterate import compile_instances, iterating_plan, mode_of
 from .switch import native_wrapper
 
@@ -57,7 +58,10 @@ def get(original: Callable[..., Any]) -> Any:
                 return elsewhere.again(self, exc, lambda: original(self, *args, **kwargs))
             if found is not None:
                 return only(self, found)
-        return original(self, *args, **kwargs)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            routing.forget()
 
     global _own_get
     _own_get = functools.wraps(original)(get)
@@ -90,10 +94,10 @@ class _Found:
 
 
 def _got(queryset: QuerySet[Any], kwargs: dict[str, Any]) -> list[Any] | None:
-    if (wrapper := native_wrapper(queryset.db)) is None:
-        return None
-    found = _get_plan(queryset, kwargs, wrapper)
+    wrapper = native_wrapper(alias := queryset.db)
+    found = None if wrapper is None else _get_plan(queryset, kwargs, wrapper)
     if found is None:
+        routing.keep_of(queryset, alias)
         return None
     plan, params = found
     return items(plan, params, 0, wrapper, mode_of(queryset))

@@ -19,7 +19,7 @@ from greenlet import getcurrent
 from .. import bridge, grounds
 from .._cache.awaited import UNSERVED, Found, awaited
 from ..wrappers import Wrapper
-from . import switch
+from . import routing, switch
 from .create import CALLED, Plain, inserts_alone, saved_plainly
 from .get import PLAIN_VALUES
 from .iterate import mode_of
@@ -35,7 +35,10 @@ async def save(obj: Model, args: _Arguments, kwargs: _Keywords) -> Any:
     if args or (plain := saved_plainly(type(obj))) is None or obj.get_deferred_fields():
         return UNSERVED
     alias = _alias_of(obj, kwargs)
-    return UNSERVED if alias is None else await _saved(obj, {**kwargs, "using": alias}, plain)
+    if alias is None:
+        return UNSERVED
+    done = await _saved(obj, {**kwargs, "using": alias}, plain)
+    return _unserved(obj, kwargs, alias) if done is UNSERVED else done
 
 
 async def create(queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
@@ -61,8 +64,10 @@ async def delete(obj: Any, args: _Arguments, kwargs: _Keywords) -> Any:
     if args or kwargs.get("keep_parents") or cls._meta.proxy or not obj._is_pk_set():
         return UNSERVED
     alias = _alias_of(obj, kwargs)
-    if alias is None or not deletes_alone(base, alias, obj):
+    if alias is None:
         return UNSERVED
+    if not deletes_alone(base, alias, obj):
+        return _unserved(obj, kwargs, alias)
     key = obj.pk
 
     def find(wrapper: Wrapper) -> Found | None:
@@ -73,6 +78,12 @@ async def delete(obj: Any, args: _Arguments, kwargs: _Keywords) -> Any:
     if count is not UNSERVED:
         setattr(obj, cls._meta.pk.attname, None)
         return count, {cls._meta.label: count}
+    return _unserved(obj, kwargs, alias)
+
+
+def _unserved(obj: Model, kwargs: _Keywords, alias: str) -> Any:
+    if not kwargs.get("using"):
+        routing.keep(alias, "db_for_write", type(obj), {"instance": obj})
     return UNSERVED
 
 

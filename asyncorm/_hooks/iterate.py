@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
+from itertools import islice
 from typing import Any
 
 import django
@@ -26,6 +27,7 @@ from ..driver import SLICE, Connection
 from ..rows import RowMaker
 from ..statements import Compiled
 from ..wrappers import Wrapper
+from . import routing
 from .switch import native_wrapper
 
 _Iterate = Callable[[Any], Iterator[Any]]
@@ -40,7 +42,7 @@ def planned(cls: type[Any]) -> _Iterate:
         whole = not self.chunked_fetch
         if type(getcurrent()) is Runner and not (whole and self.chunk_size != _WHOLE):
             queryset = self.queryset
-            wrapper = native_wrapper(queryset.db)
+            wrapper = native_wrapper(alias := queryset.db)
             if wrapper is not None:
                 found = queryset_plan(queryset, wrapper, cls)
                 if found is not None and not rows.is_watched(found[0].maker.models):  # type: ignore[union-attr]
@@ -49,7 +51,8 @@ def planned(cls: type[Any]) -> _Iterate:
                         return iter(related(queryset, found[0], items(*found, wrapper, mode)))
                     parts = chunks(*found, wrapper, mode, self.chunk_size)
                     return _each(parts, queryset, found[0])
-                return _in_turns(original(self), wrapper)
+            made = _made(original, self, alias)
+            return made if wrapper is None else _in_turns(made, wrapper)
         return original(self)
 
     _ours[cls] = __iter__
@@ -57,6 +60,18 @@ def planned(cls: type[Any]) -> _Iterate:
 
 
 _ours: dict[Any, _Iterate] = {}
+
+
+def _made(original: _Iterate, iterable: Any, alias: str) -> Iterator[Any]:
+    """What Django makes, on the alias that was chosen."""
+    routing.keep_of(iterable.queryset, alias)
+    try:
+        made = iter(original(iterable))
+        first = [*islice(made, 1)]
+    finally:
+        routing.forget()
+    yield from first
+    yield from made
 
 
 def _in_turns(made: Iterable[Any], wrapper: Wrapper) -> Iterator[Any]:

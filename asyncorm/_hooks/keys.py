@@ -20,6 +20,7 @@ from ..grounds import Ground
 from ..shapes import MAX_PARAMS, NotCacheable, Shape
 from ..statements import UNPLANNED, hit, learn, plans, recall, remember
 from ..wrappers import Wrapper
+from . import routing
 from .iterate import compile_instances, mode_of, queryset_plan
 from .switch import native_wrapper
 
@@ -38,7 +39,20 @@ def by_keys(
 
     None: have Django do it.
     """
-    wrapper = native_wrapper(queryset.db)
+    alias = queryset.db
+    found = _of_keys(queryset, native_wrapper(alias), what, keys, narrow)
+    if found is None:
+        routing.keep_of(queryset, alias)
+    return found
+
+
+def _of_keys(
+    queryset: QuerySet[Any],
+    wrapper: Wrapper | None,
+    what: object,
+    keys: list[Any],
+    narrow: Callable[[], Any],
+) -> list[Any] | None:
     if wrapper is None or queryset._iterable_class is not query.ModelIterable:
         return None
     mode = mode_of(queryset)

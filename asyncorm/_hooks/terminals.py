@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import OperationalError, router
+from django.db import OperationalError
 from django.db.models import query as models_query
 from django.db.models.query import QuerySet
 
@@ -21,7 +21,7 @@ from .._cache.plan import Plan
 from .._chains.recorded import Recorded
 from ..statements import UNPLANNED, plan_for
 from ..wrappers import Wrapper
-from . import get, instances, switch
+from . import get, instances, routing, switch
 from .aggregate import aggregate_plan, count_plan, exists_plan, named_values
 from .iterate import iterating_plan, mode_of, related
 from .write import Written, compile_write, raw_delete_plan, update_plan
@@ -29,12 +29,6 @@ from .write import Written, compile_write, raw_delete_plan, update_plan
 _Queryset = QuerySet[Any]
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
-
-
-class _Chosen(NamedTuple):
-    """That a statement is not known, and the alias that a router has chosen for it."""
-
-    alias: str
 
 
 class _Terminal(NamedTuple):
@@ -58,30 +52,9 @@ async def run(method: Any, /, *args: Any, **kwargs: Any) -> Any:
     terminal = _terminals.get(getattr(method, "__func__", None))
     if terminal is not None and switch.is_on:
         value = await terminal(method.__self__, args, kwargs)
-        if type(value) is _Chosen:
-            return await _run_there(value.alias, method, args, kwargs)
         if value is not UNSERVED:
             return value
-    return await bridge.run(method, *args, **kwargs)
-
-
-async def _run_there(alias: str, method: Any, args: _Args, kwargs: _Kwargs) -> Any:
-    """Run a queryset's method on the alias that was chosen for it.
-
-    A router that takes turns, asked a second time, would choose the same alias each time. Others
-    may have the queryset, too, and make theirs of it meanwhile: a copy has the alias.
-    """
-    queryset = method.__self__
-    there = object.__new__(type(queryset))
-    queryset.query  # noqa: B018 - what a relation has put off is done once
-    there.__dict__.update(vars(queryset), _db=alias)
-    before = there._result_cache
-    try:
-        return await bridge.run(method.__func__, there, *args, **kwargs)
-    finally:
-        cache = there._result_cache
-        if cache is not before and (cache is None or queryset._result_cache is None):
-            queryset._result_cache, queryset._prefetch_done = cache, there._prefetch_done
+    return await routing.once(bridge.run(method, *args, **kwargs))
 
 
 async def fetched(queryset: Any) -> list[Any]:
@@ -89,7 +62,7 @@ async def fetched(queryset: Any) -> list[Any]:
     if is_djangos(queryset, "__iter__", "__len__", "_fetch_all"):
         await run(queryset._fetch_all)
         return list(queryset._result_cache)
-    return await bridge.run(list, queryset)
+    return await routing.once(bridge.run(list, queryset))
 
 
 async def _awaited(terminal: _Terminal, queryset: Any, args: _Args, kwargs: _Kwargs) -> Any:
@@ -117,9 +90,8 @@ async def _awaited(terminal: _Terminal, queryset: Any, args: _Args, kwargs: _Kwa
             raise
         return UNSERVED
     if value is UNSERVED:
-        # ReplicaRouter is asked again: it may have to choose another one if this one is gone.
-        is_routed = router.routers and queryset._db is None and not elsewhere.routers()
-        return _Chosen(alias) if is_routed else UNSERVED
+        routing.keep_of(queryset, alias)
+        return UNSERVED
     try:
         return terminal.finish(queryset, plan, value)
     except SynchronousOnlyOperation:  # of whether two instances may be related

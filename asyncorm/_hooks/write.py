@@ -28,7 +28,7 @@ from ..grounds import Ground
 from ..shapes import NotCacheable
 from ..statements import UNPLANNED, Compiled, hit, learn, plan_for, recall
 from ..wrappers import Wrapper
-from . import switch
+from . import routing, switch
 from .get import PLAIN_VALUES
 from .switch import Asked, native_wrapper
 
@@ -150,7 +150,11 @@ def update(original: Callable[..., Any]) -> Any:
                     count = count_of(*found, wrapper)
                 self._result_cache = None
                 return count
-        return original(self, **kwargs)
+            routing.keep_of(self, using)
+        try:
+            return original(self, **kwargs)
+        finally:
+            routing.forget()
 
     return update
 

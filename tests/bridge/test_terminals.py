@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync
+from django.core.exceptions import FieldDoesNotExist, FieldError
 from django.db import connections, models, router, transaction
 from django.db.models import Count, F, Max, QuerySet, Sum, Value
 from django.db.models.functions import Concat
@@ -25,7 +26,7 @@ from asyncorm._hooks import terminals
 from tests.cancellation.test_cancellation import by_anyio, by_cancel, by_many_cancels, by_timeout
 from tests.project.myapp.models import Item
 from tests.project.shop.models import Author, Book, Publisher
-from tests.support import administrator, all_given_back, database, eventually
+from tests.support import administrator, all_given_back, database, eventually, in_thread
 
 ALIAS = "few"
 SWAPPED = override_settings(ASYNCORM={"SWAP_MANAGERS": True})
@@ -939,6 +940,123 @@ async def test_a_router_is_asked_once_for_a_read(few: str, name: str, queryset: 
             assert (asked._result_cache is not None) == (name == "_fetch_all")
             read += [each.alias for each in statement.ended]
         assert read == chosen == [ALIAS, "default"] * 2
+
+
+class Noting(Turns):
+    """The same, which notes all that it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Any] = []
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        self.asked.append((super().db_for_read(model), model, [*hints]))
+        return self.chosen[-1]
+
+    def db_for_write(self, model: Any, **hints: Any) -> str:
+        self.asked.append((model, [*hints]))
+        return ALIAS
+
+
+ASKED: dict[str, Call] = {
+    "union": (lambda: Item.objects.all()[:2].union(Item.objects.all()[:1]), "list", {}),
+    "text of the user's": (lambda: Item.objects.extra(where=["remote_id = 3"]), "list", {}),
+    "raw": (lambda: Item.objects.raw("SELECT * FROM myapp_item WHERE id < 3"), "list", {}),
+    "get": (lambda: Item.objects.filter(name="name 3"), "get", {"remote_id": 3}),
+    "get by text": (lambda: Item.objects.extra(where=["remote_id = 3"]), "get", {"pk__gt": 0}),
+    "count": (Item.objects.all, "count", {}),
+    "get_or_create": (Item.objects.all, "get_or_create", {"remote_id": 3}),
+    "create": (Item.objects.all, "get_or_create", {"remote_id": 999}),
+    "save": (lambda: Item(pk=3, remote_id=3), "save", {}),
+    "save some": (lambda: Item(pk=3, name="new"), "save", {"update_fields": ["name"]}),
+    "refresh_from_db": (lambda: Item(pk=3), "refresh_from_db", {}),
+    "prefetch": (
+        lambda: Publisher.objects.order_by("pk").prefetch_related("books")[:3], "list", {},
+    ),
+    "add": (lambda: Book(pk=1, publisher_id=1).tags, "add", {}),
+}  # fmt: skip
+
+
+async def asked_for(call: Call, how: str) -> Any:
+    """What a router is asked while something is executed again and again."""
+    what, name, kwargs = call
+    statements.clear()
+    with override_settings(DATABASE_ROUTERS=[Noting()]):
+        for _ in range(4):
+            one = what()
+            if how == "loop" and name == "list":
+                [each async for each in one]
+            elif how == "loop":
+                await getattr(one, f"a{name}")(**kwargs)
+            else:
+                method = functools.partial(list, one) if name == "list" else getattr(one, name)
+                function = functools.partial(method, **kwargs)
+                await (in_thread(function) if how == "thread" else native(function)())
+        return router.routers[0].asked
+
+
+@pytest.mark.parametrize("name", ASKED)
+async def test_a_router_is_asked_as_often_as_by_django(few: str, name: str) -> None:
+    for alias in (ALIAS, "default"):
+        await Item.objects.using(alias).acount()
+    asked = {}
+    for how in ("thread", "loop", "native"):
+        fill()
+        asked[how] = await asked_for(ASKED[name], how)
+    assert asked["loop"] == asked["native"] == asked["thread"] != []
+
+
+class Told:
+    """A router that names the alias that it was told."""
+
+    alias = ALIAS
+
+    def db_for_read(self, model: Any, **hints: Any) -> str:
+        return self.alias
+
+    db_for_write = db_for_read
+
+
+@pytest.mark.parametrize("name", ["get", "update"])
+async def test_what_a_router_said_for_one_call_is_not_said_to_the_next(few: str, name: str) -> None:
+    """It may go by what has been written meanwhile."""
+    error = FieldDoesNotExist if name == "update" else FieldError
+    told = Told()
+
+    def synchronously() -> None:
+        with pytest.raises(error):
+            getattr(Item.objects, name)(no_such=1)
+        told.alias = "default"
+        getattr(Item.objects.filter(remote_id=3), name)(name="name 3")
+
+    async def awaiting() -> None:
+        with pytest.raises(error):
+            await getattr(Item.objects, f"a{name}")(no_such=1)
+        told.alias = "default"
+        await getattr(Item.objects.filter(remote_id=3), f"a{name}")(name="name 3")
+
+    for call in (native(synchronously), awaiting):
+        told.alias = ALIAS
+        with override_settings(DATABASE_ROUTERS=[told]), Statements() as statement:
+            await call()
+        assert {each.alias for each in statement.ended} == {"default"}
+
+
+async def test_where_a_write_goes_is_told_by_the_alias_that_it_is_for(few: str) -> None:
+    """Reads are for another engine, whose calls stay in threads."""
+
+    class Both(Noting):
+        def db_for_read(self, model: Any, **hints: Any) -> str:
+            super().db_for_read(model, **hints)
+            return "legacy"
+
+    fill()
+    with override_settings(DATABASE_ROUTERS=[Both()]), Statements() as statement:
+        assert await Item.objects.filter(remote_id=3).aupdate(name="new") == 1
+        assert [each.alias for each in statement.ended] == [ALIAS]
+        with pytest.raises(Exception, match="myapp_item"):
+            await Item.objects.aget(remote_id=3)
+        assert len(router.routers[0].chosen) == 1
 
 
 async def test_a_router_may_ask_the_database_where_to_write(few: str) -> None:
