@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import django
 from django.db import models
 from django.db.models import Field, lookups
 from django.db.models.expressions import Col, ColPairs, Exists, Subquery
@@ -58,6 +59,7 @@ COMPARISONS = {
     related_lookups.RelatedGreaterThan, related_lookups.RelatedGreaterThanOrEqual,
     related_lookups.RelatedLessThanOrEqual,
 }  # fmt: skip
+_ASKS_FOR_NULL = django.VERSION < (5, 2, 1)  # among the keys of a relation, wherever it comes
 NULLS = {lookups.IsNull, related_lookups.RelatedIsNull}
 _EXACT = {lookups.Exact, lookups.IntegerFieldExact, related_lookups.RelatedExact}
 LOOKUPS = _PATTERNS | COMPARISONS
@@ -329,7 +331,7 @@ class Shape:
             raise NotCacheable
         params = []
         for (value,) in lookup.rhs:
-            if hasattr(value, "as_sql"):
+            if hasattr(value, "as_sql") or (value is None and _ASKS_FOR_NULL):
                 raise NotCacheable
             if value is not None:
                 params.append(col.output_field.get_db_prep_value(value, connection=self.wrapper))
