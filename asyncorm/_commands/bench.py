@@ -66,7 +66,8 @@ def _named(label: str) -> Any:
     try:
         return apps.get_model(label)
     except (LookupError, ValueError) as exc:
-        raise CommandError(f"There is no model {label!r}: {exc}" + see("command#bench")) from exc
+        why = exc if isinstance(exc, LookupError) else "It is written app_label.Model."
+        raise CommandError(f"There is no model {label!r}: {why}" + see("command#bench")) from exc
 
 
 def _largest(alias: str) -> Any:

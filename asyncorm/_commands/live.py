@@ -47,7 +47,7 @@ def run(options: dict[str, Any], write: Callable[[str], Any]) -> None:
         while True:
             for line in _lines(_ask(url)):
                 write(line)
-            if not options["every"]:
+            if options["every"] <= 0:
                 return
             time.sleep(options["every"])
             write("")

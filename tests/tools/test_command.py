@@ -470,6 +470,8 @@ def test_bench_says_what_it_cannot_measure() -> None:
         shown("bench", "shop.Tag")
     with pytest.raises(CommandError, match=r"no model 'shop\.Nothing'"):
         shown("bench", "shop.Nothing")
+    with pytest.raises(CommandError, match=r"no model 'Tag': It is written app_label\.Model\."):
+        shown("bench", "Tag")
     with pytest.raises(CommandError, match="'legacy' does not run natively"):
         shown("bench", "--database", "legacy")
 

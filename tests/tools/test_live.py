@@ -108,8 +108,8 @@ async def test_in_a_terminal(settings: Any) -> None:
     app = get_asgi_application()
     async with served(app) as address:
 
-        async def look() -> str:
-            return await asyncio.to_thread(shown, "live", address, "--every", "0")
+        async def look(every: str = "0") -> str:
+            return await asyncio.to_thread(shown, "live", address, "--every", every)
 
         await ask(app, "/work/first")
         busy = asyncio.create_task(ask(app, "/hold/"))
@@ -121,6 +121,7 @@ async def test_in_a_terminal(settings: Any) -> None:
         assert re.search(r"\nGET /hold/: 0 queries, not ended\n", text), text
         assert re.search(r"\nGET /work/first: \d+ queries, [\d.]+ ms\n", text), text
         await busy
+        assert "default: " in await look("-1"), "once, too"
 
         settings.DEBUG = False
         with pytest.raises(CommandError, match="answers 404; it answers with DEBUG only"):
