@@ -7,6 +7,7 @@ from asyncio import CancelledError, Task
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -48,7 +49,7 @@ async def stream(queryset: QuerySet[Any], chunk_size: int, read_ahead: int) -> A
                 await ahead.stop()
             finally:
                 if new:
-                    await leaving.unpin(session, lambda session: rows.close())
+                    await leaving.unpin(session, partial(_close, rows))
                 else:
                     await leaving.clean_up(rows.close)
     except (Error, InvalidCursorName) as exc:
@@ -65,6 +66,12 @@ async def stream(queryset: QuerySet[Any], chunk_size: int, read_ahead: int) -> A
                 "True, or stream inside asyncorm.atomic()." + see("pgbouncer#settings")
             ) from exc
         raise
+
+
+def _close(rows: Any, session: Session) -> None:
+    rows.close()
+    for cursor in [*(session.cursors or ())]:  # where what makes the rows has failed
+        cursor.close()
 
 
 class _Chunks:

@@ -255,7 +255,8 @@ class ConnectionPool(GrowingPool[PooledConnection]):
             conn.renew()
             if changed:
                 self.role_changed(conn)
-        except Exception:
+        except Exception as exc:
+            logger.warning("A session was not reset, and is closed: %r", exc)
             conn.twin.terminate()
         self.give(conn)
 

@@ -157,6 +157,28 @@ async def test_rows_before_an_error_are_delivered(inside: bool) -> None:
     await all_given_back()
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+async def test_code_that_fails_at_a_row_costs_no_connection(
+    ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = await native(backend_pid)()
+    error = None
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Book, "from_db", classmethod(fail))
+        try:
+            async for _ in Book.objects.native_iterator(5, read_ahead=ahead):
+                pass
+        except ZeroDivisionError as exc:
+            error = exc  # it keeps what made the rows
+    await all_given_back()
+    assert await native(backend_pid)() == pid
+    assert error is not None
+
+
 async def test_blocks_between_chunks() -> None:
     """Blocks that open and close while a chunk is read, with statements in them."""
     with override_settings(ASYNCORM={"LOCK_TIMEOUT": 5.0}):
