@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
 from copy import copy
+from functools import partial
 from time import monotonic
 from typing import Any, Protocol
 
@@ -166,7 +167,7 @@ class Queue:
         self._taking = Lock()
         self.waiting = 0
         self.pending = 0
-        self.starting: dict[Task[None] | None, _Segment] = {}
+        self.starting: dict[object, _Segment] = {}
 
     def seal(self) -> None:
         """Somebody waits for a connection to himself: what comes later stands behind him."""
@@ -220,18 +221,18 @@ class Queue:
     def _start(self, segment: _Segment) -> None:
         segment.pipelines += 1
         self.pending += 1
+        self.starting[token := object()] = segment  # before the task, which may begin at once
         task = get_running_loop().create_task(
-            bridge.run(self._run_pipeline, segment, monotonic()), context=Context()
+            bridge.run(self._run_pipeline, segment, token, monotonic()), context=Context()
         )
-        self.starting[task] = segment
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._ended, token))
 
-    def _ended(self, task: Task[None]) -> None:
+    def _ended(self, token: object, task: Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # the requests have been told
-        elif (segment := self.starting.pop(task, None)) is not None:  # it has not begun
+        elif (segment := self.starting.pop(token, None)) is not None:  # it has not begun
             segment.pipelines -= 1
             self.pending -= 1
             if not all(request.future.done() for request in segment.waiting):
@@ -253,9 +254,9 @@ class Queue:
             task.cancel()
             await finish(task, 2 * CANCEL_TIMEOUT)
 
-    def _run_pipeline(self, segment: _Segment, started: float) -> None:
+    def _run_pipeline(self, segment: _Segment, token: object, started: float) -> None:
         runner = bridge.running()
-        self.starting.pop(current_task(), None)
+        self.starting.pop(token, None)
         requests: list[_Request] | None = None
         try:
             with self._source.connection() as conn:
@@ -490,11 +491,9 @@ def _fail_all(requests: list[_Request], exc: BaseException) -> None:
 
 def _fail(future: Future[Any], exc: BaseException) -> None:
     """Tell one of several of an error: an exception is raised in one place only."""
-    if future.done():
-        return
     if not isinstance(exc, Exception):
         future.cancel()
-        return
-    own = copy(exc)
-    own.__cause__ = exc.__cause__ or exc
-    future.set_exception(own)
+    elif not future.done():
+        own = copy(exc)
+        own.__cause__ = exc.__cause__ or exc
+        future.set_exception(own)

@@ -24,7 +24,7 @@ from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 
 import asyncorm
-from asyncorm import bridge, multiplexing, native
+from asyncorm import bridge, multiplexing, native, pools
 from asyncorm._wire import texts
 from asyncorm.rows import RowMaker
 from asyncorm.statements import clear
@@ -103,6 +103,23 @@ async def test_statements_travel_together(grown: str) -> None:
     assert stats["statements_pipelined"] > 50
     assert stats["pipelines"] < stats["statements_pipelined"] / 2
     assert stats["pool_size"] == 2
+    assert stats["requests_waiting"] == 0
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="from Python 3.12 on")
+async def test_nobody_is_left_waiting_where_tasks_begin_at_once(grown: str) -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+    try:
+        results = await asyncio.gather(*[query("SELECT %s::int", [n]) for n in range(50)])
+    finally:
+        loop.set_task_factory(None)
+    assert results == list(range(50))
+    pool = pools.find(grown)
+    assert pool is not None and pool.queue is not None
+    assert not pool.queue.starting
+    stats = await all_given_back(grown)
+    assert stats["statements_pipelined"] > 0
     assert stats["requests_waiting"] == 0
 
 
