@@ -255,6 +255,19 @@ def getter(field: Field[Any, Any]) -> Callable[[Any], Any]:
     return lambda obj: field.pre_save(obj, True)
 
 
+def row_getter(fields: Sequence[Any], *, raw: bool = False, add: bool = True) -> Any:
+    """What gives the values of an object that are to be saved, as `pre_save()` does."""
+    others = [] if raw else [f for f in fields if type(f).pre_save is not models.Field.pre_save]
+    get = attrgetter(*(field.attname for field in fields))
+
+    def values(obj: Any) -> Sequence[Any]:
+        if all(map(is_stored, others)):
+            return get(obj) if len(fields) > 1 else (get(obj),)
+        return [getattr(obj, f.attname) if raw else f.pre_save(obj, add) for f in fields]
+
+    return values
+
+
 def slices(objs: list[Any], turn: Callable[[], None]) -> Iterator[list[Any]]:
     """The objects, some at a time; `turn()` may let other tasks run between."""
     for start in range(0, len(objs), SLICE):

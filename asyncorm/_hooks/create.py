@@ -24,7 +24,7 @@ from django.db.models.utils import resolve_callables
 from greenlet import getcurrent
 
 from ..bridge import Runner
-from ..columnar import PRE_SAVES
+from ..columnar import PRE_SAVES, row_getter
 from ..grounds import Ground, is_anothers
 from ..rows import is_heard
 from ..shapes import NotCacheable
@@ -102,6 +102,7 @@ class Plain(NamedTuple):
         fields: what is inserted; None, as the others, where it is not known what Django does.
         keyless: the same where the database makes the key; None where it does not.
         others: what is updated.
+        values: gives the values of these.
         returned: what an INSERT returns.
     """
 
@@ -110,6 +111,7 @@ class Plain(NamedTuple):
     fields: tuple[Any, ...] | None
     keyless: tuple[Any, ...] | None
     others: tuple[Any, ...] | None
+    values: Any
     returned: tuple[Any, ...]
 
 
@@ -153,10 +155,13 @@ def _looked_at(model: Any) -> tuple[Plain, Ground]:
     names = frozenset(name for field in fields for name in (field.name, field.attname))
     key, all_fields, returned = opts.pk, tuple(fields), tuple(opts.db_returning_fields)
     if not _IS_KNOWN or any(field.generated for field in fields):
-        return Plain(names, key, None, None, None, returned), Ground((), [model])
+        return Plain(names, key, None, None, None, None, returned), Ground((), [model])
     others = tuple(field for field in fields if field not in opts.pk_fields)
+    values = row_getter(others, add=False) if others else None
     made = key is opts.auto_field and not (key.has_default() or key.has_db_default())
-    plain = Plain(names, key, all_fields, others if made else None, others, returned)
+    plain = Plain(
+        names, key, all_fields, others if made else None, others or None, values, returned
+    )
     return plain, Ground((), [model])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from operator import attrgetter
 from typing import Any
 
 from django.db.models import Field, Manager, Model, query
@@ -14,6 +13,7 @@ from django.db.models.sql.compiler import SQLInsertCompiler
 from django.db.models.sql.subqueries import InsertQuery
 
 from .. import bulk, columnar, distributed, grounds
+from .._cache.awaited import Found
 from .._cache.execute import count_of, items
 from .._cache.families import family
 from .._cache.plan import Plan
@@ -26,6 +26,8 @@ from ..statements import UNPLANNED, count, hit, learn, recall
 from ..wrappers import Wrapper
 from . import switch
 from .switch import Asked, native_wrapper
+
+_Fields = tuple[Any, ...]
 
 
 def execute_insert(original: Callable[..., Any]) -> Any:
@@ -64,18 +66,11 @@ def do_insert(original: Any) -> Any:
         wrapper = asked or native_wrapper(using)
         if type(manager) is Manager and wrapper is not None:
             columns, returning = tuple(fields), tuple(returning_fields or ())
-            key = _insert_key(wrapper, manager.model, raw, columns, returning)
-            plan = recall(key)
-            if plan is not None and plan is not UNPLANNED:
-                params = _insert_params(self, wrapper, *plan.ready)
-                if params is not None and hit(
-                    key, plan, params, 0, lambda: bulk.compiled_again(
-                        manager.model, columns, [self], returning, wrapper
-                    ),
-                ):  # fmt: skip
-                    if asked:
-                        raise Asked((plan, params, 0), returning)
-                    return _inserted(plan, params, wrapper)
+            found = known_insert(self, manager.model, wrapper, columns, returning, raw=raw)
+            if found is not None:
+                if asked:
+                    raise Asked(found, returning)
+                return _inserted(*found[:2], wrapper)
         if asked:
             raise Asked(None)
         return original(self, manager, using, fields, returning_fields, raw)
@@ -83,8 +78,23 @@ def do_insert(original: Any) -> Any:
     return do_insert
 
 
+def known_insert(
+    obj: Any, model: Any, wrapper: Wrapper, fields: _Fields, returning: _Fields, *, raw: bool
+) -> Found | None:
+    """The INSERT of one object, if it is known."""
+    key = _insert_key(wrapper, model, raw, fields, returning)
+    plan = recall(key)
+    if plan is None or plan is UNPLANNED:
+        return None
+    params = _insert_params(obj, wrapper, *plan.ready)
+    again = lambda: bulk.compiled_again(model, fields, [obj], returning, wrapper)  # noqa: E731
+    if params is None or not hit(key, plan, params, 0, again):
+        return None
+    return plan, params, 0
+
+
 def _insert_key(
-    wrapper: Wrapper, model: Any, raw: bool, fields: tuple[Any, ...], returning: tuple[Any, ...]
+    wrapper: Wrapper, model: Any, raw: bool, fields: _Fields, returning: _Fields
 ) -> tuple[Any, ...]:
     return (
         wrapper.alias, InsertQuery, model, model._meta.db_table, raw,
@@ -103,19 +113,6 @@ def _insert_params(
         return preparing.params(values(obj), wrapper)
     except Exception:
         return None
-
-
-def _getter(fields: tuple[Any, ...], raw: bool) -> Callable[[Any], Sequence[Any]]:
-    """What gives the values of an object that are to be saved, as `pre_save()` does."""
-    others = [] if raw else [f for f in fields if type(f).pre_save is not Field.pre_save]
-    get = attrgetter(*(field.attname for field in fields))
-
-    def values(obj: Any) -> Sequence[Any]:
-        if all(map(columnar.is_stored, others)):
-            return get(obj) if len(fields) > 1 else (get(obj),)
-        return [getattr(obj, f.attname) if raw else f.pre_save(obj, True) for f in fields]
-
-    return values
 
 
 def _inserted(plan: Plan, params: list[Any], wrapper: Wrapper) -> list[Any]:
@@ -137,7 +134,9 @@ def _insert_plan(
     params: Any = None
     if plan is not None and all(type(field).pre_save in columnar.PRE_SAVES for field in fields):
         whole = columnar.Preparing(fields, [None] * len(fields))
-        params = _insert_params(query.objs[0], wrapper, _getter(fields, query.raw), whole)
+        params = _insert_params(
+            query.objs[0], wrapper, columnar.row_getter(fields, raw=query.raw), whole
+        )
     if params is None:
         count("unfit")
         return None
@@ -170,7 +169,7 @@ def _plan_insert(
     kinds = [family(field, wrapper) for field in fields]
     plan = Plan(sql, kinds, maker, (fields, returning), by_server=writes_as_django(wrapper))
     preparing = columnar.Preparing(fields, [*map(columnar.as_is, fields)])
-    plan.ready = _getter(fields, compiler.query.raw), preparing
+    plan.ready = columnar.row_getter(fields, raw=compiler.query.raw), preparing
     params[:] = found
     return plan, grounds.of_query(compiler.query, (fields, returning), maker, wrapper, ())
 

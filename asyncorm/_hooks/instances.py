@@ -8,11 +8,12 @@ prepared everything. What follows is done here. So it is only for models of whic
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import router
-from django.db.models import Model, base
+from django.db.models import Manager, Model, base
 from django.db.models.query import QuerySet
 from greenlet import getcurrent
 
@@ -22,9 +23,10 @@ from ..wrappers import Wrapper
 from . import routing, switch
 from .create import CALLED, Plain, inserts_alone, saved_plainly
 from .get import PLAIN_VALUES
+from .insert import known_insert
 from .iterate import mode_of
 from .switch import Asked
-from .write import delete_plan
+from .write import delete_plan, save_plan
 
 _Arguments = tuple[Any, ...]
 _Keywords = dict[str, Any]
@@ -112,11 +114,11 @@ async def _saved(obj: Model, options: _Keywords, plain: Plain) -> Any:
 
     def find(wrapper: Wrapper) -> Found | None:
         nonlocal asked, error, done
-        switch.asking[id(obj)] = wrapper  # what it would execute is raised, not executed
         try:
-            _ask(obj, options, plain)
-            obj.save(**options)
-            done = True  # there is nothing to be saved
+            asked = _known(obj, options, plain, wrapper)
+            if asked is None:
+                _ask(obj, options, wrapper)
+                done = True  # there is nothing to be saved
         except Asked as exc:
             asked = exc.with_traceback(None)  # which refers to all this
         except SynchronousOnlyOperation as exc:  # Django may have marked the block
@@ -124,8 +126,6 @@ async def _saved(obj: Model, options: _Keywords, plain: Plain) -> Any:
                 wrapper.needs_rollback, wrapper.rollback_exc = False, None
         except Exception as exc:
             error = exc
-        finally:
-            del switch.asking[id(obj)]
         return None if asked is None else asked.found
 
     result = await awaited(options["using"], find, writes=True)
@@ -145,36 +145,54 @@ async def _saved(obj: Model, options: _Keywords, plain: Plain) -> Any:
     return None
 
 
-_hooked: Any = None  # what comes before each statement
-_NO_OPTIONS: _Keywords = {
-    "using": None, "force_insert": False, "force_update": False, "update_fields": None,
-}  # fmt: skip
+def _ask(obj: Model, options: _Keywords, wrapper: Wrapper) -> None:
+    """Have `save()` raise what it would execute (`Asked`), not execute it."""
+    switch.asking[id(obj)] = wrapper
+    try:
+        obj.save(**options)
+    finally:
+        del switch.asking[id(obj)]
 
 
-def _ask(obj: Any, options: _Keywords, plain: Plain) -> None:
-    """Raise `Asked` as `save()` does, without what it does for other models than such a one."""
-    others = {**_NO_OPTIONS, **options}
-    inserts = others["force_insert"]
+_of_models = attrgetter("_do_insert", "_do_update")  # what comes before each statement
+_FROM_MANAGERS = "using", "get_queryset", "_queryset_class"  # the queryset of an UPDATE does
+_of_managers = attrgetter(*_FROM_MANAGERS)
+_hooked: Any = None
+
+
+def _known(obj: Any, options: _Keywords, plain: Plain, wrapper: Wrapper) -> Asked | None:
+    """The same without what `save()` does for other models than such a one; None if it is one."""
+    inserts, manager = options.get("force_insert", False), obj._meta.base_manager
     if (
         type(inserts) is not bool
-        or {**others, "using": None, "force_insert": False} != _NO_OPTIONS
-        or (Model._do_insert, Model._do_update) != _hooked
+        or not options.keys() <= _OPTIONS
+        or options.get("force_update", False) is not False
+        or options.get("update_fields") is not None
+        or type(manager) is not Manager
+        or (_of_models(Model), _of_managers(Manager)) != _hooked
         or not CALLED.isdisjoint(vars(obj))
+        or not vars(manager).keys().isdisjoint(_FROM_MANAGERS)
     ):
-        return
-    key, using, manager = getattr(obj, plain.key.attname), options["using"], obj._meta.base_manager
+        return None
+    key, using = getattr(obj, plain.key.attname), options["using"]
     fields = None
     if key is None:
         inserts, fields = True, plain.keyless
     elif type(key) in PLAIN_VALUES and (inserts or not obj._state.adding):
         fields = plain.fields if inserts else plain.others
-    if fields is None:
-        return
-    obj._prepare_related_fields_for_save(operation_name="save")
+    if fields is None or (not inserts and obj._meta.select_on_save):
+        return None
+    if "fields_cache" in vars(obj._state):  # otherwise nothing is related
+        obj._prepare_related_fields_for_save(operation_name="save")
     if inserts:
-        obj._do_insert(manager, using, fields, plain.returned, False)
-    values = [(field, None, field.pre_save(obj, False)) for field in fields]
-    obj._do_update(manager.using(using), using, key, values, None, False)
+        found = known_insert(obj, manager.model, wrapper, fields, plain.returned, raw=False)
+        return Asked(found, plain.returned)
+    base = lambda: manager.using(using)  # noqa: E731
+    update = save_plan(manager.model, base, wrapper, key, fields, plain.values(obj))
+    return Asked(None if update is None else (*update, 0))
+
+
+_OPTIONS = {"using", "force_insert", "force_update", "update_fields"}
 
 
 def _go_on(obj: Model, options: _Keywords) -> None:
@@ -190,7 +208,7 @@ def _go_on(obj: Model, options: _Keywords) -> None:
 def install() -> Iterator[tuple[Any, Callable[..., Any]]]:
     """Django's methods as they are now, each with what is awaited in its place."""
     global _hooked
-    _hooked = Model._do_insert, Model._do_update
+    _hooked = _of_models(Model), _of_managers(Manager)
     yield Model.save, save
     yield Model.delete, delete
     yield QuerySet.create, create

@@ -228,7 +228,11 @@ def do_update(original: Callable[..., Any]) -> Any:
             and not self._meta.select_on_save
             and (wrapper := asked or native_wrapper(using)) is not None
         ):
-            found = _save_plan(base_qs, wrapper, pk_val, values)
+            fields, _, objs = zip(*values, strict=True)
+            found = None
+            if is_untouched(base_qs._query):
+                base = lambda: base_qs  # noqa: E731
+                found = save_plan(base_qs.model, base, wrapper, pk_val, fields, objs)
             if found is not None and asked and not self._state.adding:
                 raise Asked((*found, 0))
             if found is not None and not asked:
@@ -243,23 +247,33 @@ def do_update(original: Callable[..., Any]) -> Any:
     return do_update
 
 
-def _save_plan(
-    base_qs: Any, wrapper: Wrapper, pk: Any, values: list[Any]
+def save_plan(
+    model: Any,
+    base: Callable[[], QuerySet[Any]],
+    wrapper: Wrapper,
+    pk: Any,
+    fields: Sequence[Any],
+    objs: Sequence[Any],
 ) -> tuple[Plan, list[Any]] | None:
-    if type(pk) not in PLAIN_VALUES or not is_untouched(base_qs._query):
+    """The UPDATE of one row, if it is known; in an operation it is made.
+
+    Args:
+        base: gives the queryset that it would be made of.
+        objs: the values of the fields.
+    """
+    if type(pk) not in PLAIN_VALUES:
         return None
     try:
-        fields, _, objs = zip(*values, strict=True)
         kinds = tuple(map(type, objs))
-        whole = wrapper.alias, UpdateQuery, base_qs.model, type(pk), tuple(map(id, fields)), kinds
+        whole = wrapper.alias, UpdateQuery, model, type(pk), tuple(map(id, fields)), kinds
         known: Any = recall(whole)
         if known is None:
             return None
         if known is UNPLANNED:
             if not bridge.in_native_code():  # to compile may need a connection
                 return None
-            make = functools.partial(_plan_save, base_qs, wrapper, pk, values)
-            known = learn(whole, base_qs.model, make)
+            make = functools.partial(_plan_save, base(), wrapper, pk, fields, objs)
+            known = learn(whole, model, make)
             if known is None:
                 return None
         params = known.preparing.params(objs, wrapper)
@@ -271,7 +285,7 @@ def _save_plan(
         params += known.params(pk, wrapper)
     except Exception:
         return None
-    compile = lambda: compile_write(_update_of(base_qs, pk, values), wrapper)  # noqa: E731
+    compile = lambda: compile_write(_update_of(base(), pk, fields, objs), wrapper)  # noqa: E731
     return (plan, params) if hit(whole, plan, params, 0, compile) else None
 
 
@@ -279,24 +293,23 @@ def _nulls(params: list[Any]) -> list[bool]:
     return [*map(is_, params, repeat(None))]
 
 
-def _update_of(base_qs: QuerySet[Any], pk: object, values: list[Any]) -> Any:
+def _update_of(base_qs: QuerySet[Any], pk: object, fields: Any, objs: Any) -> Any:
     """What `QuerySet._update()` would execute."""
     update: Any = base_qs.filter(pk=pk).query.chain(UpdateQuery)
-    update.add_update_fields(values)
+    update.add_update_fields([*zip(fields, repeat(None), objs)])
     return update
 
 
 def _plan_save(
-    base_qs: QuerySet[Any], wrapper: Wrapper, pk: object, values: list[Any]
+    base_qs: QuerySet[Any], wrapper: Wrapper, pk: object, fields: Any, objs: Any
 ) -> tuple[_ByKey, Ground]:
-    update = _update_of(base_qs, pk, values)
+    update = _update_of(base_qs, pk, fields, objs)
     found = plan_for(update, wrapper, compile_write)
-    if found is None or len(update.where.children) != 1 or len(update.values) != len(values):
+    if found is None or len(update.where.children) != 1 or len(update.values) != len(objs):
         raise NotCacheable
-    kept = [field for field, _, _ in values]
-    known = _ByKey(found, update.where.children[0], pk, kept)
-    known.preparing = columnar.Preparing(kept, [*map(columnar.as_is, kept)])
-    params = known.preparing.params([value for *_, value in values], wrapper)
+    known = _ByKey(found, update.where.children[0], pk, fields)
+    known.preparing = columnar.Preparing(fields, [*map(columnar.as_is, fields)])
+    params = known.preparing.params(objs, wrapper)
     if params is None:
         raise NotCacheable
     known.nulls = _nulls(params)
