@@ -92,10 +92,12 @@ def is_watched(models: tuple[Any, ...]) -> bool:
 
 def is_heard(signals: Iterable[ModelSignal], models: Iterable[Any]) -> bool:
     """Whether somebody hears of one of the models: a receiver, or what stands for `send()`."""
-    return ModelSignal.send is not _send or any(
-        (signal.receivers and any(map(signal.has_listeners, models))) or "send" in vars(signal)
-        for signal in signals
-    )
+    for signal in signals:
+        if signal.receivers and any(map(signal.has_listeners, models)):
+            return True
+        if "send" in vars(signal):
+            return True
+    return ModelSignal.send is not _send
 
 
 class Loaded:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from contextvars import Context
 from time import monotonic
+from types import coroutine
 from typing import Any
 
 import psycopg
@@ -72,17 +73,12 @@ class _Wakeup:
     __slots__ = ("_asyncio_future_blocking", "_callback", "_context", "_exc", "_loop", "_ready")
 
     def __init__(self, loop: AbstractEventLoop) -> None:
-        self._asyncio_future_blocking = False
+        self._asyncio_future_blocking = True  # as `yield from` says of a Future
         self._loop = loop
         self._callback: Callable[[Any], Any] | None = None
         self._context: Any = None
         self._exc: BaseException | None = None
         self._ready = 0
-
-    def __await__(self) -> Generator[Any, None, int]:
-        self._asyncio_future_blocking = True
-        yield self
-        return self.result()
 
     def get_loop(self) -> AbstractEventLoop:
         return self._loop
@@ -207,7 +203,8 @@ class Wire:
             raise psycopg.OperationalError(CLOSED)
         return ready
 
-    async def _wait(self, loop: AbstractEventLoop, state: int) -> int:
+    @coroutine
+    def _wait(self, loop: AbstractEventLoop, state: int) -> Generator[Any, None, int]:
         self._fileno = fileno = self.pgconn.socket
         self.state = state
         self._waiting = wakeup = _Wakeup(loop)
@@ -216,7 +213,8 @@ class Wire:
                 self._attach(loop)
             if state & _WAIT_W:
                 loop.add_writer(fileno, wakeup.wake, _READY_W)
-            ready = await wakeup
+            yield wakeup
+            ready = wakeup.result()
             if self.pgconn.pgconn_ptr is None:
                 # Closed meanwhile. psycopg's generators keep a pointer into memory that is free
                 # now: they must not go on.

@@ -58,6 +58,8 @@ class Planned:
     It gives the loaded rows, or how many there were where the plan has no maker.
     """
 
+    __slots__ = ("offset", "params", "plan", "text", "wrapper")
+
     def __init__(self, plan: Plan, params: list[Any], offset: int, wrapper: Wrapper) -> None:
         self.plan = plan
         self.text = plan.text

@@ -119,7 +119,8 @@ def _get_plan(queryset: Any, kwargs: dict[str, Any], wrapper: Any) -> Any:
         return None
     if type(queryset._query) is not Recorded:
         return None
-    names, values = zip(*sorted(kwargs.items()), strict=True)
+    pairs = kwargs.items() if len(kwargs) == 1 else sorted(kwargs.items())
+    names, values = zip(*pairs, strict=True)
     if not PLAIN_VALUES.issuperset(map(type, values)):
         return None
     return _recorded_plan(queryset, names, values, wrapper)

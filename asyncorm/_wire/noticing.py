@@ -49,7 +49,7 @@ class NoticingConnection(psycopg.Connection[Any]):
         handlers = (*self._notice_handlers, *self._notify_handlers)
         standby = self.pgconn.parameter_status(b"in_hot_standby")
         told = reported(self.pgconn) if self.told is None else self.told
-        return (*told, standby, *kept(self), handlers)
+        return told, standby, kept(self), handlers
 
     @property
     def session_dirty(self) -> bool:
