@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from asyncio import Task, current_task
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -359,19 +359,24 @@ def pipelined(commands: Iterable[Any]) -> None:
             command.statement.pipelined = True
 
 
-@contextmanager
-def command(conn: Connection, text: str) -> Iterator[None]:
+def command(conn: Connection, text: str) -> AbstractContextManager[None]:
     """A command is executed inside; told if that is for a session (driver.Connection.lock)."""
     session = conn.lock
-    event = None
-    if commands and hasattr(session, "alias"):
-        pid = 0 if conn.closed else conn.pgconn.backend_pid
-        event = Command(session.alias, text, pid, session.root is not None)
+    if not (commands and hasattr(session, "alias")):
+        return _NOBODY
+    pid = 0 if conn.closed else conn.pgconn.backend_pid
+    return _telling(Command(session.alias, text, pid, session.root is not None))
+
+
+_NOBODY = nullcontext()
+
+
+@contextmanager
+def _telling(event: Command) -> Iterator[None]:
     try:
         yield
     finally:
-        if event is not None:
-            event.end()
+        event.end()
 
 
 def waited(alias: str, what: str, began: float, ended: float | None = None) -> None:

@@ -360,13 +360,13 @@ class Connection(NoticingConnection, CancellableConnection):
 
     def _begun(self, statement: Statement) -> Any:
         self.alone = False  # or it would be that of the last one if this is not sent
-        if begins := not self._autocommit and self.begins:
-            yield from self.whole_results()
-        elif not self._autocommit:
-            yield from self.started()
+        pgconn = self.pgconn
+        begins = False
+        if not self._autocommit and pgconn.transaction_status == _IDLE:
+            begins = self.begins
+            yield from self.whole_results() if begins else self.started()
         if statement.traces:
             self.note(statement.traces)
-        pgconn = self.pgconn
         book: Any = self._prepared
         prepare, name = book.get(statement, statement.prepare)
         self.alone = alone = not begins and pgconn.transaction_status == _IDLE
