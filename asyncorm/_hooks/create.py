@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import django
 from django.db import IntegrityError, models, transaction
 from django.db.models import NOT_PROVIDED, Field, Manager, Model, QuerySet
-from django.db.models.base import ModelBase
+from django.db.models.base import ModelBase, ModelState
 from django.db.models.signals import post_init, post_save, pre_init, pre_save
 from django.db.models.utils import resolve_callables
 from greenlet import getcurrent
@@ -26,7 +26,7 @@ from greenlet import getcurrent
 from ..bridge import Runner
 from ..columnar import PRE_SAVES, row_getter
 from ..grounds import Ground, is_anothers
-from ..rows import is_heard
+from ..rows import is_heard, is_plain
 from ..shapes import NotCacheable
 from ..statements import UNPLANNED, learn, recall
 from .get import PLAIN_VALUES
@@ -98,6 +98,8 @@ class Plain(NamedTuple):
 
     Attributes:
         names: of its fields.
+        attributes: which an instance is made of as it is loaded, by name; None: Django makes it.
+        relates: whether one is a relation.
         key: the primary key.
         fields: what is inserted; None, as the others, where it is not known what Django does.
         keyless: the same where the database makes the key; None where it does not.
@@ -107,6 +109,8 @@ class Plain(NamedTuple):
     """
 
     names: frozenset[str]
+    attributes: dict[str, Any] | None
+    relates: bool
     key: Any
     fields: tuple[Any, ...] | None
     keyless: tuple[Any, ...] | None
@@ -125,6 +129,23 @@ def inserts_alone(queryset: QuerySet[Any], params: dict[str, Any]) -> Plain | No
     ):
         return plain
     return None
+
+
+def made(model: Any, plain: Plain, params: dict[str, Any]) -> Any:
+    """What `model(**params)` gives, for parameters that were looked at (`inserts_alone()`)."""
+    attributes = plain.attributes
+    if attributes is None or not attributes.keys() >= params.keys():
+        return model(**params)
+    obj = object.__new__(model)
+    state = obj.__dict__
+    state["_state"] = ModelState()
+    for name, field in attributes.items():
+        value = params[name] if name in params else field.get_default()
+        if field.is_relation:  # it looks into the cache of what is related
+            setattr(obj, name, value)
+        else:
+            state[name] = value
+    return obj
 
 
 def saved_plainly(model: type[Model]) -> Plain | None:
@@ -152,16 +173,28 @@ def _looked_at(model: Any) -> tuple[Plain, Ground]:
         or not all(map(_is_djangos, fields))
     ):
         raise NotCacheable
-    names = frozenset(name for field in fields for name in (field.name, field.attname))
-    key, all_fields, returned = opts.pk, tuple(fields), tuple(opts.db_returning_fields)
-    if not _IS_KNOWN or any(field.generated for field in fields):
-        return Plain(names, key, None, None, None, None, returned), Ground((), [model])
-    others = tuple(field for field in fields if field not in opts.pk_fields)
-    values = row_getter(others, add=False) if others else None
-    made = key is opts.auto_field and not (key.has_default() or key.has_db_default())
+    key, others = opts.pk, tuple(field for field in fields if field not in opts.pk_fields)
     plain = Plain(
-        names, key, all_fields, others if made else None, others or None, values, returned
+        names=frozenset(name for field in fields for name in (field.name, field.attname)),
+        attributes=None,
+        relates=any(field.is_relation for field in (*fields, *opts.private_fields)),
+        key=key,
+        fields=None,
+        keyless=None,
+        others=None,
+        values=None,
+        returned=tuple(opts.db_returning_fields),
     )
+    if _IS_KNOWN and not any(field.generated for field in fields):
+        by_server = key is opts.auto_field and not (key.has_default() or key.has_db_default())
+        as_loaded = is_plain(model) and list(opts.fields) == list(fields)
+        plain = plain._replace(
+            attributes={field.attname: field for field in fields} if as_loaded else None,
+            fields=tuple(fields),
+            keyless=others if by_server else None,
+            others=others or None,
+            values=row_getter(others, add=False) if others else None,
+        )
     return plain, Ground((), [model])
 
 

@@ -21,7 +21,7 @@ from .. import bridge, grounds
 from .._cache.awaited import UNSERVED, Found, awaited
 from ..wrappers import Wrapper
 from . import routing, switch
-from .create import CALLED, Plain, inserts_alone, saved_plainly
+from .create import CALLED, Plain, inserts_alone, made, saved_plainly
 from .get import PLAIN_VALUES
 from .insert import known_insert
 from .iterate import mode_of
@@ -48,7 +48,7 @@ async def create(queryset: Any, args: _Arguments, kwargs: _Keywords) -> Any:
     if args or (plain := inserts_alone(queryset, kwargs)) is None:
         return UNSERVED
     try:
-        obj = queryset.model(**kwargs)
+        obj = made(queryset.model, plain, kwargs)
         queryset._for_write = True
         options = {"force_insert": True, "using": queryset.db}
     except SynchronousOnlyOperation:
@@ -182,7 +182,7 @@ def _known(obj: Any, options: _Keywords, plain: Plain, wrapper: Wrapper) -> Aske
         fields = plain.fields if inserts else plain.others
     if fields is None or (not inserts and obj._meta.select_on_save):
         return None
-    if "fields_cache" in vars(obj._state):  # otherwise nothing is related
+    if plain.relates:
         obj._prepare_related_fields_for_save(operation_name="save")
     if inserts:
         found = known_insert(obj, manager.model, wrapper, fields, plain.returned, raw=False)

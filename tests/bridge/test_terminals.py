@@ -1,6 +1,7 @@
 """Awaited methods of querysets whose statement is known: no operation, and nothing else changes."""
 
 import asyncio
+import datetime as dt
 import functools
 import re
 import threading
@@ -25,7 +26,7 @@ from asyncorm import _events, bridge, native, statements
 from asyncorm._hooks import terminals
 from tests.cancellation.test_cancellation import by_anyio, by_cancel, by_many_cancels, by_timeout
 from tests.project.myapp.models import Item
-from tests.project.shop.models import Author, Book, Publisher
+from tests.project.shop.models import Author, Book, Country, Publisher
 from tests.support import administrator, all_given_back, database, eventually, in_thread
 
 ALIAS = "few"
@@ -610,6 +611,50 @@ async def test_replaced_steps_of_saving_are_called(
         monkeypatch.setattr(models.Model, name, step)
     for _ in range(2):
         assert await save() == expected
+
+
+@pytest.mark.parametrize("of", ["all managers", "the manager"])
+@pytest.mark.parametrize("name", ["get_queryset", "using"])
+async def test_replaced_methods_of_the_manager_are_called_by_saving(
+    few: str, name: str, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = await items().aget(pk=7)
+    await item.asave()
+    manager: Any = models.Manager if of == "all managers" else Item._base_manager
+    seen: list[str] = []
+    djangos = getattr(manager, name)
+
+    def step(*args: Any) -> Any:
+        seen.append(name)
+        return djangos(*args)
+
+    monkeypatch.setattr(manager, name, step)
+    for _ in range(2):
+        await item.asave()
+        assert seen
+        seen.clear()
+
+
+@pytest.mark.parametrize("given", [(), ("country_id", "founded"), ("country",)])
+async def test_what_is_created_is_what_django_makes(
+    few: str, given: tuple[str, ...], operations: Counter[str]
+) -> None:
+    country = await Country.objects.using(few).afirst()
+    values = {"country": country, "country_id": country.pk, "founded": dt.date(1999, 1, 2)}  # type: ignore[union-attr]
+    params = {name: values[name] for name in given}
+    of = Publisher.objects.using(few)
+    for number in range(2):
+        operations.clear()
+        made = await of.acreate(name=f"made {number}", **params)
+        await of.filter(pk=made.pk).adelete()
+    assert operations["save"] == 0
+    own = await native(of.create)(name="own", **params)
+    await of.filter(pk=own.pk).adelete()
+    assert [*vars(made)] == [*vars(own)]
+    assert vars(made._state) == vars(own._state)
+    assert {**vars(made), "id": 0, "name": "", "_state": 0} == {
+        **vars(own), "id": 0, "name": "", "_state": 0,
+    }  # fmt: skip
 
 
 async def test_signals_of_instances(few: str, operations: Counter[str]) -> None:
