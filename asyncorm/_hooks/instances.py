@@ -1,8 +1,8 @@
 """Methods of instances that are awaited: `save()`, `create()` and `delete()` of one statement.
 
-Django's own `save()` runs, to where it would execute its statement (`Asked`): by then it has
-prepared everything. What follows is done here. So it is only for models of which that is all (see
-`saved_plainly()`).
+Of a plain model (see `saved_plainly()`) it is known what Django's `save()` prepares; for options
+that say more, it runs, to where it would execute its statement (`Asked`). What follows is done
+here.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ _hooked: Any = None
 
 
 def _known(obj: Any, options: _Keywords, plain: Plain, wrapper: Wrapper) -> Asked | None:
-    """The same without what `save()` does for other models than such a one; None if it is one."""
+    """What `save()` would execute, where the fields tell; None: it has to be asked (`_ask()`)."""
     inserts, manager = options.get("force_insert", False), obj._meta.base_manager
     if (
         type(inserts) is not bool
