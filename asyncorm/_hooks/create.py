@@ -187,7 +187,7 @@ def _looked_at(model: Any) -> tuple[Plain, Ground]:
     )
     if _IS_KNOWN and not any(field.generated for field in fields):
         by_server = key is opts.auto_field and not (key.has_default() or key.has_db_default())
-        as_loaded = is_plain(model) and list(opts.fields) == list(fields)
+        as_loaded = is_plain(opts.model) and list(opts.fields) == list(fields)
         plain = plain._replace(
             attributes={field.attname: field for field in fields} if as_loaded else None,
             fields=tuple(fields),

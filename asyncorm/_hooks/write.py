@@ -213,7 +213,7 @@ def do_update(original: Callable[..., Any]) -> Any:
     """`Model._do_update()`: the UPDATE without a queryset, after the first time."""
 
     def do_update(
-        self: Any, base_qs: QuerySet[Any], using: str, pk_val: object, values: list[Any],
+        self: Any, base_qs: Any, using: str, pk_val: object, values: list[Any],
         update_fields: object, forced_update: object, *returning: Any, **named: Any,
     ) -> Any:  # fmt: skip
         if switch.missed and switch.missed.get(me := getcurrent()) is self:
@@ -230,7 +230,7 @@ def do_update(original: Callable[..., Any]) -> Any:
         ):
             fields, _, objs = zip(*values, strict=True)
             found = None
-            if is_untouched(base_qs._query):
+            if is_untouched(base_qs._query):  # type: ignore[attr-defined]
                 base = lambda: base_qs  # noqa: E731
                 found = save_plan(base_qs.model, base, wrapper, pk_val, fields, objs)
             if found is not None and asked and not self._state.adding:
