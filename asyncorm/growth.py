@@ -51,8 +51,6 @@ _SLOW_PACE = 1.0, 2.0  # for what is not over soon
 _SLOWEST_PACE = 1.0, 8.0  # of a pool that has other connections
 _SHED_EVERY = 1.0
 _SHED_FOR = 30.0
-_AFTER_SHARING = 1.25 * _SLOW_PACE[1]  # who has none has asked by then
-_SHARED = float("-inf")  # when a connection expires that another process shall have
 
 
 def is_full(exc: BaseException | None) -> bool:
@@ -94,7 +92,6 @@ class GrowingPool(UpkeptPool[C]):
         self._refused_at = float("-inf")
         self._again: TimerHandle | None = None
         self._full_until = 0.0
-        self._share_at = 0.0
         self._shedding: TimerHandle | None = None
 
     @property
@@ -147,10 +144,6 @@ class GrowingPool(UpkeptPool[C]):
             self._maybe_grow_pool()
 
     async def _return_connection(self, conn: C, from_getconn: bool) -> None:
-        if conn._expire_at == _SHARED:
-            self._refused_at, self._pause = monotonic(), max(self._pause, _AFTER_SHARING)
-            self._lose(conn)
-            return
         try:
             await super()._return_connection(conn, from_getconn)
         except BaseException:  # psycopg_pool would lose it
@@ -206,7 +199,6 @@ class GrowingPool(UpkeptPool[C]):
         self._full_until = monotonic() + _SHED_FOR
         if self._shedding is None:
             self._nconns_min = len(self._pool)
-            self._share_at = monotonic() + self.timeout / 8
             self._shed_later()
 
     def _shed_later(self) -> None:
@@ -221,19 +213,8 @@ class GrowingPool(UpkeptPool[C]):
             self._nconns -= 1
             self.discard(self._pool.popleft())
         self._nconns_min = len(self._pool)
-        if self._waiting and monotonic() >= self._share_at:
-            self._share()
         if monotonic() < self._full_until:
             self._shed_later()
-
-    def _share(self) -> None:
-        """Give up one that is never idle: a process that has none waits no longer than `timeout`.
-
-        That comes back, after the others had their turn, if none of them wanted it.
-        """
-        self._share_at = monotonic() + self.timeout / 4
-        if len(self.live) > max(self._min_size, 1):
-            random.choice([*self.live])._expire_at = _SHARED
 
     def discard(self, conn: C) -> None:
         """Close a connection that nobody has."""

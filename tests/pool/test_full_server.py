@@ -94,29 +94,19 @@ async def test_while_there_are_others_tasks_wait_and_growth_backs_off(
 async def test_one_that_comes_free_is_taken_into_use(server: Server, small: Any) -> None:
     small(min_size=0, max_size=4, timeout=20)
     async with others(server, SLOTS - 1) as taken:
-        async with busy(8):
-            await eventually(refused)
-            await taken[0].close()
-            await eventually(lambda: len(_live()) >= 2, 20)
+        stop = asyncio.Event()
+
+        async def busy() -> None:
+            while not stop.is_set():
+                await nap(0.02)
+
+        tasks = [asyncio.create_task(busy()) for _ in range(8)]
+        await eventually(refused)
+        await taken[0].close()
+        await eventually(lambda: len(_live()) >= 2, 20)
+        stop.set()
+        await asyncio.gather(*tasks)
         await asyncorm.close_pools("extra")
-
-
-@asynccontextmanager
-async def busy(count: int) -> AsyncIterator[None]:
-    """Tasks that leave no connection idle."""
-    stop = asyncio.Event()
-
-    async def work() -> None:
-        while not stop.is_set():
-            await nap(0.02)
-
-    async with asyncio.TaskGroup() as tasks:
-        for _ in range(count):
-            tasks.create_task(work())
-        try:
-            yield
-        finally:
-            stop.set()
 
 
 def _live() -> Any:
@@ -170,17 +160,6 @@ async def test_idle_ones_are_given_up_when_others_need_them(server: Server, smal
         async with others(server, 3):
             await nap(0)
         await asyncorm.close_pools("extra")
-
-
-async def test_a_process_without_any_gets_one_of_those_that_are_never_idle(
-    server: Server, small: Any
-) -> None:
-    small(min_size=2, max_size=SLOTS + 2, timeout=4)
-    async with busy(3 * SLOTS):
-        await eventually(refused)
-        async with others(server, 1):
-            assert len(_live()) >= 2, "min_size are kept"
-    await asyncorm.close_pools("extra")
 
 
 async def test_a_restart_behind_several_hosts(small: Any) -> None:
