@@ -44,7 +44,6 @@ _BEGINS = re.compile(
         set(?!\s+(?:local|transaction|constraints)\b(?!\s*\.))
       | reset | discard | listen | unlisten | load | deallocate | prepare(?!\s+transaction\b)
       | do | call
-      | create  # temporary, where the search path says so
     )(?![\w$])
     """,
     re.VERBOSE,
@@ -57,11 +56,13 @@ _ANYWHERE = re.compile(
   | \b(?:create|into|local|global|replace)\s+temp(?:orary)?\b
   | \bpg_temp
   | \bwith\s+hold\b
-  | (?:(?<!\s)(?<!insert)(?<!merge)\s++|[)'"\]])into\b  # as CREATE
     """,
     re.VERBOSE,
 )
-_SIGNS = ("set_config", "advisory_lock", "temp", "hold", "into")
+_SIGNS = ("set_config", "advisory_lock", "temp", "hold")
+_MAKES_A_TABLE = re.compile(
+    r"""(?:\A|;)\s*+create\b|(?:(?<!\s)(?<!insert)(?<!merge)\s++|[)'"\]])into\b"""
+)
 
 
 def plain(text: str) -> str | None:
@@ -134,3 +135,9 @@ def leaves_state(statement: str) -> bool:
     if "pg_temp" in statement.lower() or ("pg_settings" in text and "update" in text):
         return True
     return any(sign in text for sign in _SIGNS) and _ANYWHERE.search(text) is not None
+
+
+@remembered
+def makes_a_table(statement: str) -> bool:
+    """Whether a statement makes what is temporary where the search path says so."""
+    return _MAKES_A_TABLE.search(plain(statement) or "") is not None

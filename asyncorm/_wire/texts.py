@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..session_state import OF_NO_NAME, leaves_state, plain, remembered
+from ..session_state import OF_NO_NAME, leaves_state, makes_a_table, plain, remembered
 
 # All of these look at what `plain()` returns.
 _READS = re.compile(r"[\s(]*+(?:select|values|table)\b")
@@ -115,7 +115,7 @@ def _unknown_calls(command: str) -> frozenset[str]:
 @remembered
 def traces(text: str) -> bool | frozenset[str]:
     """What a statement leaves in the session: something, or whatever these functions leave."""
-    if leaves_state(text):
+    if leaves_state(text) or makes_a_table(text):
         return True
     command = plain(text)
     if command is None:
@@ -176,5 +176,5 @@ def is_single(text: str) -> bool:
         command is not None
         and ";" not in command.rstrip("; \n\t")
         and _COMMANDS.match(command) is not None
-        and not leaves_state(text)
+        and not (leaves_state(text) or makes_a_table(text))
     )

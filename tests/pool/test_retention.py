@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from django.test import override_settings
 from greenlet import greenlet
 
 import asyncorm
-from asyncorm import await_, bridge, native, pools
+from asyncorm import _events, await_, bridge, native, pools
 from asyncorm._sessions.scopes import current_scope
 from asyncorm._wire.lazy import DeferredConnection
 from asyncorm.bridge import Runner
@@ -190,7 +191,20 @@ async def test_what_is_saved_and_read_ends_without_the_garbage_collector(fresh_s
         await asyncorm.close_pools(alias)
 
 
+@pytest.fixture
+def nobody_listens() -> Iterator[None]:
+    """An event has the error of its statement, whose traceback has the event: for who listens, and
+    other tests may have installed one for good, the garbage collector ends both."""
+    listeners = [*_events._listeners]
+    for each in listeners:
+        _events.unlisten(each)
+    yield
+    for each in listeners:
+        _events.listen(each)
+
+
 @pytest.mark.parametrize("native_child", [False, True])
+@pytest.mark.usefixtures("nobody_listens")
 async def test_a_block_that_ends_by_force_ends_without_the_garbage_collector(
     fresh_shop: Any, native_child: bool
 ) -> None:

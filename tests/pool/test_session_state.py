@@ -23,8 +23,8 @@ from psycopg.types.string import StrDumper, TextLoader
 
 import asyncorm
 from asyncorm import pools
-from asyncorm._wire.texts import calls_known, is_read, is_single
-from asyncorm.session_state import leaves_state
+from asyncorm._wire.texts import calls_known, is_read, is_single, traces
+from asyncorm.session_state import leaves_state, makes_a_table
 from tests.support import administrator, eventually
 
 pytestmark = pytest.mark.usefixtures("one_connection")
@@ -451,7 +451,7 @@ async def test_what_connection_created_receivers_set_is_there_after_a_reset() ->
     ],
 )
 def test_ordinary_statements_leave_nothing(statement: str) -> None:
-    assert not leaves_state(statement)
+    assert not leaves_state(statement) and not makes_a_table(statement)
 
 
 @pytest.mark.parametrize(
@@ -683,8 +683,6 @@ async def test_a_second_connection_for_what_is_awaited_names_the_holder() -> Non
         "SELECT 'a\\'; SET x = 1; --'",  # with standard_conforming_strings off it is one literal
         "CREATE OR REPLACE TEMPORARY VIEW a AS SELECT 1",
         "DECLARE a CURSOR WITH/**/HOLD FOR SELECT 1",
-        "SELECT (1)INTO a",
-        "WITH a AS (SELECT 1) SELECT * /**/ INTO b FROM a",
         "SELECT 'it''s' -- it's\n; SET x = 1",
         'SELECT 1 AS "a""b"; SET x = 1',
         "SET ROLE a",
@@ -698,6 +696,21 @@ def test_what_may_leave_something_counts(statement: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE TABLE a (b int)",
+        "SELECT 1; create VIEW a AS SELECT 1",
+        "SELECT (1)INTO a",
+        "WITH a AS (SELECT 1) SELECT * /**/ INTO b FROM a",
+    ],
+)
+def test_what_may_be_temporary_counts(statement: str) -> None:
+    assert traces(statement) is True
+    assert not leaves_state(statement), "a thread's connection has nothing left of a migration"
+    assert not is_single(statement)
+
+
+@pytest.mark.parametrize(
     "piece",
     [
         "/**/", "/*", "--\n", "-", "'", '"', '"a".', "e'", "$a", " $a$", "u&", " ", "; ", "(", "a",
@@ -708,7 +721,7 @@ def test_what_may_leave_something_counts(statement: str) -> None:
 def test_long_statements_are_looked_at_in_linear_time(piece: str, around: str) -> None:
     text = around.format(piece * (1_000_000 // len(piece)))
     began = time.process_time()
-    for look in (leaves_state, is_single, is_read, calls_known):
+    for look in (leaves_state, makes_a_table, is_single, is_read, calls_known):
         look(text)
     assert time.process_time() - began < 5, "0.3 s are usual; a quadratic way takes hours"
 

@@ -134,13 +134,17 @@ POOLS = ["prefork", pytest.param("threads", marks=pytest.mark.slow)]
 @pytest.mark.parametrize("pool", POOLS)
 def test_celerys_tasks_leave_nothing(ask: Callable[..., Any], tmp_path: Path, pool: str) -> None:
     with worker(tmp_path, f"--pool={pool}", "--concurrency=2") as running:
-        results = call(tmp_path, *[("count",), ("pids",)] * 6)
-        assert results[::2] == ["6"] * 6
-        for first, second, _ in map(numbers, results[1::2]):
-            assert first == second  # one task, one connection
-        assert len({process for *_, process in map(numbers, results[1::2])}) == (
-            2 if pool == "prefork" else 1
-        )
+        processes: set[int] = set()
+        expected = 2 if pool == "prefork" else 1
+        for _ in range(20):  # which of them takes a task is Celery's matter
+            results = call(tmp_path, *[("count",)] * 6, *[("pids",)] * 6)
+            assert results[:6] == ["6"] * 6
+            for first, second, process in map(numbers, results[6:]):
+                assert first == second  # one task, one connection
+                processes.add(process)
+            if len(processes) >= expected:
+                break
+        assert len(processes) == expected
         wait_for_connections(ask, 0)  # while the worker waits for more
     assert not LEFT.search(running.output), running.output
 
