@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pydoc
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +69,7 @@ def contents() -> str:
 def _text(path: Path) -> str:
     """A page, with those that it includes whole (a wheel has not all of them), and of the
     docstrings that Sphinx would include how they begin."""
+    import pydoc  # not for every process that starts
 
     def included(directive: re.Match[str]) -> str:
         found = path.parent / directive[1]

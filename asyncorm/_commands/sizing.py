@@ -9,7 +9,7 @@ from typing import Any
 from .. import sizing
 
 
-def number(text: str) -> int:
+def number(text: str) -> int:  # "invalid number value", argparse says
     if (wanted := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return wanted

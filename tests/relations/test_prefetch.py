@@ -532,9 +532,6 @@ ASKS_FOR_NULL = pytest.mark.skipif(
     "name", ["reviews", pytest.param("publisher", marks=ASKS_FOR_NULL), "tags"]
 )
 async def test_keys_of_all_lengths_share_a_plan(name: str) -> None:
-    if name == "publisher" and django.VERSION < (5, 2, 1):
-        pytest.skip("Django 5.2.0 asks for NULL as well, which is in no plan")
-
     def load(count: int) -> Any:
         books = list(Book.objects.order_by("pk")[:count])
         with CaptureQueriesContext(connection) as queries:
