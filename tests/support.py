@@ -19,6 +19,8 @@ from asgiref.sync import sync_to_async
 from django.db import connection, connections
 from django.db.backends.postgresql.base import DatabaseWrapper as BaseWrapper
 
+from asyncorm.demo.postgres import free_port as free_port
+
 # For scripts: what Sentry sends is kept in `sent`.
 SENTRY_KEPT = """
 import sentry_sdk
@@ -136,13 +138,6 @@ def run_script(source: str, *flags: str, timeout: float = 60, **environment: str
         text=True,
         timeout=timeout,
     )
-
-
-def free_port() -> int:
-    """A TCP port on this machine that nothing listens on."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
 
 
 @contextmanager

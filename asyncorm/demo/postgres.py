@@ -33,9 +33,13 @@ from typing import Any, Literal
 SYSTEM_BINDIRS = "/usr/lib/postgresql/*/bin"  # Debian keeps initdb and postgres off the PATH
 SOCKET_PATH_LIMIT = 103  # bytes, on macOS; Linux has 107
 TIMEOUT = 60  # seconds, for initdb, a start, a stop: reached only when something is broken
+LOOPBACK = "127.0.0.1"
+PORT_BLOCK = 16  # TCP ports that a process takes at once, for nobody else to choose
 NOT_DURABLE = {"fsync": "off", "full_page_writes": "off"}  # survives all but the machine's crash
 
 StopMode = Literal["fast", "immediate"]
+
+_ports: list[int] = []  # of the block that was taken last, not given yet
 
 
 class ServerError(RuntimeError):
@@ -238,7 +242,7 @@ class _Cluster:
     ) -> None:
         self.bindir = bindir
         self.primary = primary
-        self.host = "127.0.0.1" if tcp else ""
+        self.host = LOOPBACK if tcp else ""
         self.settings = {"max_connections": "200", **settings}
         self.user = _unprivileged_user()
         self.folder: Path | None = None
@@ -260,7 +264,7 @@ class _Cluster:
             version = self._run("initdb", "--version")
         password = self._copy_primary() if self.primary else self._initdb(version)
         for last_try in (False, False, True):
-            port = _free_port(self.host) if self.host else 5432
+            port = free_port() if self.host else 5432
             self.settings |= {
                 "listen_addresses": self.host,
                 "port": str(port),
@@ -424,11 +428,39 @@ def _utf8_locale() -> str:
     return "C"
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port(count: int = 1) -> int:
+    """A TCP port that nothing listens on; the first of so many in a row.
+
+    No outgoing connection is given it while its server is down, being below those that the kernel
+    gives, and no other process that asks here: each holds the first port of its blocks.
+    """
+    assert count < PORT_BLOCK
+    while len(_ports) < count:
+        _ports[:] = _take_block()
+    first, _ports[:count] = _ports[0], []
+    return first if all(map(_bound, range(first, first + count))) else free_port(count)
+
+
+def _take_block() -> range:
+    lowest = 0
+    with suppress(OSError):
+        lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    blocks = range(10_000, lowest if lowest > 11_000 else 32_768, PORT_BLOCK)
+    begin = os.getpid() % len(blocks)
+    for first in (*blocks[begin:], *blocks[:begin]):
+        if _bound(first, keep=True):
+            return range(first + 1, first + PORT_BLOCK)
+    raise ServerError("No TCP ports are free.")
+
+
+def _bound(port: int, keep: bool = False) -> bool:
+    """Whether it could be bound; until this process ends, if it is to be kept."""
+    with socket.socket() as probe, suppress(OSError):
+        probe.bind((LOOPBACK, port))
+        if keep:
+            probe.detach()
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -21,7 +21,15 @@ from asyncorm import native
 from asyncorm.demo.postgres import Server, postgres_server
 from tests.project.legacy.models import LegacyRecord
 from tests.project.shop.models import Tag
-from tests.support import backend_pid, database, eventually, in_thread, run_script, sleep
+from tests.support import (
+    backend_pid,
+    database,
+    eventually,
+    free_port,
+    in_thread,
+    run_script,
+    sleep,
+)
 
 pytestmark = pytest.mark.usefixtures("shop_data")
 
@@ -65,9 +73,7 @@ async def every_way(using: str, check: Callable[[], Any]) -> None:
 
 
 async def test_nothing_listens_on_the_port() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with database(HOST="127.0.0.1", PORT=port) as alias:
         await every_way(
             alias,

