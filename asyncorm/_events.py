@@ -30,14 +30,33 @@ logger = logging.getLogger("asyncorm")
 statements = commands = waits = checkouts = cache = blocks = False
 
 
-class Statement:
+class _Event:
+    """What a task does. It does not keep the task, whose error's frames may have the event."""
+
+    def __init__(self, alias: str) -> None:
+        self.alias = alias
+        self._task = _task()
+        self.began = monotonic()
+
+    @property
+    def task(self) -> Task[Any] | None:
+        """The asyncio task that it is of, while there is one; None in synchronous code."""
+        return None if self._task is None else self._task()
+
+    @property
+    def is_of_current_task(self) -> bool:
+        """Whether the code that runs now is of that task."""
+        return self._task is _task()  # of a task there is one such reference
+
+
+class Statement(_Event):
     """An SQL statement, from before it waits for a connection until its result is there.
 
     Attributes:
         alias: the database alias.
         sql: its text, with placeholders.
         params: its parameters, as they were given; None if there are none.
-        task: the asyncio task that runs it, None in synchronous code.
+        task: the asyncio task that runs it, while there is one; None in synchronous code.
         native: native code runs it; otherwise synchronous code in a test's transaction.
         pooled: on a connection of a native pool, not on a synchronous one that is lent.
         by_cursor: a cursor of Django's executes it: who has replaced a method of that one knows it.
@@ -46,7 +65,7 @@ class Statement:
         connection: the process id of the server's end; 0 if there was none.
         in_block: a transaction was open.
         rows: how many it returned or changed; -1 if that is not known.
-        error: what it raised.
+        error: what it raised, while listeners are told of its end: the frames of that have this.
         known: its listeners have been told that it has begun.
         waited: seconds for a connection, or for the transaction block.
         began, sent, ended: when; `sent` when there was a connection, the same as `began` until
@@ -65,16 +84,15 @@ class Statement:
     def __init__(
         self, alias: str, sql: str, params: object, in_block: bool, cache: str | None
     ) -> None:
-        self.alias = alias
+        super().__init__(alias)
         self.sql = sql
         self.params = params
         self.in_block = in_block
-        self.task = _task()
         self.cache = cache
         if (outcome := _outcome.get()) is not None:
             self.cache = outcome
             _outcome.set(None)
-        self.began = self.sent = monotonic()
+        self.sent = self.began
 
     def __enter__(self) -> Statement:
         if (outer := _running.get()) is not None:
@@ -94,6 +112,7 @@ class Statement:
             self.error = exc
         self.ended = monotonic()
         _tell("statement_ended", self)
+        self.error = None
 
     @property
     def seconds(self) -> float:
@@ -105,20 +124,18 @@ class Unserved(Exception):
     """A statement is not sent in this way after all; the task's next one stands for it."""
 
 
-class Command:
+class Command(_Event):
     """What is sent beside statements: BEGIN, COMMIT, ROLLBACK, FETCH and CLOSE of a stream.
 
     Attributes: as those of `Statement`.
     """
 
     def __init__(self, alias: str, text: str, connection: int, in_block: bool) -> None:
-        self.alias = alias
+        super().__init__(alias)
         self.text = text
         self.connection = connection
         self.in_block = in_block
         self._statement = _under_way()
-        self.task = _task()
-        self.began = monotonic()
         self.ended = 0.0
         _tell("command_begun", self)
 
@@ -132,7 +149,7 @@ class Command:
         _tell("command_ended", self)
 
 
-class Wait:
+class Wait(_Event):
     """A task has waited for a connection or a transaction block.
 
     Attributes: as those of `Statement`, and
@@ -140,14 +157,13 @@ class Wait:
     """
 
     def __init__(self, alias: str, what: str, began: float, ended: float) -> None:
-        self.alias = alias
+        super().__init__(alias)
         self.what = what
-        self.task = _task()
         self.began = began
         self.ended = ended
 
 
-class CheckOut:
+class CheckOut(_Event):
     """Somebody has a connection.
 
     Attributes: as those of `Statement`, and
@@ -155,15 +171,13 @@ class CheckOut:
     """
 
     def __init__(self, alias: str, connection: int, holder: object) -> None:
-        self.alias = alias
+        super().__init__(alias)
         self.connection = connection
         self.holder = holder
-        self.task = _task()
-        self.began = monotonic()
         self.ended = 0.0
 
 
-class Block:
+class Block(_Event):
     """A transaction or a savepoint.
 
     Attributes: as those of `Statement`, and
@@ -173,12 +187,10 @@ class Block:
     """
 
     def __init__(self, alias: str, origin: str, outermost: bool) -> None:
-        self.alias = alias
+        super().__init__(alias)
         self.origin = origin
         self.outermost = outermost
         self.rolled_back = False
-        self.task = _task()
-        self.began = monotonic()
         self.ended = 0.0
         _tell("block_begun", self)
 
@@ -291,17 +303,18 @@ _unserved: ContextVar[Statement | None] = ContextVar("asyncorm_unserved", defaul
 _outcome: ContextVar[str | None] = ContextVar("asyncorm_outcome", default=None)
 
 
-def _task() -> Task[Any] | None:
+def _task() -> ref[Task[Any]] | None:
     try:
-        return current_task()
+        task = current_task()
     except RuntimeError:  # no loop runs in this thread
         return None
+    return None if task is None else ref(task)
 
 
 def _under_way() -> Statement | None:
     running = _running.get()
     statement = None if running is None else running()
-    return statement if statement is not None and statement.task is _task() else None
+    return statement if statement is not None and statement.is_of_current_task else None
 
 
 # What the places that tell something call
@@ -318,7 +331,7 @@ def statement(
     again = _unserved.get()
     if again is not None:  # listeners know of it
         _unserved.set(None)
-        if again.alias == alias and again.task is _task():
+        if again.alias == alias and again.is_of_current_task:
             return again
     return Statement(alias, sql, params, in_block, cache)
 

@@ -81,14 +81,15 @@ async def _batch(operations: tuple[Any, ...], alias: str) -> list[Any]:
     with _gathered(None if scope is None else scope.block):
         with Parallelism(1, alias, batching=True, kept=kept):
             tasks = [asyncio.create_task(call()) for call in calls]
+        results = asyncio.gather(*tasks, return_exceptions=True)
         try:
-            return await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait((results,))  # it would pass on each of the cancellations of anyio
         except asyncio.CancelledError:
-            for task in tasks:
-                task.cancel()
+            results.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.gather(*tasks, return_exceptions=True)
             raise
+        return results.result()
 
 
 def _call(operation: object) -> Callable[[], Coroutine[Any, Any, Any]]:

@@ -230,10 +230,12 @@ ASKING |= {
 class Statements(_events.Listener):
     def __init__(self) -> None:
         self.ended: list[_events.Statement] = []
+        self.errors: dict[_events.Statement, type] = {}
 
     def statement_ended(self, statement: _events.Statement) -> None:
         if not re.search("pg_sleep|SAVEPOINT", statement.sql):  # of the place
             self.ended.append(statement)
+            self.errors[statement] = type(statement.error)
 
     def __enter__(self) -> "Statements":
         _events.listen(self)
@@ -246,7 +248,7 @@ class Statements(_events.Listener):
     def seen(self) -> list[Any]:
         return [
             (
-                each.alias, each.sql, each.params, each.in_block, each.rows, type(each.error),
+                each.alias, each.sql, each.params, each.in_block, each.rows, self.errors[each],
                 each.cache, each.by_cursor, each.native, each.pooled,
             )
             for each in self.ended

@@ -582,6 +582,26 @@ async def test_a_cancellation_that_overtakes_its_statement(
     assert watch.rows() == []
 
 
+async def test_a_batch_that_ends_late_is_cancelled_once(alias: str) -> None:
+    """anyio cancels who waits at each turn of the loop."""
+    go = asyncio.Event()
+    cancelled = 0
+
+    async def ends_late() -> None:
+        nonlocal cancelled
+        scope.cancel()
+        asyncio.get_running_loop().call_later(0.05, go.set)
+        while not go.is_set():
+            try:
+                await go.wait()
+            except asyncio.CancelledError:
+                cancelled += 1
+
+    with anyio.CancelScope() as scope:
+        await asyncorm.batch(ends_late, using=alias)
+    assert (scope.cancelled_caught, cancelled) == (True, 1)
+
+
 @pytest.mark.parametrize("timeout", [2.0, 0.05])
 async def test_requests_to_cancel(
     timeout: float, alias: str, watch: Watch, monkeypatch: pytest.MonkeyPatch

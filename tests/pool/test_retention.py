@@ -164,6 +164,25 @@ async def test_idle_connections_keep_no_result() -> None:
         await asyncorm.close_pools(alias)
 
 
+@pytest.fixture(params=[False, True])
+def listening(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nobody listens to events, or somebody who keeps nothing."""
+    listener = _events.Listener
+    if request.param:
+        listener = type("Keeps nothing", (listener,), {
+            name: lambda self, event: None for name in _events._heard
+        })  # fmt: skip
+    others, mine = [*_events._listeners], listener()
+    for each in others:
+        _events.unlisten(each)
+    _events.listen(mine)
+    yield
+    _events.unlisten(mine)
+    for each in others:
+        _events.listen(each)
+
+
+@pytest.mark.usefixtures("listening")
 async def test_what_is_saved_and_read_ends_without_the_garbage_collector(fresh_shop: Any) -> None:
     async def operations(using: str) -> list[weakref.ref[Any]]:
         tags = Tag.objects.using(using)
@@ -191,20 +210,8 @@ async def test_what_is_saved_and_read_ends_without_the_garbage_collector(fresh_s
         await asyncorm.close_pools(alias)
 
 
-@pytest.fixture
-def nobody_listens() -> Iterator[None]:
-    """An event has the error of its statement, whose traceback has the event: for who listens, and
-    other tests may have installed one for good, the garbage collector ends both."""
-    listeners = [*_events._listeners]
-    for each in listeners:
-        _events.unlisten(each)
-    yield
-    for each in listeners:
-        _events.listen(each)
-
-
 @pytest.mark.parametrize("native_child", [False, True])
-@pytest.mark.usefixtures("nobody_listens")
+@pytest.mark.usefixtures("listening")
 async def test_a_block_that_ends_by_force_ends_without_the_garbage_collector(
     fresh_shop: Any, native_child: bool
 ) -> None:

@@ -37,6 +37,7 @@ class Heard(_events.Listener):
 
     def __init__(self) -> None:
         self.all: list[tuple[str, Any]] = []
+        self.errors: dict[_events.Statement, BaseException | None] = {}
 
     def of(self, kind: str) -> list[Any]:
         return [event for name, event in self.all if name == kind]
@@ -58,6 +59,8 @@ for _name in vars(_events.Listener):
 
         def _hear(self: Heard, event: Any, name: str = _name) -> None:
             self.all.append((name, event))
+            if name == "statement_ended":
+                self.errors[event] = event.error
 
         setattr(Heard, _name, _hear)
 
@@ -83,13 +86,13 @@ async def test_what_is_said_of_a_statement() -> None:
     assert heard.of("statement_begun") == [got, listed, raw, failed]
     assert got.sql.startswith("SELECT") and "%s" in got.sql and "$1" not in got.sql
     assert got.params == (tag.pk,)
-    assert (got.alias, got.rows, got.error, got.cache) == ("default", 1, None, "hit")
+    assert (got.alias, got.rows, heard.errors[got], got.cache) == ("default", 1, None, "hit")
     assert got.native and got.task is asyncio.current_task()
     assert not (got.by_cursor or got.pipelined or got.in_block)
     assert got.connection == listed.connection == raw.connection == pid
     assert got.began <= got.sent <= got.ended and 0 <= got.seconds < 5
     assert listed.rows == rows and raw.by_cursor and raw.cache is None
-    assert "nothing" in str(failed.error) and failed.params == [True]
+    assert "nothing" in str(heard.errors[failed]) and failed.params == [True]
 
 
 async def test_the_ways_statements_take() -> None:
@@ -122,7 +125,8 @@ async def test_the_ways_statements_take() -> None:
     # Only the stream has a cursor of Django's, as it has when nobody listens.
     assert ["CURSOR" in q.sql or "shop_tag" in q.sql for q in queries if q.by_cursor] == [True]
     assert len(queries) == 1 + 30 + 1 + 1 + 1 + 1 + 3 + 2 + 1 + 1 + 2 + 1 + 5
-    assert all(query.error is None and query.connection and query.ended for query in queries)
+    assert all(query.connection and query.ended for query in queries)
+    assert not any(heard.errors.values())
     assert any(query.pipelined for query in queries)
     assert all(query.in_block for query in queries[-5:])
     assert sum(query.rows for query in queries if query.sql.startswith("INSERT")) == 33
@@ -222,6 +226,7 @@ async def test_who_ceases_to_listen_leaves_nothing_behind() -> None:
         told = weakref.ref(heard.queries[0])
         assert sessions.everywhere
     heard.all.clear()
+    heard.errors.clear()
     gc.collect()
     assert told() is None
     assert not sessions.everywhere and not _events.statements and not _events.checkouts
