@@ -326,7 +326,7 @@ class Connection(NoticingConnection, CancellableConnection):
             and isinstance(exc, psycopg.OperationalError)
             and self.pgconn.status != _OK
         ):
-            return Unanswered.of(exc, text)
+            return Unanswered.of(exc, text, self.wire.opened)
         return exc
 
     @contextmanager

@@ -362,9 +362,9 @@ class Queue:
             if isinstance(exc, psycopg.Error):
                 self._give_all(runner, together)
                 for request in requests[: pipeline.sent]:
-                    _fail(request.future, self._in_doubt(exc, request.command.text))
+                    _fail(request.future, self._in_doubt(exc, conn, request.command.text))
             if isinstance(exc, psycopg.OperationalError) and not self._source.in_order:
-                raise Unsent.of(exc) from exc
+                raise Unsent.of(exc, conn.wire.opened) from exc
             raise
         finally:
             looking.end()
@@ -396,9 +396,9 @@ class Queue:
             ),
         )
 
-    def _in_doubt(self, exc: psycopg.Error, text: str) -> psycopg.Error:
+    def _in_doubt(self, exc: psycopg.Error, conn: Connection, text: str) -> psycopg.Error:
         # In a block it is rolled back, whatever the server has done.
-        return exc if self._source.in_order else Unanswered.of(exc, text)
+        return exc if self._source.in_order else Unanswered.of(exc, text, conn.wire.opened)
 
     def _bind(self, conn: Connection, requests: list[_Request]) -> _Travelling:
         """Bind the values of those whose values can be sent; the others are told why not."""

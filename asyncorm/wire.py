@@ -127,12 +127,14 @@ class Wire:
 
     Attributes:
         state: what is or was waited for last, as psycopg's generators say it.
-        yielded: when the task that waits let others run last (time.monotonic()).
+        opened: when the connection was (time.monotonic()).
+        yielded: when the task that waits let others run last.
     """
 
     def __init__(self, pgconn: Any, is_unused: Callable[[], bool] | None = None) -> None:
         self.pgconn = pgconn
         self.state: int = 0
+        self.opened = monotonic()
         self.yielded = 0.0
         self._is_unused = is_unused
         self._process = _process

@@ -104,12 +104,14 @@ class Lost:
 
     def __init__(self, plan: Plan, exc: Exception, before: Lost | None) -> None:
         self.since: float = monotonic() if before is None else before.since
-        self.pause = 0.0 if before is None else AGAIN
         self._plan = plan
         self._exc: Any = exc if isinstance(exc, _LOST) else exc.__cause__
+        self.pause = AGAIN if getattr(self._exc, "opened", 0.0) > self.since else 0.0
 
     def may_repeat(self, pool: Any) -> bool:
-        """Once; and where a pooler has no server as long as a new connection is waited for."""
+        """On the pool's other connections, which what broke the first one may have broken, too, and
+        once on one that is newer; and where a pooler has no server as long as a new connection is
+        waited for."""
         exc = self._exc
         if not isinstance(exc, _LOST) or not self._plan.only_reads or not conf.get("RETRY_READS"):
             return False

@@ -29,32 +29,41 @@ class Unanswered(psycopg.OperationalError):
 
     Attributes:
         text: the statement.
+        opened: when the connection was (time.monotonic()).
     """
+
+    opened = 0.0
 
     def __init__(self, message: str = "", text: str = "") -> None:
         super().__init__(message)
         self.text = text
 
     @classmethod
-    def of(cls, exc: BaseException, text: str) -> psycopg.OperationalError:
+    def of(cls, exc: BaseException, text: str, opened: float) -> psycopg.OperationalError:
         """What to raise for an error of a connection that is lost; `Unsent` if it had no server."""
         if has_no_server(exc):
-            return Unsent.of(exc)
+            return Unsent.of(exc, opened)
         lost = "The connection was lost before the server had answered this statement."
         unanswered = cls(f"{lost} {exc}", text)
-        unanswered.__cause__ = exc
+        unanswered.__cause__, unanswered.opened = exc, opened
         return unanswered
 
 
 class Unsent(psycopg.OperationalError):
     """The connection was lost before a statement was sent, or had reached a server: none has
-    executed it."""
+    executed it.
+
+    Attributes:
+        opened: when the connection was (time.monotonic()).
+    """
+
+    opened = 0.0
 
     @classmethod
-    def of(cls, exc: BaseException) -> Unsent:
+    def of(cls, exc: BaseException, opened: float) -> Unsent:
         """What to raise for an error of a connection that is lost."""
         unsent = cls(f"The connection was lost before this statement had reached a server. {exc}")
-        unsent.__cause__ = exc
+        unsent.__cause__, unsent.opened = exc, opened
         return unsent
 
 

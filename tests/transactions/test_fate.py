@@ -44,6 +44,7 @@ class Proxy:
 
     Attributes:
         lose: the text; None once it was seen.
+        old: None, or on which connections it is looked for again and again.
         early: also the answers that were under way when the text came.
         sent: what was forwarded, in the pieces in which it came.
         hold: seconds between the text and the end of the connection.
@@ -53,11 +54,16 @@ class Proxy:
         self.server = server
         self.port = free_port()
         self.lose: bytes | None = None
+        self.old: set[Any] | None = None
         self.early = False
         self.hold = 0.0
         self.sent: list[bytes] = []
         self.lost = 0
         self._serving: set[Any] = set()
+
+    def lose_each(self, text: bytes) -> None:
+        """Each connection that is open now ends with such a text; later ones do not."""
+        self.lose, self.old = text, set(self._serving)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._serving.add(asyncio.current_task())
@@ -65,6 +71,12 @@ class Proxy:
             await self._forward(reader, writer)
         finally:
             writer.close()
+
+    def _is_meant(self) -> bool:
+        if self.old is not None:
+            return asyncio.current_task() in self.old
+        self.lose = None
+        return True
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, port = self.server.settings["HOST"], int(self.server.settings["PORT"])
@@ -87,8 +99,7 @@ class Proxy:
         try:
             while data := await reader.read(65536):
                 self.sent.append(data)
-                if self.lose is not None and self.lose in data:
-                    self.lose = None
+                if self.lose is not None and self.lose in data and self._is_meant():
                     self.lost += 1
                     if b"COMMIT" in data and not self.early:
                         tail = b"C\x00\x00\x00\x0bCOMMIT"
@@ -738,6 +749,27 @@ async def test_twice_is_enough(proxy: Proxy, query: Any) -> None:
     with pytest.raises(OperationalError):
         await reading
     assert proxy.lost == 2
+
+
+async def test_the_pools_other_connections_are_lost_as_well(proxy: Proxy) -> None:
+    """As those of a server that has ended, which is found out by one after the other."""
+    await add(name="kept")
+    await asyncorm.close_pools(ALIAS)
+    connections.settings[ALIAS]["OPTIONS"]["pool"]["max_size"] = most = 4
+    barrier = asyncio.Barrier(most)
+
+    async def use_one() -> None:
+        async with asyncorm.connection(ALIAS):
+            await items().native_count()
+            await barrier.wait()
+
+    for read in (items().native_get, asyncorm.native(lambda **kept: items().get(**kept))):
+        proxy.lose = None
+        await asyncio.gather(*(use_one() for _ in range(most)))
+        seen = proxy.lost
+        proxy.lose_each(b"myapp_item")
+        assert await read(name="kept")
+        assert proxy.lost > seen + 1
 
 
 async def test_not_beyond_the_callers_deadline(proxy: Proxy) -> None:
