@@ -40,7 +40,9 @@ _AWAY = re.compile(
     r"Connection refused|No such file or directory|timeout expired|timed out|No route to host"
     r"|unreachable"
 )
-_CUT = re.compile(r"closed the connection unexpectedly|reset by peer")
+_CUT = re.compile(  # OpenSSL has words of its own
+    r"closed the connection unexpectedly|reset by peer|SSL .*unexpected eof|SSL .*EOF detected"
+)
 _NO_SERVER = re.compile(r"cannot connect to server|server login (?:has been failing|failed)")
 
 AGAIN = 0.2  # seconds until what a pooler without a server refused is tried again

@@ -1,13 +1,16 @@
 """A temporary HAProxy before several servers: it forwards to whichever is the primary."""
 
+import csv
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -72,9 +75,10 @@ def haproxy(servers: tuple[Server, ...], ports: list[int], shut: bool) -> Iterat
     path = program()
     assert path is not None
     folder = _make_folder(for_other_user=False)
-    socket = folder / f".s.PGSQL.{PORT}"
     shutting = "on-marked-down shutdown-sessions" if shut else ""
     lines = [
+        "global",
+        f"stats socket unix@{folder / 'stats'}",
         "defaults",
         "mode tcp",
         "timeout connect 1s",
@@ -82,7 +86,7 @@ def haproxy(servers: tuple[Server, ...], ports: list[int], shut: bool) -> Iterat
         "timeout server 1h",
         "timeout check 1s",
         "listen primary",
-        f"bind unix@{socket}",
+        f"bind unix@{folder / f'.s.PGSQL.{PORT}'}",
         "option httpchk GET /",
         "http-check expect status 200",
         f"default-server inter 300ms fall 2 rise 1 {shutting}",
@@ -101,7 +105,7 @@ def haproxy(servers: tuple[Server, ...], ports: list[int], shut: bool) -> Iterat
             start_new_session=True,
         )
     try:
-        _wait(str(folder), folder / "log")
+        _wait(folder)
         yield {"HOST": str(folder), "PORT": str(PORT)}
     finally:
         assert process.stdin is not None
@@ -110,14 +114,25 @@ def haproxy(servers: tuple[Server, ...], ports: list[int], shut: bool) -> Iterat
         shutil.rmtree(folder)
 
 
-def _wait(host: str, log: Any) -> None:
+def _wait(folder: Path) -> None:
+    """Until it has checked each server: at first all count as up, and one failed check suffices."""
     deadline = time.monotonic() + TIMEOUT
     while True:
-        try:
-            with psycopg.connect(host=host, port=PORT, user="postgres", dbname="postgres") as conn:
-                if conn.execute("SELECT pg_is_in_recovery()").fetchone() == (False,):
-                    return
-        except psycopg.OperationalError as error:
-            if time.monotonic() > deadline:
-                raise RuntimeError(log.read_text(errors="replace")) from error
+        with suppress(OSError):
+            first, *others = _checked(folder / "stats")
+            if first == "UP L7OK" and all(each.startswith("DOWN") for each in others):
+                return
+        if time.monotonic() > deadline:
+            raise RuntimeError((folder / "log").read_text(errors="replace"))
         time.sleep(0.02)
+
+
+def _checked(path: Path) -> list[str]:
+    """Of each server, what HAProxy takes it for and the kind of answer that its last check had."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(str(path))
+        asking.sendall(b"show stat\n")
+        with asking.makefile(encoding="utf-8") as answer:
+            rows = csv.DictReader(answer.read().removeprefix("# ").splitlines())
+    servers = [row for row in rows if row["svname"] not in ("FRONTEND", "BACKEND")]
+    return [f"{row['status']} {row['check_status']}" for row in servers]

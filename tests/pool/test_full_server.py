@@ -162,6 +162,28 @@ async def test_idle_ones_are_given_up_when_others_need_them(server: Server, smal
         await asyncorm.close_pools("extra")
 
 
+@pytest.mark.parametrize("reset", [False, True])
+async def test_a_proxy_without_a_server_cuts_tls(small: Any, reset: bool) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(8)
+        writer.write(b"S")
+        await writer.drain()
+        if reset:  # what was sent is not read
+            await asyncio.sleep(0.01)
+        else:
+            await reader.read(8192)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        options = {"sslmode": "require", "gssencmode": "disable", "pool": {"timeout": 0.5}}
+        twice = {"HOST": "127.0.0.1,127.0.0.1", "PORT": f"{port},{port}"}
+        with database("cut", **twice, OPTIONS=options) as alias:
+            with pytest.raises(OperationalError, match=r"(?s)for 0\.5 s: .*(SSL|closed|reset)"):
+                await native(value)("SELECT 1", using=alias)
+            await asyncorm.close_pools(alias)
+
+
 async def test_a_restart_behind_several_hosts(small: Any) -> None:
     """Going down, away, and back: the tasks that come meanwhile wait."""
     with postgres_server(own=True) as server:
