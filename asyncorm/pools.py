@@ -51,6 +51,12 @@ _MAX_IDLE = 32  # wrappers that are kept beyond a burst
 _where = itemgetter("NAME", "USER", "PASSWORD", "HOST", "PORT")
 
 
+def host_of(settings: dict[str, Any]) -> str:
+    """The name of the server of an alias, or of several; empty for the local one."""
+    named = settings.get("HOST") or settings["OPTIONS"].get("host")
+    return str(named or os.environ.get("PGHOST", ""))
+
+
 class Pool:
     """The connections of one alias on one event loop, and the wrappers that Django sees them
     through.
@@ -313,8 +319,7 @@ class Pool:
     @property
     def host(self) -> str:
         """The name of the server, or of several; empty for the local one."""
-        settings = self.settings_dict
-        return str(settings.get("HOST") or settings["OPTIONS"].get("host") or "")
+        return host_of(self.settings_dict)
 
     @property
     def description(self) -> str:

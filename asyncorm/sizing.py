@@ -177,7 +177,7 @@ def _watchers() -> list[str]:
 def _ask(demand: Demand, servers: dict[str, Server]) -> None:
     alias = demand.alias
     settings = connections.settings[alias]
-    host = settings["HOST"] or settings["OPTIONS"].get("host") or "local socket"
+    host = pools.host_of(settings) or "local socket"
     name = f"{host}, port {settings['PORT'] or 'default'}"
     try:
         served_by, (key, pid, *found) = _limits(alias)

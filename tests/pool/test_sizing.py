@@ -9,13 +9,14 @@ from typing import Any
 import psycopg
 import pytest
 from django.core.management import CommandError, call_command
+from django.db import OperationalError
 
 import asyncorm
 from asyncorm import sizing
 from asyncorm.demo.postgres import Server, postgres_server
 from asyncorm.replicas import ReplicaRouter
 from asyncorm.testing import native_only
-from tests.support import database, free_port
+from tests.support import database, free_port, value
 
 pytestmark = pytest.mark.usefixtures("django_db_setup")
 
@@ -143,6 +144,15 @@ def test_a_server_that_cannot_be_asked() -> None:
         text = shown("--workers", "2")
     assert "could not be asked: " in text
     assert "refused" in text
+
+
+async def test_hosts_that_libpq_is_told_by_the_environment(monkeypatch: Any) -> None:
+    """Named where they cannot be reached; and where there are several, another may take over."""
+    monkeypatch.setenv("PGHOST", "/nowhere,/neither")
+    with database("nowhere", HOST="", PORT="", OPTIONS={"pool": {"timeout": 0.2}}):
+        with pytest.raises(OperationalError, match=r"'/nowhere,/neither'.* for 0\.2 s: "):
+            await asyncorm.native(value)("SELECT 1", using="nowhere")
+        await asyncorm.close_pools("nowhere")
 
 
 def test_arguments() -> None:
