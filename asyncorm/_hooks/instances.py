@@ -121,9 +121,8 @@ async def _saved(obj: Model, options: _Keywords, plain: Plain) -> Any:
                 done = True  # there is nothing to be saved
         except Asked as exc:
             asked = exc.with_traceback(None)  # which refers to all this
-        except SynchronousOnlyOperation as exc:  # Django may have marked the block
-            if wrapper.in_atomic_block and wrapper.rollback_exc is exc:
-                wrapper.needs_rollback, wrapper.rollback_exc = False, None
+        except SynchronousOnlyOperation:
+            pass  # an operation may do what was refused here
         except Exception as exc:
             error = exc
         return None if asked is None else asked.found

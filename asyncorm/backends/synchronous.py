@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from django.core.exceptions import SynchronousOnlyOperation
+from django.db.transaction import mark_for_rollback_on_error
 
 from .. import between, bridge, observers, pools, written
 from .._pool import options
@@ -24,6 +27,14 @@ if TYPE_CHECKING:  # it is mixed into that
     from django.db.backends.postgresql.base import DatabaseWrapper as _Django
 else:
     _Django = object
+
+
+_MARKING = mark_for_rollback_on_error.__wrapped__.__code__  # type: ignore[attr-defined]
+
+
+def _is_refused() -> bool:
+    """Whether what fails was refused in a coroutine: the transaction knows nothing of it."""
+    return bridge.current() is None and isinstance(sys.exception(), SynchronousOnlyOperation)
 
 
 class _OfBlock:
@@ -48,6 +59,8 @@ class _OfBlock:
         block = self._block(wrapper.session)
         if block is None:
             wrapper.__dict__[self.plain] = value
+        elif value and sys._getframe(1).f_code is _MARKING and _is_refused():
+            return
         elif not block.ended or wrapper.session.holder is bridge.current():
             # Not by a task that outlives the block, while that is being left.
             setattr(block, self.name, value)

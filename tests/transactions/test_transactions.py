@@ -1158,6 +1158,25 @@ async def test_djangos_functions_in_a_coroutine_are_about_the_block() -> None:
     assert await committed() == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("what", ["save", "create", "update"])
+async def test_what_is_refused_in_a_coroutine_does_not_end_the_block(what: str) -> None:
+    """A handler of logging may catch the error, a finaliser nobody sees."""
+    calls: dict[str, Callable[[], Any]] = {
+        "save": lambda: Item(name="refused").save(),
+        "create": lambda: Item.objects.create(name="refused"),
+        "update": lambda: Item.objects.update(name="refused"),
+    }
+    for rolled_back in (False, True):
+        async with asyncorm.atomic():
+            await add("a")
+            try:
+                calls[what]()
+            except SynchronousOnlyOperation:
+                if rolled_back:  # that is the caller's will
+                    transaction.set_rollback(True)
+    assert await committed() == ["a"]
+
+
 async def test_djangos_atomic_in_a_coroutine_is_refused() -> None:
     called: list[str] = []
     for inside in (False, True):
