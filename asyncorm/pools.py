@@ -227,6 +227,7 @@ class Pool:
                     # Python 3.11's wait_for() forgets a cancellation that comes with the
                     # connection.
                     conns.give(conn)
+                    await asyncio.sleep(0)  # that of anyio comes again, as its scope knows it
                     raise asyncio.CancelledError
                 return conn
         except PoolRefusal:

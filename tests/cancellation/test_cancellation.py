@@ -582,6 +582,35 @@ async def test_a_cancellation_that_overtakes_its_statement(
     assert watch.rows() == []
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_cancellation_that_comes_with_the_connection(
+    turns: int, alias: str, watch: Watch
+) -> None:
+    """wait_for() of Python 3.11 forgets it, and anyio knows its own by their message."""
+    await healthy(alias, watch)
+    pool: Any = pools.find(alias)
+    taken = list(iter(pool.take, None))
+
+    async def give() -> None:
+        await watch.until(lambda: asyncorm.pool_stats(alias)["requests_waiting"])
+        pool.checkin(taken.pop())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        scope.cancel()
+
+    giving = asyncio.create_task(give())
+    try:
+        with anyio.CancelScope() as scope:
+            async with asyncorm.connection(alias):
+                await sleep_on_server(alias)
+        assert scope.cancelled_caught
+        await giving
+    finally:
+        for conn in taken:
+            pool.checkin(conn)
+    await healthy(alias, watch)
+
+
 async def test_a_batch_that_ends_late_is_cancelled_once(alias: str) -> None:
     """anyio cancels who waits at each turn of the loop."""
     go = asyncio.Event()
