@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from django.db import connections
@@ -19,12 +20,26 @@ if TYPE_CHECKING:
     from .pool import ConnectionPool
 
 
+T = TypeVar("T")
+
 # Of the arguments that Django makes for connect(), those about the cursors of synchronous code.
 OF_CURSORS = ("row_factory", "cursor_factory", "context", "prepare_threshold")
 
 
 # What is made in a context, for who has to close it if it is not made completely.
 MADE: ContextVar[list[PooledConnection] | None] = ContextVar("asyncorm_made", default=None)
+
+
+async def _made(connecting: Awaitable[T]) -> T:
+    """What connect() gives.
+
+    An error has none of psycopg's frames, which have the attempt, and the error: the server would
+    keep a place for it until the garbage collector comes.
+    """
+    try:
+        return await connecting
+    except psycopg.errors._NO_TRACEBACK as exc:
+        raise exc.with_traceback(None)  # noqa: B904
 
 
 class PooledConnection(AsyncConnection[Any]):
@@ -50,7 +65,7 @@ class PooledConnection(AsyncConnection[Any]):
     async def connect(cls, conninfo: str = "", **kwargs: Any) -> PooledConnection:
         options = {name: kwargs.pop(name) for name in OF_CURSORS if name in kwargs}
         kwargs["autocommit"] = True
-        conn = await super().connect(conninfo, prepare_threshold=None, **kwargs)
+        conn = await _made(super().connect(conninfo, prepare_threshold=None, **kwargs))
         conn.options = options
         conn.wire = Wire(conn.pgconn, lambda: conn._pool is None)
         conn.began = Role.of(conn.pgconn)
@@ -93,4 +108,4 @@ async def connect_beside(alias: str) -> AsyncConnection[Any]:
     params = connections.create_connection(alias).get_connection_params()
     for name in OF_CURSORS:
         params.pop(name, None)
-    return await AsyncConnection.connect(**{**params, "autocommit": True})
+    return await _made(AsyncConnection.connect(**{**params, "autocommit": True}))

@@ -1,6 +1,7 @@
 """The failures that users meet: the right exception, its message, and how soon it comes."""
 
 import asyncio
+import gc
 import socket
 import tempfile
 import threading
@@ -163,8 +164,8 @@ async def test_the_cause_is_kept(server: Server) -> None:
 
 
 @contextmanager
-def black_hole() -> Iterator[int]:
-    """A port that accepts connections and never answers."""
+def black_hole() -> Iterator[tuple[int, list[socket.socket]]]:
+    """A port that accepts connections and never answers, and its ends of them."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken: list[socket.socket] = []
 
@@ -177,34 +178,62 @@ def black_hole() -> Iterator[int]:
 
         thread = threading.Thread(target=accept, daemon=True)
         thread.start()
-        yield listener.getsockname()[1]
+        yield listener.getsockname()[1], taken
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(5)
         for each in taken:
             each.close()
 
 
+def is_left(end: socket.socket) -> bool:
+    """Whether who has connected has closed the connection."""
+    end.setblocking(False)
+    try:
+        while end.recv(1024):
+            pass
+    except BlockingIOError:
+        return False
+    return True
+
+
 async def test_a_host_that_never_answers_with_connect_timeout() -> None:
     with (
-        black_hole() as port,
+        black_hole() as (port, taken),
         database(HOST="127.0.0.1", PORT=port, OPTIONS={"connect_timeout": 2}) as alias,
     ):
-        with failing(OperationalError, "'extra'", "host '127.0.0.1'", "timeout", within=8):
-            await native(backend_pid)(alias)
+        gc.disable()  # a server that answers later would have a connection that nobody uses
+        try:
+            with failing(OperationalError, "'extra'", "host '127.0.0.1'", "timeout", within=8):
+                await native(backend_pid)(alias)
+            await eventually(lambda: all(map(is_left, taken)))
+        finally:
+            gc.enable()
 
 
 async def test_a_host_that_never_answers_and_the_pools_timeout() -> None:
     pool = {"min_size": 0, "max_size": 2, "timeout": 0.5}
     with (
-        black_hole() as port,
+        black_hole() as (port, _),
         database(HOST="127.0.0.1", PORT=port, OPTIONS={"pool": pool}) as alias,
     ):
         with failing(OperationalError, "'extra'", "no answer within 0.5 s", "connect_timeout"):
             await native(backend_pid)(alias)
 
 
+async def test_who_would_listen_is_cancelled_while_the_host_does_not_answer() -> None:
+    with black_hole() as (port, taken), database(HOST="127.0.0.1", PORT=port) as alias:
+        gc.disable()
+        try:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2), asyncorm.listen("channel", using=alias):
+                    pass
+            await eventually(lambda: all(map(is_left, taken)))
+        finally:
+            gc.enable()
+
+
 async def test_waiting_for_a_connection_can_be_cancelled() -> None:
-    with black_hole() as port, database(HOST="127.0.0.1", PORT=port) as alias:
+    with black_hole() as (port, _), database(HOST="127.0.0.1", PORT=port) as alias:
         began = time.monotonic()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.2):
