@@ -71,8 +71,8 @@ PSYCOPG = (
     ),
     Names(
         "psycopg._connection_base:BaseConnection",
-        "_start_query _get_tx_start_command _prepared",
-        "BEGIN where one is due, and psycopg's own book of prepared statements",
+        "_start_query _get_tx_start_command _commit_gen _prepared",
+        "BEGIN where one is due, COMMIT, and psycopg's own book of prepared statements",
     ),
     Names("psycopg:Connection", "_try_cancel", "the end of a stream() that was left; replaced"),
     Names(

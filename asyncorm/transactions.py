@@ -6,9 +6,11 @@ import functools
 import inspect
 from asyncio import CancelledError
 from collections.abc import Awaitable, Callable
+from time import monotonic
 from types import TracebackType
 from typing import Any, TypeVar, overload
 
+from django.db import DEFAULT_DB_ALIAS
 from django.db.transaction import Atomic as DjangoAtomic
 from psycopg import IsolationLevel
 
@@ -16,12 +18,16 @@ from . import bridge, fate, sessions
 from ._sessions import callsite, leaving, scopes
 from ._sessions.blocks import Block
 from ._sessions.scopes import Scope
+from ._sessions.session import Session
+from ._transactions.at_once import commit_block, commits_alone, free_session
 from ._transactions.characteristics import Characteristics
 from ._transactions.lifecycle import enter_block, leave_block
+from ._wire.cancelling import CANCEL_TIMEOUT
 from .pages import see
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
+_SET = "isolation_level", "read_only", "deferrable", "statement_timeout"
 _LONGEST = 2_147_483  # seconds: the server counts milliseconds in 32 bits
 
 
@@ -31,26 +37,37 @@ class Atomic:
     def __init__(self, using: str | None, **options: Any) -> None:
         self.using = using
         self.options = options
+        # Without what is set at the server, or in psycopg's connection.
+        self._is_plain = {*map(options.get, _SET)} == {None}
         self._entered: list[tuple[Block, Scope]] = []
 
     async def __aenter__(self) -> None:
         origin = callsite.caller()
         try:
-            await bridge.run(self._enter, origin)
+            session = free_session(self.using or DEFAULT_DB_ALIAS) if self._is_plain else None
+            if session is None:
+                await bridge.run(self._enter, origin)
+            else:
+                try:
+                    self._enter(origin, session)
+                except BaseException:
+                    bridge.release(session)
+                    raise
         except BaseException as exc:
             # A cancellation that arrived meanwhile is delivered after entering.
             if self._entered and not self._entered[-1][0].ended and isinstance(exc, CancelledError):
                 await self.__aexit__(type(exc), exc, exc.__traceback__)
             raise
 
-    def _enter(self, origin: str) -> None:
-        session = sessions.require(self.using)
+    def _enter(self, origin: str, free: Session | None = None) -> None:
+        session = sessions.require(self.using) if free is None else free
         options = dict(self.options)
         django = DjangoAtomic(session.alias, options.pop("savepoint"), options.pop("durable"))
         settle = options.pop("settle")
         characteristics = Characteristics(session, **options)
         characteristics.check(session.innermost())
-        block = enter_block(bridge.running(), session, django, origin, characteristics, settle)
+        runner = bridge.running() if free is None else None
+        block = enter_block(runner, session, django, origin, characteristics, settle)
         assert block.scope is not None
         self._entered.append((block, block.scope))
 
@@ -91,10 +108,21 @@ class Atomic:
 
 
 async def _leave(block: Block, *exc: Any) -> None:
+    arrived = None
+    if exc[0] is None and commits_alone(block):
+        bridge.check()
+        if (arrived := await commit_block(block)) is None:
+            return
+
     def leave() -> None:
+        nonlocal arrived
         runner = bridge.running()
+        goes_on = arrived is not None
+        if isinstance(arrived, CancelledError):
+            runner.cancelled, runner.cleaning_until = arrived, monotonic() + CANCEL_TIMEOUT
+        arrived = None  # its traceback will keep this
         try:
-            leave_block(runner, block, block.atomic, *exc)
+            leave_block(runner, block, block.atomic, *exc, goes_on=goes_on)
         except Exception:
             if exc[0] is not GeneratorExit:  # else it says nothing new
                 raise

@@ -160,10 +160,10 @@ class StatementLock:
         """Statements inside enter or leave `block`; the caller holds the lock for that."""
         return _Acting(self, runner, block)
 
-    def act(self, runner: Runner | None, block: Block | None) -> None:
-        """Have statements of a greenlet enter or leave a block from now on, or none any more."""
-        self.holder, self.acting, self._depth = runner, block, int(runner is not None)
-        if runner is None:
+    def act(self, holder: object, block: Block | None) -> None:
+        """Have statements of `holder` enter or leave a block from now on, or none any more."""
+        self.holder, self.acting, self._depth = holder, block, int(holder is not None)
+        if holder is None:
             self.active = monotonic()
 
 

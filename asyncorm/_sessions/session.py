@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from asyncio import AbstractEventLoop, Task, get_running_loop, sleep
 from collections.abc import Callable
+from threading import get_ident
 from time import monotonic
 from typing import Any, cast
 from weakref import WeakSet
@@ -144,6 +145,30 @@ class Session(StatementLock):
         if _events.checkouts and not conn.deferred:
             _events.checked_out(self.alias, conn, self)
         return conn
+
+    def attach_free(self) -> bool:
+        """Have a connection that is free, if there is one that Django has configured. Listeners are
+        not told: the session does not say yet what for."""
+        self.taken = conn = self.source.take()
+        if conn is None or not conn.configured:
+            self.taken = None
+            if conn is not None:
+                self.source.checkin(conn)
+            return False
+        conn.lock = self
+        self.wrapper._thread_ident = get_ident()  # the loop may run in another thread by now
+        self.use(conn)
+        return True
+
+    def use(self, conn: Connection) -> None:
+        """Have the wrapper use a connection that was taken, and that Django has configured."""
+        wrapper = self.wrapper
+        wrapper.connection = conn
+        conn._pool = wrapper.native_pool
+        wrapper.autocommit = wrapper.health_check_done = True
+        wrapper.closed_in_transaction = wrapper.errors_occurred = False
+        wrapper.close_at = None
+        self.taken = None
 
     def _follow(self) -> None:
         self.pool = pool_of(self.alias, type(self.wrapper))

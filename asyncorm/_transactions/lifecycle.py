@@ -31,8 +31,8 @@ from .characteristics import Characteristics
 logger = logging.getLogger("asyncorm")
 
 
-_enter_django = DjangoAtomic.__enter__
-_exit_django = DjangoAtomic.__exit__
+enter_django = DjangoAtomic.__enter__
+exit_django = DjangoAtomic.__exit__
 
 
 def enter(atomic: DjangoAtomic) -> None:
@@ -90,7 +90,7 @@ def _enter_plainly(atomic: DjangoAtomic, beside_native: bool) -> None:
         scopes.refuse_beside_block(alias)  # or it would wait for a block that waits for it
         callers.enter_thread(wrapper)
     try:
-        _enter_django(atomic)
+        enter_django(atomic)
     except BaseException:
         if shared:
             callers.leave_thread(wrapper)
@@ -108,7 +108,7 @@ def _leave_plainly(atomic: DjangoAtomic, beside_native: bool, *exc: Any) -> None
         testcase.end(alias)
     wrapper = get_connection(alias)
     try:
-        _exit_django(atomic, *exc)
+        exit_django(atomic, *exc)
     finally:
         if beside_native and not of_test_case and callers.are_sharing(wrapper):
             callers.leave_thread(wrapper)
@@ -124,7 +124,7 @@ def _is_outermost(atomic: DjangoAtomic) -> bool:
 
 
 def enter_block(
-    runner: Runner,
+    runner: Runner | None,
     session: Session,
     atomic: DjangoAtomic,
     origin: str,
@@ -134,6 +134,7 @@ def enter_block(
     """Begin a transaction or a savepoint, the current task's innermost block.
 
     Args:
+        runner: None with a session that has just got its connection (at_once.py).
         settle: seconds to find out what became of a transaction whose COMMIT was lost.
     """
     parent = session.innermost()
@@ -153,25 +154,31 @@ def enter_block(
         session.fate = fate.of(session, settle)
     block.enter()
     try:
-        with bridge.shield(runner), session.acting_for(runner, block):
-            if characteristics is not None:
-                characteristics.before()
-            _by_django(runner, block, _enter_django, atomic)
-            if characteristics is not None:
-                try:
-                    characteristics.after(block)
-                except BaseException as exc:
-                    _exit_django(atomic, type(exc), exc, exc.__traceback__)
-                    raise
+        if runner is None:
+            _begin(session, atomic)
+        else:
+            with bridge.shield(runner), session.acting_for(runner, block):
+                _enter_django_well(runner, block, atomic)
         block.sids = frozenset(session.wrapper.savepoint_ids)
     except BaseException as exc:
-        _close_block(runner, block)
+        close_block(runner, block)
         if parent is not None and parent.ended and isinstance(exc, Exception):
             raise parent.outlived_error() from exc  # by force, in the meantime
         raise
     if _events.blocks:
         block.event = _events.Block(session.alias, origin, block.outermost)
     return block
+
+
+def _begin(session: Session, atomic: DjangoAtomic) -> None:
+    """What `Atomic.__enter__()` does when a session has just got its connection."""
+    wrapper = session.wrapper
+    if _events.checkouts:
+        _events.checked_out(session.alias, wrapper.connection, session)
+    wrapper.commit_on_exit = True
+    wrapper.connection._autocommit = wrapper.autocommit = False
+    wrapper.in_atomic_block = True
+    wrapper.atomic_blocks.append(atomic)
 
 
 def leave_block(
@@ -181,8 +188,14 @@ def leave_block(
     exc_type: type[BaseException] | None,
     exc: BaseException | None,
     traceback: TracebackType | None,
+    *,
+    goes_on: bool = False,
 ) -> None:
-    """Commit or roll back; running statements of child tasks are waited for, later ones refused."""
+    """Commit or roll back; running statements of child tasks are waited for, later ones refused.
+
+    Args:
+        goes_on: where `commit_block()` has stopped.
+    """
     session = block.session
     wrapper = session.wrapper
     cancelled = exc if isinstance(exc, CancelledError) else None
@@ -191,13 +204,14 @@ def leave_block(
     acquired = False
     try:
         with bridge.shield(runner):
-            if block.queue is not None and block.queue.active:
-                block.queue.seal()
-                try:
-                    bridge.wait_for(runner, sleep(0))  # they stand in line then
-                except CancelledError as arrived:
-                    cancelled = runner.cancelled = arrived
-            block.acquire_to_leave(runner, cancelled)
+            if not goes_on:
+                if block.queue is not None and block.queue.active:
+                    block.queue.seal()
+                    try:
+                        bridge.wait_for(runner, sleep(0))  # they stand in line then
+                    except CancelledError as arrived:
+                        cancelled = runner.cancelled = arrived
+                block.acquire_to_leave(runner, cancelled)
             acquired = block.ended = True
             with session.acting_for(runner, block):
                 if isinstance(exc, GeneratorExit) and block.joined:
@@ -214,7 +228,7 @@ def leave_block(
         runner.cleaning_until = None
         if not acquired:  # a statement still holds the lock: the transaction cannot go on
             block.force_end()
-        _close_block(runner, block)
+        close_block(runner, block)
         if acquired:
             block.lock.release()
     if gone:
@@ -261,7 +275,7 @@ def reserved(session: Session, origin: str) -> Iterator[None]:
         if block.needs_rollback:
             parent.needs_rollback = True
             parent.rollback_exc, parent.cancelled = block.rollback_exc, block.cancelled
-        _close_block(runner, block)
+        close_block(runner, block)
 
 
 def _by_django(runner: Runner, block: Block, method: Callable[..., Any], *args: Any) -> None:
@@ -276,14 +290,27 @@ def _by_django(runner: Runner, block: Block, method: Callable[..., Any], *args: 
         runner.session_override = override
 
 
+def _enter_django_well(runner: Runner, block: Block, atomic: DjangoAtomic) -> None:
+    characteristics = block.characteristics
+    if characteristics is not None:
+        characteristics.before()
+    _by_django(runner, block, enter_django, atomic)
+    if characteristics is not None:
+        try:
+            characteristics.after(block)
+        except BaseException as exc:
+            exit_django(atomic, type(exc), exc, exc.__traceback__)
+            raise
+
+
 def _exit_django_well(runner: Runner, block: Block, atomic: DjangoAtomic, *exc: Any) -> None:
     if block.characteristics is not None and exc[0] is None and not block.needs_rollback:
         try:
             block.characteristics.restore()
         except DatabaseError as error:
-            _exit_django(atomic, type(error), error, error.__traceback__)
+            exit_django(atomic, type(error), error, error.__traceback__)
             raise
-    _by_django(runner, block, _exit_django, atomic, *exc)
+    _by_django(runner, block, exit_django, atomic, *exc)
 
 
 def _run_commit_hooks(runner: Runner, wrapper: BaseDatabaseWrapper) -> None:
@@ -343,7 +370,8 @@ def _lost(block: Block) -> bool:
     return block.outermost and block.characteristics is not None and block.session.aborted
 
 
-def _close_block(runner: Runner, block: Block) -> None:
+def close_block(runner: Runner | None, block: Block) -> None:
+    """The end of a block, however it came to it; without a runner, the session is the caller's."""
     block.end()
     if (scope := block.scope) is not None:
         scope.pop()
@@ -368,5 +396,5 @@ def _close_block(runner: Runner, block: Block) -> None:
             # The transaction is the caller's own and goes on, refused until it is rolled back.
             wrapper.__dict__["_plain_needs_rollback"] = True
             wrapper.__dict__["_plain_rollback_exc"] = block.rollback_exc
-        # The session is this operation's again, which gives it back when it ends.
-        runner.resources[session.key] = session
+        if runner is not None:  # its operation has it again, and gives it back when it ends
+            runner.resources[session.key] = session

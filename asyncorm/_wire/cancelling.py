@@ -43,6 +43,19 @@ def pauses() -> Iterator[float]:
         pause = min(2 * pause, most)
 
 
+def _rest(gen: Generator[int, int, Any], state: int, exc: BaseException) -> Any:
+    """What is left of a generator that has failed, or whose coroutine was cancelled."""
+    if isinstance(exc, Exception):
+        raise exc
+    try:
+        while True:
+            state = gen.send((yield state))
+    except StopIteration:
+        return
+    finally:
+        close_generator(gen)
+
+
 async def finish(task: asyncio.Task[Any], timeout: float) -> bool:
     """Wait for `task` whatever cancellations arrive (anyio's come again and again)."""
     deadline = monotonic() + timeout
@@ -66,11 +79,13 @@ class CancellableConnection(psycopg.Connection[Any]):
         pooled: the pool's connection underneath, None when there is none.
         wire: waits for the socket.
         segment: it is in pipeline mode for one sync segment, whose end is sent.
+        rest_of_commit: what `commit()` goes on with, if `committed()` has begun.
     """
 
     pooled: PooledConnection | None
     wire: Any
     segment = False
+    rest_of_commit: Any = None
 
     @property
     def waiting(self) -> bool:
@@ -107,6 +122,35 @@ class CancellableConnection(psycopg.Connection[Any]):
         except StopIteration as stop:
             return stop.value
         return await self.wire.drive(gen, state)
+
+    @property
+    def may_commit(self) -> bool:
+        """Whether `commit()` sends something, or has."""
+        return self.pgconn.status == _OK or self.rest_of_commit is not None
+
+    def commit(self) -> None:
+        """psycopg's; it goes on with what `committed()` has begun."""
+        rest, self.rest_of_commit = self.rest_of_commit, None
+        with self.lock:
+            self.wait(self._commit_gen() if rest is None else rest)
+
+    async def committed(self) -> BaseException | None:
+        """Do what `commit()` does, from a coroutine that has the connection to itself.
+
+        Returns:
+            an error, or a cancellation that arrived meanwhile: `commit()` is to go on.
+        """
+        gen = self._commit_gen()
+        try:
+            await self._complete(gen)
+        except (Exception, CancelledError) as exc:
+            self.rest_of_commit = _rest(gen, self.wire.state, exc)
+            return exc
+        except BaseException:  # nobody else knows what was under way
+            close_generator(gen)
+            self.terminate()
+            raise
+        return None
 
     async def give_up(self, gen: Generator[Any, Any, Any]) -> None:
         close_generator(gen)

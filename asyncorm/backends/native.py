@@ -210,7 +210,7 @@ class NativeWrapper(SynchronousWrapper):
             self.isolation_level = IsolationLevel(level)
 
     @cached_property
-    def _native_pool(self) -> _Pool:
+    def native_pool(self) -> _Pool:
         return _Pool(self)
 
     @property
@@ -223,7 +223,7 @@ class NativeWrapper(SynchronousWrapper):
     @property
     def pool(self) -> _Pool | None:
         """Django's pooled mode, with our pool."""
-        return None if self.unpooled else self._native_pool
+        return None if self.unpooled else self.native_pool
 
     @property
     def watched(self) -> bool:
@@ -282,16 +282,10 @@ class NativeWrapper(SynchronousWrapper):
         try:
             conn = session.attach()
             if conn.configured:
-                self.connection = conn
-                conn._pool = self._native_pool  # type: ignore[assignment]
-                self.autocommit = True
-                self.health_check_done = True
-                self.closed_in_transaction = self.errors_occurred = False
-                self.close_at = None
-                session.taken = None
+                session.use(conn)
                 return None
-            self._native_pool.fresh = conn
-            conn._pool = self._native_pool  # type: ignore[assignment]
+            self.native_pool.fresh = conn
+            conn._pool = self.native_pool  # type: ignore[assignment]
             try:
                 with conn.lock:
                     super().connect()
@@ -372,7 +366,7 @@ class NativeWrapper(SynchronousWrapper):
         """Django's; if the connection is lost, it says so or finds out what became of it."""
         session, conn = self.session, self.connection
         settles = None if session is None else session.fate
-        if conn is None or conn.pgconn.status != ConnStatus.OK:  # nothing will be sent
+        if conn is None or not conn.may_commit:  # nothing will be sent
             super()._commit()
             return
         try:

@@ -774,8 +774,11 @@ async def test_a_child_cancelled_while_it_waits_for_the_lock_does_no_harm(
     assert watch.rows() == ["a0", "a2", "a3"]
 
 
+@pytest.mark.parametrize("callbacks", [["synchronous", "asynchronous"], []])
 @pytest.mark.parametrize("times", [1, 2])
-async def test_commit_is_not_half_done(alias: str, watch: Watch, times: int) -> None:
+async def test_commit_is_not_half_done(
+    alias: str, watch: Watch, times: int, callbacks: list[str]
+) -> None:
     """A deferred trigger makes COMMIT last; it is cancelled in the middle."""
     watch.observer.execute(
         """
@@ -794,8 +797,9 @@ async def test_commit_is_not_half_done(alias: str, watch: Watch, times: int) -> 
     async def block() -> None:
         async with asyncorm.atomic(alias):
             await add(alias, "a")
-            asyncorm.on_commit(lambda: called.append("synchronous"), alias)
-            asyncorm.on_commit(later, alias)
+            if callbacks:
+                asyncorm.on_commit(lambda: called.append("synchronous"), alias)
+                asyncorm.on_commit(later, alias)
 
     committing = (
         "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query = 'COMMIT'"
@@ -808,7 +812,7 @@ async def test_commit_is_not_half_done(alias: str, watch: Watch, times: int) -> 
             await asyncio.sleep(0)
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert (watch.rows(), called) == (["a"], ["synchronous", "asynchronous"])
+        assert (watch.rows(), called) == (["a"], callbacks)
 
         called.clear()
         with anyio.move_on_after(PATIENCE) as scope:
@@ -821,7 +825,34 @@ async def test_commit_is_not_half_done(alias: str, watch: Watch, times: int) -> 
             await block()
         await expiring
         assert scope.cancelled_caught
-        assert (watch.rows(), called) == (["a", "a"], ["synchronous", "asynchronous"])
+        assert (watch.rows(), called) == (["a", "a"], callbacks)
+    finally:
+        watch.observer.execute("DROP TRIGGER linger ON myapp_item")
+    await healthy(alias, watch)
+
+
+async def test_a_coroutine_is_closed_during_commit(alias: str, watch: Watch) -> None:
+    """Nobody can wait for the answer any more: the connection is closed, and replaced."""
+    watch.observer.execute(
+        """
+        CREATE OR REPLACE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS
+            $$BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END$$;
+        CREATE CONSTRAINT TRIGGER linger AFTER INSERT ON myapp_item
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION linger();
+        """
+    )
+    block = asyncorm.atomic(alias)
+    try:
+        await block.__aenter__()
+        await add(alias, "a")
+        leaving = block.__aexit__(None, None, None)
+        leaving.send(None)
+        await watch.until(watch.sleeping)
+        leaving.close()
+        async with asyncorm.atomic(alias):
+            assert await asyncorm.native(lambda: connections[alias].in_atomic_block)()
+        assert not await asyncorm.native(lambda: connections[alias].in_atomic_block)()
+        await watch.until(lambda: not watch.sleeping())
     finally:
         watch.observer.execute("DROP TRIGGER linger ON myapp_item")
     await healthy(alias, watch)
