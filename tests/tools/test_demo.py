@@ -217,6 +217,7 @@ def test_output_in_a_pipe_is_plain_text_without_noise(result: Result) -> None:
     assert result.errors == ""
 
 
+@pytest.mark.slow
 def test_output_is_legible_where_only_ascii_can_be_printed(tmp_path: Path) -> None:
     done = demo(
         "--quick",
@@ -249,6 +250,7 @@ def test_bad_option_is_refused(options: list[str], message: str) -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--svg", "--json"])
 def test_file_that_cannot_be_written_is_refused_before_the_work(
     tmp_path: Path, option: str
@@ -264,18 +266,21 @@ def test_file_that_cannot_be_written_is_refused_before_the_work(
         assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_folder_for_pictures_that_is_none_is_refused(tmp_path: Path) -> None:
     done = demo("--pictures", tmp_path / "missing")
     assert done.returncode == 1
     assert done.stderr.startswith("asyncorm demo: --pictures: ")
 
 
+@pytest.mark.slow
 def test_one_file_for_both_is_refused(tmp_path: Path) -> None:
     done = demo("--svg", tmp_path / "one", "--json", tmp_path / "one")
     assert done.returncode == 1
     assert "both name" in done.stderr
 
 
+@pytest.mark.slow
 def test_server_that_cannot_be_reached_is_an_error_without_traceback(tmp_path: Path) -> None:
     url = f"postgresql://somebody@/nothing?host={tmp_path}"
     done = demo("--svg", tmp_path / "picture.svg", DATABASE_URL=url)
@@ -286,6 +291,7 @@ def test_server_that_cannot_be_reached_is_an_error_without_traceback(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_demo_leaves_no_process_and_no_file(
     tmp_path: Path, number: signal.Signals, code: int

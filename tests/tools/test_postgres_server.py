@@ -19,6 +19,8 @@ import pytest
 from asyncorm.demo import postgres
 from asyncorm.demo.postgres import Server, ServerError, find_bindir, postgres_server
 
+pytestmark = pytest.mark.slow  # what serves on one Python does on another
+
 MODULE = Path(postgres.__file__)
 # The module is loaded by its path: it must not need Django, nor anything else of the package.
 SCRIPT = """
