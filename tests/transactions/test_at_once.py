@@ -17,8 +17,8 @@ from asyncorm._transactions import at_once
 from tests.support import administrator
 
 _KEPT = (
-    "in_atomic_block", "needs_rollback", "closed_in_transaction", "autocommit",
-    "run_commit_hooks_on_set_autocommit_on",
+    "in_atomic_block", "needs_rollback", "rollback_exc", "closed_in_transaction", "autocommit",
+    "errors_occurred", "run_commit_hooks_on_set_autocommit_on",
 )  # fmt: skip
 
 
@@ -26,6 +26,8 @@ _KEPT = (
 def tables(django_db_setup: Any, django_db_blocker: Any) -> Iterator[None]:
     with administrator() as ask, django_db_blocker.unblock():
         ask("CREATE TABLE late (n int UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+        # Other tests' errors: Django keeps the last one for good.
+        connection.rollback_exc, connection.errors_occurred = None, False  # type: ignore[attr-defined]
         yield
         connection.close()
         ask("DROP TABLE late")
@@ -37,9 +39,6 @@ def state() -> dict[str, Any]:
     wrapper.ensure_connection()
     kept = {name: getattr(wrapper, name) for name in _KEPT}
     kept["commit_on_exit"] = wrapper.commit_on_exit or not wrapper.in_atomic_block
-    # Django keeps an old one, and tells of errors until the next COMMIT or ROLLBACK.
-    kept["rollback_exc"] = wrapper.needs_rollback and type(wrapper.rollback_exc)
-    kept["errors_occurred"] = wrapper.in_atomic_block or wrapper.errors_occurred
     kept["savepoints"] = [sid is not None for sid in wrapper.savepoint_ids]
     kept["callbacks"] = len(wrapper.run_on_commit)
     kept["blocks"] = [
