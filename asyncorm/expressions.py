@@ -24,6 +24,7 @@ from django.db import models
 from django.db.models import F, Field, aggregates, functions
 from django.db.models.expressions import Col, CombinedExpression, OrderBy, Star
 from django.db.models.sql.query import Query
+from django.utils.hashable import make_hashable
 from psycopg.types.numeric import Int2, Int4, Int8
 
 
@@ -72,7 +73,11 @@ def add_structure(node: Any, key: list[Any], kept: list[Any]) -> None:
         return
     if not cls.__module__.startswith("django."):
         raise NotCacheable
-    key += (cls, vars(node).get("tzinfo"))
+    state = vars(node)
+    for each in (state.get("value"), state.get("rhs")):
+        if type(each) not in _PLAIN and not hasattr(each, "as_sql"):
+            make_hashable(each)  # or Django fails where it compares expressions
+    key += (cls, state.get("tzinfo"))
     sources = node.get_source_expressions()
     key.append(len(sources))
     for source in sources:

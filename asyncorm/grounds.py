@@ -13,8 +13,8 @@ Names of Django (5.2 to 6.1) used beyond the documented API, and why:
 - The classes in `_CLASSES`, those of fields, models and lookups: their contents are looked at.
 - `RegisterLookupMixin.class_lookups`, `.instance_lookups`: what `register_lookup()` fills;
   `.get_class_lookups()`: a `functools.cache` that it empties.
-- `Options.db_table`, `.managed`, `.concrete_fields`, `.all_parents`, `Field.column`: what SQL is
-  made of.
+- `Options.db_table`, `.managed`, `.concrete_fields`, `.concrete_model`, `.all_parents`,
+  `Field.column`: what SQL is made of.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 from django.core.exceptions import FieldDoesNotExist
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.base.operations import BaseDatabaseOperations
 from django.db.backends.postgresql import base, features, operations
 from django.db.models import Field, Model, Q, expressions, fields, lookups, query
 from django.db.models.base import ModelBase
@@ -39,6 +40,7 @@ from django.db.models.sql.datastructures import Join
 from django.db.models.sql.query import Query
 from django.utils.tree import Node
 
+from . import patches
 from ._cache.looks import ALL_MODELS, Family, Last, Seen, contents_of, look_at
 from .expressions import NotCacheable, names_in
 
@@ -135,8 +137,35 @@ def is_djangos_function(function: Callable[..., Any]) -> bool:
     return not is_anothers(function)
 
 
+class _Changes:
+    """How often one of the backend's dicts was changed: to be looked at as a class is."""
+
+    number = 0
+
+
+def _changing(original: Any) -> Any:
+    @functools.wraps(original)
+    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _Changes.number += 1
+        return original(self, *args, **kwargs)
+
+    return change
+
+
+# A dict as the backend's classes have them: changed in place, it is the same object.
+_CHANGES = "__setitem__ __delitem__ __ior__ update clear pop popitem setdefault".split()
+_Noted = type("_Noted", (dict,), {name: _changing(vars(dict)[name]) for name in _CHANGES})
 # SQL depends on what they say: operators, types, flags.
 _BACKEND = {*base.DatabaseWrapper.__mro__, *features.DatabaseFeatures.__mro__} - {object}
+for _cls, _names_of in (
+    (base.DatabaseWrapper, ("operators", "pattern_ops", "data_types")),
+    (operations.DatabaseOperations, ("cast_data_types", "integerfield_type_map")),
+    (BaseDatabaseOperations, ("integer_field_ranges", "set_operators")),
+):
+    for _name in _names_of:
+        by = _Noted(vars(_cls)[_name])
+        patches.replace(_cls, _name, by, "it is noted when SQL is made of something else")
+_BACKEND.add(_Changes)
 # Modules whose classes make SQL, and items of rows.
 _MAKERS = """
     models.query models.lookups models.expressions models.aggregates models.functions models.fields
@@ -267,7 +296,7 @@ class Ground:
 registered_lookups: Callable[[], Any] = functools.partial(
     vars(RegisterLookupMixin)["get_class_lookups"].__func__, Field
 )
-_TABLE = attrgetter("db_table", "concrete_fields", "managed")
+_TABLE = attrgetter("db_table", "concrete_fields", "managed", "concrete_model", "proxy")
 _COLUMN = itemgetter("column")
 
 

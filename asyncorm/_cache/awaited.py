@@ -299,6 +299,8 @@ def _held(scope: Scope) -> _Held | None:
     assert session is not None
     if session.synchronous or session.over or session.fate is not None:
         return None
+    if session.wrapper.is_altered:
+        return None
     conn = session.wrapper.connection
     if type(conn) is not Connection or not session.on_this_loop:
         return None

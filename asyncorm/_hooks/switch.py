@@ -32,8 +32,10 @@ class Asked(BaseException):
 
 
 def native_wrapper(using: str) -> Any:
-    """The running operation's wrapper of an alias of ours; None outside native code."""
+    """The running operation's wrapper of an alias of ours; None outside native code, and where
+    something on the wrapper itself makes other SQL."""
     if is_on and type(runner := getcurrent()) is Runner:
         session = sessions.session_for(using, runner)
-        return None if session is None else session.wrapper
+        if session is not None and not session.wrapper.is_altered:
+            return session.wrapper
     return None

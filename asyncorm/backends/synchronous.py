@@ -105,6 +105,20 @@ class SynchronousWrapper(_Django):
         )
 
     @property
+    def is_altered(self) -> bool:
+        """Whether SQL may depend on what was put on the wrapper itself, its `ops` or `features`."""
+        state = self.__dict__
+        if not _OPERATORS.isdisjoint(state):
+            return True
+        now = state["ops"].__dict__, state["features"].__dict__
+        if now == state.get("_as_made"):
+            return False
+        if not (_is_as_made(self.ops, self) and _is_as_made(self.features, self)):
+            return True
+        state["_as_made"] = now[0].copy(), now[1].copy()
+        return False
+
+    @property
     def queries(self) -> list[dict[str, str]]:
         """Django's; what native code and the thread of the same task have logged comes last."""
         log = self.queries_log
@@ -214,6 +228,7 @@ class SynchronousWrapper(_Django):
             self.execute_wrappers
             or self.force_debug_cursor
             or not self.plain
+            or self.is_altered
             or self.has_server_state
         )
 
@@ -299,6 +314,20 @@ class SynchronousWrapper(_Django):
 def _is_as_begun(conn: Any) -> bool:
     """Whether statements have left the session of an open connection as Django made it."""
     return not conn.closed and not conn.session_dirty and reported(conn.pgconn) == conn.began_with
+
+
+_OPERATORS = {"operators", "pattern_ops", "pattern_esc", "data_types"}
+
+
+def _is_as_made(part: Any, wrapper: Any) -> bool:
+    """Whether `ops` or `features` have nothing of their own but what they find themselves."""
+    new = type(part)(wrapper)
+    try:
+        return all(
+            name == "_cache" or value == getattr(new, name) for name, value in vars(part).items()
+        )
+    except Exception:  # it has no such
+        return False
 
 
 # What a class has whose body is empty.

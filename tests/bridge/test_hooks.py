@@ -7,12 +7,13 @@ what Django gives synchronously.
 import contextvars
 import itertools
 import json
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
-from django.db import models
+from django.db import connection, models
 from django.db.backends.postgresql.base import DatabaseWrapper as PostgreSQL
 from django.db.backends.postgresql.features import DatabaseFeatures
 from django.db.models import Aggregate, Count, Expression, F, Func, Q, QuerySet, Value, query
@@ -29,7 +30,7 @@ import asyncorm
 from asyncorm import grounds, statements
 from asyncorm._cache import looks
 from tests.compare import differences
-from tests.project.shop.models import Book, Publisher, Tag
+from tests.project.shop.models import Author, Book, Person, Publisher, Tag
 from tests.support import in_thread
 from tests.ways import outcome
 
@@ -226,6 +227,14 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "resolve_expression": (changed(F, "resolve_expression", lambda s, *a, **k: Value(42)), counted),
     "get_count": (changed(Query, "get_count", lambda s, using: 100 + _count(s, using)), read),
     "db_table": (other_table, lambda: Tag.objects.count()),
+    "concrete_model": (
+        lambda: mock.patch.object(Person._meta, "concrete_model", Author),
+        lambda: [author.name for author in Author.objects.order_by("pk")],
+    ),
+    "proxy": (
+        lambda: mock.patch.multiple(Tag._meta, proxy=True, concrete_model=Publisher),
+        lambda: [Tag(pk=1, name="classic").save(), Tag(pk=1, name="classic").save()],
+    ),
     "managed": (lambda: mock.patch.object(Tag._meta, "managed", False), read),
     "column": (lambda: column(column="id"), lambda: Tag.objects.values_list("name").first()),
     "decoder": (
@@ -271,6 +280,14 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
         changed(DatabaseFeatures, "supports_over_clause", False),
         lambda: list(Tag.objects.annotate(n=models.Window(Count("pk"))).values_list("n")),
     ),
+    "operators, in place": (
+        lambda: mock.patch.dict(PostgreSQL.operators, exact="<> %s"),
+        lambda: Tag.objects.filter(name="C").count(),
+    ),
+    "data_types, in place": (
+        lambda: mock.patch.dict(PostgreSQL.data_types, TextField="varchar(1)"),
+        lambda: list(Tag.objects.annotate(t=Cast("name", models.TextField())).values_list("t")),
+    ),
     "pk": (changed(Publisher, "pk", property(lambda self: 7 - self.id)), by_pk),
 }  # fmt: skip
 
@@ -298,6 +315,52 @@ async def test_a_hook(name: str) -> None:
         assert differences(plain, await native(function)) == []
     with hook():  # there later
         assert differences(hooked, await native(function)) == []
+
+
+def of_wrapper(name: str, value: Any) -> Any:
+    """A patch of the connection itself, or of what it has."""
+    *path, name = name.split(".")
+    return mock.patch.object(
+        operator.attrgetter(*path)(connection) if path else connection, name, value
+    )
+
+
+ON_THE_CONNECTION: dict[str, tuple[Any, Callable[[], Any]]] = {
+    "operators": (PostgreSQL.operators | {"exact": "<> %s"}, lambda: HOOKS["operators"][1]()),
+    "data_types": (
+        PostgreSQL.data_types | {"TextField": "varchar(1)"}, lambda: HOOKS["data_types"][1](),
+    ),
+    "ops.quote_name": (str.upper, named),
+    "ops.bulk_insert_sql": (lambda fields, rows: "nothing", write),
+    "features.supports_over_clause": (False, lambda: HOOKS["features"][1]()),
+    "features.uses_server_side_binding": (True, read),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_THE_CONNECTION)
+async def test_what_is_put_on_the_connection_itself(name: str) -> None:
+    value, function = ON_THE_CONNECTION[name]
+
+    def hooked() -> Any:
+        with of_wrapper(name, value):
+            return outcome(function)
+
+    plain, there = await in_thread(outcome, function), await in_thread(hooked)
+    native = asyncorm.native(lambda call: call())
+    for _ in range(2):
+        assert differences(plain, await native(lambda: outcome(function))) == []
+        assert differences(there, await native(hooked)) == []
+    before = statements.counts["hits"]
+    assert differences(plain, await native(lambda: outcome(function))) == []
+    assert statements.counts["hits"] > before
+
+
+async def test_what_is_put_on_the_connection_of_a_block() -> None:
+    async with asyncorm.atomic():
+        for _ in range(2):
+            assert await Tag.objects.filter(name="C").native_count() == 0
+            with of_wrapper("operators", PostgreSQL.operators | {"exact": "<> %s"}):
+                assert await Tag.objects.filter(name="C").native_count() > 0
 
 
 @pytest.mark.parametrize("signal", [pre_init, post_init, pre_save, post_save])

@@ -21,7 +21,7 @@ from asyncorm import statements
 from asyncorm.binding import in_place_of_expressions
 from tests.checked import hits_checked
 from tests.compare import differences
-from tests.project.shop.models import Book, Event, Note, Review
+from tests.project.shop.models import Book, Event, Note, Publisher, Review
 from tests.project.shop.sample import moment
 from tests.support import in_thread
 from tests.ways import outcome
@@ -153,6 +153,16 @@ async def test_aggregates() -> None:
     ]
     for function in functions:
         assert await same_as_djangos(function, (1, 1), (1, 2), (2, 1), (1, 1)) >= 3
+
+
+async def test_values_that_django_cannot_compare() -> None:
+    """An instance without a key; count() and aggregate() compare annotations."""
+
+    def counted(v: Any) -> Any:
+        chosen = Case(When(publisher=v, then=Value(v)), output_field=models.IntegerField())
+        return Book.objects.annotate(x=chosen).count()
+
+    await same_as_djangos(counted, (1,), (2,), (Publisher(),), (1,))
 
 
 # What values mean
