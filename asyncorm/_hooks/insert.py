@@ -64,7 +64,7 @@ def do_insert(original: Any) -> Any:
     ) -> Any:
         asked = switch.asking.get(id(self)) if switch.asking else None
         wrapper = asked or native_wrapper(using)
-        if type(manager) is Manager and wrapper is not None:
+        if type(manager) is Manager and Manager._insert is _insert and wrapper is not None:
             columns, returning = tuple(fields), tuple(returning_fields or ())
             found = known_insert(self, manager.model, wrapper, columns, returning, raw=raw)
             if found is not None:
@@ -76,6 +76,9 @@ def do_insert(original: Any) -> Any:
         return original(self, manager, using, fields, returning_fields, raw)
 
     return do_insert
+
+
+_insert: Any = Manager._insert  # type: ignore[attr-defined]
 
 
 def known_insert(

@@ -106,9 +106,10 @@ class SynchronousWrapper(_Django):
 
     @property
     def is_altered(self) -> bool:
-        """Whether SQL may depend on what was put on the wrapper itself, its `ops` or `features`."""
+        """Whether statements may depend on what was put on the wrapper itself, on its `ops` or
+        `features`."""
         state = self.__dict__
-        if not _OPERATORS.isdisjoint(state):
+        if not state.keys().isdisjoint(_OF_CLASS):
             return True
         now = state["ops"].__dict__, state["features"].__dict__
         if now == state.get("_as_made"):
@@ -316,7 +317,11 @@ def _is_as_begun(conn: Any) -> bool:
     return not conn.closed and not conn.session_dirty and reported(conn.pgconn) == conn.began_with
 
 
-_OPERATORS = {"operators", "pattern_ops", "pattern_esc", "data_types"}
+# Not of a wrapper itself: what SQL is made of, and what makes cursors.
+_OF_CLASS = {
+    "operators", "pattern_ops", "data_types", "_cursor", "_prepare_cursor", "make_cursor",
+    "create_cursor", "chunked_cursor",
+}  # fmt: skip
 
 
 def _is_as_made(part: Any, wrapper: Any) -> bool:

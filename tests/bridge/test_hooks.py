@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 from django.db import connection, models
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.base import DatabaseWrapper as PostgreSQL
 from django.db.backends.postgresql.features import DatabaseFeatures
 from django.db.models import Aggregate, Count, Expression, F, Func, Q, QuerySet, Value, query
@@ -254,6 +255,8 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
         )
     },
     "_insert": (lambda: noting(QuerySet, "_insert"), write),
+    "_insert of Manager": (lambda: noting(models.Manager, "_insert"), write),
+    "_prepare_cursor": (lambda: noting(BaseDatabaseWrapper, "_prepare_cursor"), write),
     "_update": (lambda: noting(QuerySet, "_update"), write),
     "pre_save": (lambda: noting(models.CharField, "pre_save"), write),
     "get_db_prep_save": (
@@ -331,6 +334,8 @@ ON_THE_CONNECTION: dict[str, tuple[Any, Callable[[], Any]]] = {
         PostgreSQL.data_types | {"TextField": "varchar(1)"}, lambda: HOOKS["data_types"][1](),
     ),
     "ops.quote_name": (str.upper, named),
+    "create_cursor": (lambda name=None: 1 / 0, named),
+    "chunked_cursor": (lambda: 1 / 0, lambda: list(Tag.objects.iterator())),
     "ops.bulk_insert_sql": (lambda fields, rows: "nothing", write),
     "features.supports_over_clause": (False, lambda: HOOKS["features"][1]()),
     "features.uses_server_side_binding": (True, read),
