@@ -20,8 +20,10 @@ from django.db.backends.postgresql.features import DatabaseFeatures
 from django.db.models import Aggregate, Count, Expression, F, Func, Q, QuerySet, Value, query
 from django.db.models.base import ModelBase
 from django.db.models.expressions import Col, OrderBy
+from django.db.models.fields.related_descriptors import ForeignKeyDeferredAttribute
+from django.db.models.fields.reverse_related import ForeignObjectRel
 from django.db.models.functions import Cast
-from django.db.models.lookups import Exact
+from django.db.models.lookups import Exact, IsNull
 from django.db.models.signals import post_init, post_save, pre_init, pre_save
 from django.db.models.sql import compiler
 from django.db.models.sql.query import Query
@@ -137,6 +139,7 @@ def _emptied(queryset: Any) -> Any:
     return queryset
 
 
+_set = ForeignKeyDeferredAttribute.__set__
 _count, _init = Query.get_count, models.Model.__init__
 _q, _lookup = Q.__init__, models.Lookup.__init__
 
@@ -290,6 +293,24 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "data_types, in place": (
         lambda: mock.patch.dict(PostgreSQL.data_types, TextField="varchar(1)"),
         lambda: list(Tag.objects.annotate(t=Cast("name", models.TextField())).values_list("t")),
+    ),
+    "__set__ of a foreign key": (
+        changed(ForeignKeyDeferredAttribute, "__set__", lambda s, obj, v: _set(s, obj, None)),
+        lambda: [book.publisher_id for book in Book.objects.order_by("pk")],
+    ),
+    "populate": (
+        changed(query.RelatedPopulator, "populate", lambda s, row, obj: None),
+        lambda: [
+            "publisher" in book._state.fields_cache
+            for book in Book.objects.select_related("publisher")
+        ],
+    ),
+    "get_extra_restriction": (
+        changed(
+            ForeignObjectRel, "get_extra_restriction",
+            lambda s, alias, related: IsNull(Book.tags.through._meta.pk.get_col(alias), True),
+        ),
+        lambda: [book.pk for book in Tag(pk=1).books.order_by("pk")],
     ),
     "pk": (changed(Publisher, "pk", property(lambda self: 7 - self.id)), by_pk),
 }  # fmt: skip
