@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 from django.db.models import Field, Manager, Model, query
@@ -64,7 +65,7 @@ def do_insert(original: Any) -> Any:
     ) -> Any:
         asked = switch.asking.get(id(self)) if switch.asking else None
         wrapper = asked or native_wrapper(using)
-        if type(manager) is Manager and Manager._insert is _insert and wrapper is not None:
+        if type(manager) is Manager and _of_manager(Manager) is _insert and wrapper is not None:
             columns, returning = tuple(fields), tuple(returning_fields or ())
             found = known_insert(self, manager.model, wrapper, columns, returning, raw=raw)
             if found is not None:
@@ -78,7 +79,8 @@ def do_insert(original: Any) -> Any:
     return do_insert
 
 
-_insert: Any = Manager._insert  # type: ignore[attr-defined]
+_of_manager = attrgetter("_insert")
+_insert = _of_manager(Manager)
 
 
 def known_insert(
