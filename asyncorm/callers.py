@@ -219,6 +219,7 @@ class SynchronousSession(Session):
 
     def _unbind(self) -> None:
         conn, self._conn = self._conn, None
+        self._native = None  # contexts may keep us: the server's session is not ours to keep
         if conn is not None:
             conn.lock = self._lock
             del conn.wait
@@ -252,7 +253,8 @@ class SynchronousSession(Session):
             self._native.terminate()
 
     async def interrupt(self) -> None:
-        await self._native.interrupt()
+        if self._native is not None:
+            await self._native.interrupt()
 
     def stop_statement(self) -> None:
         """Cancel a native statement whose loop does not run, and close the connection."""

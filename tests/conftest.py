@@ -70,6 +70,7 @@ def django_db_setup(django_test_environment: None, django_db_blocker: Any) -> It
 
     A connection that anything left open is what keeps a database from being dropped.
     """
+    from django.test import TransactionTestCase
     from django.test.utils import setup_databases, teardown_databases
 
     from tests.stock import Stock
@@ -78,7 +79,9 @@ def django_db_setup(django_test_environment: None, django_db_blocker: Any) -> It
         databases = setup_databases(verbosity=0, interactive=False)
         # Here, because later a test's transaction may be open.
         stock = Stock()
-    yield stock
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransactionTestCase, "_fixture_teardown", lambda case: stock.flush(case))
+        yield stock
     stock.close()
     _close_djangos_own()
     with django_db_blocker.unblock():
@@ -88,8 +91,13 @@ def django_db_setup(django_test_environment: None, django_db_blocker: Any) -> It
 def _close_djangos_own() -> None:
     """Close synchronous connections that a context keeps, such as that of a loop's fixtures.
 
-    Django closes those of the main context only. Native ones must be closed already.
+    Django closes those of the main context only. Native ones must be closed already. Its pools go
+    first: they would replace what is closed without them.
     """
+    from django.db.backends.postgresql.base import DatabaseWrapper
+
+    for pool in DatabaseWrapper._connection_pools.values():
+        pool.close()
     for connection in gc.get_objects():
         if type(connection) is psycopg.Connection:
             connection.close()

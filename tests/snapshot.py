@@ -64,9 +64,16 @@ class Snapshot:
             }
             return tables | {"sequences": self.connection.execute(SEQUENCES).fetchall()}
 
-    def restore(self) -> list[str]:
-        """Put the changed tables' rows back in one transaction; say which tables those were."""
+    def restore(self, alone: bool = False) -> list[str]:
+        """Put the changed tables' rows back in one transaction; say which tables those were.
+
+        Args:
+            alone: as a TRUNCATE does, have it fail where another transaction has used them.
+        """
         with self.connection.transaction():
+            if alone:
+                tables = sql.SQL(", ").join(map(sql.Identifier, self.rows))
+                self.connection.execute(sql.SQL("LOCK TABLE {}").format(tables))
             changed = self.changed()
             for name in changed:
                 self.connection.execute(sql.SQL("DELETE FROM {}").format(sql.Identifier(name)))

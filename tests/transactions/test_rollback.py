@@ -4,18 +4,21 @@ import asyncio
 import contextlib
 import gc
 import time
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, connection, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import TestCase, override_settings
 from django.test.utils import CaptureQueriesContext
 
 import asyncorm
+from asyncorm import sessions
 from tests.project.myapp.models import Item
+from tests.support import database, value
 
 
 async def add(number: int) -> Item:
@@ -55,6 +58,20 @@ def test_a_broken_block_says_whether_its_connection_is_usable(transactional_db: 
     expected = [(True, False), (True, False), (True, True), (False, True), (True, False)]
     assert usable() == expected
     assert async_to_sync(asyncorm.native(usable))() == expected
+
+
+def test_a_case_that_has_ended_keeps_no_session_of_the_server(django_db_blocker: Any) -> None:
+    """Some context may keep the case's own."""
+    with django_db_blocker.unblock(), database() as alias:
+        case = transaction.atomic(using=alias)
+        case._from_testcase = True  # type: ignore[attr-defined]
+        with case:
+            assert async_to_sync(asyncorm.native(value))("SELECT 1", using=alias) == 1
+            kept = sessions.test_sessions[alias]
+        wrapper = connections[alias]
+        server = weakref.ref(wrapper.connection.pgconn)
+        wrapper.connection = None  # as where its thread ends; not closed
+        assert kept.over and server() is None
 
 
 class RollbackTests(TestCase):
