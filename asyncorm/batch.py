@@ -85,7 +85,8 @@ async def _batch(operations: tuple[Any, ...], alias: str) -> list[Any]:
         try:
             await asyncio.wait((results,))  # it would pass on each of the cancellations of anyio
         except asyncio.CancelledError:
-            results.cancel()
+            for task in tasks:
+                task.cancel()
             with anyio.CancelScope(shield=True):
                 await asyncio.gather(*tasks, return_exceptions=True)
             raise

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -611,7 +612,9 @@ async def test_a_cancellation_that_comes_with_the_connection(
     await healthy(alias, watch)
 
 
-async def test_a_batch_that_ends_late_is_cancelled_once(alias: str) -> None:
+async def test_a_batch_that_ends_late_is_cancelled_once(
+    alias: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """anyio cancels who waits at each turn of the loop."""
     go = asyncio.Event()
     cancelled = 0
@@ -629,6 +632,8 @@ async def test_a_batch_that_ends_late_is_cancelled_once(alias: str) -> None:
     with anyio.CancelScope() as scope:
         await asyncorm.batch(ends_late, using=alias)
     assert (scope.cancelled_caught, cancelled) == (True, 1)
+    gc.collect()
+    assert not [each for each in caplog.records if each.name == "asyncio"]
 
 
 @pytest.mark.parametrize("timeout", [2.0, 0.05])
