@@ -211,6 +211,16 @@ class _Stream(_Finalised, InTurn):
             self.close()
             raise
 
+    def __del__(self) -> None:
+        """Where an error had the frame that had it, the operation is over, which waits for that."""
+        cursor: Any = self
+        try:
+            super().__del__()  # type: ignore[misc]
+        finally:
+            session = cursor._conn.lock
+            if isinstance(session, Session) and not session.serves(bridge.current()):
+                self.close()
+
     def transaction_ended(self) -> None:
         """The server has closed the cursor, unless it was declared WITH HOLD."""
         cursor: Any = self

@@ -1,6 +1,7 @@
 """The pools: one for each loop and alias, with Django's own options, gone with the loop."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import tempfile
@@ -69,6 +70,22 @@ async def test_operations_of_a_loop_share_a_pool() -> None:
     pids = {await native(backend_pid)() for _ in range(10)}
     assert len(pids) == 1
     assert asyncorm.pool_stats()["pool_size"] == 1
+
+
+async def test_a_stream_that_an_error_keeps_open_holds_its_connection_no_longer() -> None:
+    """It is in the frame of the function that has failed, which is over when that goes."""
+    with database(OPTIONS={"pool": {"min_size": 0, "max_size": 1}}) as alias:
+
+        def fails() -> None:
+            stream = connections[alias].chunked_cursor()
+            stream.execute("SELECT generate_series(1, 1000)")
+            raise ZeroDivisionError
+
+        with pytest.warns(ResourceWarning, match="still open"):
+            with contextlib.suppress(ZeroDivisionError):
+                await native(fails)()
+            gc.collect()
+        assert await native(backend_pid)(alias)
 
 
 async def test_each_alias_has_its_own() -> None:
