@@ -103,6 +103,7 @@ class _Wakeup:
             self._callback = None
             self._ready = ready
             self._context.run(callback, self)
+            del callback  # an error of the task's may have this frame
 
     def fail(self, exc: BaseException) -> bool:
         """Have the task resumed with an exception, from wherever this is called."""

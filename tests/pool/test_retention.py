@@ -194,7 +194,10 @@ async def test_what_is_saved_and_read_ends_without_the_garbage_collector(fresh_s
             await asyncio.gather(*[made.native_save() for _ in range(3)])
         read = await asyncio.gather(*[tags.native_get(pk=made.pk) for _ in range(20)])
         await made.native_delete()
-        return [block, *map(weakref.ref, [made, *read])]
+        failing = [asyncio.create_task(tags.native_get(pk=0)) for _ in range(3)]
+        await asyncio.wait(failing)
+        assert {type(task.exception()) for task in failing} == {Tag.DoesNotExist}
+        return [block, *map(weakref.ref, [made, *read, *failing])]
 
     with database(OPTIONS={"pool": {"min_size": 0, "max_size": 2}}) as alias:
         for _ in range(3):  # then the statements are known
@@ -204,7 +207,7 @@ async def test_what_is_saved_and_read_ends_without_the_garbage_collector(fresh_s
         try:
             before = requests()
             left = await operations(alias)
-            assert ([ref() for ref in left], requests()) == ([None] * 22, before)
+            assert ([ref() for ref in left], requests()) == ([None] * 25, before)
         finally:
             gc.enable()
         await asyncorm.close_pools(alias)
