@@ -35,7 +35,7 @@ def _cases() -> Any:
                 if fault == "hung" and not os.path.exists("/proc/1/task/1/children"):
                     marks.append(pytest.mark.skip(reason="needs Linux's /proc"))
                 first = (setup, retrying) == ("several hosts", False)
-                if fault == "hung" or not (first or fault == "killed"):
+                if fault == "hung" or not (first or (fault == "killed" and not retrying)):
                     marks.append(pytest.mark.slow)
                 yield pytest.param(setup, fault, retrying, marks=marks)
 
