@@ -33,14 +33,13 @@ from django.db.backends.base.operations import BaseDatabaseOperations
 from django.db.backends.postgresql import base, features, operations
 from django.db.models import Field, Model, Q, expressions, fields, lookups, query
 from django.db.models.base import ModelBase
-from django.db.models.fields.related_descriptors import ForeignKeyDeferredAttribute
 from django.db.models.fields.reverse_related import (
     ForeignObjectRel,
     ManyToManyRel,
     ManyToOneRel,
     OneToOneRel,
 )
-from django.db.models.query_utils import DeferredAttribute, RegisterLookupMixin
+from django.db.models.query_utils import RegisterLookupMixin
 from django.db.models.sql import compiler, datastructures, subqueries, where
 from django.db.models.sql import query as sql_query
 from django.db.models.sql.datastructures import Join
@@ -61,8 +60,7 @@ _CLASSES = (
     expressions.Expression, expressions.Col, expressions.F, lookups.IsNull,
     operations.DatabaseOperations, query.ModelIterable, query.ValuesIterable,
     query.ValuesListIterable, query.NamedValuesListIterable, query.FlatValuesListIterable,
-    query.RelatedPopulator, DeferredAttribute, ForeignKeyDeferredAttribute,
-    ForeignObjectRel, ManyToOneRel, ManyToManyRel, OneToOneRel,
+    query.RelatedPopulator, ForeignObjectRel, ManyToOneRel, ManyToManyRel, OneToOneRel,
 )  # fmt: skip
 # Names that Django looks for without having them in its base classes.
 _ASKED_FOR = {
@@ -179,8 +177,7 @@ _BACKEND.add(_Changes)
 _MAKERS = """
     models.query models.lookups models.expressions models.aggregates models.functions models.fields
     models.fields.files models.fields.generated models.fields.json models.fields.mixins
-    models.fields.related models.fields.related_descriptors models.fields.related_lookups
-    models.fields.reverse_related models.query_utils
+    models.fields.related models.fields.related_lookups models.fields.reverse_related
     models.fields.tuple_lookups models.sql.compiler models.sql.datastructures models.sql.query
     models.sql.subqueries models.sql.where backends.postgresql.operations
     backends.postgresql.compiler backends.utils

@@ -20,7 +20,6 @@ from django.db.backends.postgresql.features import DatabaseFeatures
 from django.db.models import Aggregate, Count, Expression, F, Func, Q, QuerySet, Value, query
 from django.db.models.base import ModelBase
 from django.db.models.expressions import Col, OrderBy
-from django.db.models.fields.related_descriptors import ForeignKeyDeferredAttribute
 from django.db.models.fields.reverse_related import ForeignObjectRel
 from django.db.models.functions import Cast
 from django.db.models.lookups import Exact, IsNull
@@ -139,7 +138,6 @@ def _emptied(queryset: Any) -> Any:
     return queryset
 
 
-_set = ForeignKeyDeferredAttribute.__set__
 _count, _init = Query.get_count, models.Model.__init__
 _q, _lookup = Q.__init__, models.Lookup.__init__
 
@@ -293,10 +291,6 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "data_types, in place": (
         lambda: mock.patch.dict(PostgreSQL.data_types, TextField="varchar(1)"),
         lambda: list(Tag.objects.annotate(t=Cast("name", models.TextField())).values_list("t")),
-    ),
-    "__set__ of a foreign key": (
-        changed(ForeignKeyDeferredAttribute, "__set__", lambda s, obj, v: _set(s, obj, None)),
-        lambda: [book.publisher_id for book in Book.objects.order_by("pk")],
     ),
     "populate": (
         changed(query.RelatedPopulator, "populate", lambda s, row, obj: None),
