@@ -260,13 +260,15 @@ class SynchronousSession(Session):
         """Cancel a native statement whose loop does not run, and close the connection."""
         if self._native is not None and self._native.waiting:
             until = monotonic() + STOP_TIMEOUT
-            with suppress(psycopg.Error):  # or the server would go on, and keep its locks
-                for pause in pauses():  # it ignores that if it has not read the statement yet
+            # Or the server would go on, and keep its locks. It ignores that if it has not read the
+            # statement yet.
+            for pause in pauses():
+                with suppress(psycopg.Error):
                     self._conn.cancel_safe(timeout=STOP_TIMEOUT)
-                    left = until - monotonic()
-                    if self._native.wire.has_input or left <= 0:
-                        break
-                    sleep(min(pause, left))
+                left = until - monotonic()
+                if self._native.wire.has_input or left <= 0:
+                    break
+                sleep(min(pause, left))
             self.terminate()
 
     @property

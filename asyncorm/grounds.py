@@ -164,14 +164,15 @@ _CHANGES = "__setitem__ __delitem__ __ior__ update clear pop popitem setdefault"
 _Noted = type("_Noted", (dict,), {name: _changing(vars(dict)[name]) for name in _CHANGES})
 # SQL depends on what they say: operators, types, flags.
 _BACKEND = {*base.DatabaseWrapper.__mro__, *features.DatabaseFeatures.__mro__} - {object}
-for _cls, _names_of in (
+_DICTS = (
     (base.DatabaseWrapper, ("operators", "pattern_ops", "data_types")),
     (operations.DatabaseOperations, ("cast_data_types", "integerfield_type_map")),
     (BaseDatabaseOperations, ("integer_field_ranges", "set_operators")),
-):
+)
+for _cls, _names_of in _DICTS:
     for _name in _names_of:
-        by = _Noted(vars(_cls)[_name])
-        patches.replace(_cls, _name, by, "it is noted when SQL is made of something else")
+        _why = "it is noted when SQL is made of something else"
+        patches.replace(_cls, _name, _Noted(vars(_cls)[_name]), _why)
 _BACKEND.add(_Changes)
 # Modules whose classes make SQL, and items of rows.
 _MAKERS = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db.transaction import mark_for_rollback_on_error
+from django.utils.functional import cached_property
 
 from .. import between, bridge, observers, pools, written
 from .._pool import options
@@ -329,10 +331,20 @@ def _is_as_made(part: Any, wrapper: Any) -> bool:
     new = type(part)(wrapper)
     try:
         return all(
-            name == "_cache" or value == getattr(new, name) for name, value in vars(part).items()
+            name == "_cache" or _may_ask(part, name) or value == getattr(new, name)
+            for name, value in vars(part).items()
         )
     except Exception:  # it has no such
         return False
+
+
+def _may_ask(part: Any, name: str) -> bool:
+    """Whether it is a property that a backend of others finds out once, perhaps by a statement (as
+    PostGIS its version)."""
+    found = inspect.getattr_static(type(part), name, None)
+    return isinstance(found, cached_property) and not found.func.__module__.startswith(
+        "django.db.backends."
+    )
 
 
 # What a class has whose body is empty.

@@ -34,7 +34,7 @@ from psycopg import IsolationLevel
 
 import asyncorm
 from asyncorm import sessions
-from tests.support import backend_pid, value
+from tests.support import backend_pid, eventually, value
 
 HERE = __name__
 pytestmark = pytest.mark.django_db(transaction=True, databases=["default", "other"])
@@ -493,8 +493,7 @@ def test_a_statement_whose_loop_is_gone_is_stopped(
         await asyncorm.native(value)("SELECT 1")
         os.kill(pid, signal.SIGSTOP)
         left.append(asyncio.create_task(asyncorm.native(value)("SELECT pg_sleep(600)")))
-        for _ in range(100):  # until it is sent, however busy the machine is
-            await asyncio.sleep(0)
+        await eventually(lambda: sessions.test_sessions["default"].waits_for_server, 30)
 
     left: list[asyncio.Task[Any]] = []
     loop = asyncio.new_event_loop()

@@ -17,6 +17,7 @@ from django.db import connection, models
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.base import DatabaseWrapper as PostgreSQL
 from django.db.backends.postgresql.features import DatabaseFeatures
+from django.db.backends.postgresql.operations import DatabaseOperations
 from django.db.models import Aggregate, Count, Expression, F, Func, Q, QuerySet, Value, query
 from django.db.models.base import ModelBase
 from django.db.models.expressions import Col, OrderBy
@@ -27,6 +28,7 @@ from django.db.models.signals import post_init, post_save, pre_init, pre_save
 from django.db.models.sql import compiler
 from django.db.models.sql.query import Query
 from django.test.utils import isolate_apps, register_lookup
+from django.utils.functional import cached_property
 
 import asyncorm
 from asyncorm import grounds, statements
@@ -373,6 +375,26 @@ async def test_what_is_put_on_the_connection_itself(name: str) -> None:
     before = statements.counts["hits"]
     assert differences(plain, await native(lambda: outcome(function))) == []
     assert statements.counts["hits"] > before
+
+
+async def test_what_a_backend_has_asked_once_is_not_asked_again(monkeypatch: Any) -> None:
+    """As PostGIS its version: it is not taken for something that was put there."""
+    asked = []
+    version = cached_property(lambda ops: asked.append(ops))
+    version.__set_name__(DatabaseOperations, "version")
+    monkeypatch.setattr(DatabaseOperations, "version", version, raising=False)
+
+    def read() -> int:
+        before = statements.counts["hits"]
+        assert connection.ops.version is None  # type: ignore[attr-defined]
+        for _ in range(3):
+            Tag.objects.count()
+        return statements.counts["hits"] - before
+
+    for _ in range(2):
+        hits = await asyncorm.native(read)()
+    assert hits == 3
+    assert len(asked) == len({id(ops.connection) for ops in asked}), "once for each"
 
 
 async def test_what_is_put_on_the_connection_of_a_block() -> None:
