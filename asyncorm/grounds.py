@@ -46,7 +46,6 @@ from django.db.models.sql.datastructures import Join
 from django.db.models.sql.query import Query
 from django.utils.tree import Node
 
-from . import patches
 from ._cache.looks import ALL_MODELS, Family, Last, Seen, contents_of, look_at
 from .expressions import NotCacheable, names_in
 
@@ -169,11 +168,16 @@ _DICTS = (
     (operations.DatabaseOperations, ("cast_data_types", "integerfield_type_map")),
     (BaseDatabaseOperations, ("integer_field_ranges", "set_operators")),
 )
-for _cls, _names_of in _DICTS:
-    for _name in _names_of:
-        _why = "it is noted when SQL is made of something else"
-        patches.replace(_cls, _name, _Noted(vars(_cls)[_name]), _why)
 _BACKEND.add(_Changes)
+
+
+def noted_dicts() -> Iterator[tuple[type, str, dict[Any, Any]]]:
+    """What takes the place of the backend's dicts: class, name, and the same with changes noted."""
+    for cls, names in _DICTS:
+        for name in names:
+            yield cls, name, _Noted(vars(cls)[name])
+
+
 # Modules whose classes make SQL, and items of rows.
 _MAKERS = """
     models.query models.lookups models.expressions models.aggregates models.functions models.fields

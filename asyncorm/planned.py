@@ -15,7 +15,7 @@ from django.db.models.sql import compiler
 from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import DeleteQuery
 
-from . import conf, internals, patches, verifying
+from . import conf, grounds, internals, patches, verifying
 from ._chains import roots
 from ._hooks import aggregate, create, get, insert, iterate, switch, terminals, write
 from .statements import clear, plans
@@ -25,6 +25,7 @@ _SHARED = "tasks may evaluate one queryset at the same time"
 _WRITES = "writes take their SQL from the statement cache"
 _ALONE = "outside a block an INSERT needs no transaction of its own"
 _BULK = "bulk_create() takes its values by columns"
+_NOTED = "it is noted when SQL is made of something else"
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any, str]]:
@@ -58,6 +59,8 @@ def _replacements() -> Iterator[tuple[Any, str, Any, str]]:
         ("_batched_insert", insert.batched_insert, _BULK),
     ):
         yield querysets, name, wrap(getattr(querysets, name)), why
+    for cls, name, by in grounds.noted_dicts():
+        yield cls, name, by, _NOTED
 
 
 def install() -> None:
