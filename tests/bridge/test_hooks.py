@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from django.db import connection, models
+from django.db import connection, connections, models
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.base import DatabaseWrapper as PostgreSQL
 from django.db.backends.postgresql.features import DatabaseFeatures
@@ -27,6 +27,7 @@ from django.db.models.lookups import Exact, IsNull
 from django.db.models.signals import post_init, post_save, pre_init, pre_save
 from django.db.models.sql import compiler
 from django.db.models.sql.query import Query
+from django.test import SimpleTestCase
 from django.test.utils import isolate_apps, register_lookup
 from django.utils.functional import cached_property
 
@@ -395,6 +396,20 @@ async def test_what_a_backend_has_asked_once_is_not_asked_again(monkeypatch: Any
         hits = await asyncorm.native(read)()
     assert hits == 3
     assert len(asked) == len({id(ops.connection) for ops in asked}), "once for each"
+
+
+def test_what_a_test_of_djangos_leaves_on_the_connection_is_nothing() -> None:
+    """It has refused the database: its own methods are put back on the connection itself."""
+
+    class Refusing(SimpleTestCase):
+        pass
+
+    wrapper: Any = connections["default"]
+    assert not wrapper.is_altered
+    Refusing.setUpClass()
+    assert wrapper.is_altered
+    Refusing.doClassCleanups()
+    assert "chunked_cursor" in vars(wrapper) and not wrapper.is_altered
 
 
 async def test_what_is_put_on_the_connection_of_a_block() -> None:
