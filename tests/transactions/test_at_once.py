@@ -12,7 +12,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.test.utils import CaptureQueriesContext
 
 import asyncorm
-from asyncorm import _events, bridge
+from asyncorm import _events, bridge, written
 from asyncorm._transactions import at_once
 from tests.support import administrator
 
@@ -281,6 +281,7 @@ def test_who_replaces_a_method_of_djangos_is_called(
     name: str, monkeypatch: pytest.MonkeyPatch, operations: Counter[str]
 ) -> None:
     called: list[str] = []
+    monkeypatch.setattr(written, "listeners", [])  # ReplicaRouter's, of the tests before
 
     async def program() -> None:
         for patched in False, True, False:
