@@ -242,6 +242,7 @@ class ConnectionPool(GrowingPool[PooledConnection]):
 
     async def reset(self, conn: PooledConnection) -> None:
         """Undo on the server what was left in the session, then take the connection back."""
+        was_closed = conn.closed  # by whoever ends what ran there, as when the loop ends
         try:
             async with asyncio.timeout(CANCEL_TIMEOUT):
                 if await self._has_called_harmless(conn):
@@ -256,7 +257,8 @@ class ConnectionPool(GrowingPool[PooledConnection]):
             if changed:
                 self.role_changed(conn)
         except Exception as exc:
-            logger.warning("A session was not reset, and is closed: %r", exc)
+            if not was_closed:
+                logger.warning("A session was not reset, and is closed: %r", exc)
             conn.twin.terminate()
         self.give(conn)
 
