@@ -162,13 +162,12 @@ def _changing(original: Any) -> Any:
 _CHANGES = "__setitem__ __delitem__ __ior__ update clear pop popitem setdefault".split()
 _Noted = type("_Noted", (dict,), {name: _changing(vars(dict)[name]) for name in _CHANGES})
 # SQL depends on what they say: operators, types, flags.
-_BACKEND = {*base.DatabaseWrapper.__mro__, *features.DatabaseFeatures.__mro__} - {object}
+_BACKEND = {*base.DatabaseWrapper.__mro__, *features.DatabaseFeatures.__mro__, _Changes} - {object}
 _DICTS = (
     (base.DatabaseWrapper, ("operators", "pattern_ops", "data_types")),
     (operations.DatabaseOperations, ("cast_data_types", "integerfield_type_map")),
     (BaseDatabaseOperations, ("integer_field_ranges", "set_operators")),
 )
-_BACKEND.add(_Changes)
 
 
 def noted_dicts() -> Iterator[tuple[type, str, dict[Any, Any]]]:

@@ -17,7 +17,7 @@ from psycopg.pq import Format
 from psycopg.pq.abc import PGresult
 
 from .. import _events, bridge, conf
-from .._wire.statement import Statement, Unanswered, Unsent
+from .._wire.statement import LostConnection, Statement
 from ..backends.cursors import has_djangos_cursors
 from ..driver import SLICE, Connection
 from ..growth import AGAIN, has_no_server
@@ -25,7 +25,6 @@ from ..turns import Turns
 from ..wrappers import Wrapper
 from .plan import Plan, djangos
 
-_LOST = (Unanswered, Unsent)
 _TIMESTAMPTZ, _TEXT_FORMAT = 1184, Format.TEXT
 
 
@@ -105,7 +104,7 @@ class Lost:
     def __init__(self, plan: Plan, exc: Exception, before: Lost | None) -> None:
         self.since: float = monotonic() if before is None else before.since
         self._plan = plan
-        self._exc: Any = exc if isinstance(exc, _LOST) else exc.__cause__
+        self._exc: Any = exc if isinstance(exc, LostConnection) else exc.__cause__
         self.pause = AGAIN if getattr(self._exc, "opened", 0.0) > self.since else 0.0
 
     def may_repeat(self, pool: Any) -> bool:
@@ -113,7 +112,9 @@ class Lost:
         once on one that is newer; and where a pooler has no server as long as a new connection is
         waited for."""
         exc = self._exc
-        if not isinstance(exc, _LOST) or not self._plan.only_reads or not conf.get("RETRY_READS"):
+        if not (isinstance(exc, LostConnection) and self._plan.only_reads):
+            return False
+        if not conf.get("RETRY_READS"):
             return False
         return not self.pause or (has_no_server(exc) and pool.bears(exc, self.since))
 

@@ -23,16 +23,23 @@ _EMPTY_QUERY = pq.ExecStatus.EMPTY_QUERY
 STALE = (b"0A000", b"26000")
 
 
-class Unanswered(psycopg.OperationalError):
+class LostConnection(psycopg.OperationalError):
+    """The connection was lost with a statement.
+
+    Attributes:
+        opened: when the connection was (time.monotonic()).
+    """
+
+    opened = 0.0
+
+
+class Unanswered(LostConnection):
     """The connection was lost after a statement outside a transaction had been sent, and before it
     was answered: whether the server has executed it is not known.
 
     Attributes:
         text: the statement.
-        opened: when the connection was (time.monotonic()).
     """
-
-    opened = 0.0
 
     def __init__(self, message: str = "", text: str = "") -> None:
         super().__init__(message)
@@ -49,15 +56,9 @@ class Unanswered(psycopg.OperationalError):
         return unanswered
 
 
-class Unsent(psycopg.OperationalError):
+class Unsent(LostConnection):
     """The connection was lost before a statement was sent, or had reached a server: none has
-    executed it.
-
-    Attributes:
-        opened: when the connection was (time.monotonic()).
-    """
-
-    opened = 0.0
+    executed it."""
 
     @classmethod
     def of(cls, exc: BaseException, opened: float) -> Unsent:

@@ -31,7 +31,8 @@ from .._wire.statement import text_of
 from ..driver import Connection
 from ..session_state import leaves_state
 
-_CURSORS = ("cursor", "_cursor", "_prepare_cursor", "make_cursor", "create_cursor")
+# What of a wrapper makes cursors.
+CURSORS = ("cursor", "_cursor", "_prepare_cursor", "make_cursor", "create_cursor")
 _OWNERS = ("asyncorm", "psycopg", "typing", "builtins")
 
 
@@ -43,7 +44,7 @@ def has_djangos_cursors(*classes: Any) -> bool:
         classes: a wrapper's, and classes of cursors.
     """
     wrapper, *factories = classes
-    owners = [cls for cls in wrapper.__mro__ if not vars(cls).keys().isdisjoint(_CURSORS)]
+    owners = [cls for cls in wrapper.__mro__ if not vars(cls).keys().isdisjoint(CURSORS)]
     owners += [cls for factory in factories for cls in factory.__mro__]
     return all(
         cls.__module__.startswith("django.db.backends.")
@@ -54,7 +55,7 @@ def has_djangos_cursors(*classes: Any) -> bool:
 
 _ORIGINAL = os.path.dirname(django.__file__), os.path.dirname(psycopg.__file__)
 _of_outer = attrgetter("__init__", "execute", "executemany", "_execute", "_execute_with_wrappers")
-_of_wrapper = attrgetter(*_CURSORS, "ensure_connection")
+_of_wrapper = attrgetter(*CURSORS, "ensure_connection")
 _of_inner = attrgetter("execute", "executemany")
 _functions: tuple[Any, ...] = ()
 _patched = False

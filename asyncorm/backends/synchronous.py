@@ -24,7 +24,7 @@ from .._sessions.session import Session
 from .._transactions.on_commit import on_commit
 from .._wire.settings import reported
 from ..driver import Connection
-from .cursors import cursors_are_patched, noticing, stream_class
+from .cursors import CURSORS, cursors_are_patched, noticing, stream_class
 
 if TYPE_CHECKING:  # it is mixed into that
     from django.db.backends.postgresql.base import DatabaseWrapper as _Django
@@ -93,8 +93,7 @@ class SynchronousWrapper(_Django):
         cls: Any = type(self)
         if not _is_plain(cls):
             return False
-        cursor = self.__dict__.get("cursor")  # Django's test cases put back what they replaced
-        return cursor is None or getattr(cursor, "__func__", None) is cls.cursor
+        return "cursor" not in self.__dict__ or _is_of_class(self, {"cursor"})
 
     @property
     def watched(self) -> bool:
@@ -112,7 +111,7 @@ class SynchronousWrapper(_Django):
         """Whether statements may depend on what was put on the wrapper itself, on its `ops` or
         `features`."""
         state = self.__dict__
-        if not state.keys().isdisjoint(_OF_CLASS) and not _is_of_class(self):
+        if not state.keys().isdisjoint(_OF_CLASS) and not _is_of_class(self, _OF_CLASS):
             return True
         now = state["ops"].__dict__, state["features"].__dict__
         if now == state.get("_as_made"):
@@ -321,16 +320,13 @@ def _is_as_begun(conn: Any) -> bool:
 
 
 # Not of a wrapper itself: what SQL is made of, and what makes cursors.
-_OF_CLASS = {
-    "operators", "pattern_ops", "data_types", "_cursor", "_prepare_cursor", "make_cursor",
-    "create_cursor", "chunked_cursor",
-}  # fmt: skip
+_OF_CLASS = {"operators", "pattern_ops", "data_types", "chunked_cursor", *CURSORS} - {"cursor"}
 
 
-def _is_of_class(wrapper: Any) -> bool:
-    """Whether what a wrapper has of these itself is its class's: so Django's tests leave it behind,
-    where they refused a database."""
-    for name in _OF_CLASS & vars(wrapper).keys():
+def _is_of_class(wrapper: Any, names: set[str]) -> bool:
+    """Whether what a wrapper has of these itself is its class's: so Django's test cases put back
+    what they replaced."""
+    for name in names & vars(wrapper).keys():
         found = getattr(type(wrapper), name)
         if isfunction(found):
             found = MethodType(found, wrapper)
