@@ -9,7 +9,7 @@ error and, outside a transaction block, its own implicit transaction.
 from __future__ import annotations
 
 from asyncio import CancelledError, Future, Lock, Task, current_task, get_running_loop, sleep
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
@@ -24,6 +24,7 @@ from psycopg import pq
 from . import _events, bridge
 from ._wire.cancelling import CANCEL_TIMEOUT, finish
 from ._wire.settings import reported
+from ._wire.slow import Looking, slow
 from ._wire.statement import Command, Statement, Unanswered, Unsent
 from ._wire.texts import is_read as is_read  # others look for these here
 from ._wire.texts import is_single as is_single
@@ -33,33 +34,10 @@ from .driver import Connection
 from .pipelines import Pipeline
 
 MOST = 64  # statements in one pipeline
-SLOW = 0.2  # seconds without an answer after which a pipeline's statements count as slow
-_REMEMBERED = 1000  # slow statements
-_REMEMBERED_FOR = 60.0  # seconds
 
 _FATAL_ERROR = pq.ExecStatus.FATAL_ERROR
 _SQLSTATE = pq.DiagnosticField.SQLSTATE
 _ABORTED = b"25P02"  # a statement in a transaction in which one has failed
-
-
-class _Slow:
-    """Texts of statements that took long lately: they go alone."""
-
-    def __init__(self) -> None:
-        self._seen: OrderedDict[str, float] = OrderedDict()
-
-    def __contains__(self, text: str) -> bool:
-        seen = self._seen.get(text)
-        return seen is not None and monotonic() - seen < _REMEMBERED_FOR
-
-    def add(self, text: str) -> None:
-        self._seen[text] = monotonic()
-        self._seen.move_to_end(text)
-        if len(self._seen) > _REMEMBERED:
-            self._seen.popitem(last=False)
-
-
-slow = _Slow()  # those that have changed the session, too
 
 
 class Source(Protocol):
@@ -106,9 +84,10 @@ class _Request:
     Attributes:
         travelling: with those that it was sent with, once it is.
         waits: neither taken by a pipeline nor given up.
+        failed: it has aborted its transaction, if it was in one.
     """
 
-    __slots__ = ("command", "future", "pid", "sent", "since", "travelling", "waits")
+    __slots__ = ("command", "failed", "future", "pid", "sent", "since", "travelling", "waits")
 
     def __init__(self, command: Command) -> None:
         self.command = command
@@ -118,6 +97,7 @@ class _Request:
         self.sent = self.since
         self.travelling: _Travelling | None = None
         self.waits = True
+        self.failed = False
 
 
 class _Travelling:
@@ -246,13 +226,14 @@ class Queue:
     async def _drop(self, request: _Request, exc: BaseException) -> None:
         travelling = request.travelling
         self._leave(request)
-        if travelling is None or (task := travelling.task) is None:
-            return  # it will not be sent, or has its result
-        self._source.dropped(exc)
-        if all(other.future.done() for other in travelling.requests):
-            # Nobody else's statement is under way: the server stops before the caller goes on.
-            task.cancel()
-            await finish(task, 2 * CANCEL_TIMEOUT)
+        if travelling is not None and (task := travelling.task) is not None:
+            self._source.dropped(exc)
+            if all(other.future.done() for other in travelling.requests):
+                # Nobody else's statement is under way: the server stops before the caller goes on.
+                task.cancel()
+                await finish(task, 2 * CANCEL_TIMEOUT)
+        elif request.failed:  # and its operation hears of the cancellation alone
+            self._source.dropped(exc)
 
     def _run_pipeline(self, segment: _Segment, token: object, started: float) -> None:
         runner = bridge.running()
@@ -329,7 +310,7 @@ class Queue:
         pid, now = conn.pgconn.backend_pid, monotonic()
         for request in requests:
             request.pid, request.sent = pid, now
-        looking = _Looking(conn, pipeline, requests)
+        looking = Looking(conn, pipeline, requests)
         setter: _Request | None = None  # what has changed the session for those behind it
         # One connection only: they go on together, so that what they send next can travel together.
         together: list[_Answer] = []
@@ -438,6 +419,7 @@ class _Answer:
         self.request = request
         self.failed = results[-1].status == _FATAL_ERROR
         self.aborted = self.failed and results[0].error_field(_SQLSTATE) == _ABORTED
+        request.failed = self.failed and not self.aborted
         self.value: Any = None
         self.error: Exception | None = None
         if not request.future.done():
@@ -455,33 +437,6 @@ class _Answer:
             future.set_exception(self.error)
         else:
             future.set_result(self.value)
-
-
-class _Looking:
-    """Looks now and then whether a pipeline waits for a slow statement."""
-
-    def __init__(self, conn: Connection, pipeline: Pipeline, requests: list[_Request]) -> None:
-        self._conn = conn
-        self._pipeline = pipeline
-        self._requests = requests
-        self._later()
-
-    def _later(self) -> None:
-        self._answered = self._pipeline.answered
-        self._handle = get_running_loop().call_later(SLOW, self._look)
-
-    def _look(self) -> None:
-        answered = self._pipeline.answered
-        # All are answered where some are executed again. If this process was busy with other
-        # things, the answer has been there for long.
-        waits = answered == self._answered < len(self._requests)
-        if waits and self._conn.wire.unanswered:
-            slow.add(self._requests[answered].command.text)
-        self._later()
-
-    def end(self) -> None:
-        """Look no more."""
-        self._handle.cancel()
 
 
 def _fail_all(requests: list[_Request], exc: BaseException) -> None:

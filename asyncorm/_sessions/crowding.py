@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from .. import bridge, conf, limits, pools
+from .._wire.slow import slow
 from .._wire.texts import calls_known, is_single, may_be_shared
 from ..driver import Connection
-from ..multiplexing import Queue, slow
+from ..multiplexing import Queue
 
 if TYPE_CHECKING:
     from .session import Session

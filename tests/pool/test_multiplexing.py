@@ -2,9 +2,10 @@
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -644,6 +645,33 @@ async def test_a_task_cancelled_in_a_block_breaks_it(grown: str) -> None:
     assert gone.cancelled()
     assert not await Item.objects.using(grown).native_exists()
     await all_given_back(grown)
+
+
+async def test_a_task_cancelled_as_its_statement_fails_breaks_the_block(grown: str) -> None:
+    """In whichever turn: those behind it do not hear of the server's refusal."""
+    add = Item.objects.using(grown).native_create
+    await add(remote_id=1, name="x")
+    for turns in range(3, 14):
+        with suppress(TransactionManagementError):  # of the block, if it was cancelled in it
+            async with asyncorm.atomic(grown):
+                await query("SELECT 1")
+                before = asyncio.create_task(query("SELECT 1"))
+                gone = asyncio.create_task(add(remote_id=1, name="x"))
+                behind = asyncio.create_task(query("SELECT 2"))
+                for turn in range(turns):
+                    await asyncio.sleep(0)
+                    if turn > 2:
+                        time.sleep(0.002)  # noqa: ASYNC251 - the answers arrive together
+                gone.cancel()
+                await asyncio.wait([before, gone, behind])
+                if gone.cancelled() and behind.exception() is None:  # it was not sent
+                    assert behind.result() == 2
+                else:
+                    with pytest.raises(TransactionManagementError):
+                        await behind
+                    with pytest.raises(TransactionManagementError):
+                        await query("SELECT 3")
+                asyncorm.set_rollback(True, using=grown)
 
 
 async def test_the_block_waits_for_statements_that_travel(grown: str) -> None:

@@ -13,7 +13,8 @@ import pytest
 from django.db import IntegrityError, OperationalError, connections
 
 import asyncorm
-from asyncorm import multiplexing, pools
+from asyncorm import pools
+from asyncorm._wire import slow
 from asyncorm.demo.postgres import ServerError, find_bindir, postgres_server
 from tests.project.myapp.models import Item
 from tests.support import administrator, all_given_back, database, eventually
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.usefixtures("django_db_setup")
 
 @pytest.fixture(autouse=True)
 def _allowed(django_db_blocker: Any) -> Iterator[None]:
-    multiplexing.slow._seen.clear()  # what is slow goes alone
+    slow.slow._seen.clear()  # what is slow goes alone
     with django_db_blocker.unblock():
         yield
-    multiplexing.slow._seen.clear()
+    slow.slow._seen.clear()
 
 
 @pytest.fixture(scope="module")
@@ -225,9 +226,9 @@ async def test_a_stall_of_the_loop_makes_no_statement_slow() -> None:
             async with asyncio.timeout(10):
                 while not any(conn.wire.waiting for conn in live):  # noqa: ASYNC110
                     await asyncio.sleep(0)
-            time.sleep(2 * multiplexing.SLOW)  # noqa: ASYNC251
+            time.sleep(2 * slow.SLOW)  # noqa: ASYNC251
             await gathered
-        assert not multiplexing.slow._seen
+        assert not slow.slow._seen
         await asyncorm.close_pools(ALIAS)
 
 
@@ -241,7 +242,7 @@ async def test_only_the_statement_that_is_slow_counts_as_such() -> None:
                 lambda: query("SELECT 2"),
                 using=ALIAS,
             )
-            assert list(multiplexing.slow._seen) == ["SELECT * FROM piped_pause"]
+            assert list(slow.slow._seen) == ["SELECT * FROM piped_pause"]
         finally:
             ask("DROP VIEW piped_pause")
         await asyncorm.close_pools(ALIAS)
@@ -249,7 +250,7 @@ async def test_only_the_statement_that_is_slow_counts_as_such() -> None:
 
 async def test_what_is_executed_again_may_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server has answered all of a pipeline, but one with: there is no such prepared one."""
-    monkeypatch.setattr(multiplexing, "SLOW", 0.02)
+    monkeypatch.setattr(slow, "SLOW", 0.02)
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
     options = {"prepare_threshold": 0, "pool": {"min_size": 0, "max_size": 1}}
@@ -266,7 +267,7 @@ async def test_what_is_executed_again_may_be_slow(monkeypatch: pytest.MonkeyPatc
         for _ in range(3):
             assert await counts() == [0, False]
         await asyncorm.native(forget)()
-        multiplexing.slow._seen.clear()
+        slow.slow._seen.clear()
         ask("BEGIN")
         ask("LOCK TABLE myapp_item IN ACCESS EXCLUSIVE MODE")
         counting = asyncio.create_task(counts())
