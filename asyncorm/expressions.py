@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import functools
 import uuid
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any
 
 from django.db import models
@@ -121,9 +124,51 @@ _DERIVED = {
 }  # fmt: skip
 
 
+class _Form:
+    """What is alike in expressions of one class whose attributes are of the same types.
+
+    Args:
+        plain: the names of the attributes whose values can be in a key as they are.
+        others: those of the rest.
+
+    Attributes:
+        pick: gives the values of the former.
+    """
+
+    __slots__ = ("others", "pick")
+
+    def __init__(self, plain: list[str], others: list[str]) -> None:
+        self.pick: Callable[[Any], Iterable[Any]] = (
+            itemgetter(*plain) if len(plain) > 1 else lambda state: map(state.get, plain)
+        )
+        self.others = others
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(cls: type, state: tuple[Any, ...], args: tuple[type, ...]) -> _Form:
+    """The form of an expression: in a key in the place of all that it is asked by.
+
+    Args:
+        state: the names of its attributes, then the types of their values.
+        args: the types of what it was made with.
+
+    Raises:
+        NotCacheable: a field is among these.
+    """
+    if any(issubclass(each, Field) for each in args):
+        raise NotCacheable
+    half = len(state) // 2
+    kinds = {n: k for n, k in zip(state, state[half:], strict=False) if n not in _DERIVED}
+    plain = [name for name, kind in kinds.items() if kind in _IN_KEYS]
+    return _Form(plain, [name for name in kinds if name not in plain])
+
+
+_IN_KEYS = {type(None), bool, str}
+
+
 def add_unresolved(value: Any, key: list[Any]) -> None:
     """Put an expression of names without parameters, or an attribute of one, into a key."""
-    cls = type(value)
+    cls: Any = type(value)
     if cls is list or cls is tuple:
         key += (cls, len(value))
         for each in value:
@@ -135,21 +180,15 @@ def add_unresolved(value: Any, key: list[Any]) -> None:
     elif cls is F:
         key += (cls, value.name)
     elif cls in _EXPRESSIONS:
+        state = value.__dict__
         args, named = value._constructor_args
-        for arg in (*args, *named.values()):
-            if isinstance(arg, Field):
-                raise NotCacheable
-        key.append(cls)
-        for name, each in value.__dict__.items():
-            if name in _DERIVED:
-                continue
-            kind = type(each)
-            if each is None or kind is bool or kind is str:  # as below, without a call
-                key += (name, kind, each)
-            else:
-                key.append(name)
-                add_unresolved(each, key)
-    elif value is None or cls is bool or cls is str:
+        kinds, made_with = map(type, state.values()), map(type, (*args, *named.values()))
+        form = _form(cls, (*state, *kinds), tuple(made_with))
+        key.append(form)
+        key += form.pick(state)
+        for name in form.others:
+            add_unresolved(state[name], key)
+    elif cls in _IN_KEYS:
         key += (cls, value)
     else:
         raise NotCacheable
