@@ -329,15 +329,10 @@ class _OfLoop:
         if self._reader is None:
             self._reader = self._start(self._read())
         full = self.layer.name(kind, name)
-        if (task := self._listening.get(full)) is None:
+        if (task := self._listening.get(full)) is None or _has_failed(task):
             listener = listening.Listener(_Inbox(full, self._notes), self.layer.listen_using)
             task = self._listening[full] = self._start(listener.__aenter__())
-        try:
-            await asyncio.shield(task)
-        except BaseException:
-            if task.done() and self._listening.get(full) is task:
-                del self._listening[full]
-            raise
+        await asyncio.shield(task)
 
     @staticmethod
     def _start(coroutine: Any) -> asyncio.Task[Any]:
@@ -346,7 +341,9 @@ class _OfLoop:
 
     async def _leave(self, full: str) -> None:
         if (task := self._listening.pop(full, None)) is not None:
-            await (await task).aclose()
+            await asyncio.wait([task])
+            if not _has_failed(task):
+                await task.result().aclose()
 
     async def close(self) -> None:
         """Stop listening."""
@@ -474,6 +471,10 @@ class _OfLoop:
             box.returned.append(task.result())
             if not box.queue.full():
                 box.queue.put_nowait((time() + self.layer.expiry, None))
+
+
+def _has_failed(task: asyncio.Task[Any]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _written(value: object) -> str:

@@ -94,12 +94,18 @@ class _Hub:
 
         Raises:
             psycopg.Error: it cannot.
+            RuntimeError: another task does the same.
         """
+        if inbox in self._starting:
+            raise _busy()
         self.inboxes.add(inbox)
         started = self._starting[inbox] = self.loop.create_future()
         self._changed()
         try:
             await started
+        except BaseException:
+            self.leave(inbox)
+            raise
         finally:
             del self._starting[inbox]
 
@@ -124,7 +130,7 @@ class _Hub:
                     await self._listen(conn)
                 finally:
                     await conn.close()
-            except (psycopg.Error, TimeoutError) as exc:
+            except Exception as exc:  # a password that cannot be had, say
                 why = str(exc).strip() or "no answer"
                 self._refuse(exc)
                 if not self.inboxes:
@@ -205,13 +211,21 @@ os.register_at_fork(after_in_child=_hubs.clear)  # the connections are the paren
 
 
 def _hub(alias: str) -> _Hub:
-    for loop, name in [key for key in _hubs if key[0].is_closed()]:
-        del _hubs[loop, name]
+    for key in list(_hubs):  # other threads have theirs
+        if key[0].is_closed():
+            _hubs.pop(key, None)
     key = asyncio.get_running_loop(), alias
     hub = _hubs.get(key)
     if hub is None or hub.task.done():
         hub = _hubs[key] = _Hub(alias, key[0])
     return hub
+
+
+def _busy() -> RuntimeError:
+    return RuntimeError(
+        "Another task waits for the next note of this listener: give each task one of its own, "
+        "asyncorm.listen() costs no connection." + see("listen#listen-and-notify")
+    )
 
 
 class Listener:
@@ -227,13 +241,11 @@ class Listener:
     async def __aenter__(self) -> Listener:
         if self._hub is None and not self._closed:
             hub = _hub(self._alias)
-            try:
-                with DatabaseErrorWrapper(connections.create_connection(self._alias)):
-                    await hub.join(self._inbox)
-            except BaseException:
-                hub.leave(self._inbox)
-                raise
+            with DatabaseErrorWrapper(connections.create_connection(self._alias)):
+                await hub.join(self._inbox)
             self._hub = hub
+        if self._closed:  # meanwhile
+            await self.aclose()
         return self
 
     async def __aexit__(self, *args: object) -> None:
@@ -246,10 +258,7 @@ class Listener:
         await self.__aenter__()
         inbox = self._inbox
         if inbox.waiting is not None:
-            raise RuntimeError(
-                "Another task waits for the next note of this listener: give each task one of its "
-                "own, asyncorm.listen() costs no connection." + see("listen#listen-and-notify")
-            )
+            raise _busy()
         while not inbox.notes:
             if self._closed:
                 raise StopAsyncIteration

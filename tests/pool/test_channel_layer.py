@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import asyncorm
-from tests.support import run_script
+from tests.support import database, eventually, run_script
 
 pytest.importorskip("channels")
 from channels.exceptions import ChannelFull
@@ -260,6 +260,26 @@ async def test_a_lost_connection_is_made_anew(layer: Any) -> None:
                 break
             except TimeoutError:
                 continue
+
+
+async def test_what_failed_when_nobody_waited_for_it_is_begun_anew() -> None:
+    async def begin() -> None:
+        waiting = asyncio.create_task(layer.receive("test-channel"))
+        while not layer._here()._listening:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        waiting.cancel()  # before it is known that the server cannot be reached
+        await asyncio.wait([waiting])
+        await eventually(lambda: all(each.done() for each in layer._here()._listening.values()))
+
+    with database(PORT="1", HOST="127.0.0.1") as away:
+        layer = PostgresChannelLayer(listen_using=away)
+        await begin()
+        await layer.close()
+        await begin()
+        layer.listen_using = "default"  # it can be reached now
+        await layer.send("test-channel", {"type": "message"})
+        assert await take(layer, "test-channel") == {"type": "message"}
+        await layer.flush()
 
 
 async def test_nothing_listens_after_close(layer: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from django.db import DataError, NotSupportedError, OperationalError
+from django.db import DataError, NotSupportedError, OperationalError, connections
 from psycopg import sql
 
 import asyncorm
@@ -228,6 +228,61 @@ async def test_server_out_of_reach() -> None:
             await take(asyncorm.listen("orders", using=alias))
         with pytest.raises(OperationalError):
             await take(asyncorm.listen("orders", using=alias))
+
+
+async def test_a_password_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Whatever it is that keeps from connecting: who begins is told, who listens waits for it."""
+    with database() as alias:
+        cls: Any = type(connections[alias])
+        original = cls.get_connection_params
+        failing = True
+
+        def params(self: Any) -> Any:
+            if failing and self.alias == alias:
+                raise LookupError("no token")
+            return original(self)
+
+        monkeypatch.setattr(cls, "get_connection_params", params)
+        with pytest.raises(LookupError, match="no token"):
+            await take(asyncorm.listen("orders", using=alias))
+        failing = False
+        async with asyncorm.listen("orders", using=alias) as notes:
+            failing = True
+            async with asyncorm.cursor() as cursor:
+                await cursor.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name = %s",
+                    [alias],
+                )
+            await eventually(lambda: "no token" in caplog.text)
+            failing = False
+            assert [note.gap for note in await take(notes)] == [True]
+
+
+async def test_two_tasks_begin_with_one_listener(ask: Callable[..., Any]) -> None:
+    notes = asyncorm.listen("orders")
+    waiting = asyncio.create_task(take(notes))
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="Another task"):
+        await take(notes)
+    while not await ask(LISTENING):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await asyncorm.notify("orders")
+    await waiting
+    await notes.aclose()
+
+
+async def test_closed_as_it_begins() -> None:
+    for turns in range(4):
+        notes = asyncorm.listen("orders")
+        waiting = asyncio.create_task(notes.__aenter__())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await notes.aclose()
+        await waiting
+        await eventually(lambda: not listening._hubs)
+        with pytest.raises(StopAsyncIteration):
+            await anext(notes)
 
 
 async def test_in_the_tasks_of_a_block_of_another() -> None:
