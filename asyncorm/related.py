@@ -126,7 +126,7 @@ def relation(instances: Any, prefetcher: Any, lookup: Any, level: int) -> Relati
     if (
         type(lookup) is not Prefetch
         or not grounds.are_sound()
-        or not grounds.are_djangos(*_DESCRIPTORS, BaseManager)
+        or not grounds.are_djangos(*_DESCRIPTORS, BaseManager, OneToOneField)
         or lookup.get_current_querysets(level)
         or lookup.get_current_to_attr(level)[1]
     ):

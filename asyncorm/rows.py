@@ -58,6 +58,7 @@ _DESCRIPTORS = (DeferredAttribute, ForeignKeyDeferredAttribute, FileDescriptor)
 _WITH_MODES = hasattr(ModelState, "fetch_mode")
 
 _populators = query.get_related_populators
+_set_key = ForeignKeyDeferredAttribute.__set__
 _send, _of_pre_init, _of_post_init = ModelSignal.send, vars(pre_init), vars(post_init)
 _read_json = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _read_timestamp = datetime.datetime.fromisoformat
@@ -83,7 +84,10 @@ def is_plain(model: type[Model]) -> bool:
 
 def is_watched(models: tuple[Any, ...]) -> bool:
     """Whether instances of the models are made by others, too, or with receivers of signals."""
-    if query.get_related_populators is not _populators:
+    if (
+        query.get_related_populators is not _populators
+        or ForeignKeyDeferredAttribute.__set__ is not _set_key
+    ):
         return True
     if pre_init.receivers or post_init.receivers:
         return is_heard((pre_init, post_init), models)

@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import router
+from django.db import router, transaction
 from django.db.models import Manager, Model, base
 from django.db.models.query import QuerySet
 from greenlet import getcurrent
@@ -96,7 +96,11 @@ def deletes_alone(module: Any, alias: str, what: Any) -> bool:
         module: Django's, whose code would delete it.
     """
     collector = module.Collector
-    return grounds.are_djangos(collector) and collector(using=alias).can_fast_delete(what)
+    return (
+        grounds.are_djangos(collector)
+        and grounds.is_djangos_function(transaction.atomic)
+        and collector(using=alias).can_fast_delete(what)
+    )
 
 
 def _alias_of(obj: Model, kwargs: _Keywords) -> str | None:

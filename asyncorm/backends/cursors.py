@@ -56,7 +56,7 @@ def has_djangos_cursors(*classes: Any) -> bool:
 _ORIGINAL = os.path.dirname(django.__file__), os.path.dirname(psycopg.__file__)
 _of_outer = attrgetter("__init__", "execute", "executemany", "_execute", "_execute_with_wrappers")
 _of_wrapper = attrgetter(*CURSORS, "ensure_connection")
-_of_inner = attrgetter("execute", "executemany")
+_of_inner = attrgetter("execute", "executemany", "fetchmany")
 _functions: tuple[Any, ...] = ()
 _patched = False
 

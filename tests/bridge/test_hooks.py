@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import psycopg
 import pytest
-from django.db import connection, connections, models
+from django.db import connection, connections, models, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.base import DatabaseWrapper as PostgreSQL
 from django.db.backends.postgresql.features import DatabaseFeatures
@@ -21,6 +22,8 @@ from django.db.backends.postgresql.operations import DatabaseOperations
 from django.db.models import Aggregate, Count, Expression, F, Func, Q, QuerySet, Value, query
 from django.db.models.base import ModelBase
 from django.db.models.expressions import Col, OrderBy
+from django.db.models.fields.related import ForeignObject
+from django.db.models.fields.related_descriptors import ForeignKeyDeferredAttribute
 from django.db.models.fields.reverse_related import ForeignObjectRel
 from django.db.models.functions import Cast
 from django.db.models.lookups import Exact, IsNull
@@ -141,6 +144,7 @@ def _emptied(queryset: Any) -> Any:
     return queryset
 
 
+_set = ForeignKeyDeferredAttribute.__set__
 _count, _init = Query.get_count, models.Model.__init__
 _q, _lookup = Q.__init__, models.Lookup.__init__
 
@@ -295,6 +299,17 @@ HOOKS: dict[str, tuple[Any, Callable[[], Any]]] = {
         lambda: mock.patch.dict(PostgreSQL.data_types, TextField="varchar(1)"),
         lambda: list(Tag.objects.annotate(t=Cast("name", models.TextField())).values_list("t")),
     ),
+    "__set__ of a foreign key": (
+        changed(ForeignKeyDeferredAttribute, "__set__", lambda s, obj, v: _set(s, obj, None)),
+        lambda: [book.publisher_id for book in Book.objects.order_by("pk")],
+    ),
+    "get_local_related_value": (
+        changed(ForeignObject, "get_local_related_value", lambda s, obj: (1,)), prefetch,
+    ),
+    "get_foreign_related_value": (
+        changed(ForeignObject, "get_foreign_related_value", lambda s, obj: (1,)), prefetch,
+    ),
+    "fetchmany": (changed(psycopg.Cursor, "fetchmany", lambda s, size=0: []), read),
     "populate": (
         changed(query.RelatedPopulator, "populate", lambda s, row, obj: None),
         lambda: [
@@ -441,6 +456,22 @@ async def test_what_stands_for_a_signal_is_called(signal: Any, owner: str) -> No
     times = 3 if signal in (pre_init, post_init) else 2
     assert send.call_count == (times if owner == "the signal" else 10)
     await Tag.objects.filter(name__startswith="again").native_delete()
+
+
+async def test_a_transaction_that_is_replaced_is_entered() -> None:
+    """As by tests that ask whether there is one."""
+
+    async def work() -> None:
+        tag, made = await Tag.objects.native_get_or_create(name="in a transaction")
+        assert made
+        deleted = await Tag.objects.filter(pk=tag.pk).native_delete()
+        assert deleted[0] == 1
+
+    for _ in range(3):
+        await work()
+    with mock.patch.object(transaction, "atomic", wraps=transaction.atomic) as atomic:
+        await work()
+    assert atomic.call_count == 2
 
 
 async def test_an_iterable_that_is_replaced_later() -> None:
