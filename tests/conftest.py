@@ -47,6 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for alias, database in databases().items():
         settings.DATABASES[alias].update(database)
     django.setup()
+    if cache:  # where Django was set up before, what was the default has been taken already
+        from django.test.signals import setting_changed
+
+        setting_changed.send(sender=None, setting="ASYNCORM", value=None, enter=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
