@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from threading import TIMEOUT_MAX
 from typing import Any, TypeAlias
 
 from django.conf import settings as django_settings
@@ -68,6 +69,10 @@ def is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
+def _is_finite(value: object) -> bool:
+    return is_seconds(value) and value <= TIMEOUT_MAX  # type: ignore[operator]
+
+
 def is_count(value: object) -> bool:
     """Whether it is a positive whole number."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -84,14 +89,15 @@ def _is_names(value: object) -> bool:
 # What a value must be: in words, how to tell, and what else it may be.
 MustBe: TypeAlias = tuple[str, Callable[[object], bool], tuple[object, ...]]
 SECONDS: MustBe = ("a positive number of seconds", is_seconds, ())
+FINITE: MustBe = (f"{SECONDS[0]}, and finite", _is_finite, ())  # a thread waits for so long
 _SWITCH: MustBe = ("True or False", is_switch, ())
 _MUST_BE: dict[str, MustBe] = {
     **dict.fromkeys(DEFAULTS, _SWITCH),
     "STATEMENT_CACHE": ('True, False or "verify"', is_switch, ("verify",)),
     "LOCK_TIMEOUT": SECONDS,
-    "FILL_DELAY": SECONDS,
+    "FILL_DELAY": FINITE,
     "SLOW_CHECKOUT": (f"{SECONDS[0]}, or None", is_seconds, (None,)),
-    "SLOW_STEP": (f"{SECONDS[0]}, None, or False (never)", is_seconds, (None, False)),
+    "SLOW_STEP": (f"{FINITE[0]}, None, or False (never)", _is_finite, (None, False)),
     "PARALLELISM": ("a positive number of connections, or None", is_count, (None,)),
     "STATEMENT_CACHE_SIZE": ("a positive number of statements", is_count, ()),
     "NATIVE_MIDDLEWARE": ("a list of dotted names, or '__all__'", _is_names, ("__all__",)),
@@ -145,13 +151,19 @@ setting_changed.connect(_forget, dispatch_uid="asyncorm.conf")
 
 
 def problems() -> list[str]:
-    """What is wrong with the ASYNCORM setting, in words for the user."""
+    """What is wrong with the ASYNCORM setting, or the shape of DATABASES, in words for the user."""
     value = getattr(django_settings, "ASYNCORM", None)
+    wrong = [
+        f"DATABASES[{alias!r}]['OPTIONS'] must be a dict, not {database['OPTIONS']!r}."
+        for alias, database in getattr(django_settings, "DATABASES", {}).items()
+        if str(database.get("ENGINE")).startswith("asyncorm.")
+        and not isinstance(database.get("OPTIONS", {}), dict)
+    ]
     if value is None:
-        return []
+        return wrong
     if not isinstance(value, dict):
-        return [f"ASYNCORM must be a dict, not {type(value).__name__}."]
-    return list(misfits("ASYNCORM", value, _MUST_BE))
+        return [*wrong, f"ASYNCORM must be a dict, not {type(value).__name__}."]
+    return [*wrong, *misfits("ASYNCORM", value, _MUST_BE)]
 
 
 def validate() -> None:

@@ -210,6 +210,8 @@ def _limits(alias: str) -> tuple[int, tuple[Any, ...]]:
 
 def lines(servers: list[Server], workers: int) -> Iterator[str]:
     """A report as text."""
+    if not servers:
+        yield "No database runs natively: none has an ENGINE of asyncorm."
     for server in servers:
         role = "standby" if server.standby else "primary"
         yield f"{server.name}" + ("" if server.error else f" ({role})")

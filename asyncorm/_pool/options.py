@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from inspect import iscoroutinefunction
-from threading import TIMEOUT_MAX
 from typing import Any
 
 from django.core.checks import Error
 from django.core.exceptions import ImproperlyConfigured
 
-from ..conf import SECONDS, MustBe, is_count, is_seconds, is_switch, misfits
+from ..conf import FINITE, SECONDS, MustBe, is_count, is_switch, misfits
 from ..pages import see
 
 # Options of Django's own "pool" key that this pool sets itself.
@@ -31,10 +30,6 @@ def _is_function(value: object) -> bool:
     return callable(value) and not iscoroutinefunction(value)
 
 
-def _is_finite(value: object) -> bool:
-    return is_seconds(value) and value <= TIMEOUT_MAX  # type: ignore[operator]
-
-
 def _is_age(value: object) -> bool:
     return isinstance(value, int | float)  # Django takes what is negative for 0
 
@@ -44,22 +39,20 @@ _FUNCTION: MustBe = (
     _is_function,
     (None,),
 )
-# What Django's pool, which has the same options, waits for in threads.
-_FINITE: MustBe = (f"{SECONDS[0]}, and finite", _is_finite, ())
 _MUST_BE: dict[str, MustBe] = {
     "min_size": ("a number of connections", _is_whole, ()),
     "max_size": ("a number of connections, or None for min_size", _is_whole, (None,)),
-    "timeout": _FINITE,
+    "timeout": FINITE,
     "max_waiting": ("a number of tasks, 0 for no limit", _is_number, ()),
     "max_lifetime": SECONDS,
-    "max_idle": _FINITE,
+    "max_idle": FINITE,
     "num_workers": ("a positive number", is_count, ()),
     "name": ("text, or None", lambda value: isinstance(value, str), (None,)),
     "check": _FUNCTION,
     "configure": _FUNCTION,
     "reset": _FUNCTION,
     "reconnect_failed": _FUNCTION,
-    "reconnect_timeout": _FINITE,
+    "reconnect_timeout": FINITE,
     "close_returns": ("True or False", is_switch, ()),
     "connection_class": ("a class", lambda value: isinstance(value, type), ()),
 }

@@ -155,6 +155,12 @@ async def test_hosts_that_libpq_is_told_by_the_environment(monkeypatch: Any) -> 
         await asyncorm.close_pools("nowhere")
 
 
+def test_nothing_runs_natively() -> None:
+    assert list(sizing.lines([], 1)) == [
+        "No database runs natively: none has an ENGINE of asyncorm."
+    ]
+
+
 def test_arguments() -> None:
     assert "for 1" in shown()
     with pytest.raises((CommandError, SystemExit)):

@@ -82,9 +82,9 @@ WRONG_VALUES: dict[str, list[Any]] = {
 } | {
     "STATEMENT_CACHE": ["True", 1, 0, None],
     "LOCK_TIMEOUT": ["30", 0, -1, True, None, float("nan"), lambda: 30],
-    "FILL_DELAY": ["1", 0, None],
+    "FILL_DELAY": ["1", 0, None, float("inf")],
     "SLOW_CHECKOUT": ["5", 0, False],
-    "SLOW_STEP": ["0.1", 0, True],
+    "SLOW_STEP": ["0.1", 0, True, float("inf")],  # a thread waits for so long
     "PARALLELISM": ["2", 0, 2.0, True],
     "STATEMENT_CACHE_SIZE": ["4096", 0, 1e3, None],
     "NATIVE_MIDDLEWARE": ["shop.middleware", [no_coroutine], None, True],
@@ -110,6 +110,17 @@ def test_wrong_values(key: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_wrong_values_are_tried_of_each_key() -> None:
     assert WRONG_VALUES.keys() == conf.DEFAULTS.keys()
+
+
+@pytest.mark.parametrize("options", [None, ["pool"], "pool"])
+def test_options_that_are_no_dict(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each check and command reads them: said once, when the project starts."""
+    native = {"ENGINE": "asyncorm.backends.postgresql", "OPTIONS": options}
+    databases = {"default": {}, "native": native, "others": {**native, "ENGINE": "others.backend"}}
+    monkeypatch.setattr(conf, "django_settings", SimpleNamespace(DATABASES=databases))
+    with pytest.raises(ImproperlyConfigured, match=r"DATABASES\['native'\]\['OPTIONS'\] must be"):
+        conf.validate()
+    assert len(conf.problems()) == 1
 
 
 def test_autocommit() -> None:

@@ -476,6 +476,13 @@ def test_bench_says_what_it_cannot_measure() -> None:
         shown("bench", "--database", "legacy")
 
 
+def test_a_database_that_is_away_is_no_traceback(django_db_blocker: Any) -> None:
+    away = database(HOST="127.0.0.1", PORT="1", OPTIONS={"pool": False})
+    refused = pytest.raises(CommandError, match="Connection refused")
+    with django_db_blocker.unblock(), away, refused:
+        shown("bench", "shop.Tag", "--database", "extra")
+
+
 @pytest.mark.django_db(transaction=True)
 def test_bench_takes_the_model_with_the_most_rows() -> None:
     Tag.objects.bulk_create(Tag(name=f"tag {number}") for number in range(500))

@@ -7,6 +7,7 @@ from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import Error
 
 from ..._commands import SUBCOMMANDS
 
@@ -34,5 +35,5 @@ class Command(BaseCommand):
             raise CommandError(f"SUBCOMMAND is one of these:{names}", returncode=2)
         try:
             _module(subcommand).run(options, self.stdout.write)
-        except ImproperlyConfigured as exc:
+        except (ImproperlyConfigured, Error) as exc:  # a database that is away, too
             raise CommandError(str(exc)) from exc
