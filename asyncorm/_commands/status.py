@@ -94,7 +94,11 @@ def _requests() -> Iterator[str]:
         return
     yield f"{path}: asyncorm's handler"
     for each in settings.MIDDLEWARE:
-        native = middleware.is_own(each) or middleware.is_named(each)
+        try:
+            native = middleware.is_own(each) or middleware.is_named(each)
+        except ImportError as exc:
+            yield f"  {each}: cannot be imported ({exc})"
+            continue
         yield f"  {each}: {'on the event loop' if native else 'in a thread'}"
 
 

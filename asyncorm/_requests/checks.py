@@ -38,8 +38,8 @@ _INNER = ("app", "application", "inner", "application_mapping")
 
 
 def check_names() -> list[CheckMessage]:
-    """asyncorm.E005: NATIVE_MIDDLEWARE and NATIVE_VIEWS."""
-    return [Error(text, id="asyncorm.E005") for text in names.problems()]
+    """asyncorm.E005: NATIVE_MIDDLEWARE and NATIVE_VIEWS, and MIDDLEWARE, which is looked into."""
+    return [Error(text, id="asyncorm.E005") for text in (*names.problems(), *names.missing())]
 
 
 def check_thread_locals() -> list[CheckMessage]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from django.conf import settings
+from django.utils.module_loading import import_string
+
 from .. import conf
 from . import middleware, views
 
@@ -18,3 +23,13 @@ def problems() -> list[str]:
             if text := problem(name):
                 found.append(f'ASYNCORM["{key}"]: {name!r} {text}.')
     return found
+
+
+def missing() -> Iterator[str]:
+    """The entries of MIDDLEWARE that cannot be imported: each handler says so of the first, when
+    it starts."""
+    for path in settings.MIDDLEWARE:
+        try:
+            import_string(path)
+        except ImportError as exc:
+            yield f"MIDDLEWARE: {path!r} cannot be imported ({exc})."

@@ -381,6 +381,13 @@ def test_names_that_do_not_exist() -> None:
     assert "'tests.nothing' does not exist: tests has no nothing" in messages[1].msg
 
 
+def test_middleware_that_does_not_exist() -> None:
+    with override_settings(MIDDLEWARE=["no.such", "tests.nothing"]):
+        messages = found()
+    assert [message.id for message in messages] == ["asyncorm.E005"] * 2
+    assert "MIDDLEWARE: 'no.such' cannot be imported" in messages[0].msg
+
+
 LOCAL = threading.local()
 
 
