@@ -9,7 +9,7 @@ whose rows are there already it takes those. What was foreseen wrongly is not ta
 from __future__ import annotations
 
 import asyncio
-from asyncio import CancelledError, Future, Task, get_running_loop
+from asyncio import CancelledError, Future, Task, current_task, get_running_loop
 from collections import deque
 from collections.abc import Iterable, Sequence
 from copy import copy
@@ -215,7 +215,7 @@ class _Plan:
         self._kept: list[Any] = []  # or an id() might come again
         self._fetches: dict[Any, list[_Fetch]] = {}
         self._waiting: deque[_Fetch] = deque()
-        self._workers: set[Task[None]] = set()
+        self._workers: dict[Task[None], Session | None] = {}
         self._starting = 0
         self._ended = False
         self._stateful = False
@@ -320,16 +320,17 @@ class _Plan:
         for _ in range(min(wanted, room - self._starting)):
             self._starting += 1
             task = get_running_loop().create_task(bridge.run(self._work))
-            self._workers.add(task)
+            self._workers.setdefault(task, None)  # it may have begun
             task.add_done_callback(self._gone)
 
     def _gone(self, task: Task[None]) -> None:
-        self._workers.discard(task)
+        del self._workers[task]
         if not task.cancelled():
             task.exception()  # Django's call does itself what a worker could not
 
     def _work(self) -> None:
         session = sessions.require(self.session.alias)
+        self._workers[current_task()] = session  # type: ignore[index]
         try:
             if self._block is None and self._waiting:
                 # Nothing is begun before there is a connection: until then it can be taken back.
@@ -351,17 +352,24 @@ class _Plan:
         self._waiting.clear()
         if self._block is not None:
             self._block.batching -= 1
-        workers = list(self._workers)
+        workers = dict(self._workers)
         if self._block is None or cancelled:  # or a cancelled statement would end the transaction
-            for task in workers:
-                task.cancel()
+            for task, session in workers.items():
+                # A new connection that Django configures just now will serve others: to stop that
+                # would be to close it, at each call that is sooner done.
+                if cancelled or session is None or session.taken is None:
+                    task.cancel()
         if workers:
-            bridge.wait_for(runner, _all_ended(workers))
+            bridge.wait_for(runner, _all_ended(workers, None if self._block else CANCEL_TIMEOUT))
 
 
-async def _all_ended(tasks: list[Task[None]]) -> None:
+async def _all_ended(tasks: Iterable[Task[None]], timeout: float | None) -> None:
     try:
-        await asyncio.wait(tasks)
+        _, late = await asyncio.wait(tasks, timeout=timeout)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late)
     except CancelledError:
         for task in tasks:
             task.cancel()

@@ -14,6 +14,7 @@ import pytest
 from django.apps import apps
 from django.contrib.contenttypes.models import ContentType
 from django.db import DataError, connection, connections, models
+from django.db.backends.signals import connection_created
 from django.db.models import (
     DateTimeField,
     Func,
@@ -174,6 +175,27 @@ async def test_a_cold_pool_grows() -> None:
         assert len({rows[0].pid for rows in found.values()}) > 1
         assert asyncorm.pool_stats(alias)["pool_size"] > 1
         await asyncorm.close_pools(alias)
+
+
+@override_settings(ASYNCORM={"MULTIPLEXING": False})
+async def test_a_new_connection_is_kept_though_the_call_has_ended() -> None:
+    def receiver(connection: Any, **kwargs: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_sleep(0.1)")
+
+    connection_created.connect(receiver)
+    try:
+        with database(OPTIONS={"pool": {"min_size": 0, "max_size": 3}}) as alias:
+            books = Book.objects.using(alias).prefetch_related(*RELATED)
+            for _ in range(
+                3
+            ):  # it takes connections that nobody has used before from the second on
+                assert all(related(await books.all().anative()).values())
+                await all_given_back(alias)
+            assert asyncorm.pool_stats(alias).get("returns_bad") is None
+            await asyncorm.close_pools(alias)
+    finally:
+        connection_created.disconnect(receiver)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
