@@ -68,6 +68,9 @@ SETTINGS = (
     "statement_timeout = '25s'", "standard_conforming_strings = off", "extra_float_digits = 0",
     "bytea_output = 'escape'", "work_mem = '1MB'", "ROLE asyncorm_model", "ROLE asyncorm_model",
 )  # fmt: skip
+CLOSED_HERE = (
+    "connection was closed", "connection is closed", "given its server connection back",
+)  # fmt: skip
 KILL = "SELECT asyncorm_model_kill()"  # whatever the role
 
 
@@ -193,6 +196,17 @@ class Block:
     @property
     def root(self) -> "Block":
         return self if self.parent is None else self.parent.root
+
+
+class Lost(str):
+    """The outcome "lost", which knows of what error: a program that fails may not do so again."""
+
+    def __new__(cls, exc: BaseException) -> "Lost":
+        lost = super().__new__(cls, "lost")
+        lost.exc = exc
+        return lost
+
+    exc: BaseException
 
 
 class Run:
@@ -430,12 +444,12 @@ class Run:
             return "integrity"
         if isinstance(exc.__cause__, QueryCanceled):
             return "stopped"
-        if isinstance(exc, OperationalError | InterfaceError) and (
-            "connection was closed" in str(exc) or "given its server connection back" in str(exc)
-        ):
-            return "stopped"  # on a machine so slow that the server did not answer in time
         if isinstance(exc, OperationalError | InterfaceError):
-            return "lost"
+            if any(said in str(exc) for said in CLOSED_HERE):
+                return "stopped"  # on a machine so slow that the server did not answer in time
+            if "its connection was lost" in str(exc) and exc.__cause__ is None:
+                return "stopped"  # the same, of a statement that was cancelled: it has no error
+            return Lost(exc)
         if isinstance(exc, TransactionManagementError):
             return "ended" if "has ended" in str(exc) else "broken"
         return repr(exc)
@@ -671,14 +685,18 @@ class Model:
 
     def exit(self, block: Block, well: bool, outcome: str) -> None:
         root = block.root
-        if self.is_lost(block, outcome) or (root.killing and outcome == "stopped"):
+        by_force = outcome == "stopped" or (root.killing and outcome == "ended")
+        if self.is_lost(block, outcome) or by_force:
             # Who caught the error inside is told now, at the latest.
             assert not (well and block is root and outcome == "ok")
-            if outcome in ("lost", "stopped"):
+            if outcome in ("lost", "stopped") or (outcome == "ended" and block is not root):
                 self.stopped.append(block)
                 outcome, well = "rolled back", False
         assert outcome in ("ok", "cancelled", "rolled back", "broken")
-        assert self.open[block.root.number].pop() is block
+        if root.lost or root.killing:  # then it ends by force, whatever is still open in it
+            self.open[root.number].remove(block)
+        else:
+            assert self.open[root.number].pop() is block
         block.ended = True
         parent = block.parent
         if outcome == "rolled back" or not well:
@@ -775,7 +793,8 @@ async def compare(roots: list[Child]) -> None:
         await check(run, model)
     except AssertionError as exc:
         for what, block, value, outcome in run.log:
-            exc.add_note(f"{what} {value} in block {block.number}: {outcome}")
+            why = f"{outcome.exc!r} {outcome.exc.__cause__!r}" if isinstance(outcome, Lost) else ""
+            exc.add_note(f"{what} {value} in block {block.number}: {outcome} {why}")
         raise
     await all_given_back()
 
