@@ -316,8 +316,11 @@ async def test_values_in_columns_of_other_types(name: str) -> None:
     for value in values:
         expected = await in_thread(lambda v: list(work(v)), value)
         for _ in range(2):
+            before = dict(statements.counts)
             actual = await asyncorm.native(lambda v: list(work(v)))(value)
             assert differences(expected, actual) == [], value
+            if before == {**statements.counts, "hits": before["hits"]}:
+                break  # all of it was found in the cache
 
 
 async def test_more_parameters_than_the_server_takes() -> None:

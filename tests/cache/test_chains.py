@@ -621,14 +621,18 @@ async def test_what_is_updated_is_as_djangos(which: str, what: str, way: str) ->
     async def rolled_back(books: Any, v: int) -> Any:
         async with asyncorm.atomic():
             found = await updated(books, v)
-            rows = await asyncorm.native(lambda: repr([*Book.objects.order_by("pk").values()]))()
+            async with asyncorm.cursor() as cursor:
+                await cursor.execute("SELECT b::text FROM shop_book b ORDER BY id")
+                rows = await cursor.fetchall()
             asyncorm.set_rollback(True)
         return found, rows
 
+    expected: dict[int, Any] = {}
     with hits_checked():
         for v in [*range(2 * WARM), *range(WARM)]:
-            expected = await rolled_back(QuerySet(Book, Query(Book)), v)
-            assert await rolled_back(Book.objects, v) == expected, v
+            if v not in expected:
+                expected[v] = await rolled_back(QuerySet(Book, Query(Book)), v)
+            assert await rolled_back(Book.objects, v) == expected[v], v
 
 
 async def test_an_update_needs_no_query() -> None:

@@ -2,8 +2,9 @@
 
 import asyncio
 import itertools
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -289,9 +290,13 @@ MIXED = [
 
 
 @pytest.fixture(autouse=True)
-def _project(settings: Any) -> None:
+def _project(settings: Any) -> Iterator[None]:
     settings.ROOT_URLCONF = __name__
     settings.DEBUG = False
+    settings.LOGGING_CONFIG = None  # each handler that is made would configure it again
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
 
 
 async def compared(settings: Any, kinds: tuple[Any, ...], same: Callable[..., Any]) -> list[str]:
