@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from asyncio import get_running_loop
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -105,11 +105,17 @@ class Pipeline:
         self._most = self.sent
         self._stopping = True
         conn = self._conn
-        stop = conn.stop(partial(conn.wire.drive, self._steps, self._state))
-        task = get_running_loop().create_task(stop)
+        task = get_running_loop().create_task(conn.stop(self._rest))
         if not await finish(task, CANCEL_TIMEOUT) or task.exception() is not None:
             self._steps.close()
             conn.terminate()
+
+    async def _rest(self) -> None:
+        wire = self._conn.wire
+        with suppress(StopIteration):
+            if self._state == _ANSWERED:  # cancelled by who made something of the answer
+                self._state = wire.begin(self._steps)
+            await wire.drive(self._steps, self._state)
 
     def _run(self) -> Steps:
         conn = self._conn

@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from decimal import Decimal
 from typing import Any
+from unittest import mock
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -1165,10 +1166,13 @@ async def test_cancelled_while_a_large_result_is_made(
     original = Connection.give_turn
     monkeypatch.setattr(Connection, "give_turn", give_turn)
     monkeypatch.setattr("asyncorm.driver._BUSY", 0)
+    closed = mock.Mock(side_effect=Connection.terminate)
+    monkeypatch.setattr(Connection, "terminate", lambda conn: closed(conn))
     task = asyncio.create_task(load())
     with pytest.raises(asyncio.CancelledError):
         await task
     assert left <= 0
+    assert not closed.called  # the server has answered in full
     await all_given_back()
     assert await Book.objects.native_get(pk=1)
 
