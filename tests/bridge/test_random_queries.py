@@ -940,9 +940,8 @@ def examples(test: Callable[..., None], part: int, count: int) -> Any:
 
 PARTS = 10
 for part in range(PARTS):
-    globals()[f"test_random_querysets_{part}"] = examples(
-        copied(random_querysets), part, EXAMPLES // PARTS
-    )
+    drawn = examples(copied(random_querysets), part, EXAMPLES // PARTS)
+    globals()[f"test_random_querysets_{part}"] = pytest.mark.slow(drawn) if part % 2 else drawn
     globals()[f"test_with_and_without_the_cache_{part}"] = pytest.mark.slow(
         examples(copied(with_and_without_the_cache), part, EXAMPLES // PARTS // 5)
     )

@@ -266,7 +266,9 @@ def in_turn(queryset: Any, number: int) -> Any:
     ][number]()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 12))]
+)
 def test_random_chains_are_as_djangos(seed: int, run: Callable) -> None:
     rng = random.Random(seed)
     for _ in range(25):

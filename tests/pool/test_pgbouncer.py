@@ -128,6 +128,7 @@ def bounced_shop(
         connections.settings[alias].update(before[alias])
 
 
+@pytest.mark.slow
 def test_operations_equal_sync(bounced_shop: Callable[[], None], stock: Stock, run: Any) -> None:
     found = []
     writes = dict(list(WRITES.items())[::2])  # the others' statements are of the same kinds

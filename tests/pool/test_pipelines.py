@@ -92,7 +92,10 @@ async def grow() -> None:
     assert (await all_given_back(ALIAS))["pool_size"] == 2
 
 
-@pytest.mark.parametrize(("way", "binding"), [("socket", False), ("tcp", True), ("tls", False)])
+@pytest.mark.parametrize(
+    ("way", "binding"),
+    [("socket", False), ("tcp", True), pytest.param("tls", False, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", ["reads", "batch", "block", "batch in a block"])
 async def test_large_values_in_both_directions(
     kind: str, way: str, binding: bool, by_tcp: dict[str, Any]
