@@ -329,7 +329,9 @@ def _updated(shape: Shape, value: Any) -> None:
         if hasattr(item, "resolve_expression"):
             if item.contains_aggregate or item.contains_over_clause or type(item) is ColPairs:
                 raise NotCacheable
-        elif field.remote_field and hasattr(item, "prepare_database_save"):
+        elif hasattr(item, "prepare_database_save"):
+            if not field.remote_field:  # an error of Django's
+                raise NotCacheable
             item = item.prepare_database_save(field)
         item = field.get_db_prep_save(item, connection=shape.wrapper)
         if hasattr(item, "as_sql"):

@@ -47,6 +47,7 @@ from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
+from django.utils.functional import SimpleLazyObject
 from psycopg.adapt import Loader
 from psycopg.pq import Format
 
@@ -674,6 +675,25 @@ async def test_different_updates() -> None:
     expected = await in_thread(update)
     # All but the arrays, and the rows.
     assert await hits_of_the_second_time(update, expected) >= 2 * len(updates) - 2
+
+
+async def test_an_instance_for_a_column_that_is_no_relation_is_refused() -> None:
+    """As by Django's compiler, which is not asked once the statement is known."""
+    publisher = Publisher(pk=1, name="one")
+
+    def update() -> list[Any]:
+        books = Book.objects.filter(pk=-1)  # the values matter, not the rows
+        values: list[Any] = ["x", publisher, SimpleLazyObject(lambda: publisher), "y"]
+        return [
+            outcome(lambda value=value, name=name: books.update(**{name: value}))
+            for name in ("title", "publisher")
+            for value in (values if name == "title" else [1, *values[1:3]])
+        ]
+
+    expected = await in_thread(update)
+    assert list(map(type, expected[:4])) == [int, TypeError, TypeError, int]
+    for _ in range(2):
+        assert differences(expected, await asyncorm.native(update)()) == []
 
 
 @pytest.mark.parametrize("zone", ["Asia/Kathmandu", "America/New_York", "UTC"])
