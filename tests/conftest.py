@@ -53,6 +53,12 @@ def pytest_configure(config: pytest.Config) -> None:
         setting_changed.send(sender=None, setting="ASYNCORM", value=None, enter=True)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Modules and tests stay: a full collection, which some tests ask for, need not look at them.
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     from asyncorm import statement_cache_stats
 
