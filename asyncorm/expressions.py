@@ -146,7 +146,7 @@ class _Form:
 
 @functools.lru_cache(maxsize=1024)
 def _form(cls: type, state: tuple[Any, ...], args: tuple[type, ...]) -> _Form:
-    """The form of an expression: in a key in the place of all that it is asked by.
+    """The form of an expression: in a key in the place of what it is asked by.
 
     Args:
         state: the names of its attributes, then the types of their values.
@@ -157,10 +157,15 @@ def _form(cls: type, state: tuple[Any, ...], args: tuple[type, ...]) -> _Form:
     """
     if any(issubclass(each, Field) for each in args):
         raise NotCacheable
-    half = len(state) // 2
-    kinds = {n: k for n, k in zip(state, state[half:], strict=False) if n not in _DERIVED}
-    plain = [name for name, kind in kinds.items() if kind in _IN_KEYS]
-    return _Form(plain, [name for name in kinds if name not in plain])
+    told = zip(state, state[len(state) // 2 :], strict=False)
+    return _form_of(cls, tuple(each for each in told if each[0] not in _DERIVED))
+
+
+@functools.lru_cache(maxsize=1024)
+def _form_of(cls: type, told: tuple[tuple[str, type], ...]) -> _Form:
+    # One for all expressions that differ in what they have found out about themselves.
+    plain = [name for name, kind in told if kind in _IN_KEYS]
+    return _Form(plain, [name for name, kind in told if kind not in _IN_KEYS])
 
 
 _IN_KEYS = {type(None), bool, str}

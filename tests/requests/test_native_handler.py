@@ -208,7 +208,8 @@ async def test_synchronous_views_stay_in_threads_until_they_are_named(
     assert await body(app, "/threaded/") == "loop 1"
 
 
-async def test_hundreds_of_threaded_views_leave_no_connection(
+@pytest.mark.slow
+async def test_a_thousand_threaded_views_leave_no_connection(
     item: Item, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = get_asgi_application()
@@ -221,7 +222,7 @@ async def test_hundreds_of_threaded_views_leave_no_connection(
     gc.disable()  # it would close them, some time
     try:
         with administrator() as ask_server:
-            for _ in range(30):
+            for _ in range(100):
                 answers = await asyncio.gather(*[body(app, "/threaded/") for _ in range(10)])
                 assert set(answers) == {"thread 1"}
             await eventually(lambda: server_connections(ask_server, "threaded") == 0)
