@@ -28,6 +28,7 @@ from types import FunctionType
 from typing import Any
 
 from django.core.exceptions import FieldDoesNotExist
+from django.db import transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.base.operations import BaseDatabaseOperations
 from django.db.backends.postgresql import base, features, operations
@@ -141,6 +142,14 @@ def clones_as_django() -> bool:
 def is_djangos_function(function: Callable[..., Any]) -> bool:
     """Whether a function of a class of Django's, or of one that it makes, is its own."""
     return not is_anothers(function)
+
+
+_atomic = transaction.atomic if is_djangos_function(transaction.atomic) else None
+
+
+def begins_as_django() -> bool:
+    """Whether `transaction.atomic()` is Django's own, which is left out around one statement."""
+    return transaction.atomic is _atomic
 
 
 class _Changes:

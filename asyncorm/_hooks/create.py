@@ -25,7 +25,7 @@ from greenlet import getcurrent
 
 from ..bridge import Runner
 from ..columnar import PRE_SAVES, row_getter
-from ..grounds import Ground, is_anothers, is_djangos_function
+from ..grounds import Ground, begins_as_django, is_anothers
 from ..rows import is_heard, is_plain
 from ..shapes import NotCacheable
 from ..statements import UNPLANNED, learn, recall
@@ -90,7 +90,7 @@ def _is_outside(using: str) -> bool:
         or wrapper.session.root is not None
         or (wrapper.connection is not None and not wrapper.autocommit)
         or wrapper.watched
-        or not is_djangos_function(transaction.atomic)
+        or not begins_as_django()
     )
 
 

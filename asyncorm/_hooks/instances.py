@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import router, transaction
+from django.db import router
 from django.db.models import Manager, Model, base
 from django.db.models.query import QuerySet
 from greenlet import getcurrent
@@ -98,7 +98,7 @@ def deletes_alone(module: Any, alias: str, what: Any) -> bool:
     collector = module.Collector
     return (
         grounds.are_djangos(collector)
-        and grounds.is_djangos_function(transaction.atomic)
+        and grounds.begins_as_django()
         and collector(using=alias).can_fast_delete(what)
     )
 

@@ -472,6 +472,19 @@ async def test_a_transaction_that_is_replaced_is_entered() -> None:
     with mock.patch.object(transaction, "atomic", wraps=transaction.atomic) as atomic:
         await work()
     assert atomic.call_count == 2
+    entered: list[str | None] = []
+
+    class Atomic(transaction.Atomic):
+        def __init__(self, using: str | None = None, savepoint: bool = True) -> None:
+            super().__init__(using, savepoint, durable=False)
+
+        def __enter__(self) -> None:
+            entered.append(self.using)
+            super().__enter__()
+
+    with mock.patch.object(transaction, "atomic", Atomic):
+        await work()
+    assert len(entered) == 2
 
 
 async def test_an_iterable_that_is_replaced_later() -> None:
