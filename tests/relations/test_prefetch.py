@@ -187,9 +187,7 @@ async def test_a_new_connection_is_kept_though_the_call_has_ended() -> None:
     try:
         with database(OPTIONS={"pool": {"min_size": 0, "max_size": 3}}) as alias:
             books = Book.objects.using(alias).prefetch_related(*RELATED)
-            for _ in range(
-                3
-            ):  # it takes connections that nobody has used before from the second on
+            for _ in range(3):  # from the second on it finds connections that nobody has set up
                 assert all(related(await books.all().anative()).values())
                 await all_given_back(alias)
             assert asyncorm.pool_stats(alias).get("returns_bad") is None

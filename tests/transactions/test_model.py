@@ -68,9 +68,6 @@ SETTINGS = (
     "statement_timeout = '25s'", "standard_conforming_strings = off", "extra_float_digits = 0",
     "bytea_output = 'escape'", "work_mem = '1MB'", "ROLE asyncorm_model", "ROLE asyncorm_model",
 )  # fmt: skip
-CLOSED_HERE = (
-    "connection was closed", "connection is closed", "given its server connection back",
-)  # fmt: skip
 KILL = "SELECT asyncorm_model_kill()"  # whatever the role
 
 
@@ -444,11 +441,11 @@ class Run:
             return "integrity"
         if isinstance(exc.__cause__, QueryCanceled):
             return "stopped"
+        if isinstance(exc, OperationalError | InterfaceError) and (
+            "connection was closed" in str(exc) or "given its server connection back" in str(exc)
+        ):
+            return "stopped"  # on a machine so slow that the server did not answer in time
         if isinstance(exc, OperationalError | InterfaceError):
-            if any(said in str(exc) for said in CLOSED_HERE):
-                return "stopped"  # on a machine so slow that the server did not answer in time
-            if "its connection was lost" in str(exc) and exc.__cause__ is None:
-                return "stopped"  # the same, of a statement that was cancelled: it has no error
             return Lost(exc)
         if isinstance(exc, TransactionManagementError):
             return "ended" if "has ended" in str(exc) else "broken"
@@ -645,9 +642,7 @@ class Model:
             block.root.killing -= 1
 
     def apart_killed(self, block: Block, value: Any, outcome: str) -> None:
-        # What COMMIT says of a connection that is closed already is the same, whoever closed it.
-        assert value in (("lost", 0), ("stopped", 0))
-        assert outcome == "ok"
+        assert (value, outcome) == (("lost", 0), "ok")
 
     def violate(self, block: Block, value: Any, outcome: str) -> None:
         if self.usable(block, outcome):
@@ -687,18 +682,14 @@ class Model:
 
     def exit(self, block: Block, well: bool, outcome: str) -> None:
         root = block.root
-        by_force = outcome == "stopped" or (root.killing and outcome == "ended")
-        if self.is_lost(block, outcome) or by_force:
+        if self.is_lost(block, outcome) or (root.killing and outcome == "stopped"):
             # Who caught the error inside is told now, at the latest.
             assert not (well and block is root and outcome == "ok")
-            if outcome in ("lost", "stopped") or (outcome == "ended" and block is not root):
+            if outcome in ("lost", "stopped"):
                 self.stopped.append(block)
                 outcome, well = "rolled back", False
         assert outcome in ("ok", "cancelled", "rolled back", "broken")
-        if root.lost or root.killing:  # then it ends by force, whatever is still open in it
-            self.open[root.number].remove(block)
-        else:
-            assert self.open[root.number].pop() is block
+        assert self.open[block.root.number].pop() is block
         block.ended = True
         parent = block.parent
         if outcome == "rolled back" or not well:
