@@ -135,8 +135,9 @@ class Context:
         self.turn = turn
         method = getattr(self.adapter, work.method or work.name)
         if calls is None:
-            # Find out how many fit; this also prepares statements and fills caches.
-            calls = 1
+            # Find out how many fit; this also prepares statements and fills caches. One call
+            # tells too little: the first ones learn, and the machine may have been elsewhere.
+            calls = 1 if work.heavy else min(4, work.most)
             while True:
                 self.turn -= 1_000
                 times, _ = self.times(method, work, calls)
