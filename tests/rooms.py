@@ -2,13 +2,15 @@
 
 For a get alone and for one of a hundred gathered: calls of asyncorm's functions; then modules, and
 rooms as the map of ARCHITECTURE.md has them, with the stays (runs of calls in one) and how often
-it comes back to one that it had left.
+it comes back to one that it had left; how many calls go down from one room to another, and which
+go up: a lower room that calls what a higher one has given it.
 """
 
 import asyncio
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import FrameType
@@ -38,6 +40,8 @@ class Way(NamedTuple):
     calls: float
     modules: Stays
     rooms: Stays
+    down: float
+    up: dict[str, float]
 
 
 def rooms() -> dict[str, str]:
@@ -53,22 +57,66 @@ async def walk(work: Callable[[], Awaitable[Any]], times: int = 1) -> Way:
 
     root = str(Path(asyncorm.__file__).parent) + os.sep
     seen: list[str] = []
+    called: list[FrameType] = []  # each is kept, so that a coroutine that goes on is known
 
     def note(frame: FrameType, event: str, arg: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(root):
-            seen.append(frame.f_code.co_filename.removeprefix(root))
+            seen.append(name := frame.f_code.co_filename.removeprefix(root))
+            if frame not in called:
+                called.append(frame)
+                above = caller(frame, root)
+                if above is not None:
+                    steps[
+                        above.f_code.co_filename.removeprefix(root), name, what(above, frame)
+                    ] += 1
+
+    steps: Counter[tuple[str, str, str]] = Counter()
 
     sys.setprofile(note)
     try:
         await work()
     finally:
         sys.setprofile(None)
-    room = rooms()
-    parts = [Path(name).parts for name in seen]
-    names = [f"{first}/" if rest else first.removesuffix(".py") for first, *rest in parts]
+    room = {
+        name: rooms()[place_of(name)] for name in {*seen, *(x for a, b, _ in steps for x in (a, b))}
+    }
+    order = [*dict.fromkeys(rooms().values())]
+    down, up = 0.0, Counter[str]()
+    for (above, below, call), count in steps.items():
+        way = order.index(room[below]) - order.index(room[above])
+        if way > 0:
+            down += count / times
+        elif way < 0:
+            up[f"{room[above]} > {room[below]}: {call}"] += count / times
     return Way(
-        len(seen) / times, Stays.of(seen, times), Stays.of([room[name] for name in names], times)
+        len(seen) / times,
+        Stays.of(seen, times),
+        Stays.of([room[name] for name in seen], times),
+        down,
+        dict(up),
     )
+
+
+def caller(frame: FrameType, root: str) -> FrameType | None:
+    """Which function of ours has called; not the one that only runs operations."""
+    above = frame.f_back
+    while above is not None:
+        path = above.f_code.co_filename
+        if path.startswith(root) and path.removeprefix(root) != "bridge.py":
+            return above
+        above = above.f_back
+    return None
+
+
+def what(above: FrameType, frame: FrameType) -> str:
+    """A call in words."""
+    return f"{above.f_code.co_qualname} calls {frame.f_code.co_qualname}"
+
+
+def place_of(name: str) -> str:
+    """A module or folder as the map has it."""
+    first, *rest = Path(name).parts
+    return f"{first}/" if rest else first.removesuffix(".py")
 
 
 async def measure() -> dict[str, Way]:
@@ -108,11 +156,16 @@ def main() -> None:
         )
         django.setup()
         call_command("migrate", verbosity=0)
-        titles = ("calls", "modules", "stays", "back", "rooms", "stays", "back")
+        titles = ("calls", "modules", "stays", "back", "rooms", "stays", "back", "down", "up")
         print(" " * 20 + "".join(f"{title:>9}" for title in titles))
-        for name, way in asyncio.run(measure()).items():
-            counts = (way.calls, *way.modules, *way.rooms)
+        ways = asyncio.run(measure())
+        for name, way in ways.items():
+            counts = (way.calls, *way.modules, *way.rooms, way.down, sum(way.up.values()))
             print(f"{name:20}" + "".join(f"{count:9.1f}" for count in counts))
+        for name, way in ways.items():
+            print(f"\nUp, in {name}:")
+            for call, count in sorted(way.up.items(), key=lambda each: -each[1]):
+                print(f"{count:9.2f}  {call}")
 
 
 if __name__ == "__main__":

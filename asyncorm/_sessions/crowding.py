@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 from .. import bridge, conf, limits, pools
 from .._wire.slow import slow
@@ -54,6 +54,7 @@ class PoolSource:
     def __init__(self, source: limits.Source, pool: pools.Pool, session: type[Session]) -> None:
         self.source = source
         self.pool = pool
+        self.asked = source.asked
         self._session = session
 
     @property
@@ -73,9 +74,6 @@ class PoolSource:
         session.wrapper.ensure_connection()
         with session:
             yield session.wrapper.connection
-
-    def asked(self) -> AbstractContextManager[Any]:
-        return self.source.asked()
 
     def dropped(self, exc: BaseException) -> None:
         """It is of no concern to others."""
