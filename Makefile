@@ -22,7 +22,7 @@ help:  ## show this list
 install: $(VENV)/.installed  ## put the package, the demo's and the developers' tools into .venv
 
 demo: $(DEMO)/.installed  ## show asyncorm beside Django's own async methods, on real data
-	$(DEMO)/bin/python -m asyncorm.demo $(ARGS)
+	$(DEMO)/bin/python -m demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
@@ -108,14 +108,14 @@ docs: $(VENV)/.installed  ## make a site of docs/ in build/docs, any warning bei
 	@echo "Open build/docs/index.html"
 
 pictures: $(VENV)/.installed  ## draw the timelines in docs/pictures by running the demo
-	$(VENV)/bin/python -m asyncorm.demo --pictures docs/pictures $(ARGS)
+	$(VENV)/bin/python -m demo --pictures docs/pictures $(ARGS)
 
 build: $(VENV)/.installed  ## build wheel and source distribution into dist/
 	$(VENV)/bin/python -m build
 
 clean:  ## remove everything that make made
 	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find asyncorm examples tests -name __pycache__ -type d -exec rm -rf {} +
+	find asyncorm demo examples tests -name __pycache__ -type d -exec rm -rf {} +
 
 # An environment serves as it is, unless it is broken or PYTHON names another interpreter.
 IDENTITY := -c 'import sys; print(sys.base_prefix, sys.version)' 2>/dev/null

@@ -1,1 +1,1 @@
-"""The demo, and the PostgreSQL server that demo and tests run on."""
+"""A temporary PostgreSQL server: for tests, for a first look, and for the repository's demo."""

@@ -22,7 +22,7 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from psycopg_pool import AsyncConnectionPool
 
-from asyncorm.demo.far import proxy
+from demo.far import proxy
 
 from .adapters.django_setup import setup
 from .run import ROOT

@@ -22,7 +22,7 @@ ACTS = ["batch", "multiplexing", "prefetch", "parallelism", "read_ahead", "copy"
 
 
 def command(*options: str | Path) -> list[str]:
-    return [sys.executable, "-m", "asyncorm.demo", *map(str, options)]
+    return [sys.executable, "-m", "demo", *map(str, options)]
 
 
 def demo(*options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -167,7 +167,7 @@ def test_picture_shows_each_statement_and_each_connection(result: Result) -> Non
 
 
 def test_output_shows_the_code_that_ran(result: Result) -> None:
-    demo = ROOT / "asyncorm/demo"
+    demo = ROOT / "demo"
     source = (demo / "scenarios.py").read_text() + (demo / "acts.py").read_text()
     names = ("slow_query", "slow_queries", "many_gets", "revenue_by_month", "dashboard")
     for name in (*names, "in_a_batch", "prices", "whole_products", "export", "add_reviews"):
@@ -177,9 +177,9 @@ def test_output_shows_the_code_that_ran(result: Result) -> None:
 
 
 _SHOWN = """
-from asyncorm.demo.settings import ASYNCORM, configure
+from demo.settings import ASYNCORM, configure
 configure(ASYNCORM, {}, pool=None)
-from asyncorm.demo import acts, scenarios, show
+from demo import acts, scenarios, show
 console = show.make_console()
 show.show_settings(console)
 for each in (*scenarios.scenarios(9).values(), *acts.acts(9).values()):

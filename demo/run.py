@@ -12,13 +12,14 @@ from typing import Any
 
 from rich.console import Console
 
+from asyncorm.demo.postgres import postgres_server
+
 from . import show
 from .errors import DemoError
 from .far import proxy
 from .figures import Comparison, Report, best
 from .halves import HalfProcess
 from .load import load, own_schema
-from .postgres import postgres_server
 from .settings import ASYNCORM, DELAY, DJANGO, configure
 
 ROUNDS = 3

@@ -1,6 +1,6 @@
 """A server that is farther away: a proxy, in a process of its own, that delays what passes.
 
-`python -m asyncorm.demo.far HOST PORT SECONDS` prints the port that it listens on and serves until
+`python -m demo.far HOST PORT SECONDS` prints the port that it listens on and serves until
 its standard input is closed.
 """
 

@@ -9,7 +9,8 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from ..timeline import Timeline
+from asyncorm.timeline import Timeline
+
 from .figures import Statement
 
 P = ParamSpec("P")

@@ -4,6 +4,6 @@ from django.apps import AppConfig
 
 
 class ShopConfig(AppConfig):
-    name = "asyncorm.demo.shop"
+    name = "demo.shop"
     label = "demo_shop"
     default_auto_field = "django.db.models.BigAutoField"

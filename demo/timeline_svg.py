@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..drawing import ticks
-from ..svg import document, line, rect, text, titled
+from asyncorm.drawing import ticks
+from asyncorm.svg import document, line, rect, text, titled
+
 from .figures import Comparison, Run, Statement, milliseconds, number
 from .timeline import Lane, Mark, crowded, lanes, marks, span
 

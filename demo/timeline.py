@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..drawing import PALETTE
+from asyncorm.drawing import PALETTE
+
 from .figures import Comparison, Run, Statement
 
 CROWD = 50  # with more statements than this, single ones can neither be seen nor labelled

@@ -42,7 +42,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return count
 
     parser = argparse.ArgumentParser(
-        prog="python -m asyncorm.demo",
+        prog="python -m demo",
         description="Runs the same Django code with Django's own a* methods and with asyncorm, "
         "on a PostgreSQL server of its own, and shows what ran when on which connection.",
     )
@@ -83,13 +83,14 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from asyncorm.demo.postgres import ServerError
+
     from .figures import machine_text
-    from .postgres import ServerError
 
     try:
         from . import run, show, timeline_svg
     except ModuleNotFoundError as error:
-        hint = 'pip install "django-asyncorm[demo]"'
+        hint = 'pip install -e ".[demo]"'
         raise DemoError(f"{error.name} is not installed; the demo needs: {hint}") from error
     console = show.make_console()
     try:

@@ -7,7 +7,8 @@ from math import ceil
 
 from rich.text import Text
 
-from ..drawing import ticks
+from asyncorm.drawing import ticks
+
 from .figures import Comparison, milliseconds
 from .timeline import Lane, Mark, crowded, lanes, marks, span
 

@@ -56,9 +56,9 @@ def configure(half: Half, database: dict[str, Any], *, pool: dict[str, int] | No
         options["pool"] = pool
     settings.configure(
         DATABASES={"default": {**database, "ENGINE": half.engine, "OPTIONS": options}},
-        INSTALLED_APPS=[*half.apps, *_CONTRIB, "asyncorm.demo.shop"],
+        INSTALLED_APPS=[*half.apps, *_CONTRIB, "demo.shop"],
         MIDDLEWARE=[*MIDDLEWARE],
-        ROOT_URLCONF="asyncorm.demo.requests",
+        ROOT_URLCONF="demo.requests",
         ASGI_MODULE=half.handler,
         ALLOWED_HOSTS=["localhost"],
         SECRET_KEY="only for the demo",

@@ -64,7 +64,7 @@ async def _install(recorder: Recorder, half: Half) -> None:
     """Put the recorder where the half runs its statements: Django's threads, or everywhere."""
     from django.db.backends.signals import connection_created
 
-    from ..cursor_events import tell
+    from asyncorm.cursor_events import tell
 
     def install(connection: Any, **kwargs: Any) -> None:
         connection.execute_wrappers[:] = [tell]

@@ -24,7 +24,7 @@ class HalfProcess:
     def __enter__(self) -> Self:
         # A session of its own: Ctrl-C goes to the demo alone, which then ends its workers.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "asyncorm.demo.worker"],
+            [sys.executable, "-m", "demo.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
