@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import csv
 import inspect
@@ -16,7 +15,6 @@ from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
-from time import monotonic
 from typing import IO, Any
 
 import anyio.to_thread
@@ -34,11 +32,11 @@ from .backends import cursors
 from .driver import Steps
 from .pages import see
 from .shapes import NotCacheable
+from .turns import Turns
 from .wrappers import Wrapper
 
 FORMATS = ("csv", "text", "binary")
 _PIECE = 64 * 1024  # bytes sent or written at a time
-_TURN = 0.005  # seconds of work without input or output before other tasks get a turn
 
 
 # To a file
@@ -226,8 +224,7 @@ def _compile(queryset: Any, wrapper: Wrapper) -> tuple[str, list[str]]:
         ]
     else:
         names = list(
-            getattr(query, "selected", None)
-            or [*query.extra_select, *query.values_select, *query.annotation_select]
+            query.selected or [*query.extra_select, *query.values_select, *query.annotation_select]
         )
     return wrapper.ops.compose_sql(sql, params), names
 
@@ -315,7 +312,7 @@ def _encoded(
     wrapper: Wrapper, objs: list[Any], fields: list[Any]
 ) -> Iterator[tuple[list[Any], list[Any], list[bytes]]]:
     """For each run of objects with the same columns: the columns, the objects, their data."""
-    turn = _turns()
+    turn = Turns().give
     if fields and all(type(field).pre_save in _PRE_SAVES for field in fields):
         pieces = _Pieces()
         transformer = Transformer(wrapper.connection)
@@ -360,20 +357,6 @@ def _rows(
                 continue
             row.append(value)
         yield columns, obj, row
-
-
-def _turns() -> Callable[[], None]:
-    """A function that lets other tasks run if the caller has kept them waiting."""
-    runner = bridge.running()
-    began = monotonic()
-
-    def turn() -> None:
-        nonlocal began
-        if monotonic() - began > _TURN:
-            bridge.wait_for(runner, asyncio.sleep(0))
-            began = monotonic()
-
-    return turn
 
 
 class _Pieces(Writer):
