@@ -30,10 +30,10 @@ def ticks(seconds: float, most: int = 12) -> list[int]:
     return list(range(0, math.floor(total) + 1, int(step)))
 
 
-def shortened(sql: str, most: int = 120) -> str:
-    """One line of SQL."""
-    sql = " ".join(sql.split())
-    return sql if len(sql) <= most else sql[: most - 3] + "..."
+def shortened(code: str, most: int = 120) -> str:
+    """One line of SQL, or of Python."""
+    code = " ".join(code.split())
+    return code if len(code) <= most else code[: most - 3] + "..."
 
 
 def _who(connection: int, name: str = "") -> str:
@@ -46,11 +46,10 @@ def _total(timeline: Timeline) -> float:
 
 def _summary(timeline: Timeline) -> str:
     connections = {span.connection for span in timeline.queries}
-    total = max((span.ended for span in timeline.spans), default=0.0)
     return (
         f"{_counted(timeline.queries, 'query', 'queries')} of "
         f"{_counted(timeline.by_task, 'task', 'tasks')} on "
-        f"{_counted(connections, 'connection', 'connections')}, {total * 1000:.1f} ms"
+        f"{_counted(connections, 'connection', 'connections')}, {_total(timeline) * 1000:.1f} ms"
     )
 
 

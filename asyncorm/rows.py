@@ -370,12 +370,8 @@ def _related(
     depth: int,
 ) -> None:
     model, selected = info["model"], info["select_fields"]
-    if info["from_parent"]:
-        by_name = {compiler.select[i][0].target.attname: i for i in selected}
-    else:
-        by_name = {
-            compiler.select[i][0].target.attname: i for i in range(selected[0], selected[-1] + 1)
-        }
+    places = selected if info["from_parent"] else range(selected[0], selected[-1] + 1)
+    by_name = {compiler.select[i][0].target.attname: i for i in places}
     columns = {
         field.attname: by_name[field.attname]
         for field in model._meta.concrete_fields

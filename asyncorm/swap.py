@@ -2,12 +2,12 @@
 natively.
 
 Every a* method of Django is `sync_to_async(self.<name>)(...)`, with `sync_to_async` imported by
-name in a few modules. `dispatch` takes the place of that
-name: so the whole asynchronous surface is covered at once, and overridden `get()` or `save()` are
-    honoured. Without the swap it calls asgiref's.
+name in a few modules. `dispatch` takes the place of that name: so the whole asynchronous surface is
+covered at once, and overridden `get()` or `save()` are honoured. Without the swap it calls
+asgiref's.
 
 What stays in threads on purpose: password hashing, file storage, cache backends, and other people's
-    session and authentication backends.
+session and authentication backends.
 """
 
 from __future__ import annotations
@@ -146,9 +146,8 @@ def alias_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | 
     if kwargs.get("using"):
         return str(kwargs["using"])
     target: Any = getattr(func, "__self__", None)
-    if (
-        target is None
-    ):  # list(queryset), prefetch_related_objects(instances), a closure over `using`
+    if target is None:
+        # list(queryset), prefetch_related_objects(instances), a closure over `using`
         code = getattr(func, "__code__", None)
         if code is not None and "using" in code.co_freevars:
             return str(func.__closure__[code.co_freevars.index("using")].cell_contents)

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 from django.db.models import Model, QuerySet
 
+from ..drawing import shortened
+
 # What calls a function in a thread: which of its arguments that is.
 _CALLS_AT_ONCE = {
     "asyncio.to_thread": 0,
@@ -326,12 +328,7 @@ class _Calls(ast.NodeVisitor):
         return full == "open" or (standard and self._names.root_is_imported(full))
 
     def _add(self, node: ast.expr, what: str, instead: str) -> None:
-        self.found.append(Hop(node.lineno, _short(what), _short(instead, 160)))
-
-
-def _short(text: str, most: int = 80) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+        self.found.append(Hop(node.lineno, shortened(what, 80), shortened(instead, 160)))
 
 
 @cache

@@ -40,8 +40,6 @@ _settings = vars(settings)
 class _Errors(fate.Errors):
     """Django's errors, and CommitUnknown; that of a refused write says if the role changed."""
 
-    wrapper: Any
-
     def __exit__(self, exc_type: Any, exc: BaseException | None, traceback: Any) -> None:
         if exc_type is None:
             return
@@ -436,14 +434,10 @@ class NativeWrapper(SynchronousWrapper):
 
     def run_and_clear_commit_hooks(self) -> None:
         """Django's, later when a block is being left; what a callback returns is awaited."""
-        session = self.session
-        if session is not None and session.acting is not None:
-            self.hooks_due = bool(self.run_on_commit)
-            return
-        self.hooks_due = False
-        self.run_on_commit = [
-            (sids, _awaiting(func), robust) for sids, func, robust in self.run_on_commit
-        ]
+        if self.session is None or self.session.acting is None:
+            self.run_on_commit = [
+                (sids, _awaiting(func), robust) for sids, func, robust in self.run_on_commit
+            ]
         super().run_and_clear_commit_hooks()
 
     def forget(self) -> None:

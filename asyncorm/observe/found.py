@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -21,13 +20,13 @@ def find() -> None:
     Datadog, New Relic, Elastic APM and django-prometheus.
     """
     if getattr(psycopg, "_datadog_patch", False) or _datadog_wraps_cursors():
-        _try("datadog", lambda module: module.install())
+        _install("datadog")
     if "newrelic.core.trace_cache" in sys.modules:
-        _try("newrelic", lambda module: module.install())
+        _install("newrelic")
     if apps.is_installed("elasticapm.contrib.django"):
-        _try("elastic", lambda module: module.install())
+        _install("elastic")
     if apps.is_installed("django_prometheus"):
-        _try("prometheus", lambda module: module.install())
+        _install("prometheus")
 
 
 def _datadog_wraps_cursors() -> bool:
@@ -37,9 +36,9 @@ def _datadog_wraps_cursors() -> bool:
     return bool(getattr(django, "_datadog_patch", False) and of_django.get("instrument_databases"))
 
 
-def _try(name: str, install: Callable[[Any], None]) -> None:
+def _install(name: str) -> None:
     try:
         module = import_module(f"asyncorm.observe.{name}")
     except ImportError:  # a version of the tool's that is not known
         return
-    install(module)
+    module.install()
