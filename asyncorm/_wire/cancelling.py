@@ -175,16 +175,22 @@ class CancellableConnection(psycopg.Connection[Any]):
         """Have the server stop what runs, and wait for `over()`: the answer to it.
 
         Asks again and again: a server process that has not read the statement yet, or is between
-        two of them, ignores a request to cancel.
+        two of them, ignores a request to cancel. A connection that cannot be asked, or is lost, is
+        closed: who waits for it hears so, and has it no longer.
         """
         await self._ask_until(over())
-        await self._absorb_cancel()
+        if self.pgconn.status == _OK:
+            await self._absorb_cancel()
 
     async def _ask_until(self, over: Coroutine[Any, Any, Any]) -> None:
         task = get_running_loop().create_task(over)
         try:
             for pause in pauses():
-                await self._request_cancel()
+                try:
+                    await self._request_cancel()
+                except psycopg.Error:
+                    self.terminate()
+                    break
                 await asyncio.wait((task,), timeout=pause)
                 if task.done():
                     break

@@ -1037,20 +1037,22 @@ async def test_a_block_that_is_cancelled_does_not_wait_for_a_childs_statement(
     await healthy(alias, watch)
 
 
+def lose_when_cancelled(alias: str) -> None:
+    """A statement that, cancelled, ends its server process."""
+    with connections[alias].cursor() as cursor:
+        cursor.execute(
+            "DO $$ BEGIN PERFORM pg_sleep(600); EXCEPTION WHEN query_canceled THEN"
+            " PERFORM pg_terminate_backend(pg_backend_pid()), pg_sleep(600); END $$"
+        )
+
+
 async def test_a_block_that_is_cancelled_as_a_childs_statement_loses_the_connection(
     alias: str, watch: Watch
 ) -> None:
-    def end() -> None:
-        with connections[alias].cursor() as cursor:
-            cursor.execute(
-                "DO $$ BEGIN PERFORM pg_sleep(600); EXCEPTION WHEN query_canceled THEN"
-                " PERFORM pg_sleep(0.3), pg_terminate_backend(pg_backend_pid()); END $$"
-            )
-
     async def child() -> None:
         with pytest.raises(OperationalError):
-            await asyncorm.native(end)()
-        async with asyncorm.atomic(alias):  # waits for the lock
+            await asyncorm.native(lose_when_cancelled)(alias)
+        async with asyncorm.atomic(alias):  # waits for the lock, behind the end of the block
             await add(alias, "late")
 
     with pytest.raises(asyncio.CancelledError):
@@ -1059,11 +1061,37 @@ async def test_a_block_that_is_cancelled_as_a_childs_statement_loses_the_connect
             task = asyncio.create_task(child())
             await asyncio.sleep(0)  # its statement is on its way
             raise asyncio.CancelledError
-    # Which one it is depends on who comes first, the child or the end of the block it waits for.
-    refused = "has ended|An error occurred in the current transaction"
-    with pytest.raises(transaction.TransactionManagementError, match=refused):
+    with pytest.raises(transaction.TransactionManagementError, match="has ended"):
         async with asyncio.timeout(PATIENCE):
             await task
+    assert watch.rows() == []
+    await healthy(alias, watch)
+
+
+async def test_a_childs_block_that_loses_the_connection_ends_before_the_cancelled_one_around_it(
+    alias: str, watch: Watch
+) -> None:
+    """However long it takes for that, within the time for cleaning up."""
+    ends = []
+
+    async def child() -> None:
+        with pytest.raises(transaction.TransactionManagementError, match="was rolled back"):
+            async with asyncorm.atomic(alias):
+                with pytest.raises(OperationalError):
+                    await asyncorm.native(lose_when_cancelled)(alias)
+                await asyncio.sleep(0.1)  # until the server would have been asked once more
+        ends.append("child's")
+
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncorm.atomic(alias):
+            await add(alias, "lost")
+            task = asyncio.create_task(child())
+            await watch.until(watch.sleeping)
+            raise asyncio.CancelledError
+    ends.append("cancelled")
+    async with asyncio.timeout(PATIENCE):
+        await task
+    assert ends == ["child's", "cancelled"]
     assert watch.rows() == []
     await healthy(alias, watch)
 

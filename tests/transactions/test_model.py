@@ -504,7 +504,8 @@ class Model:
         self.called: dict[int, list[int]] = defaultdict(list)
         self.either: list[Block] = []  # transactions that were committed as a whole, or not at all
         self.committed: list[Block] = []
-        self.asked: set[int] = set()  # prefetches that began when statements were possible
+        # Prefetches that began before their block's end: whether statements were possible then.
+        self.asked: dict[int, bool] = {}
         self.perhaps: set[int] = set()  # rows that were committed or not
         self.stopped: list[Block] = []  # their statements were refused, to roll a block back
         self.open: dict[int, list[Block]] = defaultdict(list)  # by transaction, innermost last
@@ -616,18 +617,21 @@ class Model:
         assert (value, outcome) == (0, "ok")
 
     def asking(self, block: Block, value: Any, outcome: str) -> None:
-        usable = not block.ended and (block.marked or not block.poisoned)
-        if usable and not block.root.lost:
-            self.asked.add(value)
+        if not block.ended:
+            usable = block.marked or not block.poisoned
+            self.asked[value] = usable and not block.root.lost
 
     def prefetch(self, block: Block, value: Any, outcome: str) -> None:
-        # Several statements of several tasks, written down when all are done. Its block may have
-        # been left since the last one, and rolled back between them.
+        # Several statements of several tasks, written down when all are done. Its block, in which
+        # it began, may have been left since one of them was refused.
         if outcome == "ok":
             number, found = value
-            assert number in self.asked
+            assert self.asked[number]
             assert found == (2, 3, True)
-        elif not (outcome == "broken" and block.ended and block.rolled_back):
+        elif outcome == "broken" and block.ended:
+            assert value in self.asked
+            assert block.poisoned or block.root.lost
+        else:
             assert not self.usable(block, outcome)
 
     def apart_prefetch(self, block: Block, value: Any, outcome: str) -> None:
