@@ -14,14 +14,17 @@ from typing import NamedTuple, Self
 
 from .. import _events, written
 from .._wire.texts import only_reads
+from ..roles import ASK
 
 # Seconds for which a position is asked for, at least.
 MAX_AGE = 60.0
 
-# One row: whether the server is a standby, its cluster and timeline, up to where its log is written
-# by the program and on disk. A position says nothing on another cluster or timeline.
-ASK_PRIMARY = """
-    SELECT pg_is_in_recovery(), concat(system_identifier, '.', CASE WHEN NOT pg_is_in_recovery()
+# One row: whether the server is a standby or was made read-only, as one that is replaced is; its
+# cluster and timeline; up to where its log is written by the program and on disk. A position says
+# nothing on another cluster or timeline.
+ASK_PRIMARY = f"""
+    SELECT CASE WHEN current_setting('transaction_read_only')::bool THEN ({ASK}) ELSE false END,
+        concat(system_identifier, '.', CASE WHEN NOT pg_is_in_recovery()
         THEN ('x' || left(pg_walfile_name(pg_current_wal_insert_lsn()), 8))::bit(32)::int END),
     CASE WHEN NOT pg_is_in_recovery() THEN (pg_current_wal_insert_lsn() - '0/0')::bigint END,
     CASE WHEN NOT pg_is_in_recovery() THEN (pg_current_wal_flush_lsn() - '0/0')::bigint END
@@ -150,7 +153,8 @@ def inner(positions: dict[str, Position]) -> Need:
             if alias not in need.kept:
                 need.kept[alias] = kept
             elif outer.current(alias) is not None:
-                need.keep(alias, kept.position, 0.0)
+                same = need.kept[alias].position.server == kept.position.server
+                need.keep(alias, kept.position if same else UNKNOWN, 0.0)
     return need
 
 

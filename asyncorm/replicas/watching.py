@@ -51,6 +51,7 @@ class Replica:
         problem: why it cannot be used, None if nothing speaks against it.
         reads: how many were sent there.
         left: when somebody last found it gone; what it was asked before does not count.
+        promoted: when it was first asked and no standby any more.
     """
 
     def __init__(self, alias: str) -> None:
@@ -61,6 +62,7 @@ class Replica:
         self.problem: str | None = "not asked yet"
         self.reads = 0
         self.left = float("-inf")
+        self.promoted = float("inf")
 
 
 class Watcher:
@@ -120,6 +122,7 @@ class Watcher:
         """Whether a replica may be read: it is up, has what is needed, and does not lag."""
         return (
             replica.problem is None
+            and replica.server == self.server
             and replica.replayed >= needed
             and self.lag(replica) < self.max_lag
         )
@@ -201,7 +204,7 @@ class Watcher:
     def _see_primary(self, alias: str, asked: float, row: Sequence[Any]) -> None:
         standby, server, written, flushed = row
         if standby:
-            raise psycopg.OperationalError(f"database {alias!r} is a standby")
+            raise psycopg.OperationalError(f"database {alias!r} is a standby, or read-only")
         if server != self.server:
             if self.server:
                 logger.warning("The primary of %r is another server, or was promoted.", alias)
@@ -225,6 +228,9 @@ class Watcher:
         replica = self.replicas[alias]
         if asked < replica.left:
             return
+        replica.promoted = float("inf") if standby else min(replica.promoted, asked)
+        if not standby and replica.problem is None and not self._answered_since(replica.promoted):
+            return  # it has what the next primary has, until that one answers
         replica.server, replica.replayed = server, replayed
         problem = None
         if not standby:
@@ -235,6 +241,9 @@ class Watcher:
             at = bisect_right(self._positions, replayed)
             replica.fresh = self._times[at - 1] if at else float("-inf")
         self._judge(replica, problem)
+
+    def _answered_since(self, moment: float) -> bool:
+        return self._latest is not None and self._latest[0] > moment
 
     def leave(self, alias: str, why: str) -> None:
         """Not have a replica read until it answers again; from whichever thread."""

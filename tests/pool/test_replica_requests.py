@@ -26,8 +26,10 @@ from tests.standbys import (
     REPLICAS,
     Servers,
     ids,
+    position_now,
     reached,
     read_by,
+    request,
     routed,
     trio,
 )
@@ -281,6 +283,11 @@ async def test_positions(router: ReplicaRouter, servers: Servers) -> None:
         with replicas.after():
             await items.native_create(remote_id=next(ids))
         assert Item.objects.all().db == "primary", "what was written inside is seen outside"
+    now = await position_now()
+    with request(primary=now._replace(lsn=0)):
+        assert Item.objects.all().db in REPLICAS
+        with replicas.after(positions.dump({"primary": positions.Position("other.2", 1)})):
+            assert Item.objects.all().db == "primary", "neither is behind the other"
     stats = replicas.stats()["primary"]
     assert stats["replicas"]["r1"]["problem"] is None
     assert stats["reads"] > 0

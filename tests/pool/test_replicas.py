@@ -24,6 +24,7 @@ from tests.standbys import (
     position_now,
     reached,
     read_by,
+    readable,
     request,
     routed,
     trio,
@@ -150,6 +151,41 @@ async def test_both_down(router: ReplicaRouter, servers: Servers) -> None:
     finally:
         for standby in servers.standbys:
             await asyncio.to_thread(standby.start)
+    await read_by(router, *REPLICAS)
+
+
+async def test_a_server_that_is_replaced_is_not_followed(
+    router: ReplicaRouter, servers: Servers
+) -> None:
+    """It was made read-only and runs on, with standbys: these do not get what is written now."""
+    await read_by(router, *REPLICAS)
+    watcher = router.watcher
+    try:
+        ask(servers.primary, "ALTER SYSTEM SET default_transaction_read_only = on")
+        ask(servers.primary, "SELECT pg_reload_conf()")
+        await eventually(lambda: watcher.away)
+    finally:
+        ask(servers.primary, "ALTER SYSTEM RESET default_transaction_read_only")
+        ask(servers.primary, "SELECT pg_reload_conf()")
+    await eventually(lambda: not watcher.away)
+    await read_by(router, *REPLICAS)
+    # The next primary is there, and the replicas were not asked since whom they follow.
+    with request(primary=positions.Position("other.2", 1)):
+        watcher._see_primary("primary", time.monotonic(), (False, "other.2", 1, 1))
+        assert Item.objects.all().db == "primary"
+
+
+async def test_a_promoted_standby_serves_until_the_primary_answers(router: ReplicaRouter) -> None:
+    """It may be the next one, which a proxy has not found yet."""
+    await read_by(router, *REPLICAS)
+    watcher, replica = router.watcher, router.watcher.replicas["r1"]
+    now = await position_now()
+    watcher._see_replica("r1", promoted := time.monotonic(), (False, now.server, now.lsn))
+    assert "r1" in readable(router)
+    watcher._see_primary("primary", time.monotonic(), (False, now.server, now.lsn, now.lsn))
+    watcher._see_replica("r1", time.monotonic(), (False, now.server, now.lsn))
+    assert "r1" not in readable(router)
+    assert replica.promoted == promoted
     await read_by(router, *REPLICAS)
 
 
