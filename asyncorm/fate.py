@@ -47,6 +47,14 @@ class CommitUnknown(OperationalError):
     """
 
 
+class Committed(CommitUnknown):
+    """What a cancellation that arrived during COMMIT, and is delivered after it, comes from.
+
+    Of it, and of the TimeoutError that it becomes, only this tells `retrying()` that what was
+    cancelled is there nevertheless.
+    """
+
+
 class Errors(DatabaseErrorWrapper):
     """Django's errors for psycopg's, and CommitUnknown for what may have been done."""
 

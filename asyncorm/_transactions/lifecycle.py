@@ -249,7 +249,13 @@ def leave_block(
     if wrapper.hooks_due:
         _run_commit_hooks(runner, wrapper)
     if not isinstance(exc, CancelledError):
-        bridge.deliver(runner)
+        _deliver(runner, committed=block.outermost and not rolled_back)
+
+
+def _deliver(runner: Runner, committed: bool) -> None:
+    if committed and runner.cancelled is not None:
+        runner.cancelled.__cause__ = fate.Committed("The transaction was committed before that.")
+    bridge.deliver(runner)
 
 
 @contextmanager

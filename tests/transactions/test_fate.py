@@ -263,6 +263,41 @@ async def test_one_that_is_being_handled_is_of_no_concern(proxy: Proxy, query: A
     assert len(runs) == 3
 
 
+async def test_a_deadline_during_commit(proxy: Proxy, query: Any) -> None:
+    """It is told after COMMIT, and what was committed is not done again."""
+    runs: list[int] = []
+
+    def natively() -> None:
+        with transaction.atomic(using=ALIAS):
+            items().create(remote_id=next(ids))
+
+    async def pay(settle: bool) -> None:
+        async with asyncorm.atomic(ALIAS, settle=settle):
+            await add()
+
+    class Sent(list[bytes]):
+        def append(self, data: bytes) -> None:
+            if b"COMMIT" in data:
+                deadline.reschedule(0)
+
+    proxy.sent = Sent()
+    for work in (lambda: pay(False), lambda: pay(True), asyncorm.native(natively)):
+        runs.clear()
+        query("TRUNCATE myapp_item")
+
+        @asyncorm.retrying(on=(TimeoutError, OperationalError), backoff=0)
+        async def call(work: Any = work) -> None:
+            nonlocal deadline
+            runs.append(1)
+            async with asyncio.timeout(None) as deadline:
+                await work()
+
+        deadline = asyncio.timeout(None)
+        with pytest.raises(TimeoutError):
+            await call()
+        assert (len(runs), rows(query)) == (1, 1)
+
+
 async def test_contexts_that_go_round(django_db_setup: Any) -> None:
     """What is raised again while what it led to is handled is in its own context."""
     runs: list[int] = []
