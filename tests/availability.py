@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import date
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -316,11 +318,13 @@ Where the primary hangs (SIGSTOP), a write has {deadline:g} s and `connect_timeo
 the cancellation of a statement is waited for for {cancel:g} s; then, with several hosts, the one
 that hangs is tried first: {bound:g} s in all since it hangs. Reads have no deadline: those that
 were sent to the primary wait as long.
-{skipped}
+
+The last run ({date}, commit {commit}, `make test-availability ARGS=--write`):
+{notes}
 """
 
 
-def write(rows: list[Seen], skipped: list[str], path: Path) -> None:
+def write(rows: list[Seen], notes: list[str], path: Path) -> None:
     """Write the table for the documentation."""
     text, mark, rest = path.read_text().partition("\n## A primary that fails\n")
     if not mark:  # before the first other heading
@@ -335,7 +339,9 @@ def write(rows: list[Seen], skipped: list[str], path: Path) -> None:
         connect=CONNECT_TIMEOUT,
         cancel=CANCEL_TIMEOUT,
         bound=DEADLINE + CANCEL_TIMEOUT + CONNECT_TIMEOUT,
-        skipped="".join(f"\n{each}\n" for each in skipped),
+        date=date.today(),
+        commit=_commit(),
+        notes="\n".join(notes),
     )
     lines = [
         "| " + " | ".join(HEADER) + " |",
@@ -345,10 +351,18 @@ def write(rows: list[Seen], skipped: list[str], path: Path) -> None:
     path.write_text(text + introduction + "\n".join(lines) + "\n" + after)
 
 
+def _commit() -> str:
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return said.stdout.strip() or "unknown"
+
+
 async def main() -> int:
     rows: list[Seen] = []
     failures = 0
-    slack = 2.0 if os.getloadavg()[0] > (os.cpu_count() or 1) else 0.0
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    slack = 2.0 if load > processors else 0.0
     skipped = Counter(name for setup in SETUPS if (name := missing(setup)))
     for setup in SETUPS:
         for fault in FAULTS if missing(setup) is None else ():
@@ -365,7 +379,19 @@ async def main() -> int:
         "were skipped."
         for name, number in skipped.items()
     ]
-    print(*notes, f"{len(rows)} runs, {failures} promises not kept", sep="\n")
+    missed = [
+        f"Not kept: {seen.setup}, {seen.fault}, {promise}."
+        for seen in rows
+        for promise in broken(seen)
+    ]
+    notes = [
+        f"{len(rows)} runs at a load of {load:.1f} on {processors} processors, {failures} promises "
+        f"not kept ({len(missed)} without the {slack:g} s that a machine is given that does other "
+        "work, too).",
+        *missed,
+        *notes,
+    ]
+    print(*notes, sep="\n")
     if "--write" in sys.argv:
         write(rows, notes, Path(__file__).parent.parent / "docs" / "reliability.md")
     return 1 if failures else 0
