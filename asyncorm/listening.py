@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import random
-from asyncio import AbstractEventLoop
+from asyncio import AbstractEventLoop, Task
 from collections import deque
 from contextvars import Context
 from typing import Any, NamedTuple
@@ -86,8 +86,9 @@ class _Hub:
         self._starting: dict[Inbox, asyncio.Future[None]] = {}
         self._failures = 0  # since it was connected
         self._wake = loop.create_future()
-        # In a context of its own: in a block of nobody's, with nobody's variables.
-        self.task = loop.create_task(self._serve(), context=Context())
+        # In a context of its own: in a block of nobody's, with nobody's variables. Not by the
+        # loop's factory: an eager one would begin it now, when nobody listens, and it would end.
+        self.task = Task(self._serve(), loop=loop, context=Context())
 
     async def join(self, inbox: Inbox) -> None:
         """Have an inbox filled; return when the server listens.

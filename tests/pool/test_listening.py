@@ -55,6 +55,14 @@ async def test_round_trip(channel: str) -> None:
     assert (second.payload, second.pid > 0) == ("", True)
 
 
+@pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="since Python 3.12")
+async def test_where_tasks_begin_at_once() -> None:
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+    async with asyncio.timeout(20), asyncorm.listen("orders") as notes:
+        await asyncorm.notify("orders", "first")
+        assert [note.payload for note in await take(notes)] == ["first"]
+
+
 async def test_in_a_block_at_commit() -> None:
     async with asyncorm.listen("orders") as notes:
         with pytest.raises(ZeroDivisionError):
