@@ -99,7 +99,7 @@ def _make_view_atomic(original: Callable[..., Any]) -> Callable[..., Any]:
 def _send_response(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     async def send_response(self: Any, response: Any, send: Any) -> None:
-        if not (response.streaming and response.is_async) or (
+        if not (response.streaming and getattr(response, "is_async", False)) or (
             flow.current() is None and not swap.active()
         ):
             await original(self, response, send)

@@ -25,7 +25,7 @@ from django.core.exceptions import ImproperlyConfigured, RequestAborted
 from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
 from django.core.handlers.base import BaseHandler
 from django.http import HttpRequest
-from django.http.response import HttpResponseBase
+from django.http.response import HttpResponseBase, StreamingHttpResponse
 from django.urls import set_script_prefix
 
 from .. import bridge, internals
@@ -221,7 +221,7 @@ class NativeHandler(ASGIHandler):
             await sync_to_async(response.close)()
 
     async def send_response(self, response: Any, send: Any) -> None:
-        if not response.streaming or response.is_async:
+        if not (response.streaming and _streams_as_django(response)) or response.is_async:
             return await super().send_response(response, send)
         warnings.warn(
             "StreamingHttpResponse must consume synchronous iterators in order to "
@@ -251,6 +251,18 @@ class NativeHandler(ASGIHandler):
             await send(message)
 
         await super().send_response(response, send_content_first)
+
+
+_AITER, _CONTENT = StreamingHttpResponse.__aiter__, StreamingHttpResponse.streaming_content
+
+
+def _streams_as_django(response: Any) -> bool:
+    """Whether a streaming response gives its parts in Django's way, not in one of its class."""
+    cls: Any = type(response)
+    return (
+        getattr(cls, "__aiter__", None) is _AITER
+        and getattr(cls, "streaming_content", None) is _CONTENT
+    )
 
 
 async def _nothing() -> AsyncIterator[bytes]:

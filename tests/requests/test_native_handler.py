@@ -5,7 +5,7 @@ import contextvars
 import gc
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ from django.core.handlers.asgi import ASGIHandler
 from django.core.signals import got_request_exception, request_finished, request_started
 from django.db import connection, connections, transaction
 from django.http import FileResponse, Http404, HttpResponse, StreamingHttpResponse
+from django.http.response import HttpResponseBase
 from django.template import engines
 from django.template.response import TemplateResponse
 from django.test import AsyncClient
@@ -823,6 +824,41 @@ async def test_synchronous_iterators_are_streamed_where_their_view_ran(native: b
     assert [part.decode() for part in answer.parts] == [f"{n}\n" for n in range(50)]
     assert seen == ["loop" if native else "thread", "end"]
     await all_given_back()
+
+
+class Iterating(StreamingHttpResponse):
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for part in (b"own", b"way"):
+            yield part
+
+
+class Having(StreamingHttpResponse):
+    @property
+    def streaming_content(self) -> Any:
+        return [b"own", b"way"]
+
+    @streaming_content.setter
+    def streaming_content(self, value: Any) -> None:
+        self.is_async = False
+
+
+class Bare(HttpResponseBase):
+    streaming = True
+    __aiter__ = Iterating.__aiter__
+
+
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
+@pytest.mark.parametrize("kind", [Iterating, Having, Bare])
+@pytest.mark.parametrize("native", [True, False])
+async def test_a_response_that_streams_in_its_own_way_does(native: bool, kind: Any) -> None:
+    def view(request: Any) -> HttpResponseBase:
+        return kind() if kind is Bare else kind(["-"])
+
+    url = f"{kind.__name__}/{native}/"
+    urlpatterns.append(path(url, native_view(view) if native else view))
+    clear_url_caches()
+    answer = await ask(get_asgi_application(), f"/{url}")
+    assert answer.parts == [b"own", b"way"]
 
 
 @pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume")
