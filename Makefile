@@ -13,7 +13,7 @@ BENCH ?= .venv-bench
 DEMO := $(if $(wildcard $(VENV)/.installed),$(VENV),.venv-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-availability test-lowest test-next soak soak-requests chaos lint format bench bench-distance bench-instructions bench-loops bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-count compat-matrix docs pictures build clean FORCE
+.PHONY: help install demo test test-availability test-lowest test-next soak soak-cache soak-requests chaos lint format bench bench-distance bench-instructions bench-loops bench-requests bench-profile compat compat-fast compat-redirected compat-verify compat-requests compat-apps compat-count compat-matrix docs pictures build clean FORCE
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-17s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,11 @@ soak: $(VENV)/.installed  ## 10,000 random programs against the model, 20,000 ra
 	ASYNCORM_MODEL_PROFILE=soak ASYNCORM_MODEL_SEED=$(or $(SEED),$(shell date +%s)) \
 		$(VENV)/bin/python -m pytest -s -o faulthandler_timeout=0 tests/transactions/test_model.py \
 		tests/bridge/test_random_queries.py $(PYTEST_ARGS)
+
+soak-cache: $(VENV)/.installed  ## a million hits of the statement cache, each compared with Django's compiler (HITS=, SEED=)
+	ASYNCORM_VERIFIED_HITS=$(or $(HITS),1000000) ASYNCORM_MODEL_SEED=$(or $(SEED),$(shell date +%s)) \
+		$(VENV)/bin/python -m pytest -o faulthandler_timeout=0 \
+		tests/bridge/test_random_queries.py -k hits_of_many_values $(PYTEST_ARGS)
 
 soak-requests: $(VENV)/.installed  ## 10,000 requests that start no thread, 10,000 cancelled at random
 	$(VENV)/bin/python -m tests.storms $(or $(COUNT),10000) $(or $(SEED),$(shell date +%s))

@@ -12,11 +12,12 @@ import types
 from collections.abc import Callable
 from contextvars import ContextVar
 from decimal import Decimal
+from random import Random
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from django.db import models, transaction
+from django.db import connections, models, transaction
 from django.db.models import (
     Avg,
     Case,
@@ -62,6 +63,9 @@ from hypothesis import strategies as st
 
 import asyncorm
 from asyncorm import statements
+from asyncorm._hooks.aggregate import count_plan, exists_plan
+from asyncorm._hooks.iterate import iterating_plan
+from asyncorm.verifying import StatementCacheError
 from tests.checked import hits_checked
 from tests.compare import differences
 from tests.project.shop.models import (
@@ -945,6 +949,76 @@ for part in range(PARTS):
     globals()[f"test_with_and_without_the_cache_{part}"] = pytest.mark.slow(
         examples(copied(with_and_without_the_cache), part, EXAMPLES // PARTS // 5)
     )
+
+
+HITS = int(os.environ.get("ASYNCORM_VERIFIED_HITS", "300"))
+FOUND: dict[str, Callable[[Any], Any]] = {
+    "list": lambda queryset: queryset,
+    "first": lambda queryset: queryset.order_by("pk")[:1],
+    "slice": lambda queryset: queryset.order_by("-pk")[2:5],
+    "rows": lambda queryset: queryset.values_list("pk"),
+    "dicts": lambda queryset: queryset.values(),
+    "only": lambda queryset: queryset.only("pk"),
+    "distinct": lambda queryset: queryset.distinct().order_by("pk"),
+}
+COUNTED = {"count": count_plan, "exists": exists_plan}
+
+
+def one_shape(pick: Random, model: Any, pools: dict[str, list[Any]], wrapper: Any) -> None:
+    """Have the plans of a shape found for many values; some are of another kind."""
+    asked = []
+    for _ in range(pick.choice((1, 1, 2))):
+        path = pick.choice(sorted(MODELS[model]))
+        kind = pick.choice(PLAIN.get(MODELS[model][path], (MODELS[model][path],)))
+        asked.append((f"{path}__{pick.choice(KINDS[kind][0])}", kind))
+    how = pick.choice(("filter", "filter", "exclude"))
+    call = pick.choice([*FOUND, *COUNTED])
+
+    def find(values: dict[str, Any]) -> Any:
+        queryset = getattr(model.objects, how)(**values)
+        if call in COUNTED:
+            return COUNTED[call](queryset.query, wrapper)
+        return iterating_plan(FOUND[call](queryset), wrapper)
+
+    for _ in range(40):
+        values = {
+            name: pick.choice(pools[kind if pick.random() < 0.9 else pick.choice([*pools])])
+            for name, kind in asked
+        }
+        found = outcome(find, values)
+        assert not isinstance(found, StatementCacheError), found
+
+
+@pytest.mark.usefixtures("shop_data")
+@seed(SEED)
+@settings(
+    max_examples=max(HITS // 20_000, 1),
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)
+@given(
+    pools=st.fixed_dictionaries(
+        {kind: st.lists(values, min_size=9, max_size=9) for kind, (_, values) in KINDS.items()}
+    ),
+    number=st.integers(),
+)
+def test_hits_of_many_values_are_verified(pools: Any, number: int, run: Callable) -> None:
+    """Without executing them, so that `make soak-cache` can ask for a million."""
+    pick = Random(number)
+
+    def native() -> None:
+        wanted = statements.counts["hits"] + min(HITS, 20_000)
+        while statements.counts["hits"] < wanted:
+            model = pick.choice(sorted(MODELS, key=lambda model: model.__name__))
+            one_shape(pick, model, pools, connections["default"])
+
+    async def go() -> None:
+        await asyncorm.native(native)()
+
+    with hits_checked():
+        run(go())
 
 
 def test_the_cache_was_used() -> None:
