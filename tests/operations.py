@@ -6,6 +6,7 @@ An operation is written once, as a coroutine function that gets `do`: `await do(
 
 import datetime as dt
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -313,6 +314,14 @@ async def a_prefetched_relation_is_read_from_its_cache(do: Do) -> Any:
     book = await do(Book.objects.prefetch_related("tags"), "get", pk=3)
     tags = await do.rows(book.tags.all())
     return book, tags, await do(book.tags, "count"), await do(book.tags, "exists")
+
+
+@read
+async def items_are_kept_where_their_prefetch_fails(do: Do) -> Any:
+    queryset = books(pk__lt=5).prefetch_related("nothing")
+    with suppress(AttributeError):
+        await do.rows(queryset)
+    return await do(queryset, "first"), await do(queryset, "count"), queryset._prefetch_done
 
 
 @read

@@ -142,12 +142,15 @@ def fetch_all(original: Callable[[Any], None]) -> Any:
                 if iterable is query.RawModelIterable:  # nobody knows what raw SQL does
                     raise
                 made = elsewhere.again(self, exc, lambda: list(iterable(self)))
-            lookups = self._prefetch_related_lookups
-            if prefetched := bool(lookups) and not self._prefetch_done:
-                query.prefetch_related_objects(made, *lookups)
-            if self._result_cache is None:
-                self._result_cache = made
-                self._prefetch_done |= prefetched
+            prefetched = False
+            try:
+                if (lookups := self._prefetch_related_lookups) and not self._prefetch_done:
+                    query.prefetch_related_objects(made, *lookups)
+                    prefetched = True
+            finally:  # also if that failed, as in Django
+                if self._result_cache is None:
+                    self._result_cache = made
+                    self._prefetch_done |= prefetched
         original(self)
 
     return _fetch_all
