@@ -201,10 +201,10 @@ class Queue:
     def _start(self, segment: _Segment) -> None:
         segment.pipelines += 1
         self.pending += 1
-        self.starting[token := object()] = segment  # before the task, which may begin at once
-        task = get_running_loop().create_task(
-            bridge.run(self._run_pipeline, segment, token, monotonic()), context=Context()
-        )
+        self.starting[token := object()] = segment
+        # Not by the loop's factory: where tasks begin at once it would take the first one alone.
+        pipeline = bridge.run(self._run_pipeline, segment, token, monotonic())
+        task = Task(pipeline, loop=get_running_loop(), context=Context())
         self._tasks.add(task)
         task.add_done_callback(partial(self._ended, token))
 

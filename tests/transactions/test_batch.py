@@ -74,6 +74,21 @@ async def test_the_querysets_cache_is_filled() -> None:
     assert tags._result_cache == found
 
 
+@pytest.fixture(
+    params=[
+        None,
+        pytest.param(
+            EAGER := getattr(asyncio, "eager_task_factory", None),
+            marks=pytest.mark.skipif(EAGER is None, reason="since Python 3.12"),
+        ),
+    ],
+    ids=["later", "at once"],
+)
+async def tasks_begin(request: pytest.FixtureRequest) -> None:
+    asyncio.get_running_loop().set_task_factory(request.param)
+
+
+@pytest.mark.usefixtures("tasks_begin")
 async def test_one_connection_and_as_many_round_trips_as_the_longest_has_statements() -> None:
     await asyncorm.batch(backend_pid)
     began, sent = pipelines()
@@ -212,6 +227,7 @@ async def test_a_block_whose_first_statements_travel_together(items: None) -> No
     assert await Item.objects.native_count() == 2
 
 
+@pytest.mark.usefixtures("tasks_begin")
 async def test_inside_a_block(items: None) -> None:
     def count() -> int:
         return int(Item.objects.count())
