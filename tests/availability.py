@@ -321,6 +321,7 @@ were sent to the primary wait as long.
 
 The last run ({date}, commit {commit}, `make test-availability ARGS=--write`):
 {notes}
+
 """
 
 
