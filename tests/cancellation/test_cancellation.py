@@ -1102,11 +1102,12 @@ async def test_a_childs_block_that_does_not_end_is_ended_by_force(
     alias: str, watch: Watch, kind: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_cancel_timeout(monkeypatch, 0.3)
-    go = asyncio.Event()
+    begun, go = asyncio.Event(), asyncio.Event()
 
     async def nested() -> None:
         async with asyncorm.atomic(alias):
             await add(alias, "lost")
+            begun.set()
             await go.wait()
             if kind == "asyncorm":
                 await add(alias, "late")
@@ -1114,6 +1115,7 @@ async def test_a_childs_block_that_does_not_end_is_ended_by_force(
     def native() -> None:
         with transaction.atomic(using=alias):
             Item.objects.using(alias).create(remote_id=next(ids), name="lost")
+            begun.set()
             asyncorm.await_(go.wait())
             Item.objects.using(alias).create(remote_id=next(ids), name="late")
 
@@ -1125,14 +1127,17 @@ async def test_a_childs_block_that_does_not_end_is_ended_by_force(
         async with asyncorm.atomic(alias):
             await add(alias, "lost")
             child = asyncio.create_task(asyncorm.native(native)() if kind == "native" else nested())
-            await asyncio.sleep(0.1)
+            await begun.wait()
             waiting = asyncio.create_task(waits())
             await asyncio.sleep(0)
+            if how == "cancelled":
+                deadline.reschedule(asyncio.get_running_loop().time() + 0.1)
 
     child = waiting = None
+    deadline = asyncio.timeout(None)
     if how == "cancelled":
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
+            async with deadline:
                 await block()
     else:
         with override_settings(ASYNCORM={"LOCK_TIMEOUT": 0.3}):
