@@ -57,30 +57,26 @@ async def walk(work: Callable[[], Awaitable[Any]], times: int = 1) -> Way:
 
     root = str(Path(asyncorm.__file__).parent) + os.sep
     seen: list[str] = []
-    called: list[FrameType] = []  # each is kept, so that a coroutine that goes on is known
+    called: set[FrameType] = set()  # each is kept, so that a coroutine that goes on is known
+    steps: Counter[tuple[str, str, str]] = Counter()
 
     def note(frame: FrameType, event: str, arg: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(root):
-            seen.append(name := frame.f_code.co_filename.removeprefix(root))
+        if event == "call" and (name := of_ours(frame, root)) is not None:
+            seen.append(name)
             if frame not in called:
-                called.append(frame)
-                above = caller(frame, root)
-                if above is not None:
-                    steps[
-                        above.f_code.co_filename.removeprefix(root), name, what(above, frame)
-                    ] += 1
-
-    steps: Counter[tuple[str, str, str]] = Counter()
+                called.add(frame)
+                if (above := caller(frame, root)) is not None:
+                    what = f"{above.f_code.co_qualname} calls {frame.f_code.co_qualname}"
+                    steps[str(of_ours(above, root)), name, what] += 1
 
     sys.setprofile(note)
     try:
         await work()
     finally:
         sys.setprofile(None)
-    room = {
-        name: rooms()[place_of(name)] for name in {*seen, *(x for a, b, _ in steps for x in (a, b))}
-    }
-    order = [*dict.fromkeys(rooms().values())]
+    room_of = rooms()
+    room = {name: room_of[place_of(name)] for name in seen}
+    order = [*dict.fromkeys(room_of.values())]
     down, up = 0.0, Counter[str]()
     for (above, below, call), count in steps.items():
         way = order.index(room[below]) - order.index(room[above])
@@ -97,20 +93,18 @@ async def walk(work: Callable[[], Awaitable[Any]], times: int = 1) -> Way:
     )
 
 
+def of_ours(frame: FrameType, root: str) -> str | None:
+    """The module of a function, as a path below the package, if it is one of ours."""
+    path = frame.f_code.co_filename
+    return path.removeprefix(root) if path.startswith(root) else None
+
+
 def caller(frame: FrameType, root: str) -> FrameType | None:
     """Which function of ours has called; not the one that only runs operations."""
     above = frame.f_back
-    while above is not None:
-        path = above.f_code.co_filename
-        if path.startswith(root) and path.removeprefix(root) != "bridge.py":
-            return above
+    while above is not None and of_ours(above, root) in (None, "bridge.py"):
         above = above.f_back
-    return None
-
-
-def what(above: FrameType, frame: FrameType) -> str:
-    """A call in words."""
-    return f"{above.f_code.co_qualname} calls {frame.f_code.co_qualname}"
+    return above
 
 
 def place_of(name: str) -> str:
