@@ -313,7 +313,9 @@ class Connection(NoticingConnection, CancellableConnection):
         except CancelledError:
             await self.give_up(gen)
             raise
-        except GeneratorExit:  # nobody else knows what was under way
+        except Exception:
+            raise
+        except BaseException:  # the coroutine was closed, and nobody else knows what was under way
             close_generator(gen)
             self.terminate()
             raise
@@ -455,7 +457,9 @@ class Connection(NoticingConnection, CancellableConnection):
             if not await finish(task, CANCEL_TIMEOUT):
                 raise self.given_up(gen) from exc
             return task.result()
-        except GeneratorExit:  # who waited is closed, and nobody else knows what was under way
+        except Exception:
+            raise
+        except BaseException:  # who waited is closed, and nobody else knows what was under way
             close_generator(gen)
             self.terminate()
             raise

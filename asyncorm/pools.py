@@ -213,7 +213,8 @@ class Pool:
     async def _checkout(self, wrapper: Any) -> PooledConnection:
         try:
             conns = self.connections or await self._open(wrapper)
-            with self.asked(admitted=wrapper.session.pipelining) as suspicion:
+            session = wrapper.session
+            with self.asked(session.pipelining and session.source is self) as suspicion:
                 if suspicion is not None:
                     await suspicion()
                 task = asyncio.current_task()
@@ -273,7 +274,7 @@ class Pool:
         """The current task waits for a connection, or for its statement to be sent on one.
 
         Args:
-            admitted: for statements that wait already.
+            admitted: for statements that wait already, in the pool's own queue.
 
         Raises:
             psycopg.OperationalError: as many wait already as `max_waiting` allows.

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import time
+import types
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from itertools import count
@@ -860,6 +861,46 @@ async def test_a_coroutine_is_closed_during_commit(alias: str, watch: Watch) -> 
         await watch.until(lambda: not watch.sleeping())
     finally:
         watch.observer.execute("DROP TRIGGER linger ON myapp_item")
+    await healthy(alias, watch)
+
+
+@types.coroutine
+def interrupted(coro: Any, at: int, exc: BaseException) -> Generator[Any, Any, None]:
+    """Await a coroutine, and throw `exc` into its n-th step instead of what it waits for."""
+    steps = coro.__await__()
+    for number in count(1):
+        try:
+            future = steps.throw(exc) if number == at else steps.send(None)
+        except StopIteration:
+            return
+        yield future
+
+
+async def test_an_exit_that_is_thrown_into_a_block_is_what_comes_out(
+    alias: str, watch: Watch
+) -> None:
+    """In COMMIT, too, Django's own reaction to it does not take its place."""
+
+    async def block(settle: bool = False) -> None:
+        async with asyncorm.atomic(alias, settle=settle):
+            await add(alias, "a")
+
+    @asyncorm.native
+    def natively() -> None:
+        with transaction.atomic(alias):
+            Item.objects.using(alias).create(remote_id=next(ids), name="a")
+
+    for way in (block, partial(block, settle=True), natively):
+        await way()
+        for step in count(2):
+            leaving = SystemExit()
+            try:
+                await interrupted(way(), step, leaving)
+            except BaseException as exc:
+                assert exc is leaving, (way, step)
+            else:
+                break
+        assert step > 3, way
     await healthy(alias, watch)
 
 

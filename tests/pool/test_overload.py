@@ -109,14 +109,16 @@ async def test_bounded_queue_counts_all_kinds_of_waiting_at_once(pool: Callable[
     async with asyncorm.connection():
         await value("SELECT 1")
         async with asyncio.timeout(20):
-            # Blocks wait for a connection, single statements for a pipeline; none has begun.
+            # Blocks wait for a connection, as batches do; single statements for a pipeline.
             tasks = [
-                asyncio.create_task(coro) for _ in range(4) for coro in (block(), value("SELECT 1"))
+                asyncio.create_task(coro)
+                for _ in range(4)
+                for coro in (block(), value("SELECT 1"), asyncorm.batch(value("SELECT 1")))
             ]
             await asyncio.wait(tasks, timeout=0.3)
     results = await asyncio.gather(*tasks, return_exceptions=True)
     refused = [each for each in results if "max_waiting" in str(each)]
-    assert len(refused) == 4, results
+    assert len(refused) == 8, results
 
 
 async def test_client_that_disconnects_frees_its_connection(pool: Callable[..., None]) -> None:
