@@ -14,9 +14,10 @@ from . import bridge, elsewhere, pools
 from ._sessions import engines
 from .pages import see
 
+# A server is known by when it has started: it may be reached by several addresses and a socket.
 # What is reserved for superusers and, from PostgreSQL 16 on, for pg_use_reserved_connections.
 _LIMITS = """
-    SELECT concat_ws(' ', inet_server_addr(), inet_server_port(), pg_postmaster_start_time()),
+    SELECT concat_ws(' ', extract(epoch FROM pg_postmaster_start_time()), current_setting('port')),
         pg_backend_pid(), pg_is_in_recovery(),
         current_setting('max_connections')::int,
         current_setting('superuser_reserved_connections')::int

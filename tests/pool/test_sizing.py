@@ -28,7 +28,7 @@ def administrator(server: Server) -> Iterator[psycopg.Connection[Any]]:
     settings = server.settings
     with psycopg.connect(
         host=settings["HOST"], port=settings["PORT"], user="postgres", dbname="postgres",
-        autocommit=True,
+        password=settings["PASSWORD"], autocommit=True,
     ) as admin:  # fmt: skip
         yield admin
 
@@ -37,9 +37,10 @@ def administrator(server: Server) -> Iterator[psycopg.Connection[Any]]:
 def servers() -> Iterator[tuple[Server, Server]]:
     """One with a role and a database that have limits, and its standby."""
     settings = {"max_connections": "60", **RESERVED}
-    with postgres_server(own=True, settings=settings) as primary:
+    with postgres_server(own=True, tcp=True, settings=settings) as primary:
         with administrator(primary) as admin:
-            admin.execute("CREATE ROLE shop LOGIN CONNECTION LIMIT 50")
+            password = primary.settings["PASSWORD"]
+            admin.execute(f"CREATE ROLE shop LOGIN CONNECTION LIMIT 50 PASSWORD '{password}'")
             admin.execute("CREATE DATABASE shop CONNECTION LIMIT 40")
         with postgres_server(standby_of=primary, settings=settings) as standby:
             yield primary, standby
@@ -97,6 +98,20 @@ def test_two_aliases_of_one_server_and_a_standby(servers: tuple[Server, Server])
         assert "TOO MANY: 68 are more than max_connections (60) leaves: 58." in text
         assert "68 are more than the CONNECTION LIMIT of role shop allows: 50." in text
         assert "68 are more than the CONNECTION LIMIT of database shop allows: 40." in text
+
+
+def test_one_server_by_two_ways(servers: tuple[Server, Server]) -> None:
+    """By its socket and by its address: what both open counts against the same limits."""
+    primary = servers[0]
+    pool = {"pool": {"min_size": 1, "max_size": 3}}
+    near = {**as_shop(primary), "HOST": str(primary.folder)}
+    with (
+        database("one", **as_shop(primary), OPTIONS=pool),
+        database("near", **near, OPTIONS=pool),
+    ):
+        found = of("one", 2)
+        assert [demand.alias for demand in found.demands] == ["one", "near"]
+        assert "84 are more than max_connections (60)" in next(iter(found.problems(7)))
 
 
 async def test_in_native_code_the_loop_goes_on(servers: tuple[Server, Server]) -> None:
