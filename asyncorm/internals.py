@@ -318,7 +318,11 @@ REQUESTS = {
             " _template_response_middleware",
             "the handler calls Django's synchronous chain of middleware and views natively",
         ),
-        Names("django.core.handlers.base", "import_string", "where each middleware runs; replaced"),
+        Names(
+            "django.core.handlers.base",
+            "import_string convert_exception_to_response",
+            "where each middleware runs, and its errors are converted, once; replaced",
+        ),
         Names(
             "django.core.handlers.asgi:ASGIHandler",
             "handle read_body create_request run_get_response send_response chunk_bytes"

@@ -42,7 +42,17 @@ def placed() -> Iterator[None]:
         def place(path: str) -> Any:
             return _place(path, original(path), inner)
 
-        with patches.replaced(base, "import_string", place, "each middleware where it belongs"):
+        convert = base.convert_exception_to_response  # type: ignore[attr-defined]
+
+        def convert_once(get_response: Callable[..., Any]) -> Any:
+            done = isinstance(get_response, _Guest) and get_response.threaded is not None
+            return get_response if done else convert(get_response)
+
+        why = "each middleware where it belongs"
+        with (
+            patches.replaced(base, "import_string", place, why),
+            patches.replaced(base, "convert_exception_to_response", convert_once, why),
+        ):
             yield
 
 
@@ -168,7 +178,7 @@ class _Foreign:
     def __call__(self, get_response: Callable[..., Any]) -> Any:
         if self._threaded:
             # Neighbours in the same thread call each other.
-            neighbour = getattr(getattr(get_response, "__wrapped__", None), "threaded", None)
+            neighbour = getattr(get_response, "threaded", None)
             get_response = neighbour or async_to_sync(flow.on_the_loop(get_response))
         middleware = self._factory(get_response)
         self._inner.threaded = not self._asynchronous
@@ -186,7 +196,7 @@ class _Guest:
     Args:
         call: what stands for the middleware.
         hook: makes its synchronous hooks what the chain calls.
-        threaded: what a neighbour in the request's thread calls.
+        threaded: what a neighbour in the request's thread calls; it converts exceptions there.
     """
 
     def __init__(

@@ -5,12 +5,15 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from asgiref.sync import iscoroutinefunction
 from django.core.asgi import get_asgi_application as djangos
 from django.core.exceptions import MiddlewareNotUsed, PermissionDenied
+from django.core.signals import got_request_exception
 from django.http import Http404, HttpResponse
 from django.template import engines
 from django.template.response import TemplateResponse
@@ -259,6 +262,15 @@ VIEWS: list[Any] = [
 urlpatterns = [path(f"{view.__name__}/", view) for view in VIEWS]
 
 
+def bad_handler(request: Any) -> HttpResponse:
+    note("handler500")
+    raise ValueError("handler500")
+
+
+def told(sender: Any, **kwargs: Any) -> None:
+    trace.append("got_request_exception")
+
+
 def named(kinds: tuple[Any, ...]) -> list[str]:
     return [
         kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
@@ -340,3 +352,21 @@ async def test_middleware_that_is_named_does_the_same_on_the_loop(
         differences += await compared(settings, each, without_place)
         assert not [step for step in trace if "thread" in step]
     assert not differences, "\n".join([str(len(differences)), *differences[:8]])
+
+
+async def test_a_view_of_errors_that_fails_itself(settings: Any, monkeypatch: Any) -> None:
+    """It is called again for each middleware around, as often as by Django."""
+    monkeypatch.setitem(globals(), "handler500", bad_handler)
+    # Django's handler does not close the body of a request that fails so.
+    memory = SimpleNamespace(SpooledTemporaryFile=lambda **options: BytesIO())
+    monkeypatch.setattr("django.core.handlers.asgi.tempfile", memory)
+    got_request_exception.connect(told)
+    try:
+        for kinds in ((), (function,), (coroutine,), (Hooks, function), *MIXED[:2]):
+            for names in ([], named(tuple(KINDS))):
+                settings.ASYNCORM = {"NATIVE_MIDDLEWARE": names}
+                differences = await compared(settings, kinds, without_place)
+                assert not differences, "\n".join(differences)
+                assert "handler500" in str(trace) or kinds
+    finally:
+        got_request_exception.disconnect(told)
