@@ -85,6 +85,7 @@ class _Hub:
         self.inboxes: set[Inbox] = set()
         self._starting: dict[Inbox, asyncio.Future[None]] = {}
         self._failures = 0  # since it was connected
+        self._held: list[psycopg.Notify] = []  # came before who listens was told of the gap
         self._wake = loop.create_future()
         # In a context of its own: in a block of nobody's, with nobody's variables. Not by the
         # loop's factory: an eager one would begin it now, when nobody listens, and it would end.
@@ -154,6 +155,7 @@ class _Hub:
 
     async def _listen(self, conn: psycopg.AsyncConnection[Any]) -> None:
         conn.add_notify_handler(self._arrived)
+        self._held.clear()
         listening: set[str] = set()
         while True:
             self._wake = self.loop.create_future()
@@ -162,6 +164,9 @@ class _Hub:
                 self._failures = 0
                 for inbox in self.inboxes - self._starting.keys():
                     inbox.note_gap()
+                for notify in self._held:
+                    self._arrived(notify)
+                self._held.clear()
             self._confirm(listening)
             if await self._silence(conn):
                 async with asyncio.timeout(_ANSWER):
@@ -201,6 +206,9 @@ class _Hub:
         return not done
 
     def _arrived(self, notify: psycopg.Notify) -> None:
+        if self._failures:
+            self._held.append(notify)
+            return
         note = Note(notify.channel, notify.payload, notify.pid)
         for inbox in self.inboxes:
             if note.channel in inbox.channels:

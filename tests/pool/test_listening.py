@@ -161,6 +161,36 @@ async def test_lost_connection(ask: Callable[..., Any], caplog: Any) -> None:
     assert await eventually_none(ask)
 
 
+async def test_the_gap_comes_before_what_the_next_connection_brings(
+    ask: Callable[..., Any],
+) -> None:
+    """It listens to one channel after the other: the first ones' notes do not go ahead."""
+    channels = [f"channel{n}" for n in range(100)]
+    got: list[Note] = []
+
+    async def read() -> None:
+        async with asyncorm.listen(*channels) as notes:
+            async for note in notes:
+                got.append(note)
+
+    async with asyncio.timeout(20):
+        reading = asyncio.create_task(read())
+        while not (pids := await ask(LISTENING)):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        while not got:
+            await ask("SELECT pg_notify(unnest(%s::text[]), 'before')", channels)
+        await ask("SELECT pg_terminate_backend(%s, 10000)", pids[0][0])
+        while not any(note.gap for note in got):
+            await ask("SELECT pg_notify(unnest(%s::text[]), 'after')", channels)
+        await eventually(lambda: got[-1].payload == "after")
+        reading.cancel()
+        await asyncio.wait([reading])
+    told = [note.channel for note in got if note.gap]
+    assert sorted(told) == sorted(channels)
+    first = next(n for n, note in enumerate(got) if note.gap)
+    assert "after" not in {note.payload for note in got[: first + len(channels)]}
+
+
 async def test_server_that_does_not_answer(
     ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
