@@ -6,6 +6,8 @@ outside native code, they are Django's.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ from django.db.models import Model, query
 from django.db.models.sql import compiler
 from django.db.models.sql.query import Query
 from django.db.models.sql.subqueries import DeleteQuery
+from django.utils import deprecation
 
 from . import conf, grounds, internals, patches, verifying
 from ._chains import roots
@@ -26,6 +29,7 @@ _WRITES = "writes take their SQL from the statement cache"
 _ALONE = "outside a block an INSERT needs no transaction of its own"
 _BULK = "bulk_create() takes its values by columns"
 _NOTED = "it is noted when SQL is made of something else"
+_WARNED = "Django's warnings name the caller's line, past our frames as well as its own"
 
 
 def _replacements() -> Iterator[tuple[Any, str, Any, str]]:
@@ -61,6 +65,23 @@ def _replacements() -> Iterator[tuple[Any, str, Any, str]]:
         yield querysets, name, wrap(getattr(querysets, name)), why
     for cls, name, by in grounds.noted_dicts():
         yield cls, name, by, _NOTED
+    yield from _skipped_in_warnings()
+
+
+def _skipped_in_warnings() -> Iterator[tuple[Any, str, Any, str]]:
+    """What Django 6 asks for the folders whose frames no warning of its own names."""
+    name = "django_file_prefixes"
+    if (djangos := getattr(deprecation, name, None)) is None:
+        return
+    ours = os.path.join(os.path.dirname(__file__), "")
+
+    def django_file_prefixes() -> tuple[str, ...]:
+        return (*djangos(), ours)
+
+    # The modules that warn have imported it; later ones find it in its own.
+    for module in list(sys.modules.values()):
+        if vars(module).get(name) is djangos:
+            yield module, name, django_file_prefixes, _WARNED
 
 
 def install() -> None:

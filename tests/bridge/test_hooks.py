@@ -8,12 +8,14 @@ import contextvars
 import itertools
 import json
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import psycopg
 import pytest
+from django import VERSION as DJANGO
 from django.db import connection, connections, models, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.postgresql.base import DatabaseWrapper as PostgreSQL
@@ -669,3 +671,21 @@ def test_what_python_forgets_for_another_class_is_remembered_elsewhere() -> None
             assert ground.holds()
         assert look.name is not name
         assert look.name.looks > name.looks
+
+
+@pytest.mark.skipif(DJANGO < (6, 1), reason="Django 6.1 warns so")
+def test_djangos_warnings_name_the_line_of_the_caller() -> None:
+    """Through each replaced method on the way to a statement's SQL."""
+    ways: dict[str, Callable[[QuerySet[Book]], Any]] = {
+        "list": list,
+        "first": QuerySet.first,
+        "count": QuerySet.count,
+        "exists": QuerySet.exists,
+        "aggregate": lambda books: books.aggregate(Count("pk")),
+        "update": lambda books: books.update(title="x"),
+        "delete": QuerySet.delete,
+    }
+    for name, way in ways.items():
+        with warnings.catch_warnings(record=True, action="always") as warned:
+            way(Book.objects.filter(pk=0, data=None))
+        assert {each.filename for each in warned} == {__file__}, name
