@@ -322,6 +322,7 @@ class Connection(NoticingConnection, CancellableConnection):
 
     def lost(self, exc: BaseException, text: str) -> BaseException:
         """What to raise for an exception: `Unanswered` if that is what it means."""
+        exc = self.told_why(exc)
         if (
             self.alone
             and self.configured  # else it was Django's, to set the session up
@@ -330,6 +331,13 @@ class Connection(NoticingConnection, CancellableConnection):
         ):
             return Unanswered.of(exc, text, self.wire.opened)
         return exc
+
+    def told_why(self, exc: BaseException) -> BaseException:
+        """An error, which says so if the server stopped because the pool is closed."""
+        home = self.pooled.home if self.pooled is not None else None
+        if home is None or not home.closed or not isinstance(exc, psycopg.errors.QueryCanceled):
+            return exc
+        return psycopg.errors.QueryCanceled(f"The native pool was closed: {exc}")
 
     @contextmanager
     def sending(self, text: str) -> Iterator[None]:

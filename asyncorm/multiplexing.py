@@ -421,12 +421,12 @@ class _Answer:
         self.aborted = self.failed and results[0].error_field(_SQLSTATE) == _ABORTED
         request.failed = self.failed and not self.aborted
         self.value: Any = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         if not request.future.done():
             try:
                 self.value = request.command.read(conn, conn.checked(results))
             except Exception as exc:
-                self.error = exc
+                self.error = conn.told_why(exc)
 
     def give(self) -> None:
         """Have the operation go on."""

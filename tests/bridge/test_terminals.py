@@ -848,6 +848,12 @@ async def test_an_error_breaks_the_block_as_in_django(few: str) -> None:
     assert await items().acount() == 250
 
 
+LOCKED = (
+    "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'few' "
+    "AND wait_event_type = 'Lock'"
+)
+
+
 async def test_a_lost_connection(few: str, operations: Counter[str]) -> None:
     """Reads are repeated on another one, writes and what is in a block are not."""
     await grow()
@@ -862,11 +868,7 @@ async def test_a_lost_connection(few: str, operations: Counter[str]) -> None:
         ask("LOCK TABLE myapp_item IN ACCESS EXCLUSIVE MODE")
         reading = asyncio.create_task(items().acount())
         writing = asyncio.create_task(items().filter(remote_id=7).aupdate(name="y"))
-        waiting = (
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'few' "
-            "AND wait_event_type = 'Lock'"
-        )
-        await eventually(lambda: ask(waiting) == 2)
+        await eventually(lambda: ask(LOCKED) == 2)
         ask(sleeping)
         await asyncio.sleep(0.05)
         ask("ROLLBACK")
@@ -886,6 +888,20 @@ async def test_a_pool_that_is_closed(few: str) -> None:
         found = await asyncio.gather(*counting, return_exceptions=True)
         assert all(each == 250 or "closed" in str(each) for each in found), found
         assert await items().acount() == 250
+    with administrator() as ask:
+        for others in (0, 2):  # who has both connections first, so that the statements go together
+            ask("BEGIN")
+            ask("LOCK TABLE myapp_item IN ACCESS EXCLUSIVE MODE")
+            pausing = [asyncio.create_task(pause(0.05)) for _ in range(others)]
+            await asyncio.sleep(0)
+            counting = [asyncio.create_task(items().acount()) for _ in range(6)]
+            await eventually(lambda: ask(LOCKED))
+            await asyncorm.close_pools(few)
+            ask("ROLLBACK")
+            found = await asyncio.gather(*counting, return_exceptions=True)
+            assert not [each for each in found if each != 250 and "closed" not in str(each)]
+            await asyncio.gather(*pausing, return_exceptions=True)
+            await grow()
     await all_given_back(few)
 
 

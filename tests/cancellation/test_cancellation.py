@@ -717,9 +717,10 @@ async def test_what_is_closed_does_not_go_on_on_the_server(
     finally:
         for pid in before:
             os.kill(pid, signal.SIGCONT)
-    with pytest.raises(OperationalError if closes else asyncio.CancelledError):
+    with pytest.raises(OperationalError if closes else asyncio.CancelledError) as raised:
         await task
     if closes:
+        assert "closed" in str(raised.value)
         await closing
     await watch.until(watch.at_rest)
     await healthy(alias, watch)
