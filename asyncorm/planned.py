@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 from django.core.signals import setting_changed
@@ -80,7 +81,7 @@ def _skipped_in_warnings() -> Iterator[tuple[Any, str, Any, str]]:
 
     # The modules that warn have imported it; later ones find it in its own.
     for module in list(sys.modules.values()):
-        if vars(module).get(name) is djangos:
+        if isinstance(module, ModuleType) and vars(module).get(name) is djangos:
             yield module, name, django_file_prefixes, _WARNED
 
 

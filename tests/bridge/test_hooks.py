@@ -8,6 +8,7 @@ import contextvars
 import itertools
 import json
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,7 +38,7 @@ from django.test.utils import isolate_apps, register_lookup
 from django.utils.functional import cached_property
 
 import asyncorm
-from asyncorm import grounds, statements
+from asyncorm import grounds, planned, statements
 from asyncorm._cache import looks
 from tests.compare import differences
 from tests.project.shop.models import Author, Book, Person, Publisher, Tag
@@ -689,3 +690,5 @@ def test_djangos_warnings_name_the_line_of_the_caller() -> None:
         with warnings.catch_warnings(record=True, action="always") as warned:
             way(Book.objects.filter(pk=0, data=None))
         assert {each.filename for each in warned} == {__file__}, name
+    with mock.patch.dict(sys.modules, {"never_to_be_imported": None}):
+        assert {name for _, name, _, _ in planned._skipped_in_warnings()}
