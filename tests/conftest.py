@@ -146,6 +146,15 @@ def fresh_shop(stock: Any, django_db_blocker: Any) -> Iterator[Callable[[], None
 
 
 @pytest.fixture(autouse=True)
+def _none_slow() -> Iterator[None]:
+    """No statement goes alone because it was slow in the test before."""
+    from asyncorm._wire.slow import slow
+
+    yield
+    slow._seen.clear()
+
+
+@pytest.fixture(autouse=True)
 def _no_sample(request: pytest.FixtureRequest) -> None:
     """Tests that do not ask for the sample find the tables empty, in whichever order tests run."""
     if {"shop_data", "fresh_shop"} & set(request.fixturenames):
