@@ -33,7 +33,7 @@ from .pages import see
 from .session_state import leaves_state as leaves_state  # others look for it here
 from .turns import BUSY as _BUSY
 from .turns import turn
-from .wire import CLOSED, Wire, close_generator
+from .wire import CLOSED, Wire
 
 T = TypeVar("T")
 Steps = Generator[int, int, Any]  # what `wait()` runs
@@ -313,12 +313,6 @@ class Connection(NoticingConnection, CancellableConnection):
         except CancelledError:
             await self.give_up(gen)
             raise
-        except Exception:
-            raise
-        except BaseException:  # the coroutine was closed, and nobody else knows what was under way
-            close_generator(gen)
-            self.terminate()
-            raise
 
     def lost(self, exc: BaseException, text: str) -> BaseException:
         """What to raise for an exception: `Unanswered` if that is what it means."""
@@ -465,12 +459,6 @@ class Connection(NoticingConnection, CancellableConnection):
             if not await finish(task, CANCEL_TIMEOUT):
                 raise self.given_up(gen) from exc
             return task.result()
-        except Exception:
-            raise
-        except BaseException:  # who waited is closed, and nobody else knows what was under way
-            close_generator(gen)
-            self.terminate()
-            raise
 
     def forget(self, statement: Statement, name: bytes) -> None:
         """A table was altered, or a pooler changed the session: prepare it anew next time."""

@@ -182,8 +182,12 @@ class Wire:
                     state = gen.send(await self._wait(get_running_loop(), state))
         except StopIteration as stop:
             return stop.value
-        except Exception:  # or it would go on when the garbage collector closes it
+        except CancelledError:  # who drives it has the server stop
+            raise
+        except BaseException as exc:  # or it would go on when the garbage collector closes it
             close_generator(gen)
+            if not isinstance(exc, Exception):  # nobody else knows what was under way
+                self.finish()
             raise
         finally:
             self._look()

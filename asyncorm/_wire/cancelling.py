@@ -146,10 +146,6 @@ class CancellableConnection(psycopg.Connection[Any]):
         except (Exception, CancelledError) as exc:
             self.rest_of_commit = _rest(gen, self.wire.state, exc)
             return exc
-        except BaseException:  # nobody else knows what was under way
-            close_generator(gen)
-            self.terminate()
-            raise
         return None
 
     async def give_up(self, gen: Generator[Any, Any, Any]) -> None:
